@@ -1,0 +1,80 @@
+# make help lists the targets. Needs make and Python 3.11, 3.12 or 3.13.
+# PYTHON=python3.12          another interpreter for .venv
+# TORCH_INDEX=URL            where to get PyTorch from (its CPU build: see the README)
+# ARGS="seed=1 trainer=cpu"  further overrides for `make demo`
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: demo test test-slow setup setup-dev lint format clean help no-interpreter
+
+PYTHON ?=
+TORCH_INDEX ?=
+ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet -c constraints.txt
+# The stamps are written last, so that an interrupted install is repeated.
+READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
+
+# The first interpreter that runs, is 3.11 to 3.13 and can make an environment with pip.
+define MAKE_VENV
+for python in $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11 python); do \
+  "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+    2>/dev/null || continue; \
+  "$$python" -c 'import ensurepip, venv' 2>/dev/null || { nopip="$$python"; continue; }; \
+  found="$$python"; break; \
+done; \
+if [ -n "$$found" ]; then \
+  echo "making $(VENV) with $$found ($$("$$found" --version))"; \
+  "$$found" -m venv --clear $(VENV); \
+elif [ -n "$$nopip" ]; then \
+  echo "make: $$nopip cannot make an environment: install its venv module (on Debian and" \
+    "Ubuntu: apt install python3-venv) or name another with PYTHON=" >&2; exit 1; \
+else \
+  echo "make: no Python 3.11, 3.12 or 3.13 found$(if $(PYTHON), as '$(PYTHON)'): install one," \
+    "or name it with PYTHON=/path/to/python" >&2; exit 1; \
+fi
+endef
+
+demo: $(READY)  ## train the whole ladder on the embedded data, write the report
+	$(PY) train.py stage=grpo $(ARGS)
+	$(PY) -m fourstage.report
+
+test: $(READY)  ## run the tests (a few minutes)
+	$(PY) -m pytest
+
+test-slow: $(READY)  ## run the slow tests: killed and resumed trainings, real processes
+	$(PY) -m pytest -m slow
+
+setup: $(READY)  ## make .venv and install the tested versions
+
+setup-dev: $(READY_DEV)  ## the same with transformers and trl, for the parity tests
+
+lint: $(READY)  ## ruff: lint and format, changing nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(READY)  ## ruff: mend what can be mended
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:  ## remove .venv and caches (runs stay: python -m fourstage.runs removes those)
+	rm -rf $(VENV) build .pytest_cache .ruff_cache src/fourstage.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+$(READY): constraints.txt pyproject.toml $(shell test -x $(PY) || echo no-interpreter)
+	@rm -f $@
+	@$(PY) -m pip --version > /dev/null 2>&1 || { $(MAKE_VENV); }
+	@echo "installing into $(VENV) (some minutes the first time)"
+	$(if $(TORCH_INDEX),$(PIP) torch --index-url $(TORCH_INDEX))
+	$(PIP) -e ".[test]"
+	@touch $@
+
+no-interpreter:
+
+$(READY_DEV): $(READY)
+	$(PIP) -e ".[dev]"
+	@touch $@

@@ -1,0 +1,109 @@
+"""What the parts hand to each other: batches from the data, rollouts from the policy.
+
+Shape legend: B rows, T tokens, P prompt tokens, A answer tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a target that has no loss
+
+
+class _Movable:
+    """A dataclass of tensors that Lightning can move to a device."""
+
+    def to(self, device: torch.device | str, **kwargs: Any):
+        moved = {
+            f.name: getattr(self, f.name).to(device, **kwargs)
+            for f in fields(self)  # type: ignore[arg-type]
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)  # type: ignore[type-var]
+
+
+@dataclass
+class TokenBatch(_Movable):
+    """Next-token prediction: targets[b, t] is the token after ids[b, t], or IGNORE."""
+
+    ids: Tensor  # int64 [B, T], right-padded
+    targets: Tensor  # int64 [B, T]
+
+    @property
+    def valid(self) -> Tensor:
+        """bool [B, T]: False on the padding at the right (leading prompt tokens are valid)."""
+        last = (self.targets != IGNORE).long().flip(1).cumsum(1).flip(1)
+        return last > 0
+
+
+@dataclass
+class PairBatch(_Movable):
+    """Two answers to one prompt, each with its prompt, right-padded to the same T."""
+
+    chosen_ids: Tensor  # int64 [B, T]
+    chosen_len: Tensor  # int64 [B], tokens before the padding
+    rejected_ids: Tensor  # int64 [B, T]
+    rejected_len: Tensor  # int64 [B]
+
+    def rows(self, rows: slice) -> PairBatch:
+        """Some of the pairs."""
+        return PairBatch(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+
+@dataclass
+class PromptBatch:
+    """Prompts to answer in a rollout; records are what a reward needs to judge the answers."""
+
+    prompt_ids: list[list[int]]
+    records: list[Any]
+    index: list[int]  # position of each record in its source
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> PromptBatch:
+        return self
+
+
+@dataclass
+class Rollout(_Movable):
+    """Prompts with sampled answers, re-packed to the right-padded rows that training uses.
+
+    A is the longest answer of the batch; `ids` holds prompt + answer + padding.
+    Answer token a of row b stands at ids[b, start[b] + a] and is predicted at start[b] + a - 1.
+    """
+
+    ids: Tensor  # int64 [B, T]
+    start: Tensor  # int64 [B], length of the prompt
+    length: Tensor  # int64 [B], answer tokens, the end token included
+    logprobs: Tensor  # float [B, A], the sampler's, 0 after the answer
+    stopped: Tensor  # bool [B], ended by the end token
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [B, A]: True on answer tokens."""
+        steps = torch.arange(self.logprobs.shape[1], device=self.ids.device)
+        return steps[None, :] < self.length[:, None]
+
+    @property
+    def valid(self) -> Tensor:
+        """bool [B, T]: True on prompt and answer, False on padding."""
+        steps = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return steps[None, :] < (self.start + self.length)[:, None]
+
+    @property
+    def predict_at(self) -> Tensor:
+        """int64 [B, A]: the position whose output predicts answer token a (clamped in padding)."""
+        steps = torch.arange(self.logprobs.shape[1], device=self.ids.device)
+        return (self.start[:, None] + steps - 1).clamp(max=self.ids.shape[1] - 1)
+
+    @property
+    def answer_ids(self) -> Tensor:
+        """int64 [B, A]: the answer tokens (whatever stands there in padding)."""
+        at = (self.predict_at + 1).clamp(max=self.ids.shape[1] - 1)
+        return self.ids.gather(1, at)
+
+    def rows(self, index: Tensor) -> Rollout:
+        """The rollout of some rows, int64 [b]."""
+        return Rollout(*(getattr(self, f.name)[index] for f in fields(self)))

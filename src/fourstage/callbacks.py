@@ -1,0 +1,255 @@
+"""What happens around training steps: logs, samples, progress, resume state.
+
+`step` means the same everywhere (metrics.csv, samples.jsonl, W&B): training batches done so far,
+so that step 0 is the state before the first one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import WandbLogger
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from fourstage.job import swap_in, write_atomic
+from fourstage.loggers import MetricsCSV
+
+
+def steps_done(trainer: Trainer) -> int:
+    """Training batches done so far, those before a resume included."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+
+class StepAxis(Callback):
+    """Makes steps_done the x axis of every logger (Lightning would count from 0)."""
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.log("step", float(steps_done(trainer)))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.log("step", float(steps_done(trainer)))
+
+
+class StepSeed(Callback):
+    """Makes all of torch's randomness a function of (seed, stage, rank, step).
+
+    So a resumed run draws what an undisturbed one draws, with no generator state to save.
+    """
+
+    def __init__(self, seed: int, stage: str) -> None:
+        self.seed, self.stage = seed, stage
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        torch.manual_seed(step_seed(self.seed, self.stage, trainer.global_rank, batch_idx))
+
+
+def step_seed(seed: int, stage: str, rank: int, step: int) -> int:
+    """63 bits from sha256: seeds that lie side by side share nothing."""
+    text = f"{seed} {stage} {rank} {step}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+class ThroughputLog(Callback):
+    """Logs speed/step_s (seconds a step) and speed/tokens_per_s, from the module's tokens_seen."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.start, self.tokens = time.perf_counter(), pl_module.tokens_seen
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        seconds = time.perf_counter() - self.start
+        tokens = pl_module.tokens_seen - self.tokens
+        self.log_dict({"speed/step_s": seconds, "speed/tokens_per_s": tokens / seconds})
+
+
+class Checkpointer(Checkpoint):
+    """Keeps one resume state, `path`: every so many steps, and when SIGTERM asks to stop.
+
+    The file is whole at any moment: it is written beside, synced and renamed. Where a validation
+    follows the step, the state is saved after it, so that a resume never loses its metrics.
+    Lightning runs Checkpoint callbacks after all others, so what they logged is in the state;
+    what the module's own on_train_batch_end does comes later and is NOT in the state.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+        self.due = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.keep(steps_done(trainer))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.due = (batch_idx + 1) % self.every == 0
+        validates = trainer.enable_validation and (
+            trainer.should_stop
+            or trainer.is_last_batch
+            or (batch_idx + 1) % trainer.val_check_batch == 0
+        )
+        if trainer.received_sigterm or (self.due and not validates):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.due and trainer.state.fn == "fit":
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        self.due = False
+        part = self.path.with_name(".part.ckpt")
+        trainer.save_checkpoint(part)  # every rank takes part
+        if trainer.is_global_zero:
+            swap_in(part, self.path)
+        trainer.strategy.barrier()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer to one of the fixed prompts that every stage is asked."""
+
+    prompt_id: str
+    prompt: str
+    answer: str
+    stopped: bool
+
+
+class SampleLog(Callback):
+    """Appends the answers of `sample()` to samples.jsonl, and their whole history to W&B's table.
+
+    Every `every` steps (0: never) and after the last one; with `at_start`, before the first one.
+    """
+
+    columns = ["step", "prompt_id", "prompt", "answer", "stopped"]
+
+    def __init__(
+        self,
+        path: Path,
+        sample: Callable[[], list[Sample]],
+        *,
+        every: int,
+        at_start: bool = False,
+    ) -> None:
+        self.path, self.sample, self.every, self.at_start = path, sample, every, at_start
+        self.rows: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        done = steps_done(trainer)
+        if trainer.is_global_zero:
+            if done and self.path.exists():
+                lines = self.path.read_text(encoding="utf-8").splitlines()
+                rows = [json.loads(line) for line in lines]
+                self.rows = [row for row in rows if row["step"] <= done]
+            self._rewrite()
+        if self.at_start and done == 0:
+            self.take(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.every and steps_done(trainer) % self.every == 0:
+            self.take(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.rows or self.rows[-1]["step"] != steps_done(trainer):
+            self.take(trainer)
+
+    def take(self, trainer: Trainer) -> None:
+        """Sample on every rank (a sharded network needs all of them), write on the first."""
+        step = steps_done(trainer)
+        self.rows += [{"step": step, **asdict(sample)} for sample in self.sample()]
+        if not trainer.is_global_zero:
+            return
+        self._rewrite()
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                table = [[row[name] for name in self.columns] for row in self.rows]
+                logger.log_table("samples", columns=self.columns, data=table, step=step)
+
+    def _rewrite(self) -> None:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows]
+        write_atomic(self.path, "".join(lines))
+
+
+class PlanProgress(Callback):
+    """A progress bar with the time left in the stage and in the plan; plain lines in a log file.
+
+    `later`: the stages still to train after this one, with their estimates in seconds.
+    The module's progress() is the share of its budget, in steps or in time, that is spent.
+    """
+
+    shown = ("train/loss", "train/reward", "train/score", "train/accuracy", "val/loss")
+    line_every = 30.0  # seconds, where the output is no terminal
+
+    def __init__(
+        self, stage: str, later: list[tuple[str, float | None]], console: Console | None = None
+    ) -> None:
+        self.stage, self.later = stage, later
+        self.console = console or Console(stderr=True)
+        self.bar: Progress | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = self.printed = time.monotonic()
+        self.share_before = steps_done(trainer) and pl_module.progress()
+        if self.console.is_terminal and trainer.is_global_zero:
+            columns = (
+                TextColumn("{task.description:8}"),
+                BarColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self.bar = Progress(*columns, console=self.console)
+            self.task = self.bar.add_task(self.stage, total=1.0, note="")
+            self.bar.start()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        share = min(1.0, pl_module.progress())
+        elapsed = time.monotonic() - self.started
+        left = elapsed / max(share - self.share_before, 1e-9) * (1 - share)
+        metrics = trainer.logged_metrics
+        figures = [f"{n.split('/')[-1]} {metrics[n]:.3f}" for n in self.shown if n in metrics]
+        note = " · ".join([f"step {steps_done(trainer)}", *figures, time_left(left, self.later)])
+        if self.bar is not None:
+            self.bar.update(self.task, completed=share, note=note)
+        elif trainer.is_global_zero and time.monotonic() - self.printed > self.line_every:
+            self.printed = time.monotonic()
+            self.console.print(f"{self.stage}: {note}", highlight=False, soft_wrap=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def time_left(seconds: float, later: list[tuple[str, float | None]]) -> str:
+    """ "0:02:10 left", and of the later stages what is known: "0:09:00 with sft", "then ppo"."""
+    text = f"{clock(seconds)} left"
+    known = [(stage, estimate) for stage, estimate in later if estimate is not None]
+    unknown = [stage for stage, estimate in later if estimate is None]
+    if known:
+        total = seconds + sum(estimate for _, estimate in known)
+        text += f", {clock(total)} with {', '.join(stage for stage, _ in known)}"
+    if unknown:
+        text += f", then {', '.join(unknown)}"
+    return text
+
+
+def clock(seconds: float) -> str:
+    """H:MM:SS"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,94 @@
+"""Plain weights in and out: model.safetensors + config.json + tokenizer.json, whatever trained them.
+
+`config.json` is {"model": {...}, "vocab_size": n, "kind": "policy" | "scalar"}: enough to build the
+network again with none of the project's configuration. Files are written under a temporary name,
+synced and renamed, so that a kill leaves the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fourstage.errors import UserError
+from fourstage.job import write_atomic
+from fourstage.model import ModelConfig, ScalarModel, Transformer
+from fourstage.settings import build
+from fourstage.tokenizer import Tokenizer
+
+Kind = Literal["policy", "scalar"]
+WEIGHTS = "model.safetensors"
+
+
+def save_weights(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    kind: Kind = "policy",
+) -> None:
+    """Write the weights (any dtype, any device), the shape and the tokenizer into `folder`."""
+    tokenizer.save(folder)
+    shape = {"kind": kind, "vocab_size": tokenizer.vocab_size, "model": asdict(model)}
+    write_atomic(folder / "config.json", json.dumps(shape, indent=1) + "\n")
+    # clones: tied or expanded tensors share memory, which safetensors refuses
+    plain = {name: w.detach().cpu().clone().contiguous() for name, w in weights.items()}
+    partial = folder / f".{WEIGHTS}.{os.getpid()}"
+    try:
+        save_file(plain, partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, folder / WEIGHTS)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_policy(folder: Path) -> tuple[Transformer, Tokenizer]:
+    """The language model of a finished run, on the CPU, and its tokenizer.
+
+    Raises UserError where the folder holds no language model or a broken one.
+    """
+    network, tokenizer = _load(folder, "policy")
+    assert isinstance(network, Transformer)
+    return network, tokenizer
+
+
+def load_scalar(folder: Path) -> tuple[ScalarModel, Tokenizer]:
+    """The reward model of a finished reward run, on the CPU, and its tokenizer."""
+    network, tokenizer = _load(folder, "scalar")
+    assert isinstance(network, ScalarModel)
+    return network, tokenizer
+
+
+def _load(folder: Path, kind: Kind) -> tuple[Transformer | ScalarModel, Tokenizer]:
+    try:
+        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = shape["kind"]
+        config = build(ModelConfig, shape["model"], f"{folder.name}/config.json")
+        vocab_size = int(shape["vocab_size"])
+        tokenizer = Tokenizer.load(folder)
+        weights = load_file(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        missing = Path(error.filename or WEIGHTS).name
+        raise UserError(f"{folder}: no {missing}: is it a finished run?") from error
+    except (KeyError, json.JSONDecodeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: broken weights or config ({reason}): train it again") from error
+    if found != kind:
+        wanted = {"policy": "a language model", "scalar": "a reward model"}
+        raise UserError(f"{folder}: holds {wanted[found]}, but {wanted[kind]} is needed here")
+    network = Transformer(config, vocab_size)
+    network = network if kind == "policy" else ScalarModel(network)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{folder}: the weights do not fit the shape in config.json") from error
+    return network, tokenizer

@@ -1,0 +1,38 @@
+"""The four sources, their splits, and batches of them (datamodule)."""
+
+from fourstage.data.chat import load_chat
+from fourstage.data.config import (
+    ChatConfig,
+    CorpusConfig,
+    DataConfig,
+    PreferenceConfig,
+    ReasoningConfig,
+)
+from fourstage.data.corpus import load_corpus
+from fourstage.data.preference import load_preference, load_prompts
+from fourstage.data.reasoning import load_reasoning
+from fourstage.data.records import Chats, Conversation, Corpus, Pair, Pairs, Problem, Problems
+from fourstage.data.sources import digest, sample_prompts, source_of_stage
+
+__all__ = [
+    "ChatConfig",
+    "Chats",
+    "Conversation",
+    "Corpus",
+    "CorpusConfig",
+    "DataConfig",
+    "Pair",
+    "Pairs",
+    "PreferenceConfig",
+    "Problem",
+    "Problems",
+    "ReasoningConfig",
+    "digest",
+    "load_chat",
+    "load_corpus",
+    "load_preference",
+    "load_prompts",
+    "load_reasoning",
+    "sample_prompts",
+    "source_of_stage",
+]

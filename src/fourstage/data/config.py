@@ -1,0 +1,124 @@
+"""The typed form of conf/data/*.yaml: every data config has these keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fourstage.errors import UserError
+
+T = TypeVar("T")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{name}: must be at least {least}, got {value}")
+
+
+def _is_share(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise UserError(f"{name}: must be a share between 0 and 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Text for pretrain; its last `heldout` is held out by position, records by their hash."""
+
+    path: str | None = None
+    heldout_path: str | None = None
+    heldout: float = 0.1
+    problems: int = 0  # worked train problems rendered as documents, at most
+
+    def __post_init__(self) -> None:
+        _is_share("heldout", self.heldout)
+        _at_least("problems", self.problems, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """Conversations for sft."""
+
+    path: str | None = None
+    heldout_path: str | None = None
+    max_answer_chars: int | None = None  # conversations with a longer answer are left out
+    max_prompt_chars: int | None = None
+    exclude: list[str] = field(default_factory=list)  # categories of chatterbot-corpus
+    demonstrations: int = 0  # worked train problems among the conversations, at most
+
+    def __post_init__(self) -> None:
+        for name in ("max_answer_chars", "max_prompt_chars"):
+            value = getattr(self, name)
+            if value is not None:
+                _at_least(name, value, 1)
+        _at_least("demonstrations", self.demonstrations, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """Preference pairs; without a path, data=embedded samples them from the sft model."""
+
+    path: str | None = None
+    heldout_path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasoningConfig:
+    """Problems: a file, or tasks of reasoning-gym with their keyword arguments.
+
+    A task may also have `weight`, its part of `size` and `heldout_size` (1 by default).
+    """
+
+    path: str | None = None
+    heldout_path: str | None = None
+    tasks: dict[str, Any] = field(default_factory=dict)
+    size: int = 4000
+    heldout_size: int = 400
+
+    def __post_init__(self) -> None:
+        _at_least("size", self.size, 1)
+        _at_least("heldout_size", self.heldout_size, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """One data config. `heldout` is the share of prompts and problems, equal in all sources:
+    so that what one source holds out, no other source trains on."""
+
+    name: str
+    heldout: float = 0.1
+    corpus: CorpusConfig
+    chat: ChatConfig
+    preference: PreferenceConfig
+    reasoning: ReasoningConfig
+
+    def __post_init__(self) -> None:
+        _is_share("heldout", self.heldout)
+
+    @property
+    def embedded(self) -> bool:
+        """True if sources without a path come from installed packages."""
+        return self.name == "embedded"
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Equal as long as neither the settings nor the files they name have changed."""
+        sources = (self.corpus, self.chat, self.preference, self.reasoning)
+        paths = [p for s in sources for p in (s.path, s.heldout_path) if p is not None]
+        stats = [Path(p).expanduser() for p in paths]
+        return repr(self), *((s.stat().st_mtime_ns, s.stat().st_size) for s in stats if s.exists())
+
+
+def cached(load: Callable[[DataConfig], T]) -> Callable[[DataConfig], T]:
+    """Loads a source once a process, until its settings or files change."""
+    kept: dict[tuple[Any, ...], T] = {}
+
+    @wraps(load)
+    def loader(config: DataConfig) -> T:
+        key = config.fingerprint()
+        if key not in kept:
+            kept[key] = load(config)
+        return kept[key]
+
+    return loader

@@ -1,0 +1,118 @@
+"""The corpus source: the Python language reference or a user's text, and worked problems."""
+
+from __future__ import annotations
+
+from fourstage.data.config import DataConfig, cached
+from fourstage.data.files import is_text, read_records, read_text
+from fourstage.data.reasoning import (
+    heldout_keys,
+    holds_heldout,
+    load_reasoning,
+    worked_train_problems,
+)
+from fourstage.data.records import Corpus, Problem, content_digest
+from fourstage.data.schemas import document_from, usable
+from fourstage.data.split import is_heldout, normalise
+from fourstage.errors import UserError
+
+
+@cached
+def load_corpus(config: DataConfig) -> Corpus:
+    """Documents for pretrain.
+
+    A text is cut by position: its last `corpus.heldout` is held out. Records are split by their
+    hash. Paragraphs of the train side that spell out a held-out problem are left out.
+
+    Raises:
+        UserError: no path under data=files, a bad file, or a text too short to be split.
+    """
+    corpus = config.corpus
+    notes: dict[str, int] = {}
+    if corpus.path is None:
+        if not config.embedded:
+            raise UserError("stages.pretrain needs data.corpus.path=FILE (text to learn from)")
+        train, heldout = by_position(language_reference(), corpus.heldout)
+    elif corpus.heldout_path is not None:
+        train, heldout = (_documents(path, notes) for path in (corpus.path, corpus.heldout_path))
+    elif is_text(corpus.path):
+        train, heldout = by_position([read_text(corpus.path)], corpus.heldout)
+    else:
+        documents = _documents(corpus.path, notes)
+        train = [d for d in documents if not is_heldout(d, corpus.heldout)]
+        heldout = [d for d in documents if is_heldout(d, corpus.heldout)]
+    for name, side in (("train", train), ("held-out", heldout)):
+        if not any(document.strip() for document in side):
+            raise UserError(
+                f"data.corpus: nothing on the {name} side of the split: give more text or another "
+                "data.corpus.heldout"
+            )
+
+    keys = heldout_keys(config)
+    cleaned = [without_heldout(document, keys) for document in train]
+    notes["paragraphs_dropped_with_a_heldout_problem"] = sum(n for _, n in cleaned)
+    train = [document for document, _ in cleaned]
+    problems = worked_train_problems(config, corpus.problems)
+    train += [render(p) for p in problems]
+    if problems:
+        share = corpus.heldout / (1 - corpus.heldout)
+        held = [p for p in load_reasoning(config).heldout if p.worked]
+        heldout = [*heldout, *(render(p) for p in held[: round(len(problems) * share)])]
+    notes |= {
+        "train": len(train),
+        "heldout": len(heldout),
+        "train_characters": sum(map(len, train)),
+        "heldout_characters": sum(map(len, heldout)),
+        "problems": len(problems),
+    }
+    return Corpus(train, heldout, content_digest(*train, "", *heldout), notes)
+
+
+def language_reference() -> list[str]:
+    """The topics of the Python language reference that every interpreter carries (PSF licence)."""
+    from pydoc_data.topics import topics
+
+    return [topics[name].strip() for name in sorted(topics)]
+
+
+def render(problem: Problem) -> str:
+    """A problem as a document: the question, then the worked solution."""
+    return f"{problem.question}\n{problem.worked}"
+
+
+def by_position(documents: list[str], share: float) -> tuple[list[str], list[str]]:
+    """Cuts a text in two at its last `share` of characters, inside a document if need be."""
+    left = round(sum(map(len, documents)) * (1 - share))
+    train, heldout = [], []
+    for document in documents:
+        head, tail = document[:left], document[left:]
+        left -= len(head)
+        if head:
+            train.append(head)
+        if tail:
+            heldout.append(tail)
+    return train, heldout
+
+
+def without_heldout(document: str, keys: frozenset[str]) -> tuple[str, int]:
+    """The document without paragraphs that state a held-out problem, and how many those were."""
+    if not keys:
+        return document, 0
+    paragraphs = document.split("\n\n")
+    text = normalise(document)
+    questions = [key for key in keys if key in text]
+    kept = [
+        p
+        for p in paragraphs
+        if not holds_heldout(p, keys) and not any(q in normalise(p) for q in questions)
+    ]
+    if len(kept) == len(paragraphs):
+        return document, 0
+    return "\n\n".join(kept), len(paragraphs) - len(kept)
+
+
+def _documents(path: str, notes: dict[str, int]) -> list[str]:
+    if is_text(path):
+        return [read_text(path)]
+    documents, unusable = usable(read_records(path), document_from)
+    notes["unusable_records"] = notes.get("unusable_records", 0) + unusable
+    return documents

@@ -1,0 +1,408 @@
+"""Batches: step-indexed and resumable for training, ready-made and whole for validation.
+
+What a training step reads is a pure function of (seed, step, rank), so a resumed run continues
+exactly, and R ranks with B rows each read the rows that one rank with R * B would.
+
+Shape legend: B rows, T tokens, N blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from fourstage.batch import IGNORE, PairBatch, PromptBatch, TokenBatch
+from fourstage.data.records import Conversation, Corpus, Message, Pair, Problem
+from fourstage.errors import UserError
+from fourstage.tokenizer import Tokenizer
+
+WINDOW = 16  # global batches among which rows of like length are brought together
+
+Row = tuple[list[int], list[int]]  # ids and loss mask, of equal length
+
+
+@dataclass
+class LoaderPair:
+    """Batches to train on, batches to validate on, and counts of what was cut or left out."""
+
+    train: StatefulDataLoader
+    val: DataLoader | None
+    notes: dict[str, int] = field(default_factory=dict)
+
+
+class StepBatches(IterableDataset):
+    """The batches of `n_batches` steps for one rank; item i may come again in each epoch.
+
+    Rows follow one another through a fresh permutation an epoch. With `lengths`, rows within a
+    window of WINDOW global batches are sorted by length, cut into batches, and the batches
+    shuffled: less padding, and still every row once an epoch.
+    """
+
+    def __init__(
+        self,
+        n_items: int,
+        batch_size: int,
+        n_batches: int,
+        seed: int,
+        collate: Callable[[list[int]], Any],
+        rank: int = 0,
+        world: int = 1,
+        lengths: Sequence[int] | None = None,
+    ):
+        assert n_items > 0 and batch_size > 0 and 0 <= rank < world
+        self.n_items, self.n_batches, self.seed = n_items, n_batches, seed
+        self.collate, self.rank, self.world = collate, rank, world
+        self.global_batch = batch_size * world
+        self.lengths = None if lengths is None else torch.tensor(lengths)
+        self.step = 0
+        self._epoch: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._window: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.step < self.n_batches:
+            self.step += 1
+            yield self.collate(self.items(self.step - 1))
+        self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+    def items(self, step: int) -> list[int]:
+        """The items that this rank reads in a step."""
+        if self.lengths is None:
+            rows = self._positions(step * self.global_batch, self.global_batch)
+        else:
+            rows = self._bucketed(step // WINDOW)[step % WINDOW]
+        return rows[self.rank :: self.world].tolist()
+
+    def _bucketed(self, window: int) -> Tensor:
+        """int64 [WINDOW, global batch]: the rows of each step of a window."""
+        if self._window[0] != window:
+            size = WINDOW * self.global_batch
+            rows = self._positions(window * size, size)
+            assert self.lengths is not None
+            order = torch.sort(self.lengths[rows], stable=True).indices
+            batches = rows[order].view(WINDOW, self.global_batch)
+            shuffle = torch.randperm(WINDOW, generator=_generator(self.seed, "window", window))
+            self._window = (window, batches[shuffle])
+        return self._window[1]
+
+    def _positions(self, start: int, count: int) -> Tensor:
+        """int64 [count]: items at positions start, start + 1, ... of the run of all epochs."""
+        parts = []
+        while count:
+            epoch, offset = divmod(start, self.n_items)
+            if self._epoch[0] != epoch:
+                generator = _generator(self.seed, "epoch", epoch)
+                self._epoch = (epoch, torch.randperm(self.n_items, generator=generator))
+            parts.append(self._epoch[1][offset : offset + count])
+            start, count = start + len(parts[-1]), count - len(parts[-1])
+        return torch.cat(parts)
+
+
+def _generator(*key: object) -> torch.Generator:
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def pretrain_data(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    block_size: int,
+    batch_size: int,
+    n_batches: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    val_batch_size: int | None = None,
+) -> LoaderPair:
+    """TokenBatch of [B, block_size]. Validation covers every held-out token once.
+
+    Notes count tokens that are targets, and held-out characters for bits per character.
+
+    Raises:
+        UserError: the train side is shorter than one block.
+    """
+    notes: dict[str, int] = {}
+    sides = {}
+    for name, documents in (("train", corpus.train), ("heldout", corpus.heldout)):
+        ids = join(documents, tokenizer)
+        sides[name] = blocks(ids, block_size)
+        notes[f"{name}_tokens"] = len(ids) - 1
+        notes[f"{name}_characters"] = sum(map(len, documents))
+        notes[f"{name}_unknown_characters"] = tokenizer.count_unknown(ids)
+    whole = (sides["train"] != IGNORE).all(dim=1)
+    train_NT = sides["train"][whole]
+    if not len(train_NT):
+        raise UserError(
+            f"data.corpus: {notes['train_tokens']} tokens to train on are less than one block of "
+            f"{block_size}: give more text or a smaller stages.pretrain.max_tokens"
+        )
+    notes["dropped_tokens"] = notes["train_tokens"] - train_NT.shape[0] * block_size
+
+    def collate(items: list[int]) -> TokenBatch:
+        return _block_batch(train_NT[items], tokenizer.pad_id)
+
+    train = StepBatches(len(train_NT), batch_size, n_batches, seed, collate, rank, world)
+    val = [
+        _block_batch(rows, tokenizer.pad_id)
+        for rows in sides["heldout"].split(val_batch_size or batch_size)
+    ]
+    return _loaders(train, val, notes)
+
+
+def join(documents: Sequence[str], tokenizer: Tokenizer) -> list[int]:
+    """The ids of all documents, <bos> in front of each."""
+    ids: list[int] = []
+    for document in documents:
+        ids.append(tokenizer.bos_id)
+        ids += tokenizer.encode(document)
+    return ids
+
+
+def blocks(token_ids: Sequence[int], block_size: int) -> Tensor:
+    """int64 [N, block_size + 1]: neighbours share one token, so that each token but the first is a
+    target exactly once; the end of the last block is IGNORE."""
+    n = max(1, -(-(len(token_ids) - 1) // block_size))
+    padded = torch.full((n * block_size + 1,), IGNORE)
+    padded[: len(token_ids)] = torch.tensor(token_ids)
+    return padded.unfold(0, block_size + 1, block_size).contiguous()
+
+
+def _block_batch(rows_NT: Tensor, pad_id: int) -> TokenBatch:
+    ids = rows_NT[:, :-1]
+    return TokenBatch(ids.masked_fill(ids == IGNORE, pad_id), rows_NT[:, 1:].contiguous())
+
+
+def sft_data(
+    train: Sequence[Conversation],
+    heldout: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    batch_size: int,
+    n_batches: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    val_batch_size: int | None = None,
+) -> LoaderPair:
+    """TokenBatch of rows padded to the longest, with loss on the assistant's tokens only.
+
+    Notes count what was cut to fit, and dropped since no answer would have been left.
+
+    Raises:
+        UserError: nothing is left to train or validate on.
+    """
+    notes: dict[str, int] = {}
+    sides = []
+    for name, conversations in (("train", train), ("heldout", heldout)):
+        fitted = [fit_conversation(c.messages, tokenizer, max_tokens) for c in conversations]
+        rows = [row for row, _ in fitted if row is not None]
+        notes[f"{name}_truncated"] = sum(cut for row, cut in fitted if row is not None)
+        notes[f"{name}_dropped"] = len(fitted) - len(rows)
+        notes[f"{name}_rows"] = len(rows)
+        notes[f"{name}_answer_tokens"] = sum(sum(mask) for _, mask in rows)
+        notes[f"{name}_unknown_characters"] = sum(tokenizer.count_unknown(ids) for ids, _ in rows)
+        _some_left("data.chat", "stages.sft.max_tokens", name, rows, max_tokens)
+        sides.append(rows)
+    rows, val_rows = sides
+
+    def collate(items: list[int]) -> TokenBatch:
+        return _row_batch([rows[i] for i in items], tokenizer.pad_id)
+
+    lengths = [len(ids) for ids, _ in rows]
+    batches = StepBatches(len(rows), batch_size, n_batches, seed, collate, rank, world, lengths)
+    by_length = sorted(val_rows, key=lambda row: len(row[0]))
+    size = val_batch_size or batch_size
+    val = [
+        _row_batch(by_length[i : i + size], tokenizer.pad_id)
+        for i in range(0, len(by_length), size)
+    ]
+    return _loaders(batches, val, notes)
+
+
+def fit_conversation(
+    messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int
+) -> tuple[Row | None, bool]:
+    """A conversation as a row of at most `max_tokens`, and whether it was cut.
+
+    The oldest exchanges go first, then the beginning of the last question. None where the last
+    answer does not fit, or is nothing to learn from.
+    """
+    messages, cut = list(messages), False
+    while True:
+        ids, mask = tokenizer.chat(messages)
+        system = messages[0]["role"] == "system"
+        if len(ids) <= max_tokens or len(messages) - system <= 2:
+            break
+        del messages[system : system + 2]
+        cut = True
+    if len(ids) > max_tokens:
+        keep = sum(mask) + 2  # the answer, and <eot><assistant> in front of it
+        shorter = tokenizer.shorten(ids, max_tokens, keep)
+        if shorter is None:
+            return None, True
+        ids, mask, cut = shorter, [0, 0, *mask[len(mask) - (max_tokens - 2) :]], True
+    return ((ids, mask) if any(mask) else None), cut
+
+
+def _row_batch(rows: Sequence[Row], pad_id: int) -> TokenBatch:
+    """Targets are the next ids where the mask of the next id is 1."""
+    longest = max(len(ids) for ids, _ in rows) - 1
+    ids_BT = torch.full((len(rows), longest), pad_id)
+    targets_BT = torch.full((len(rows), longest), IGNORE)
+    for b, (ids, mask) in enumerate(rows):
+        row, wanted = torch.tensor(ids), torch.tensor(mask[1:], dtype=torch.bool)
+        ids_BT[b, : len(ids) - 1] = row[:-1]
+        targets_BT[b, : len(ids) - 1] = row[1:].masked_fill(~wanted, IGNORE)
+    return TokenBatch(ids_BT, targets_BT)
+
+
+def reward_data(
+    train: Sequence[Pair],
+    heldout: Sequence[Pair],
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    batch_size: int,
+    n_batches: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    val_batch_size: int | None = None,
+) -> LoaderPair:
+    """PairBatch of [B, T]: prompt, answer and <eot>, both answers after the same prompt.
+
+    Raises:
+        UserError: nothing is left to train or validate on.
+    """
+    notes: dict[str, int] = {}
+    sides = []
+    for name, pairs in (("train", train), ("heldout", heldout)):
+        fitted = [fit_pair(p, tokenizer, max_tokens) for p in pairs]
+        rows = [row for row, _ in fitted if row is not None]
+        notes[f"{name}_truncated"] = sum(cut for row, cut in fitted if row is not None)
+        notes[f"{name}_dropped"] = len(fitted) - len(rows)
+        notes[f"{name}_rows"] = len(rows)
+        notes[f"{name}_unknown_characters"] = sum(
+            tokenizer.count_unknown(ids) for row in rows for ids in row
+        )
+        _some_left("data.preference", "stages.reward.max_tokens", name, rows, max_tokens)
+        sides.append(rows)
+    rows, val_rows = sides
+
+    def collate(items: list[int]) -> PairBatch:
+        return _pair_batch([rows[i] for i in items], tokenizer.pad_id)
+
+    lengths = [max(map(len, row)) for row in rows]
+    batches = StepBatches(len(rows), batch_size, n_batches, seed, collate, rank, world, lengths)
+    by_length = sorted(val_rows, key=lambda row: max(map(len, row)))
+    size = val_batch_size or batch_size
+    val = [
+        _pair_batch(by_length[i : i + size], tokenizer.pad_id)
+        for i in range(0, len(by_length), size)
+    ]
+    return _loaders(batches, val, notes)
+
+
+def fit_pair(
+    pair: Pair, tokenizer: Tokenizer, max_tokens: int
+) -> tuple[tuple[list[int], list[int]] | None, bool]:
+    """Chosen and rejected ids of at most `max_tokens`, and whether the prompt was cut."""
+    prompt = tokenizer.prompt(pair.messages)
+    answers = [[*tokenizer.encode(text), tokenizer.eot_id] for text in (pair.chosen, pair.rejected)]
+    room = max_tokens - max(map(len, answers))
+    cut = len(prompt) > room
+    if cut:
+        shorter = tokenizer.shorten(prompt, room, keep=2)
+        if shorter is None:
+            return None, True
+        prompt = shorter
+    return (prompt + answers[0], prompt + answers[1]), cut
+
+
+def _pair_batch(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> PairBatch:
+    longest = max(len(ids) for row in rows for ids in row)
+    sides = []
+    for side in (0, 1):
+        ids_BT = torch.full((len(rows), longest), pad_id)
+        for b, row in enumerate(rows):
+            ids_BT[b, : len(row[side])] = torch.tensor(row[side])
+        sides += [ids_BT, torch.tensor([len(row[side]) for row in rows])]
+    return PairBatch(*sides)
+
+
+def prompt_data(
+    records: Sequence[Problem | Conversation | Pair],
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    n_batches: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    max_prompt_tokens: int,
+) -> LoaderPair:
+    """PromptBatch of B prompts; longer ones lose their beginning.
+
+    Raises:
+        UserError: there are no records, or max_prompt_tokens is too small for any prompt.
+    """
+    if not records:
+        raise UserError("there are no prompts to answer: give more data")
+    prompts, truncated = [], 0
+    for record in records:
+        ids = tokenizer.prompt(record.prompt_messages)
+        if len(ids) > max_prompt_tokens:
+            shorter = tokenizer.shorten(ids, max_prompt_tokens, keep=2)
+            if shorter is None:
+                raise UserError(f"max_prompt_tokens: must be at least 5, got {max_prompt_tokens}")
+            ids, truncated = shorter, truncated + 1
+        prompts.append(ids)
+    notes = {
+        "prompts": len(prompts),
+        "truncated": truncated,
+        "unknown_characters": sum(map(tokenizer.count_unknown, prompts)),
+    }
+
+    def collate(items: list[int]) -> PromptBatch:
+        return PromptBatch([prompts[i] for i in items], [records[i] for i in items], items)
+
+    return _loaders(
+        StepBatches(len(prompts), batch_size, n_batches, seed, collate, rank, world), None, notes
+    )
+
+
+def _some_left(source: str, limit: str, side: str, rows: Sequence[object], max_tokens: int) -> None:
+    if not rows:
+        raise UserError(
+            f"{source}: no {side} record fits into {limit}={max_tokens}: raise it or give "
+            "shorter records"
+        )
+
+
+def _loaders(train: StepBatches, val: list[Any] | None, notes: dict[str, int]) -> LoaderPair:
+    return LoaderPair(
+        StatefulDataLoader(train, batch_size=None, num_workers=0, collate_fn=_as_is),
+        None if val is None else DataLoader(val, batch_size=None, collate_fn=_as_is),
+        notes,
+    )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

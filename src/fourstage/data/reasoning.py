@@ -1,0 +1,160 @@
+"""The reasoning source: problems of reasoning-gym, or a file in gsm8k's schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import Any
+
+from fourstage.data.config import DataConfig, cached
+from fourstage.data.files import read_records
+from fourstage.data.records import Problem, Problems, content_digest
+from fourstage.data.schemas import problem_from
+from fourstage.data.split import expressions, is_heldout, normalise, short_hash, whole_expressions
+from fourstage.data.tasks import short_question, worked_solution
+from fourstage.errors import UserError
+from fourstage.verify import FROM_FILE
+
+DRAWS = 20  # give up on a task's share after so many draws for each problem wanted
+
+
+@cached
+def load_reasoning(config: DataConfig) -> Problems:
+    """Train and held-out problems. No train problem holds the expression of a held-out one.
+
+    Raises:
+        UserError: no path and no tasks, a bad file, an unknown task or a bad argument of one.
+    """
+    if config.reasoning.path is not None:
+        train, heldout, notes = _from_file(config)
+    elif config.reasoning.tasks:
+        train, heldout, notes = _from_gym(config)
+    else:
+        raise UserError("stages.grpo needs data.reasoning.path=FILE (a file in gsm8k's schema)")
+    for name, side in (("train", train), ("held out", heldout)):
+        if not side:
+            raise UserError(
+                f"data.reasoning: no problem is left to be {name}: give more problems or another "
+                "data.heldout"
+            )
+    notes |= {"train": len(train), "heldout": len(heldout)}
+    digest = content_digest(*(_content(p) for p in train), "", *(_content(p) for p in heldout))
+    return Problems(train, heldout, digest, notes)
+
+
+@cached
+def heldout_keys(config: DataConfig) -> frozenset[str]:
+    """Normalised questions and expressions of held-out problems: no source trains on them."""
+    if config.reasoning.path is None and not config.reasoning.tasks:
+        return frozenset()
+    return frozenset(_keys(load_reasoning(config).heldout))
+
+
+def holds_heldout(text: str, keys: frozenset[str] | set[str]) -> bool:
+    """True if a text spells out one of the keys as its whole or as an expression in it."""
+    return bool(keys) and (normalise(text) in keys or not keys.isdisjoint(expressions(text)))
+
+
+def _keys(problems: list[Problem]) -> set[str]:
+    keys = {normalise(p.question) for p in problems}
+    return keys.union(*(whole_expressions(p.question) for p in problems if p.task != FROM_FILE))
+
+
+def worked_train_problems(config: DataConfig, count: int) -> list[Problem]:
+    """The first `count` train problems that have a worked solution."""
+    if count == 0:
+        return []
+    return list(islice((p for p in load_reasoning(config).train if p.worked), count))
+
+
+def _content(problem: Problem) -> str:
+    return f"{problem.task}\x1f{problem.question}\x1f{problem.answer}\x1f{problem.worked}"
+
+
+def _from_file(config: DataConfig) -> tuple[list[Problem], list[Problem], dict[str, int]]:
+    reasoning = config.reasoning
+    assert reasoning.path is not None
+    problems = [problem_from(record) for record in read_records(reasoning.path)]
+    if reasoning.heldout_path is None:
+        heldout = [p for p in problems if is_heldout(p.question, config.heldout)]
+    else:
+        heldout = [problem_from(record) for record in read_records(reasoning.heldout_path)]
+    keys = {normalise(p.question) for p in heldout}
+    train = [p for p in problems if normalise(p.question) not in keys]
+    notes = {}
+    if reasoning.heldout_path is not None:
+        notes["dropped_from_train_as_heldout"] = len(problems) - len(train)
+    return train, heldout, notes
+
+
+def _from_gym(config: DataConfig) -> tuple[list[Problem], list[Problem], dict[str, int]]:
+    reasoning = config.reasoning
+    weights = {task: _weight(task, settings) for task, settings in reasoning.tasks.items()}
+    total = sum(weights.values())
+    heldout: list[Problem] = []
+    drawn: dict[str, tuple[list[Problem], Iterator[Problem]]] = {}
+    for task, settings in reasoning.tasks.items():
+        size, heldout_size = (
+            round(n * weights[task] / total) for n in (reasoning.size, reasoning.heldout_size)
+        )
+        arguments = {k: v for k, v in settings.items() if k != "weight"}
+        problems = _draw(task, arguments, DRAWS * (size + int(heldout_size / config.heldout)))
+        before: list[Problem] = []
+        held = 0
+        while held < heldout_size and (problem := next(problems, None)):
+            if is_heldout(problem.question, config.heldout):
+                heldout.append(problem)
+                held += 1
+            else:
+                before.append(problem)
+        drawn[task] = (before, problems)
+
+    forbidden = _keys(heldout)
+    train: list[Problem] = []
+    spelt_out = 0
+    for task, (before, problems) in drawn.items():
+        size = round(reasoning.size * weights[task] / total)
+        taken = 0
+        for problem in chain(before, problems):
+            if taken == size:
+                break
+            if is_heldout(problem.question, config.heldout):
+                continue
+            if holds_heldout(f"{problem.question}\n{problem.worked}", forbidden):
+                spelt_out += 1
+                continue
+            train.append(problem)
+            taken += 1
+    notes = {"dropped_with_a_heldout_expression": spelt_out}
+    shuffled = (sorted(side, key=lambda p: short_hash("order" + p.id)) for side in (train, heldout))
+    return *shuffled, notes  # type: ignore[return-value]
+
+
+def _weight(task: str, settings: Any) -> float:
+    where = f"data.reasoning.tasks.{task}"
+    if not isinstance(settings, dict):
+        raise UserError(f"{where}: expected the task's arguments, e.g. {{}}, got {settings!r}")
+    weight = settings.get("weight", 1)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0:
+        raise UserError(f"{where}.weight: expected a number above 0, got {weight!r}")
+    return weight
+
+
+def _draw(task: str, arguments: dict[str, Any], most: int) -> Iterator[Problem]:
+    """Distinct problems of a task, from at most `most` draws (a small range has few)."""
+    import reasoning_gym
+
+    try:
+        dataset = reasoning_gym.create_dataset(task, size=most, seed=0, **arguments)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"data.reasoning.tasks.{task}: {error}") from None
+    seen: set[str] = set()
+    for i in range(most):
+        entry = dataset[i]
+        question = short_question(task, entry)
+        if question in seen:
+            continue
+        seen.add(question)
+        plain = json.loads(json.dumps(entry, default=str))
+        yield Problem(question, entry["answer"], task, worked_solution(task, entry), plain)

@@ -1,0 +1,70 @@
+"""Which stage reads which source, what identifies its content, and the prompts of the samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fourstage.data.chat import load_chat
+from fourstage.data.config import DataConfig
+from fourstage.data.corpus import load_corpus
+from fourstage.data.preference import load_preference, load_prompts
+from fourstage.data.reasoning import load_reasoning
+
+source_of_stage = {
+    "pretrain": "corpus",
+    "sft": "chat",
+    "reward": "preference",
+    "ppo": "preference",
+    "grpo": "reasoning",
+}
+
+QUESTIONS = (
+    "What is an LLM?",
+    "Hello, how are you?",
+    "What is your name?",
+    "What is a computer?",
+    "My internet is not working.",
+)
+PROBLEMS = 3
+
+
+def digest(config: DataConfig, stage: str) -> str:
+    """12 hexadecimal digits of the content of the only source that a stage reads.
+
+    For ppo that is the prompts; so it is for reward where the pairs are sampled.
+
+    Raises:
+        UserError: the source is missing or its file is bad.
+    """
+    source = source_of_stage[stage]
+    if source == "corpus":
+        return load_corpus(config).digest
+    if source == "chat":
+        return load_chat(config).digest
+    if source == "reasoning":
+        return load_reasoning(config).digest
+    pairs = load_preference(config)
+    if stage == "reward" and pairs is not None:
+        return pairs.digest
+    return load_prompts(config).digest
+
+
+def sample_prompts(config: DataConfig) -> list[dict[str, Any]]:
+    """Fixed prompts that every stage answers: [{"id", "messages"}], "What is an LLM?" first.
+
+    Questions, then a held-out problem of each of a few tasks where there are problems.
+    """
+    prompts = [
+        {"id": f"question-{i}", "messages": [{"role": "user", "content": question}]}
+        for i, question in enumerate(QUESTIONS, start=1)
+    ]
+    if config.reasoning.path is None and not config.reasoning.tasks:
+        return prompts
+    heldout = load_reasoning(config).heldout
+    one_a_task = list({p.task: p for p in reversed(heldout)}.values())[::-1]
+    others = [p for p in heldout if p not in one_a_task]
+    problems = [*one_a_task, *others][:PROBLEMS]
+    return prompts + [
+        {"id": f"problem-{i}", "messages": p.prompt_messages}
+        for i, p in enumerate(problems, start=1)
+    ]

@@ -1,0 +1,81 @@
+"""Which side of the split a prompt or a problem stands on: one function for every source.
+
+A prompt is held out if the hash of its normalised text falls under the share. The text alone
+decides, so one prompt never stands on both sides, in whatever source, order or run it comes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+_NUMBER = r"-?\d+"
+_SUM = re.compile(rf"^{_NUMBER}(?: [+-] {_NUMBER})+ = \?$")
+_PRODUCT = re.compile(rf"^{_NUMBER}(?: \* {_NUMBER})+ = \?$")
+_GCD = re.compile(r"^gcd\(\d+(?:, \d+)+\) = \?$")
+EXPRESSION = re.compile(
+    rf"(?<![\w.]){_NUMBER}(?:[ \t]*[-+*][ \t]*{_NUMBER})+(?![\w.])|gcd\([\d, ]+\)"
+)
+
+
+def normalise(text: str) -> str:
+    """The key of a prompt: lower case, single spaces, and one order of operands.
+
+    "3 + 5 = ?" and "5 + 3 = ?" are one problem to the split; so are swapped factors and the
+    arguments of gcd. In a sum the terms move with their signs.
+    """
+    text = " ".join(text.lower().split())
+    if _SUM.match(text):
+        terms = re.findall(rf"[+-] {_NUMBER}", "+ " + text)
+        return " ".join(sorted(terms)) + " = ?"
+    if _PRODUCT.match(text):
+        return " * ".join(sorted(re.findall(_NUMBER, text))) + " = ?"
+    if _GCD.match(text):
+        return "gcd(" + ", ".join(sorted(re.findall(_NUMBER, text))) + ") = ?"
+    return text
+
+
+def short_hash(text: str, length: int = 12) -> str:
+    """Hexadecimal digits of the SHA-256 of a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+
+def is_heldout(prompt: str, share: float) -> bool:
+    """True if a prompt belongs to the held-out side, which takes `share` of all prompts."""
+    return int(short_hash(normalise(prompt)), 16) < share * 16**12
+
+
+def expressions(text: str) -> set[str]:
+    """The arithmetic that a text spells out, in the form of `normalise("... = ?")`.
+
+    Spacing and the order of operands do not matter, and of a longer chain every run of neighbours
+    counts: "1 + 26 + 4" holds "4+26" too.
+    """
+    found: set[str] = set()
+    for match in EXPRESSION.finditer(text.lower()):
+        parts = _parts(match[0])
+        for start in range(0, len(parts), 2):
+            for end in range(start + 3, len(parts) + 1, 2):
+                found.add(_key(parts[start:end]))
+        if len(parts) == 1:
+            found.add(_key(parts))
+    return found
+
+
+def whole_expressions(text: str) -> set[str]:
+    """As `expressions`, without the runs inside longer chains."""
+    return {_key(_parts(match[0])) for match in EXPRESSION.finditer(text.lower())}
+
+
+def _parts(expression: str) -> list[str]:
+    """Numbers at even places, operators between them; gcd(...) is one part."""
+    if expression.startswith("gcd"):
+        return [f"gcd({', '.join(re.findall(r'[0-9]+', expression))})"]
+    first = re.match(_NUMBER, expression)
+    assert first is not None
+    rest = re.findall(rf"([-+*])[ \t]*({_NUMBER})", expression[first.end() :])
+    return [first[0], *(part for pair in rest for part in pair)]
+
+
+def _key(parts: list[str]) -> str:
+    return normalise(f"{' '.join(parts)} = ?")

@@ -1,0 +1,134 @@
+"""Tasks of reasoning-gym in the form a small character model reads, with worked solutions.
+
+| task | reasoning-gym's question | here |
+| --- | --- | --- |
+| chain_sum | State the final answer to the following arithmetic problem: 26 + 4 = | 26 + 4 = ? |
+| products | Solve the following multiplication: 7 * 12. Give only the result ... | 7 * 12 = ? |
+| gcd | Find the Greatest Common Divisor (GCD) of these numbers: 12, 18. ... | gcd(12, 18) = ? |
+| spell_backward | Spell this word backward (example: sun -> nus): hello | Reverse: hello |
+| any other | as it is | as it is, and the worked solution is its last line only |
+
+The answer is always judged by the task's own verifier, on its own entry. A worked solution is
+short steps, then "#### ANSWER" (Nye et al. 2021, arXiv 2112.00114: scratchpads).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+from fourstage.verify import MARK
+
+Entry = dict[str, Any]
+
+
+def short_question(task: str, entry: Entry) -> str:
+    """The question as the model sees it."""
+    metadata = entry["metadata"]
+    if task in ("chain_sum", "products"):
+        return f"{metadata['expression']} = ?"
+    if task == "gcd":
+        return f"gcd({', '.join(map(str, metadata['numbers']))}) = ?"
+    if task == "spell_backward":
+        return f"Reverse: {metadata['word']}"
+    return entry["question"].strip()
+
+
+def worked_solution(task: str, entry: Entry) -> str | None:
+    """Steps, one a line, and the marked answer; None where the task has no single answer."""
+    if not isinstance(entry["answer"], str) or not entry["answer"].strip():
+        return None
+    steps = STEPS[task](entry["metadata"]) if task in STEPS else []
+    return "\n".join([*steps, f"{MARK}{entry['answer'].strip()}"])
+
+
+def _by_place(number: int) -> list[int]:
+    """347 -> [300, 40, 7]; the sign goes with every part, and zeros stay."""
+    sign, digits = (-1 if number < 0 else 1), str(abs(number))
+    return [sign * int(d) * 10 ** (len(digits) - 1 - i) for i, d in enumerate(digits)]
+
+
+def chain_sum_steps(metadata: Entry) -> list[str]:
+    """Two terms: hundreds, tens and units apart (47 + 38: 40+30=70, 7+8=15). More: running sums.
+
+    Single digits need no step.
+    """
+    first, *rest = re.findall(r"-?\d+|[+-](?= )", metadata["expression"])
+    terms = [(rest[i], int(rest[i + 1])) for i in range(0, len(rest), 2)]
+    if len(terms) > 1:
+        steps, total = [], int(first)
+        for sign, term in terms:
+            result = total + term if sign == "+" else total - term
+            steps.append(f"{total}{sign}{term}={result}")
+            total = result
+        return steps
+    (sign, term), left = terms[0], int(first)
+    width = max(len(str(abs(left))), len(str(abs(term))))
+    if width == 1:
+        return []
+    columns = zip(_padded(left, width), _padded(term, width), strict=True)
+    return [f"{a}{sign}{b}={a + b if sign == '+' else a - b}" for a, b in columns]
+
+
+def _padded(number: int, width: int) -> list[int]:
+    parts = _by_place(number)
+    return [0] * (width - len(parts)) + parts
+
+
+def products_steps(metadata: Entry) -> list[str]:
+    """A digit times a number counts up (3 * 8: "8 16 24"); else the digits of the second factor.
+
+    12 * 34: 12*30=360, 12*4=48, 360+48=408. Several factors are taken from the left.
+    """
+    factors = [int(f) for f in re.findall(r"-?\d+", metadata["expression"])]
+    steps, left = [], factors[0]
+    for right in factors[1:]:
+        steps += _product(left, right)
+        left *= right
+    return steps
+
+
+def _product(left: int, right: int) -> list[str]:
+    small, large = sorted((abs(left), abs(right)))
+    if small <= 9:
+        return [" ".join(str(large * i) for i in range(1, small + 1))] if small > 1 else []
+    parts = [part for part in _by_place(right) if part]
+    if len(parts) == 1:
+        return [f"{left}*{right}={left * right}"]
+    steps = [f"{left}*{part}={left * part}" for part in parts]
+    total = left * parts[0]
+    for part in parts[1:]:
+        plus = left * part
+        steps.append(f"{total}{plus:+}={total + plus}")
+        total += plus
+    return steps
+
+
+def gcd_steps(metadata: Entry) -> list[str]:
+    """Euclid's remainders: gcd(12, 18): 18%12=6, 12%6=0."""
+    steps: list[str] = []
+
+    def euclid(a: int, b: int) -> int:
+        large, small = max(a, b), min(a, b)
+        while small:
+            steps.append(f"{large}%{small}={large % small}")
+            large, small = small, large % small
+        return large
+
+    reduce(euclid, metadata["numbers"])
+    return steps
+
+
+def spell_backward_steps(metadata: Entry) -> list[str]:
+    """The letters, spaced out."""
+    return [" ".join(metadata["word"])]
+
+
+STEPS: dict[str, Callable[[Entry], list[str]]] = {
+    "chain_sum": chain_sum_steps,
+    "products": products_steps,
+    "gcd": gcd_steps,
+    "spell_backward": spell_backward_steps,
+}

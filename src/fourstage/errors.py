@@ -1,0 +1,8 @@
+"""The one exception for what a user did wrong."""
+
+
+class UserError(ValueError):
+    """A mistake in a command, a config or a file: one line that says what was wrong and what to do.
+
+    Entry points print it without a traceback and end with exit code 1.
+    """

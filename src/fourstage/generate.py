@@ -1,0 +1,216 @@
+"""Batched sampling with a KV cache: rollouts, sample tables, evaluation and chat all use this.
+
+Prompts are padded at the left. Each row draws from its own random numbers, so what a row says
+depends neither on the rows beside it nor on when those end.
+
+Shape legend: B rows (those still in the batch), P prompt tokens, A answer tokens, S cached tokens,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fourstage.errors import UserError
+from fourstage.model import KVCache, Transformer
+
+COMPACT_BELOW = 0.75  # finished rows leave the batch when fewer than this share are unfinished
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One entry a prompt, in the order of the prompts."""
+
+    answer_ids: list[list[int]]  # with the stop token where one was sampled
+    logprobs: list[list[float]]  # of each answer token, under the distribution it was drawn from
+    stopped: list[bool]  # ended by the stop token, not by max_new_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is drawn from logits; temperature 0 takes the likeliest one.
+
+    top_k keeps the k likeliest tokens (0: all), then top_p the smallest set of the likeliest whose
+    probability reaches p (Holtzman et al. 2019, arXiv 1904.09751); `forbid` ids are never drawn.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    forbid: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature: must be 0 (greedy) or more, got {self.temperature}")
+        if self.top_k < 0:
+            raise UserError(f"top_k: must be 0 (all tokens) or more, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p: must be above 0 and at most 1, got {self.top_p}")
+
+    def log_probs(self, logits_BV: Tensor) -> Tensor:
+        """Log-probabilities [B, V] after temperature and filters (greedy: as if it were 1)."""
+        logits_BV = logits_BV.float() / (self.temperature or 1.0)
+        if self.forbid:
+            logits_BV = logits_BV.index_fill(
+                1, torch.tensor(self.forbid, device=logits_BV.device), -torch.inf
+            )
+        if self.top_k or self.top_p < 1:
+            sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
+            if self.top_k:
+                sorted_BV[:, self.top_k :] = -torch.inf
+            probs_BV = sorted_BV.softmax(-1)
+            before_BV = probs_BV.cumsum(-1) - probs_BV
+            sorted_BV = sorted_BV.masked_fill(before_BV >= self.top_p, -torch.inf)
+            logits_BV = torch.empty_like(logits_BV).scatter_(1, order_BV, sorted_BV)
+        return logits_BV.log_softmax(-1)
+
+    def draw(self, log_probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
+        """int64 [B]: the token where the cumulated probability passes the row's uniform number."""
+        if self.temperature == 0:
+            return log_probs_BV.argmax(-1)
+        cdf_BV = log_probs_BV.exp().cumsum(-1)
+        below_total_B = uniform_B.clamp(max=1 - 2**-20) * cdf_BV[:, -1]
+        return torch.searchsorted(cdf_BV, below_total_B[:, None], right=True).squeeze(1)
+
+
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    stop_id: int,
+    pad_id: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    forbid: tuple[int, ...] = (),
+    seed: int = 0,
+    row_seeds: list[int] | None = None,
+) -> Generation:
+    """Answers every prompt with at most max_new_tokens tokens, up to and including stop_id.
+
+    With top_k 0, top_p 1 and nothing forbidden, logprobs are those that a training forward gives
+    for logits / temperature. Row i draws with row_seeds[i], else with a seed made of seed and i.
+
+    Raises:
+        UserError: a prompt leaves no room for the answer in max_seq_len, or a value out of range.
+    """
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, forbid=forbid)
+    if row_seeds is None:
+        row_seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
+    assert len(row_seeds) == len(prompts), "one seed a prompt"
+    steps = _steps(model, prompts, max_new_tokens, stop_id, pad_id, sampling, row_seeds)
+    rows, tokens, logprobs = [torch.cat(x).tolist() for x in zip(*steps, strict=True)] or ([],) * 3
+    answers: list[list[int]] = [[] for _ in prompts]
+    answer_logprobs: list[list[float]] = [[] for _ in prompts]
+    for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+        answers[row].append(token)
+        answer_logprobs[row].append(logprob)
+    return Generation(answers, answer_logprobs, [stop_id in answer for answer in answers])
+
+
+def stream(
+    model: Transformer,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    stop_id: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    forbid: tuple[int, ...] = (),
+    seed: int = 0,
+) -> Iterator[int]:
+    """The answer that generate gives to this prompt alone, token by token; raises as it does."""
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, forbid=forbid)
+    row_seeds = [seed * 1_000_003]
+    for _, token, _ in _steps(model, [prompt], max_new_tokens, stop_id, 0, sampling, row_seeds):
+        yield token.item()
+
+
+@torch.no_grad()
+def _steps(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop_id: int,
+    pad_id: int,
+    sampling: Sampling,
+    row_seeds: list[int],
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Per step: the unfinished rows' prompt numbers, new tokens and log-probs, each [b]."""
+    longest = max(map(len, prompts), default=0)
+    if longest + max_new_tokens > model.config.max_seq_len:
+        raise UserError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
+            f"max_seq_len of {model.config.max_seq_len}: shorten the prompt or lower max_new_tokens"
+        )
+    if not prompts or max_new_tokens < 1:
+        return
+    assert all(prompts), "an empty prompt"
+    device = model.embedding.weight.device
+    pads = [longest - len(prompt) for prompt in prompts]
+    ids_BT = torch.tensor(
+        [[pad_id] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)], device=device
+    )
+    pad_B = torch.tensor(pads, device=device)
+    uniform_BA = _uniforms(row_seeds, max_new_tokens).to(device)
+    place_S = torch.arange(longest + max_new_tokens, device=device)
+    row_B = torch.arange(len(prompts), device=device)
+    alive_B = torch.ones_like(row_B, dtype=torch.bool)
+    cache = KVCache(model.config.n_layers, capacity=longest + max_new_tokens)
+    # With equal prompts nothing is masked, and attention may take its faster way.
+    real_BS = place_S >= pad_B[:, None] if any(pads) else None
+    mask = None if real_BS is None else _prefill_mask(real_BS[:, :longest])
+    was_training = model.training
+    model.eval()
+    try:
+        for step in range(max_new_tokens):
+            end = longest + step
+            positions_BT = place_S[end - ids_BT.shape[1] : end] - pad_B[:, None]
+            out = model(
+                ids_BT, positions_BT=positions_BT.clamp(min=0), cache=cache, attn_mask=mask
+            )
+            log_probs_BV = sampling.log_probs(model.logits(out.hidden_BTD[:, -1]))
+            token_B = sampling.draw(log_probs_BV, uniform_BA[:, step])
+            logprob_B = log_probs_BV.gather(1, token_B[:, None]).squeeze(1)
+            yield row_B[alive_B], token_B[alive_B], logprob_B[alive_B]
+
+            alive_B = alive_B & (token_B != stop_id)
+            alive = int(alive_B.sum())
+            if alive == 0:
+                return
+            if alive < COMPACT_BELOW * len(alive_B):
+                keep = alive_B.nonzero().squeeze(1)
+                cache.keep(keep)
+                row_B, pad_B, token_B = row_B[keep], pad_B[keep], token_B[keep]
+                uniform_BA, alive_B = uniform_BA[keep], alive_B[keep]
+                real_BS = None if real_BS is None else real_BS[keep]
+            ids_BT = token_B[:, None]
+            mask = None if real_BS is None else real_BS[:, None, None, : end + 1]
+    finally:
+        model.train(was_training)
+
+
+def _prefill_mask(real_BP: Tensor) -> Tensor:
+    """bool [B, 1, P, P]: causal over real tokens; padding sees itself, for a softmax of nothing
+    is NaN."""
+    P = real_BP.shape[1]
+    causal_PP = torch.ones(P, P, dtype=torch.bool, device=real_BP.device).tril()
+    self_PP = torch.eye(P, dtype=torch.bool, device=real_BP.device)
+    return ((causal_PP & real_BP[:, None, :]) | self_PP)[:, None]
+
+
+def _uniforms(row_seeds: list[int], n: int) -> Tensor:
+    """float [B, n] in [0, 1), row i from row_seeds[i] alone; the same on every device."""
+    generator = torch.Generator()
+    return torch.stack(
+        [torch.rand(n, generator=generator.manual_seed(seed)) for seed in row_seeds]
+    )

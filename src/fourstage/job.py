@@ -1,0 +1,162 @@
+"""What lineage hands to the runner: one stage to train, with everything it needs, and its record.
+
+The record is `run.json` in the run's folder; it is the only file that says what a run is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fourstage.errors import UserError
+
+if TYPE_CHECKING:  # types only: the record is read by programs that never need torch
+    from fourstage.data import DataConfig
+    from fourstage.evaluation import EvaluationConfig
+    from fourstage.model import ModelConfig
+    from fourstage.tokenizer import TokenizerConfig
+
+STAGES = ("pretrain", "sft", "reward", "ppo", "grpo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Where a stage trains. "auto" is one GPU in bf16 where there is one, else the CPU in fp32."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    devices: int = 1  # -1: all of them
+    num_nodes: int = 1
+    strategy: str = "auto"  # a name that Lightning knows: ddp, deepspeed_stage_2, ...
+    precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.devices < 1 and self.devices != -1:
+            raise UserError(f"devices: must be at least 1, or -1 for all, got {self.devices}")
+        if self.num_nodes < 1:
+            raise UserError(f"num_nodes: must be at least 1, got {self.num_nodes}")
+
+    def resolved(self) -> TrainerConfig:
+        """The same with no "auto" left in accelerator and precision (imports torch).
+
+        Raises UserError for a GPU that is not there.
+        """
+        import torch
+
+        has = {
+            "cpu": True,
+            "gpu": torch.cuda.is_available(),
+            "mps": torch.backends.mps.is_available(),
+        }
+        accelerator = self.accelerator
+        if accelerator == "auto":
+            accelerator = "gpu" if has["gpu"] else "cpu"
+        if not has[accelerator]:
+            raise UserError(
+                f"trainer.accelerator: no {accelerator} here that PyTorch can use: take trainer=cpu"
+            )
+        precision = self.precision
+        if precision == "auto":
+            precision = "bf16-mixed" if accelerator == "gpu" else "32-true"
+        return TrainerConfig(
+            accelerator=accelerator,
+            devices=self.devices,
+            num_nodes=self.num_nodes,
+            strategy=self.strategy,
+            precision=precision,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggerConfig:
+    """Where metrics go besides metrics.csv. mode "auto": online when a key is set, else offline."""
+
+    name: Literal["wandb", "none"] = "wandb"
+    project: str = "fourstage"
+    entity: str | None = None
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+
+
+@dataclass(kw_only=True)
+class StageJob:
+    """One stage of one plan. All paths exist, except those that the stage itself makes."""
+
+    stage: str
+    run_id: str
+    folder: Path
+    outputs: Path
+    settings: Any  # the stage's own Settings
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    trainer: TrainerConfig  # resolved: no "auto" in accelerator and precision
+    logger: LoggerConfig
+    evaluation: EvaluationConfig
+    seed: int
+    parents: dict[str, Path] = field(default_factory=dict)  # "policy", "reward"
+    ancestors: dict[str, Path] = field(default_factory=dict)  # stage -> its finished run's folder
+    group: str  # the ladder: its pretrain run's id
+    debug: str | None = None
+    resume: bool = False  # checkpoints/last.ckpt is there
+    keep_checkpoints: bool = False
+    config: dict[str, Any] = field(default_factory=dict)  # resolved, as in run.json
+    plan_left: list[tuple[str, float | None]] = field(default_factory=list)  # (stage, seconds)
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}-{self.run_id}"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Resume state: weights, optimizer, loops and data position, written by Checkpointer."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The run.json of a run's folder. Raises UserError when it is missing or no JSON."""
+    path = folder / "run.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}: not a run (it has no run.json)") from None
+    except ValueError as error:
+        raise UserError(f"{path}: broken ({error}): remove the folder and train again") from None
+
+
+def write_record(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Merge the changes into run.json (a dict key by key) and return the whole record."""
+    record = read_record(folder) if (folder / "run.json").exists() else {}
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(record.get(key), dict):
+            value = {**record[key], **value}
+        record[key] = value
+    write_atomic(folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    return record
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """A reader, or a later start after a crash, sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        swap_in(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def swap_in(new: Path, place: Path) -> None:
+    """Move a file or folder to `place`, whose old content goes; a kill loses neither of the two."""
+    if new.is_file():
+        with open(new, "rb+") as file:
+            os.fsync(file.fileno())
+    if not place.is_dir():  # a rename replaces a file, but not a folder
+        os.replace(new, place)
+        return
+    old = new.with_name(f"{new.name}.old")
+    os.rename(place, old)
+    os.rename(new, place)
+    shutil.rmtree(old)

@@ -1,0 +1,65 @@
+"""`python -m fourstage.model [vocab_size=32768]`: a table of all model configs and their sizes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+CONFIGS = Path(__file__).parents[3] / "conf" / "model"
+
+
+def main(arguments: list[str]) -> None:
+    """Builds each config on the meta device and counts; the vocabulary is the characters' by default.
+
+    Raises:
+        UserError: an argument is not vocab_size=NUMBER, or conf/model is not beside src.
+    """
+    import torch
+    import yaml
+    from rich.console import Console
+    from rich.table import Table
+
+    from fourstage.errors import UserError
+    from fourstage.model import ModelConfig, Transformer
+    from fourstage.tokenizer import Tokenizer
+
+    match [argument.split("=", 1) for argument in arguments]:
+        case []:
+            vocab_size = Tokenizer.char().vocab_size
+        case [["vocab_size", number]] if number.isdecimal() and int(number) > 0:
+            vocab_size = int(number)
+        case _:
+            raise UserError(f"expected vocab_size=NUMBER, got {' '.join(arguments)!r}")
+    if not CONFIGS.is_dir():
+        raise UserError(f"no model configs at {CONFIGS}: run this from a checkout of the repository")
+
+    table = Table(title=f"models with {vocab_size:,} tokens in the vocabulary")
+    for column in ("model", "layers", "width", "experts", "max tokens", "parameters", "a token uses"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    counted = []
+    for path in CONFIGS.glob("*.yaml"):
+        config = ModelConfig(**yaml.safe_load(path.read_text()))
+        with torch.device("meta"):
+            total = sum(p.numel() for p in Transformer(config, vocab_size).parameters())
+        counted.append((total, config.count_params(vocab_size)[1], config))
+    for total, active, config in sorted(counted, key=lambda row: row[:2]):
+        experts = f"{config.top_k} of {config.num_experts}" + (" + 1" if config.d_shared else "")
+        table.add_row(
+            config.name,
+            str(config.n_layers),
+            str(config.d_model),
+            "dense" if config.dense else experts,
+            f"{config.max_seq_len:,}",
+            f"{total / 1e6:,.2f} M",
+            f"{active / 1e6:,.2f} M",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    from fourstage.errors import UserError
+
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,100 @@
+"""The shape of a model as plain values, checked when built, and how many parameters it has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fourstage.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A Mixture-of-Experts decoder; num_experts=1 is a dense model, which has no router.
+
+    The gates are normalised over the chosen experts when top_k > 1 and raw when top_k == 1 (a
+    normalised single gate is constant and has no gradient), then multiplied by route_scale.
+    `balance` keeps the experts equally busy: "bias" moves a selection bias by bias_step after each
+    optimizer step (DeepSeek-V3, arXiv 2412.19437), "switch" adds a loss (arXiv 2101.03961).
+
+    Raises:
+        UserError: a value is impossible, alone or next to another.
+    """
+
+    name: str
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    num_experts: int
+    top_k: int
+    d_expert: int  # hidden width of one routed expert (of the whole MLP in a dense model)
+    d_shared: int = 0  # hidden width of the expert that every token passes; 0: there is none
+    max_seq_len: int = 512
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    qk_norm: bool = True
+    tie_embeddings: bool = False
+    route_scale: float = 1.0
+    balance: Literal["bias", "switch", "none"] = "bias"
+    bias_step: float = 1e-3
+    switch_coef: float = 0.01  # used when balance is "switch"
+    z_loss_coef: float = 0.0
+    init_std: float = 0.02
+    dropout: float = 0.0  # on what attention and MLP add to the residual stream
+    expert_path: Literal["grouped", "loop"] = "grouped"
+
+    def __post_init__(self) -> None:
+        sizes = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_expert", "top_k")
+        for key in (*sizes, "max_seq_len"):
+            if (value := getattr(self, key)) < 1:
+                raise UserError(f"{key}: must be at least 1, got {value}")
+        if self.num_experts < 1:
+            raise UserError(
+                f"num_experts: must be at least 1, got {self.num_experts} "
+                "(a dense model is one expert: model=dense_tiny)"
+            )
+        if self.top_k > self.num_experts:
+            raise UserError(
+                f"top_k: cannot choose {self.top_k} of {self.num_experts} experts; "
+                "lower top_k or raise num_experts"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise UserError(
+                f"n_kv_heads: must divide n_heads ({self.n_heads}), got {self.n_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(
+                f"head_dim: must be even (rotary embeddings turn pairs), got {self.head_dim}"
+            )
+        if self.dense and self.d_shared:
+            raise UserError(
+                f"d_shared: must be 0 when num_experts is 1, got {self.d_shared} "
+                "(widen d_expert instead)"
+            )
+        for key in ("rope_theta", "norm_eps", "init_std", "route_scale"):
+            if (value := getattr(self, key)) <= 0:
+                raise UserError(f"{key}: must be above 0, got {value}")
+        for key in ("d_shared", "bias_step", "switch_coef", "z_loss_coef"):
+            if (value := getattr(self, key)) < 0:
+                raise UserError(f"{key}: must not be negative, got {value}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout: must be from 0 to below 1, got {self.dropout}")
+
+    @property
+    def dense(self) -> bool:
+        return self.num_experts == 1
+
+    def count_params(self, vocab_size: int) -> tuple[int, int]:
+        """(all parameters, those that one token uses), embedding and head among both."""
+        heads = 2 * self.n_heads + 2 * self.n_kv_heads
+        attention = self.d_model * self.head_dim * heads + 2 * self.head_dim * self.qk_norm
+        expert = 3 * self.d_model * self.d_expert
+        shared = 3 * self.d_model * self.d_shared
+        router = 0 if self.dense else self.d_model * self.num_experts
+        layer = 2 * self.d_model + attention + shared + router
+        ends = vocab_size * self.d_model * (1 if self.tie_embeddings else 2) + self.d_model
+        total = ends + self.n_layers * (layer + self.num_experts * expert)
+        active = ends + self.n_layers * (layer + self.top_k * expert)
+        return total, active

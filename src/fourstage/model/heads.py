@@ -1,0 +1,32 @@
+"""One number per position: the reward model (read at the last token) and PPO's value network."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fourstage.model.attention import Linear
+from fourstage.model.transformer import Transformer
+
+
+class ScalarHead(Linear):
+    """[..., D] -> [...]; weights N(0, 1 / (D + 1)) (Stiennon et al. 2020, arXiv 2009.01325)."""
+
+    def __init__(self, d_model: int):
+        super().__init__(d_model, 1, std=(d_model + 1) ** -0.5)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden).squeeze(-1)
+
+
+class ScalarModel(nn.Module):
+    """A Transformer, whose token head is dropped (it would get no gradient), with a scalar head."""
+
+    def __init__(self, backbone: Transformer):
+        super().__init__()
+        backbone.head = None
+        self.backbone = backbone
+        self.head = ScalarHead(backbone.config.d_model)
+
+    def forward(self, ids_BT: Tensor, *, valid_BT: Tensor | None = None) -> Tensor:
+        """int64 [B, T], right-padded -> float [B, T]; what stands on padding means nothing."""
+        return self.head(self.backbone(ids_BT, valid_BT=valid_BT).hidden_BTD)

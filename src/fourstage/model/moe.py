@@ -1,0 +1,207 @@
+"""Mixture of experts: sigmoid top-k router, dropless SwiGLU experts, balanced by a bias.
+
+Follows DeepSeek-V3 (arXiv 2412.19437, eq. 12-16) without its device limits and sequence-wise loss.
+
+Shape legend: N tokens (B * T), D d_model, E experts, K experts chosen per token, F d_expert,
+M = N * K token copies sorted by expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fourstage.model.attention import Linear
+from fourstage.model.config import ModelConfig
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of the halves of the last dimension (Shazeer 2020, arXiv 2002.05202)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class SwiGLU(nn.Module):
+    """The MLP of a dense model, and the expert that every token passes."""
+
+    def __init__(self, config: ModelConfig, d_hidden: int):
+        super().__init__()
+        out_std = config.init_std / (2 * config.n_layers) ** 0.5
+        self.gate_up = Linear(config.d_model, 2 * d_hidden, config.init_std)
+        self.down = Linear(d_hidden, config.d_model, out_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate_up(x)))
+
+
+@dataclass
+class Routing:
+    """What one router decided for N tokens; fp32."""
+
+    experts_NK: Tensor  # int64
+    gates_NK: Tensor
+    load_E: Tensor  # valid tokens per expert
+    aux_loss: Tensor  # scalar, switch loss and z-loss times their coefficients
+
+
+def switch_loss(scores_NE: Tensor, load_E: Tensor, valid_N: Tensor | None = None) -> Tensor:
+    """E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, eq. 4); 1 at perfect balance.
+
+    f_e is the share of the N * K choices that fell on expert e (so averaged over k), without a
+    gradient; P_e is the mean over tokens of score_e / sum(scores), as scores are sigmoids.
+    """
+    share_NE = scores_NE / scores_NE.sum(-1, keepdim=True)
+    f_E = load_E / load_E.sum().clamp(min=1)
+    return scores_NE.shape[1] * (f_E * masked_mean(share_NE, valid_N)).sum()
+
+
+def z_loss(logits_NE: Tensor, valid_N: Tensor | None = None) -> Tensor:
+    """mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    return masked_mean(logits_NE.logsumexp(-1).square(), valid_N)
+
+
+def masked_mean(x: Tensor, valid_N: Tensor | None) -> Tensor:
+    """Mean over the valid ones of the first dimension; 0 where none is valid."""
+    if valid_N is None:
+        return x.mean(0)
+    weight_N = valid_N.to(x.dtype)
+    return torch.einsum("n,n...->...", weight_N, x) / weight_N.sum().clamp(min=1)
+
+
+class Router(nn.Module):
+    """Scores every expert with a sigmoid, takes the top k of score + bias, gates with the score."""
+
+    expert_bias_E: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.top_k = config.top_k
+        self.route_scale = config.route_scale
+        self.switch_coef = config.switch_coef if config.balance == "switch" else 0.0
+        self.z_loss_coef = config.z_loss_coef
+        self.proj = Linear(config.d_model, config.num_experts, config.init_std)
+        self.register_buffer("expert_bias_E", torch.zeros(config.num_experts))
+
+    def forward(self, x_ND: Tensor, valid_N: Tensor | None) -> Routing:
+        with torch.autocast(x_ND.device.type, enabled=False):  # half precision flips near-ties
+            logits_NE = F.linear(x_ND.float(), self.proj.weight.float())
+        scores_NE = logits_NE.sigmoid()
+        choice_NE = scores_NE.detach() + self.expert_bias_E
+        experts_NK = choice_NE.topk(self.top_k, dim=-1, sorted=False).indices
+        gates_NK = scores_NE.gather(1, experts_NK)
+        if self.top_k > 1:
+            gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20)
+        load_E = count_load(experts_NK, scores_NE.shape[1], valid_N)
+        aux_loss = logits_NE.new_zeros(())
+        if self.switch_coef:
+            aux_loss = aux_loss + self.switch_coef * switch_loss(scores_NE, load_E, valid_N)
+        if self.z_loss_coef:
+            aux_loss = aux_loss + self.z_loss_coef * z_loss(logits_NE, valid_N)
+        return Routing(experts_NK, gates_NK * self.route_scale, load_E, aux_loss)
+
+
+def count_load(experts_NK: Tensor, num_experts: int, valid_N: Tensor | None) -> Tensor:
+    """float [E]: how many valid tokens chose each expert (sums to K * valid tokens)."""
+    weight_NK = torch.ones_like(experts_NK, dtype=torch.float32)
+    if valid_N is not None:
+        weight_NK = weight_NK * valid_N[:, None]
+    load_E = weight_NK.new_zeros(num_experts)
+    return load_E.scatter_add_(0, experts_NK.flatten(), weight_NK.flatten())
+
+
+class _Dispatch(torch.autograd.Function):
+    """Copies each token to its K places; the gradient is gathered back, never scattered.
+
+    Index backward would add with atomics, whose order changes from run to run on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, order_M: Tensor, place_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(place_NK)
+        return x_ND.index_select(0, order_M // place_NK.shape[1])
+
+    @staticmethod
+    def backward(ctx, grad_MD: Tensor):
+        (place_NK,) = ctx.saved_tensors
+        grad_NKD = grad_MD.index_select(0, place_NK.reshape(-1)).view(*place_NK.shape, -1)
+        return grad_NKD.sum(1), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Undoes the sort: sorted copies [M, D] -> [N, K, D]."""
+
+    @staticmethod
+    def forward(ctx, y_MD: Tensor, order_M: Tensor, place_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(order_M)
+        return y_MD.index_select(0, place_NK.reshape(-1)).view(*place_NK.shape, -1)
+
+    @staticmethod
+    def backward(ctx, grad_NKD: Tensor):
+        (order_M,) = ctx.saved_tensors
+        return grad_NKD.flatten(0, 1).index_select(0, order_M), None, None
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts as two stacked weights; no token is dropped."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        E, D, F_ = config.num_experts, config.d_model, config.d_expert
+        self.use_loop = config.expert_path == "loop"
+        self.gate_up_EDF = nn.Parameter(torch.empty(E, D, 2 * F_))
+        self.down_EFD = nn.Parameter(torch.empty(E, F_, D))
+        nn.init.normal_(self.gate_up_EDF, std=config.init_std)
+        nn.init.normal_(self.down_EFD, std=config.init_std / (2 * config.n_layers) ** 0.5)
+
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
+        path = self.loop if self.use_loop else self.grouped
+        return path(x_ND, experts_NK, gates_NK)
+
+    def loop(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
+        """The reference: one expert after the other, each on the tokens that chose it."""
+        y_ND = torch.zeros_like(x_ND)
+        for e in range(len(self.down_EFD)):
+            token, k = torch.where(experts_NK == e)
+            y = swiglu(x_ND[token] @ self.gate_up_EDF[e]) @ self.down_EFD[e]
+            y_ND = y_ND.index_add(0, token, (gates_NK[token, k, None] * y).to(y_ND.dtype))
+        return y_ND
+
+    def grouped(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
+        """The same with the tokens' copies sorted by expert and one grouped product a weight."""
+        expert_M, order_M = experts_NK.flatten().sort(stable=True)
+        place_NK = torch.empty_like(order_M)
+        place_NK[order_M] = torch.arange(len(order_M), device=order_M.device)
+        place_NK = place_NK.view_as(experts_NK)
+        every_E = torch.arange(len(self.down_EFD), device=order_M.device)
+        ends_E = torch.searchsorted(expert_M, every_E, right=True, out_int32=True)
+
+        dtype = x_ND.dtype
+        if torch.is_autocast_enabled(x_ND.device.type):
+            dtype = torch.get_autocast_dtype(x_ND.device.type)
+        x_MD = _Dispatch.apply(x_ND.to(dtype), order_M, place_NK)
+        h_MF = swiglu(F.grouped_mm(x_MD, self.gate_up_EDF.to(dtype), offs=ends_E))
+        y_MD = F.grouped_mm(h_MF, self.down_EFD.to(dtype), offs=ends_E)
+        y_NKD = _Collect.apply(y_MD, order_M, place_NK)
+        return (gates_NK[..., None] * y_NKD).sum(1).to(x_ND.dtype)
+
+
+class MoE(nn.Module):
+    """Routed experts, plus one that every token passes where d_shared is not 0."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.shared = SwiGLU(config, config.d_shared) if config.d_shared else None
+
+    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """[B, T, D] -> [B, T, D] and what the router did; padding passes but is never load."""
+        x_ND = x_BTD.flatten(0, 1)
+        routing = self.router(x_ND, None if valid_BT is None else valid_BT.flatten())
+        y_ND = self.experts(x_ND, routing.experts_NK, routing.gates_NK)
+        if self.shared is not None:
+            y_ND = y_ND + self.shared(x_ND)
+        return y_ND.view_as(x_BTD), routing

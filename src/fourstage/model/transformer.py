@@ -1,0 +1,173 @@
+"""The decoder: embedding, pre-norm blocks of attention and experts, final norm, head.
+
+Shape legend: B rows, T tokens, S cached tokens, D d_model, V vocabulary, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fourstage.model.attention import Attention, KVCache, LayerCache, Linear, RMSNorm, rope_angles
+from fourstage.model.config import ModelConfig
+from fourstage.model.moe import MoE, Routing, SwiGLU
+
+
+@dataclass
+class RouterStats:
+    """What the routers of one forward did. Without gradient, except aux_loss."""
+
+    load_LE: Tensor  # float, valid tokens per expert
+    bias_LE: Tensor  # float, the selection bias
+    aux_loss: Tensor  # scalar to add to the loss: summed over layers, coefficients included
+
+    @property
+    def entropy_L(self) -> Tensor:
+        """Entropy of the load, 1 where all experts are equally busy."""
+        share_LE = self.load_LE / self.load_LE.sum(-1, keepdim=True).clamp(min=1)
+        return torch.special.entr(share_LE).sum(-1) / math.log(self.load_LE.shape[1])
+
+    @property
+    def max_over_mean_L(self) -> Tensor:
+        """Load of the busiest expert over the mean load, from 1 to E."""
+        return self.load_LE.amax(-1) / self.load_LE.mean(-1).clamp(min=1e-9)
+
+    @property
+    def dead_L(self) -> Tensor:
+        """Experts that no token chose."""
+        return (self.load_LE == 0).sum(-1)
+
+    @property
+    def bias_spread_L(self) -> Tensor:
+        """Largest minus smallest selection bias."""
+        return self.bias_LE.amax(-1) - self.bias_LE.amin(-1)
+
+
+@dataclass
+class ModelOutput:
+    hidden_BTD: Tensor  # after the final norm; Transformer.logits turns any part of it to logits
+    router: RouterStats | None  # None in a dense model
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config, config.d_expert) if config.dense else MoE(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        valid_BT: Tensor | None,
+        cache: LayerCache | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Routing | None]:
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rope, cache, mask))
+        h_BTD = self.mlp_norm(x_BTD)
+        if isinstance(self.mlp, MoE):
+            y_BTD, routing = self.mlp(h_BTD, valid_BT)
+        else:
+            y_BTD, routing = self.mlp(h_BTD), None
+        return x_BTD + self.dropout(y_BTD), routing
+
+
+class Transformer(nn.Module):
+    """Training rows are right-padded: causal attention keeps them clean without a mask.
+
+    count_load: whether training forwards (train mode, with gradients) add to the load that
+    update_expert_bias uses; reward, PPO and GRPO set it to False, which freezes the bias.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.count_load = config.balance == "bias"
+        # Not a buffer: DDP would overwrite the ranks' own counts with those of rank 0.
+        self.load_LE: Tensor | None = None
+        self.embedding = Embedding(vocab_size, config.d_model, config.init_std)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        tied = config.tie_embeddings
+        self.head = None if tied else Linear(config.d_model, vocab_size, config.init_std)
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        *,
+        valid_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> ModelOutput:
+        """int64 [B, T] -> hidden states [B, T, D] and the routers' statistics.
+
+        valid_BT: bool, False on padding, which is never load nor part of a balance loss.
+        positions_BT: int64 [B, T] or [1, T]; from the cache's length on by default.
+        attn_mask: bool [B or 1, 1, T, S], True where T may look at S; causal by default.
+        """
+        T = ids_BT.shape[1]
+        start = 0 if cache is None else cache.length
+        assert start + T <= self.config.max_seq_len, f"{start + T} tokens exceed max_seq_len"
+        if positions_BT is None:
+            positions_BT = torch.arange(start, start + T, device=ids_BT.device)[None]
+        rope = rope_angles(positions_BT, self.config.head_dim, self.config.rope_theta)
+        x_BTD = self.embedding(ids_BT)
+        routings = []
+        for i, block in enumerate(self.blocks):
+            layer_cache = None if cache is None else cache.layers[i]
+            x_BTD, routing = block(x_BTD, rope, valid_BT, layer_cache, attn_mask)
+            routings.append(routing)
+        return ModelOutput(self.norm(x_BTD), self._router_stats(routings))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V]."""
+        if self.config.tie_embeddings:
+            return F.linear(hidden, self.embedding.weight)
+        assert self.head is not None, "a scalar model's backbone has no token head"
+        return self.head(hidden)
+
+    def _router_stats(self, routings: list[Routing | None]) -> RouterStats | None:
+        if self.config.dense:
+            return None
+        load_LE = torch.stack([r.load_E for r in routings])
+        if self.training and self.count_load and torch.is_grad_enabled():
+            self.load_LE = load_LE if self.load_LE is None else self.load_LE + load_LE
+        bias_LE = torch.stack([block.mlp.router.expert_bias_E for block in self.blocks])
+        return RouterStats(load_LE, bias_LE, torch.stack([r.aux_loss for r in routings]).sum())
+
+    @torch.no_grad()
+    def update_expert_bias(self, sum_fn: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Moves each bias by bias_step * sign(mean load - load), centred; once an optimizer step.
+
+        Uses and clears the load counted since the last call; sum_fn adds [L, E] over the ranks
+        (every rank must call). DeepSeek-V3, section 2.1.2; centred as in torchtitan.
+        """
+        if self.load_LE is None:
+            return
+        load_LE = self.load_LE if sum_fn is None else sum_fn(self.load_LE)
+        self.load_LE = None
+        step_LE = self.config.bias_step * (load_LE.mean(-1, keepdim=True) - load_LE).sign()
+        step_LE -= step_LE.mean(-1, keepdim=True)
+        for block, step_E in zip(self.blocks, step_LE, strict=True):
+            block.mlp.router.expert_bias_E += step_E
+
+
+class Embedding(nn.Embedding):
+    """Token vectors drawn from N(0, std^2) where they are made (see attention.Linear)."""
+
+    def __init__(self, vocab_size: int, dim: int, std: float):
+        self.std = std
+        super().__init__(vocab_size, dim)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)

@@ -1,0 +1,1 @@
+"""Reinforcement learning: pure maths (ops), text to reward (rewards), sampling (rollout)."""

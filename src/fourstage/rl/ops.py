@@ -1,0 +1,91 @@
+"""The maths that more than one stage uses: pure functions of tensors.
+
+Shape legend: B answers, A answer tokens, V vocabulary. A mask is bool [B, A], True on answer tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def token_logprobs(logits_BAV: Tensor, ids_BA: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each id under softmax(logits / temperature), float32 [B, A]."""
+    logits_BAV = logits_BAV.float() / temperature
+    picked_BA = logits_BAV.gather(-1, ids_BA.unsqueeze(-1)).squeeze(-1)
+    return picked_BA - logits_BAV.logsumexp(-1)
+
+
+def token_entropy(logits_BAV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy in nats of softmax(logits / temperature), float32 [B, A]."""
+    logp_BAV = (logits_BAV.float() / temperature).log_softmax(-1)
+    return -(logp_BAV.exp() * logp_BAV).sum(-1)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the True entries; 0 where there is none."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
+    """[count, sum, sum of squares] over the True entries, float64 [3]: these add over ranks."""
+    kept = x[mask].double()
+    return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
+
+
+def whiten(x: Tensor, moments: Tensor, eps: float = 1e-8) -> Tensor:
+    """(x - mean) / sqrt(variance + eps), unbiased variance, from `masked_moments` of all ranks."""
+    count, total, squares = moments
+    mean = total / count
+    variance = (squares - count * mean.square()) / (count - 1).clamp(min=1)
+    return ((x - mean) * (variance.clamp(min=0) + eps).rsqrt()).to(x.dtype)
+
+
+# KL(policy || reference) estimated from samples of the policy, d = logp - ref (Schulman 2020,
+# joschu.net/blog/kl-approx.html). k1 is unbiased, k2 and k3 are never negative, k3 is unbiased too.
+
+
+def kl_k1(logp: Tensor, ref: Tensor) -> Tensor:
+    return logp - ref
+
+
+def kl_k2(logp: Tensor, ref: Tensor) -> Tensor:
+    return 0.5 * (logp - ref).square()
+
+
+def kl_k3(logp: Tensor, ref: Tensor) -> Tensor:
+    return torch.exp(ref - logp) - (ref - logp) - 1
+
+
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+def clipped_surrogate(
+    logp: Tensor, logp_old: Tensor, advantage: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
+    """Per-token policy loss max(-A r, -A clip(r, 1 - low, 1 + high)), r = exp(logp - logp_old).
+
+    Schulman et al. 2017, arXiv 1707.06347, eq. 7 with its sign turned. All tensors [B, A];
+    `advantage` may be [B, 1].
+    """
+    ratio = torch.exp(logp - logp_old)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return torch.maximum(-advantage * ratio, -advantage * clipped)
+
+
+def ratio_stats(
+    logp: Tensor, logp_old: Tensor, mask: Tensor, clip_low: float, clip_high: float
+) -> dict[str, Tensor]:
+    """How far the policy moved from the sampler: what makes a run believable, all masked.
+
+    approx_kl is the k3 estimate of KL(old || new) from samples of old.
+    """
+    log_ratio = (logp - logp_old).detach()
+    ratio = log_ratio.exp()
+    return {
+        "approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
+        "ratio_mean": masked_mean(ratio, mask),
+        "ratio_max": (ratio * mask).max(),
+        "clip_low": masked_mean((ratio < 1 - clip_low).float(), mask),
+        "clip_high": masked_mean((ratio > 1 + clip_high).float(), mask),
+    }

@@ -1,0 +1,90 @@
+"""Text to reward: the hidden preference rule, and the verifiable reward of reasoning problems.
+
+The hidden rule (RULE_VERSION) plays the human who compares two answers. It labels the pairs that
+the reward model learns from and it judges every stage in the evaluation; nothing that trains ever
+sees its number or its parts. So the true score stays known, and over-optimisation of the learned
+reward can be seen (Gao et al. 2022, arXiv 2210.10760). The rule likes answers that are
+
+    complete   +1.0   ended by the model itself, on a full stop, exclamation or question mark
+    kind       +0.5   for each different kind word, three at most
+    measured   +-1    1 - |words - 12| / 12, never below -1: neither a grunt nor a sermon
+    varied     -2.0   times the share of words that repeat an earlier one
+
+A constant or empty answer scores at most 0; the best possible answer scores 3.5.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from fourstage.verify import Verifiable, has_form, verify
+
+RULE_VERSION = 1
+BEST_LENGTH = 12
+MOST_KIND_WORDS = 3
+KIND_WORDS = frozenset(
+    "please thank thanks sorry glad happy welcome help hope sure good great nice well love you "
+    "your we us friend let try".split()
+)
+_WORD = re.compile(r"[A-Za-z']+")
+_PLAIN = re.compile(r"[\"'(]?([A-Za-z][a-z]*(['-][A-Za-z]?[a-z]*)*|[A-Z]+|[0-9.,]+)[\"')]?[.,!?:;]*[\"')]?")
+
+
+class RuleParts(NamedTuple):
+    """The parts of the hidden rule, before they are added up."""
+
+    complete: float
+    kind: float
+    measured: float
+    varied: float
+
+
+def rule_parts(answer: str, stopped: bool) -> RuleParts:
+    """Judge one answer; `stopped` says that the model ended it itself."""
+    words = [word.lower() for word in _WORD.findall(answer)]
+    distinct = set(words)
+    repeated = 1 - len(distinct) / len(words) if words else 0.0
+    return RuleParts(
+        complete=float(stopped and answer.rstrip().endswith((".", "!", "?"))),
+        kind=0.5 * min(len(distinct & KIND_WORDS), MOST_KIND_WORDS),
+        measured=max(-1.0, 1 - abs(len(words) - BEST_LENGTH) / BEST_LENGTH),
+        varied=-2.0 * repeated,
+    )
+
+
+def true_score(answer: str, stopped: bool) -> float:
+    """The hidden rule's score of one answer, at most 3.5; higher is preferred."""
+    return sum(rule_parts(answer, stopped))
+
+
+class ReasoningReward(NamedTuple):
+    """What a verifiable answer earns."""
+
+    correct: float  # the task's own verifier, 0 to 1
+    form: float  # 1 when it stopped and ends in exactly one marked final answer, else 0
+
+    def total(self, form_weight: float) -> float:
+        return self.correct + form_weight * self.form
+
+
+def reasoning_reward(problem: Verifiable, answer: str, stopped: bool) -> ReasoningReward:
+    """Judge one answer to one problem; an answer that was cut off earns nothing."""
+    if not stopped:
+        return ReasoningReward(0.0, 0.0)
+    return ReasoningReward(verify(problem, answer), float(has_form(answer)))
+
+
+def well_formed(answer: str, stopped: bool, is_problem: bool) -> bool:
+    """Whether an answer stopped and has the form that instruction tuning taught.
+
+    A problem's answer ends in exactly one marked final answer. A chat answer is text: at least
+    three quarters of what stands between its spaces are plain words or numbers, punctuation aside.
+    """
+    if not stopped:
+        return False
+    if is_problem:
+        return has_form(answer)
+    pieces = answer.split()
+    plain = sum(bool(_PLAIN.fullmatch(piece)) for piece in pieces)
+    return bool(pieces) and plain >= 0.75 * len(pieces)

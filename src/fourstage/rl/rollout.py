@@ -1,0 +1,118 @@
+"""Rollouts: sample answers, re-pack them for training, score them with any of the networks.
+
+The sampler and the trainer are the same network code, so their log-probabilities agree
+(a test holds them to 1e-4 in float32, and the stages log the difference).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fourstage.batch import Rollout
+from fourstage.errors import UserError
+from fourstage.generate import generate
+from fourstage.model import ScalarModel, Transformer
+from fourstage.rl.ops import token_entropy, token_logprobs
+from fourstage.tokenizer import Tokenizer
+
+
+class TokenScores(NamedTuple):
+    """What the policy says of the answer tokens, float32 [B, A]; undefined where mask is False."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def fitted_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]], room: int) -> list[int]:
+    """The prompt's ids, without its beginning where it is longer than `room` tokens."""
+    ids = tokenizer.prompt(messages)
+    if len(ids) <= room:
+        return ids
+    shorter = tokenizer.shorten(ids, room, keep=2)
+    if shorter is None:
+        raise UserError(f"no room for a prompt in {room} tokens: lower max_new_tokens")
+    return shorter
+
+
+@torch.no_grad()
+def sample(
+    policy: Transformer,
+    prompts: list[list[int]],
+    tokenizer: Tokenizer,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> Rollout:
+    """One answer to each prompt, from the whole distribution (no top-k, no top-p: on-policy)."""
+    answers = generate(
+        policy,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop_id=tokenizer.eot_id,
+        pad_id=tokenizer.pad_id,
+        temperature=temperature,
+        seed=seed,
+    )
+    device = next(policy.parameters()).device
+    return pack(
+        prompts, answers.answer_ids, answers.logprobs, answers.stopped, tokenizer.pad_id
+    ).to(device)
+
+
+def pack(
+    prompts: list[list[int]],
+    answers: list[list[int]],
+    logprobs: list[list[float]],
+    stopped: list[bool],
+    pad_id: int,
+) -> Rollout:
+    """Right-padded rows prompt + answer from ragged lists, on the CPU."""
+    longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    n_answer = max(len(a) for a in answers)
+    ids_BT = torch.full((len(prompts), longest), pad_id)
+    logp_BA = torch.zeros(len(prompts), n_answer)
+    for row, (prompt, answer, logp) in enumerate(zip(prompts, answers, logprobs, strict=True)):
+        ids_BT[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        logp_BA[row, : len(answer)] = torch.tensor(logp)
+    return Rollout(
+        ids=ids_BT,
+        start=torch.tensor([len(p) for p in prompts]),
+        length=torch.tensor([len(a) for a in answers]),
+        logprobs=logp_BA,
+        stopped=torch.tensor(stopped),
+    )
+
+
+def answer_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
+    """The answers as text, without the end token."""
+    rows = zip(
+        rollout.ids.tolist(), rollout.start.tolist(), rollout.length.tolist(), strict=True
+    )
+    return [tokenizer.decode(ids[start : start + length]) for ids, start, length in rows]
+
+
+def score_tokens(policy: Transformer, rollout: Rollout, temperature: float = 1.0) -> TokenScores:
+    """Log-probabilities and entropy of the answer tokens, with gradient where it is enabled."""
+    hidden_BTD = policy(rollout.ids, valid_BT=rollout.valid).hidden_BTD
+    at_BAD = rollout.predict_at.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
+    logits_BAV = policy.logits(hidden_BTD.gather(1, at_BAD))
+    logp_BA = token_logprobs(logits_BAV, rollout.answer_ids, temperature)
+    with torch.no_grad():
+        entropy_BA = token_entropy(logits_BAV, temperature)
+    return TokenScores(logp_BA, entropy_BA)
+
+
+def answer_values(network: ScalarModel, rollout: Rollout) -> Tensor:
+    """The value before each answer token, float32 [B, A]: V(s_a), s_a = prompt + a tokens."""
+    return network(rollout.ids, valid_BT=rollout.valid).float().gather(1, rollout.predict_at)
+
+
+def final_scores(network: ScalarModel, rollout: Rollout) -> Tensor:
+    """The reward model's score, read at the last real token of each row, float32 [B]."""
+    values_BT = network(rollout.ids, valid_BT=rollout.valid).float()
+    last_B = rollout.start + rollout.length - 1
+    return values_BT.gather(1, last_B[:, None]).squeeze(1)

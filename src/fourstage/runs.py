@@ -1,0 +1,229 @@
+"""The store of runs: outputs/runs/<stage>-<id>/, and a command line to look at it and to tidy up.
+
+    python -m fourstage.runs [list]                 all runs with their disk use
+    python -m fourstage.runs show NAME...           one run: record, files, who descends from it
+    python -m fourstage.runs rm NAME... [force=true]  removes runs; force: others descend from them
+
+NAME is an id, <stage>-<id>, a folder, or a stage's name: its latest finished run. Other arguments
+are key=value: outputs=FOLDER. Needs no PyTorch and answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fourstage.errors import UserError
+from fourstage.job import STAGES, read_record, write_record
+
+Record = dict[str, Any]
+
+
+class RunStore:
+    """Finds, locks and removes runs. Only `outputs` is given; folders are made when needed."""
+
+    def __init__(self, outputs: Path) -> None:
+        self.outputs = outputs
+        self.root = outputs / "runs"
+
+    def folder(self, stage: str, run_id: str) -> Path:
+        return self.root / f"{stage}-{run_id}"
+
+    def retrain_folder(self, stage: str, run_id: str) -> Path:
+        """Where force=true trains a run again, until it takes the old one's place."""
+        return self.outputs / "retrain" / f"{stage}-{run_id}"
+
+    def folders(self) -> list[Path]:
+        """Every run, finished or not, in order of stage and start."""
+        found = [path.parent for path in self.root.glob("*/run.json")]
+        return sorted(found, key=lambda f: _order(read_record(f)))
+
+    def find(self, name: str, *, finished: bool = True) -> Path:
+        """The folder of the run that `name` means. Raises UserError where there is none."""
+        if name in STAGES:
+            return self._latest(name)
+        for folder in (self.root / name, *self.root.glob(f"*-{name}"), Path(name)):
+            if name and (folder / "run.json").exists():
+                if finished and read_record(folder)["status"] != "finished":
+                    raise UserError(f"{folder.name}: this run is not finished")
+                return folder
+        there = [folder.name for folder in self.folders()]
+        if len(there) > 8:
+            there = [*there[:8], f"and {len(there) - 8} more (python -m fourstage.runs)"]
+        raise UserError(
+            f"unknown run {name!r}: {self.root} has {', '.join(there) or 'no runs yet'}"
+        )
+
+    def _latest(self, stage: str) -> Path:
+        runs = [(folder, read_record(folder)) for folder in self.folders()]
+        runs = [(f, r) for f, r in runs if r["stage"] == stage and r["status"] == "finished"]
+        real = [(f, r) for f, r in runs if r["debug"] is None]
+        if not runs:
+            raise UserError(
+                f"no finished {stage} run in {self.root}: train one: python train.py stage={stage}"
+            )
+        return max(real or runs, key=lambda run: run[1]["finished"])[0]
+
+    def ancestors(self, folder: Path) -> dict[str, Path]:
+        """stage -> folder of every run that `folder` descends from, as far as they are there."""
+        found: dict[str, Path] = {}
+        for parent in read_record(folder)["parents"].values():
+            for path in folder.parent.glob(f"*-{parent}"):
+                found |= {**self.ancestors(path), read_record(path)["stage"]: path}
+        return {stage: found[stage] for stage in STAGES if stage in found}
+
+    def children(self, run_id: str) -> list[Path]:
+        """The runs that start from this one, directly."""
+        return [f for f in self.folders() if run_id in read_record(f)["parents"].values()]
+
+    def is_busy(self, run_id: str) -> bool:
+        """Whether some process trains it now."""
+        try:
+            with self._lock(run_id).acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    @contextmanager
+    def locked(self, name: str, run_id: str) -> Iterator[None]:
+        """Hold a run for training or removing; says so, once, when another process holds it.
+
+        The lock dies with its process, so that a crash leaves none behind.
+        """
+        lock = self._lock(run_id)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for {name}, which another process is training", flush=True)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _lock(self, run_id: str) -> FileLock:
+        folder = self.outputs / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / f"{run_id}.lock")
+
+    def remove(self, folder: Path, *, force: bool) -> None:
+        """Remove a run. Raises UserError while it is trained, or where others descend from it."""
+        record = read_record(folder)
+        children = ", ".join(f.name for f in self.children(record["id"]))
+        if children and not force:
+            raise UserError(
+                f"{folder.name}: {children} descend from it: remove them first, or add force=true"
+            )
+        if self.is_busy(record["id"]):
+            raise UserError(f"{folder.name}: a process is training it now: stop that first")
+        trash = self.outputs / "trash" / f"{folder.name}.{os.getpid()}"
+        trash.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(folder, trash)  # at once, so that no half-removed run is ever found
+        shutil.rmtree(trash)
+        trash.parent.rmdir()
+
+
+def find_run(outputs: Path, name: str) -> Path:
+    """The folder of a finished run: by id, <stage>-<id>, folder, or stage (its latest run; a debug
+    one only where there is no other). Raises UserError where there is none."""
+    return RunStore(outputs).find(name)
+
+
+def disk_use(path: Path) -> int:
+    """Bytes on disk under a folder."""
+    return sum(file.lstat().st_blocks * 512 for file in path.rglob("*"))
+
+
+def _order(record: Record) -> tuple[int, str]:
+    return STAGES.index(record["stage"]), record["started"]
+
+
+# --- the command line
+
+
+def _list(store: RunStore) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("run", "status", "from", "model", "seed", "debug", "started", "minutes", "MB")
+    for folder in store.folders():
+        record = read_record(folder)
+        status = record["status"]
+        if status == "running" and not store.is_busy(record["id"]):
+            status = "interrupted"
+        table.add_row(
+            folder.name,
+            status,
+            ", ".join(p for p in record["parents"].values()),
+            record["config"]["model"]["name"],
+            str(record["config"]["seed"]),
+            record["debug"] or "",
+            record["started"][:16].replace("T", " "),
+            f"{record['cost']['seconds'] / 60:.1f}",
+            f"{disk_use(folder) / 1e6:.1f}",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if not table.row_count:
+        print(f"{store.root} has no runs yet: python train.py stage=pretrain")
+        return
+    console.print(table)
+    parts = {p.name: disk_use(p) for p in sorted(store.outputs.iterdir()) if p.is_dir()}
+    print("disk use: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in parts.items()))
+
+
+def _show(store: RunStore, folder: Path) -> None:
+    record = read_record(folder)
+    print(json.dumps(record, indent=1, ensure_ascii=False))
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        print(f"{file.stat().st_size / 1e6:10.3f} MB  {file.relative_to(folder)}")
+    for title, folders in {
+        "ancestors": list(store.ancestors(folder).values()),
+        "descendants": store.children(record["id"]),
+    }.items():
+        print(f"{title}: {', '.join(f.name for f in folders) or 'none'}")
+
+
+def main(arguments: list[str]) -> None:
+    """Run one command. Raises UserError for an unknown command, run or argument."""
+    options = {"outputs": "outputs", "force": "false"}
+    words = []
+    for argument in arguments:
+        key, is_option, value = argument.partition("=")
+        if not is_option:
+            words.append(argument)
+        elif key in options:
+            options[key] = value
+        else:
+            raise UserError(f"unknown option {argument!r}: known are outputs=FOLDER, force=true")
+    if options["force"] not in ("true", "false"):
+        raise UserError(f"force: expected true or false, got {options['force']!r}")
+    store = RunStore(Path(options["outputs"]))
+    command, *names = words or ["list"]
+    if command == "list" and not names:
+        _list(store)
+    elif command == "show" and names:
+        for name in names:
+            _show(store, store.find(name, finished=False))
+    elif command == "rm" and names:
+        for name in names:
+            folder = store.find(name, finished=False)
+            size = disk_use(folder)
+            store.remove(folder, force=options["force"] == "true")
+            print(f"removed {folder.name} ({size / 1e6:.1f} MB)")
+    else:
+        raise UserError("usage: python -m fourstage.runs [list | show NAME... | rm NAME...]")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(str(error))

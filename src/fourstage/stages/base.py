@@ -1,0 +1,221 @@
+"""What the five stages share: settings, optimizer, learning rate, and one way to take a step.
+
+All stages use manual optimization, so that a step means the same in each: its batch is cut into
+pieces of at most `micro_batch_size` rows, each piece's loss is a sum divided by the total over all
+pieces and ranks, the gradient is clipped once, and the router's bias moves once. So 1 x 8 rows
+equal 8 x 1 rows, whatever their lengths.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Timer
+from torch import Tensor, nn
+
+from fourstage.errors import UserError
+from fourstage.model import Transformer
+
+_TIME = re.compile(r"\d{1,3}:\d{1,2}:\d{1,2}:\d{1,2}")  # Lightning's DD:HH:MM:SS
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """The settings that every stage has; `stages.<name>` in the config.
+
+    Raises UserError for a value that no run could use.
+    """
+
+    parent: str | None  # a stage or a run; null: the stage's usual parent
+    max_steps: int  # -1: only max_time counts
+    max_time: str | None  # DD:HH:MM:SS, replaces max_steps
+    batch_size: int  # rows (prompts in ppo and grpo) a step, over all ranks
+    micro_batch_size: int  # rows that one forward and backward hold at most
+    lr: float
+    min_lr: float  # share of lr at the end of the cosine; 1: constant after the warm-up
+    warmup: float  # share of the budget with a linear warm-up
+    weight_decay: float
+    beta1: float
+    beta2: float
+    clip_norm: float  # 0: no clipping
+    balance_router: bool  # whether the auxiliary-loss-free bias moves
+    val_every: int  # steps between validations; 0: only after the last
+    log_every: int
+    sample_every: int  # steps between logged sample answers; 0: only after the last
+    checkpoint_every: int
+
+    NOT_HASHED: ClassVar[frozenset[str]] = frozenset(
+        "parent reward_parent micro_batch_size val_every log_every sample_every "
+        "checkpoint_every".split()
+    )
+
+    def __post_init__(self) -> None:
+        check_range(self, -1, "max_steps")
+        check_range(self, 1, "batch_size", "micro_batch_size", "log_every", "checkpoint_every")
+        check_range(self, 0, "val_every", "sample_every", "clip_norm", "weight_decay")
+        check_range(self, 0, "min_lr", "warmup", "beta1", "beta2", most=1)
+        check_positive(self, "lr")
+        if self.max_time is not None and not _TIME.fullmatch(self.max_time):
+            raise UserError(
+                f"max_time: expected DD:HH:MM:SS such as 00:00:02:00, got {self.max_time!r}"
+            )
+        if self.max_time is None and self.max_steps == -1:
+            raise UserError("max_steps: -1 means no limit and needs a max_time=DD:HH:MM:SS")
+
+    @property
+    def seconds(self) -> float | None:
+        """max_time in seconds."""
+        if self.max_time is None:
+            return None
+        days, hours, minutes, seconds = map(int, self.max_time.split(":"))
+        return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
+
+
+def check_range(settings: Any, least: float, *names: str, most: float = math.inf) -> None:
+    """Raise UserError unless each named setting lies in [least, most]."""
+    for name in names:
+        value = getattr(settings, name)
+        if not least <= value <= most:
+            bound = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise UserError(f"{name}: must be {bound}, got {value}")
+
+
+def check_positive(settings: Any, *names: str) -> None:
+    """Raise UserError unless each named setting is a finite number above 0."""
+    for name in names:
+        value = getattr(settings, name)
+        if not 0 < value < math.inf:
+            raise UserError(f"{name}: must be above 0, got {value}")
+
+
+def learning_rate_factor(progress: float, warmup: float, min_lr: float) -> float:
+    """Linear warm-up, then a cosine from 1 to `min_lr`; `progress` is the share of the budget."""
+    if progress < warmup:
+        return progress / warmup
+    done = min(1.0, (progress - warmup) / max(1e-12, 1 - warmup))
+    return min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two AdamW groups: matrices with weight decay; gains, biases and embeddings without."""
+    decayed, plain = [], []
+    for name, parameter in network.named_parameters():
+        is_matrix = parameter.ndim >= 2 and "embed" not in name
+        (decayed if is_matrix else plain).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+class StageModule(L.LightningModule):
+    """A stage of training around the networks in `trained`; subclasses write one training_step."""
+
+    Settings: ClassVar[type[StageSettings]]
+
+    def __init__(self, settings: StageSettings, seed: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.settings = settings
+        self.seed = seed
+        self.tokens_seen = 0
+        self.validated_at = -1  # steps_done at the last validation
+
+    def transformers(self) -> list[Transformer]:
+        """Every trained transformer, for the router's bias."""
+        raise NotImplementedError
+
+    def on_fit_start(self) -> None:
+        for transformer in self.transformers():
+            moves = transformer.config.balance == "bias" and self.settings.balance_router
+            transformer.count_load = moves
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokens_seen"] = self.tokens_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens_seen = checkpoint["tokens_seen"]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = [
+            group
+            for network in self.children()
+            for group in parameter_groups(network, self.settings.weight_decay)
+        ]
+        betas = (self.settings.beta1, self.settings.beta2)
+        return torch.optim.AdamW(groups, lr=self.settings.lr, betas=betas, fused=True)
+
+    # --- the learning rate follows the steps, or the clock where the budget is a time
+
+    @property
+    def steps_done(self) -> int:
+        """Finished training_steps, which for ppo and grpo are rollouts."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
+
+    def progress(self) -> float:
+        """Share of the budget that is spent, 0 to 1."""
+        if self.settings.seconds is None:
+            return (self.steps_done + 1) / max(1, self.settings.max_steps)
+        timers = [c for c in self.trainer.callbacks if isinstance(c, Timer)]
+        return min(1.0, timers[0].time_elapsed("train") / self.settings.seconds)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        s = self.settings
+        factor = learning_rate_factor(self.progress(), s.warmup, s.min_lr)
+        for group in self.optimizers().param_groups:
+            group["lr"] = s.lr * factor
+
+    def on_validation_end(self) -> None:
+        self.validated_at = self.steps_done
+
+    # --- one optimizer step
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all processes."""
+        return self.trainer.strategy.reduce(value, reduce_op="sum")
+
+    def mean_over_ranks(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
+        return self.sum_over_ranks(value) / self.trainer.world_size
+
+    def update(self, piece: Callable[[slice], Tensor], n_rows: int) -> Tensor:
+        """One optimizer step on a batch of `n_rows`, at most `micro_batch_size` rows at a time.
+
+        `piece(rows)` is the share of the loss of these rows: their sum divided by the total over
+        all pieces and ranks, so that the shares add up to the batch's loss.
+        Returns the norm of the gradient before clipping.
+        """
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        for start in range(0, n_rows, self.settings.micro_batch_size):
+            rows = slice(start, min(start + self.settings.micro_batch_size, n_rows))
+            # DDP averages gradients over ranks, where the shares need their sum
+            self.manual_backward(piece(rows) * self.trainer.world_size)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm or math.inf)
+        if not torch.isfinite(norm):
+            raise UserError(
+                f"step {self.steps_done + 1}: the gradient is not finite; the same command goes on "
+                f"from the last checkpoint, a lower lr than {self.settings.lr:g} may be needed"
+            )
+        optimizer.step()
+        for transformer in self.transformers():
+            if transformer.count_load:
+                transformer.update_expert_bias(self.sum_over_ranks)
+        return norm
+
+    # --- logs
+
+    def record(self, prefix: str, metrics: Mapping[str, Tensor | float]) -> None:
+        """Log `<prefix>/<name>` for this training step, averaged over ranks."""
+        named = {f"{prefix}/{name}": float(value) for name, value in metrics.items()}
+        self.log_dict(named, on_step=True, on_epoch=False, batch_size=1, sync_dist=True)
+
+    def learning_rate(self) -> float:
+        return self.optimizers().param_groups[0]["lr"]

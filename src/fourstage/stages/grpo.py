@@ -1,0 +1,286 @@
+"""Stage 4, reasoning fine-tuning by GRPO on problems whose answers a program can check.
+
+Shao et al. 2024, arXiv 2402.03300. No value network: the advantage of an answer is its reward
+against the other answers to the same problem. Variants: dr_grpo (Liu et al. 2025, arXiv 2503.20783)
+and dapo (Yu et al. 2025, arXiv 2503.14476). It departs from the papers in one exact saving: answers
+whose advantage is 0 have no gradient without a KL term, and are then left out of the update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fourstage.batch import PromptBatch, Rollout
+from fourstage.model import Transformer
+from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k3, masked_mean, ratio_stats
+from fourstage.rl.rewards import ReasoningReward, reasoning_reward
+from fourstage.rl.rollout import answer_texts, score_tokens
+from fourstage.stages.base import check_range
+from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings
+from fourstage.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOSettings(OnPolicySettings):
+    """`stages.grpo`"""
+
+    loss: Literal["grpo", "dr_grpo", "dapo"]
+    group_size: int  # answers to each problem
+    kl_coef: float  # beta, on the KL to the policy that the stage started from
+    form_weight: float  # reward of an answer that stops and marks one final answer
+    resample_rounds: int  # dynamic sampling (dapo): groups with equal rewards are answered again
+    overlong_window: int  # last tokens before the limit that cost up to 1 (dapo eq. 13); 0: none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, 2, "group_size")
+        check_range(self, 0, "kl_coef", "form_weight", "resample_rounds")
+        check_range(self, 0, "overlong_window", most=self.max_new_tokens)
+
+
+# --- the formulas; G groups of K answers, B = G K answers, A answer tokens
+
+
+def group_advantages(rewards_GK: Tensor, scaled: bool) -> Tensor:
+    """(r - mean) / (std + 1e-4) within each group, unbiased std; without the division if not scaled."""
+    centred_GK = rewards_GK - rewards_GK.mean(1, keepdim=True)
+    if not scaled:
+        return centred_GK
+    return centred_GK / (rewards_GK.std(1, keepdim=True) + 1e-4)
+
+
+def overlong_penalty(length_B: Tensor, max_length: int, window: int) -> Tensor:
+    """DAPO eq. 13: 0 up to max - window tokens, then linear, -1 at the limit, float32 [B]."""
+    if window == 0:
+        return torch.zeros_like(length_B, dtype=torch.float)
+    return ((max_length - window) - length_B.float()).div(window).clamp(-1, 0)
+
+
+class Totals(NamedTuple):
+    """What a reduction divides by, over a whole optimizer step and all ranks."""
+
+    answers: Tensor
+    tokens: Tensor
+    max_length: int
+
+
+def reduce_grpo(loss_BA: Tensor, mask_BA: Tensor, totals: Totals) -> Tensor:
+    """Mean over the tokens of an answer, then over answers: a long answer's tokens weigh less."""
+    per_answer_B = (loss_BA * mask_BA).sum(1) / mask_BA.sum(1).clamp(min=1)
+    return per_answer_B.sum() / totals.answers
+
+
+def reduce_dr_grpo(loss_BA: Tensor, mask_BA: Tensor, totals: Totals) -> Tensor:
+    """Sum over tokens divided by a constant length: no bias towards short or long answers."""
+    return (loss_BA * mask_BA).sum() / (totals.answers * totals.max_length)
+
+
+def reduce_dapo(loss_BA: Tensor, mask_BA: Tensor, totals: Totals) -> Tensor:
+    """Mean over all tokens of the step: every token weighs the same."""
+    return (loss_BA * mask_BA).sum() / totals.tokens
+
+
+REDUCTIONS = {"grpo": reduce_grpo, "dr_grpo": reduce_dr_grpo, "dapo": reduce_dapo}
+
+
+def policy_loss(
+    logp_BA: Tensor,
+    logp_old_BA: Tensor,
+    ref_logp_BA: Tensor | None,
+    advantage_B: Tensor,
+    settings: GRPOSettings,
+) -> Tensor:
+    """The clipped surrogate plus beta KL per token, [B, A]; reduced by the variant's REDUCTIONS."""
+    loss_BA = clipped_surrogate(
+        logp_BA, logp_old_BA, advantage_B[:, None], settings.clip_low, settings.clip_high
+    )
+    if ref_logp_BA is None:
+        return loss_BA
+    kl_BA = KL_ESTIMATORS[settings.kl_estimator](logp_BA, ref_logp_BA)
+    return loss_BA + settings.kl_coef * kl_BA
+
+
+# --- the stage
+
+
+@dataclass
+class Answers:
+    """Groups of answers with what they earned; row g * K + k is answer k to problem g."""
+
+    rollout: Rollout
+    rewards: list[ReasoningReward]
+    total_B: Tensor
+
+
+class GRPOModule(OnPolicyModule):
+    """Trains the policy on groups of its own answers; the starting policy is the KL's reference."""
+
+    Settings = GRPOSettings
+    settings: GRPOSettings
+
+    def __init__(
+        self,
+        policy: Transformer,
+        reference: Transformer,
+        tokenizer: Tokenizer,
+        settings: GRPOSettings,
+        seed: int,
+    ) -> None:
+        super().__init__(policy, tokenizer, settings, seed)
+        self.frozen = Frozen(reference=reference)
+
+    def transformers(self) -> list[Transformer]:
+        return [self.policy]
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.frozen.to(self.device)
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        s = self.settings
+        answers = self.collect(batch)
+        rewards_GK = answers.total_B.view(-1, s.group_size)
+        advantage_B = group_advantages(rewards_GK, scaled=s.loss != "dr_grpo").flatten()
+        ref_logp_BA = self.in_pieces(self.reference_logprobs, answers.rollout)
+        losses = self.learn(answers.rollout, advantage_B, ref_logp_BA)
+        self.log_answers(answers, ref_logp_BA, losses)
+
+    def reference_logprobs(self, part: Rollout) -> Tensor:
+        return score_tokens(self.frozen["reference"], part, self.settings.temperature).logprobs
+
+    def collect(self, batch: PromptBatch) -> Answers:
+        """A group of answers to each problem; tied groups may be answered again (dapo)."""
+        k = self.settings.group_size
+        answers = self.answer(batch, attempt=0)
+        for attempt in range(1, self.settings.resample_rounds + 1):
+            tied = (answers.total_B.view(-1, k).std(1) == 0).tolist()
+            if not any(tied):
+                break
+            again = self.answer(batch, attempt)
+            answers = choose(answers, again, [t for t in tied for _ in range(k)])
+        return answers
+
+    def answer(self, batch: PromptBatch, attempt: int) -> Answers:
+        s = self.settings
+        prompts = [ids for ids in batch.prompt_ids for _ in range(s.group_size)]
+        problems = [problem for problem in batch.records for _ in range(s.group_size)]
+        rollout = self.sample_answers(prompts, attempt)
+        rewards = [
+            reasoning_reward(problem, text, stopped)
+            for problem, text, stopped in zip(
+                problems,
+                answer_texts(rollout, self.tokenizer),
+                rollout.stopped.tolist(),
+                strict=True,
+            )
+        ]
+        total_B = torch.tensor([r.total(s.form_weight) for r in rewards], device=self.device)
+        total_B += overlong_penalty(rollout.length, s.max_new_tokens, s.overlong_window)
+        return Answers(rollout, rewards, total_B)
+
+    def learn(
+        self, rollout: Rollout, advantage_B: Tensor, ref_logp_BA: Tensor
+    ) -> dict[str, Tensor | float]:
+        """Clipped updates on the rollout; returns what the last pass saw."""
+        s = self.settings
+        old_logp_BA, logp_BA = rollout.logprobs, rollout.logprobs.clone()
+        stats: dict[str, Tensor | float] = {}
+        for epoch in range(s.epochs):
+            for index in self.minibatches(len(advantage_B), epoch):
+                n = torch.stack([rollout.mask[index].sum(), torch.tensor(len(index)).to(index)])
+                n_tokens, n_answers = self.sum_over_ranks(n)
+                totals = Totals(n_answers, n_tokens, s.max_new_tokens)
+                rows = self.rows_with_gradient(index, advantage_B)
+
+                def piece(
+                    part_rows: slice, rows: Tensor = rows, totals: Totals = totals
+                ) -> Tensor:
+                    at = rows[part_rows]
+                    part = rollout.rows(at)
+                    logp = score_tokens(self.policy, part, s.temperature).logprobs
+                    logp_BA[at] = logp.detach()
+                    reference = ref_logp_BA[at] if s.kl_coef else None
+                    loss = policy_loss(logp, old_logp_BA[at], reference, advantage_B[at], s)
+                    return REDUCTIONS[s.loss](loss, part.mask, totals)
+
+                stats["grad_norm"] = self.update(piece, len(rows))
+                if "sampler_gap" not in stats:  # the weights had not moved yet
+                    gap = (logp_BA - old_logp_BA).abs() * rollout.mask
+                    stats["sampler_gap"] = gap[rows].max()
+            moved = ratio_stats(logp_BA, old_logp_BA, rollout.mask, s.clip_low, s.clip_high)
+            if s.max_approx_kl and self.mean_over_ranks(moved["approx_kl"]) > s.max_approx_kl:
+                break
+        return {**stats, **moved, "epochs": epoch + 1}
+
+    def rows_with_gradient(self, index: Tensor, advantage_B: Tensor) -> Tensor:
+        """The rows of a minibatch that move the policy; one at least, so that ranks stay in step."""
+        if self.settings.kl_coef:
+            return index
+        moving = index[advantage_B[index] != 0]
+        return moving if len(moving) else index[:1]
+
+    def log_answers(
+        self, answers: Answers, ref_logp_BA: Tensor, losses: dict[str, Tensor | float]
+    ) -> None:
+        s, rollout, mask_BA = self.settings, answers.rollout, answers.rollout.mask
+        total_GK = answers.total_B.view(-1, s.group_size)
+        correct_GK = torch.tensor([r.correct for r in answers.rewards]).view(-1, s.group_size)
+        form = sum(r.form for r in answers.rewards) / len(answers.rewards)
+        self.record(
+            "train",
+            {
+                **losses,
+                "reward": total_GK.mean(),
+                "reward_std": total_GK.std(1).mean(),
+                "reward_correct": correct_GK.mean(),
+                "reward_form": form,
+                "zero_spread": (total_GK.std(1) == 0).float().mean(),
+                "pass_at_1": (correct_GK == 1).float().mean(),
+                f"pass_at_{s.group_size}": (correct_GK == 1).any(1).float().mean(),
+                "kl": masked_mean(kl_k3(rollout.logprobs, ref_logp_BA), mask_BA),  # nats a token
+                "entropy": -masked_mean(rollout.logprobs, mask_BA),  # estimated from the samples
+                "answer_length": rollout.length.float().mean(),
+                "cut_off": (~rollout.stopped).float().mean(),
+                "lr": self.learning_rate(),
+            },
+        )
+
+
+def choose(first: Answers, second: Answers, take_second: list[bool]) -> Answers:
+    """Row by row the first or the second answers, padded to the longer of the two."""
+    n_tokens = max(a.rollout.ids.shape[1] for a in (first, second))
+    n_answer = max(a.rollout.logprobs.shape[1] for a in (first, second))
+    pick_B = torch.tensor(take_second, device=first.total_B.device)
+
+    def widen(a: Rollout) -> Rollout:
+        return Rollout(
+            ids=pad(a.ids, (0, n_tokens - a.ids.shape[1])),
+            start=a.start,
+            length=a.length,
+            logprobs=pad(a.logprobs, (0, n_answer - a.logprobs.shape[1])),
+            stopped=a.stopped,
+        )
+
+    def merged(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(pick_B.view(-1, *[1] * (a.ndim - 1)), b, a)
+
+    one, two = widen(first.rollout), widen(second.rollout)
+    return Answers(
+        rollout=Rollout(
+            ids=merged(one.ids, two.ids),
+            start=one.start,
+            length=merged(one.length, two.length),
+            logprobs=merged(one.logprobs, two.logprobs),
+            stopped=merged(one.stopped, two.stopped),
+        ),
+        rewards=[
+            b if take else a
+            for a, b, take in zip(first.rewards, second.rewards, take_second, strict=True)
+        ],
+        total_B=merged(first.total_B, second.total_B),
+    )

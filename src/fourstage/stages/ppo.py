@@ -1,0 +1,252 @@
+"""Stage 3b, preference fine-tuning by PPO against the learned reward model.
+
+Schulman et al. 2017, arXiv 1707.06347; the details follow Huang et al. 2024, arXiv 2403.17031.
+It departs from them where the mask is concerned: every mean is over answer tokens only, and the
+advantages are whitened over the rollouts of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fourstage.batch import PromptBatch, Rollout
+from fourstage.model import ScalarModel, Transformer
+from fourstage.rl.ops import (
+    KL_ESTIMATORS,
+    clipped_surrogate,
+    kl_k1,
+    masked_mean,
+    masked_moments,
+    ratio_stats,
+    whiten,
+)
+from fourstage.rl.rollout import answer_texts, answer_values, final_scores, score_tokens
+from fourstage.stages.base import check_positive, check_range
+from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings
+from fourstage.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOSettings(OnPolicySettings):
+    """`stages.ppo`"""
+
+    reward_parent: str | None  # a reward run; null: the reward model of the sft parent
+    kl_coef: float
+    kl_target: float  # above 0: the coefficient adapts towards this KL per answer
+    kl_horizon: int  # answers over which it adapts
+    missing_eos_penalty: float
+    gamma: float
+    gae_lambda: float
+    value_clip: float
+    value_coef: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, 0, "kl_coef", "kl_target", "missing_eos_penalty", "value_coef")
+        check_range(self, 0, "gamma", "gae_lambda", most=1)
+        check_positive(self, "value_clip", "kl_horizon")
+
+
+# --- the formulas; B answers, A answer tokens
+
+
+def token_rewards(score_B: Tensor, kl_BA: Tensor, length_B: Tensor, kl_coef: float) -> Tensor:
+    """-kl_coef x kl at every answer token, plus the score at the last one, float32 [B, A]."""
+    steps = torch.arange(kl_BA.shape[1], device=kl_BA.device)
+    mask_BA = steps < length_B[:, None]
+    is_last_BA = steps == length_B[:, None] - 1
+    return -kl_coef * kl_BA * mask_BA + score_B[:, None] * is_last_BA
+
+
+def gae(
+    rewards_BA: Tensor, values_BA: Tensor, mask_BA: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2015, arXiv 1506.02438, eq. 16).
+
+    delta_t = r_t + gamma V_{t+1} - V_t with V = 0 after the answer, and
+    A_t = delta_t + gamma lam A_{t+1}. Returns the advantages and the returns A + V, both [B, A]
+    and 0 after the answer.
+    """
+    values_BA = values_BA * mask_BA
+    advantages_BA = torch.zeros_like(rewards_BA)
+    next_advantage_B = next_value_B = torch.zeros_like(rewards_BA[:, 0])
+    for t in reversed(range(rewards_BA.shape[1])):
+        delta_B = rewards_BA[:, t] + gamma * next_value_B - values_BA[:, t]
+        next_advantage_B = (delta_B + gamma * lam * next_advantage_B) * mask_BA[:, t]
+        next_value_B = values_BA[:, t]
+        advantages_BA[:, t] = next_advantage_B
+    return advantages_BA, advantages_BA + values_BA
+
+
+def clipped_value_loss(
+    values: Tensor, values_old: Tensor, returns: Tensor, value_clip: float
+) -> Tensor:
+    """Per-token 0.5 max((V - R)^2, (V_old + clip(V - V_old, +-c) - R)^2), [B, A]."""
+    clipped = values_old + (values - values_old).clamp(-value_clip, value_clip)
+    return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(R - V) / Var(R) over answer tokens: 1 is a perfect value network, 0 a constant."""
+    kept, error = returns[mask], (returns - values)[mask]
+    return 1 - error.var(correction=0) / kept.var(correction=0).clamp(min=1e-8)
+
+
+def adapted_kl_coef(coef: Tensor, kl: Tensor, target: float, n: int, horizon: int) -> Tensor:
+    """coef (1 + clip(kl / target - 1, +-0.2) n / horizon) (Ziegler et al. 2019, arXiv 1909.08593)."""
+    return coef * (1 + (kl / target - 1).clamp(-0.2, 0.2) * n / horizon)
+
+
+# --- the stage
+
+
+@dataclass
+class Experience:
+    """A rollout with all that PPO keeps of it; fixed while the policy learns from it."""
+
+    rollout: Rollout
+    score_B: Tensor  # the reward model's, before the penalty
+    kl_BA: Tensor  # k1 per token, to the reference
+    entropy_BA: Tensor
+    values_BA: Tensor
+    advantages_BA: Tensor  # whitened
+    returns_BA: Tensor
+
+
+class PPOModule(OnPolicyModule):
+    """Trains the policy and a value network; the reward model and the sft reference are frozen.
+
+    The value network starts from the reward model (Ouyang et al. 2022, arXiv 2203.02155).
+    `judge` is the hidden rule where the data has one: logged as the gold score, never trained on.
+    """
+
+    Settings = PPOSettings
+    settings: PPOSettings
+
+    def __init__(
+        self,
+        policy: Transformer,
+        value: ScalarModel,
+        reference: Transformer,
+        reward: ScalarModel,
+        tokenizer: Tokenizer,
+        settings: PPOSettings,
+        seed: int,
+        judge: Callable[[str, bool], float] | None = None,
+    ) -> None:
+        super().__init__(policy, tokenizer, settings, seed)
+        self.value = value
+        self.frozen = Frozen(reference=reference, reward=reward)
+        self.judge = judge
+        self.register_buffer("kl_coef", torch.tensor(settings.kl_coef))
+
+    def transformers(self) -> list[Transformer]:
+        return [self.policy, self.value.backbone]
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.frozen.to(self.device)
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        experience = self.collect(batch.prompt_ids)
+        losses = self.learn(experience)
+        self.log_experience(experience, losses)
+        if self.settings.kl_target > 0:
+            kl = self.mean_over_ranks(experience.kl_BA.sum(1).mean())
+            n = len(batch.prompt_ids) * self.trainer.world_size
+            s = self.settings
+            self.kl_coef = adapted_kl_coef(self.kl_coef, kl, s.kl_target, n, s.kl_horizon)
+
+    def collect(self, prompts: list[list[int]]) -> Experience:
+        """Answers of the policy, their score, and the advantage of every token."""
+        s = self.settings
+        rollout = self.sample_answers(prompts)
+        mask_BA = rollout.mask
+
+        def entropy(part: Rollout) -> Tensor:
+            return score_tokens(self.policy, part, s.temperature).entropy
+
+        def reference(part: Rollout) -> Tensor:
+            return score_tokens(self.frozen["reference"], part, s.temperature).logprobs
+
+        logp_BA = rollout.logprobs
+        ref_logp_BA = self.in_pieces(reference, rollout)
+        values_BA = self.in_pieces(lambda part: answer_values(self.value, part), rollout)
+        score_B = self.in_pieces(lambda part: final_scores(self.frozen["reward"], part), rollout)
+
+        penalised_B = score_B - s.missing_eos_penalty * ~rollout.stopped
+        kl_BA = KL_ESTIMATORS[s.kl_estimator](logp_BA, ref_logp_BA) * mask_BA
+        rewards_BA = token_rewards(penalised_B, kl_BA, rollout.length, float(self.kl_coef))
+        advantages_BA, returns_BA = gae(rewards_BA, values_BA, mask_BA, s.gamma, s.gae_lambda)
+        moments = self.sum_over_ranks(masked_moments(advantages_BA, mask_BA))
+        return Experience(
+            rollout=rollout,
+            score_B=score_B,
+            kl_BA=kl_k1(logp_BA, ref_logp_BA) * mask_BA,
+            entropy_BA=self.in_pieces(entropy, rollout),
+            values_BA=values_BA,
+            advantages_BA=whiten(advantages_BA, moments) * mask_BA,
+            returns_BA=returns_BA,
+        )
+
+    def learn(self, x: Experience) -> dict[str, Tensor | float]:
+        """Several passes of clipped updates; returns what the last pass saw."""
+        s = self.settings
+        old_logp_BA, logp_BA = x.rollout.logprobs, x.rollout.logprobs.clone()
+        value_loss_BA = torch.zeros_like(x.values_BA)
+        stats: dict[str, Tensor | float] = {}
+        for epoch in range(s.epochs):
+            for index in self.minibatches(len(x.rollout.ids), epoch):
+                n_tokens = self.sum_over_ranks(x.rollout.mask[index].sum())
+
+                def piece(rows: slice, index: Tensor = index, n: Tensor = n_tokens) -> Tensor:
+                    at = index[rows]
+                    part = x.rollout.rows(at)
+                    logp = score_tokens(self.policy, part, s.temperature).logprobs
+                    values = answer_values(self.value, part)
+                    policy_loss = clipped_surrogate(
+                        logp, old_logp_BA[at], x.advantages_BA[at], s.clip_low, s.clip_high
+                    )
+                    value_loss = clipped_value_loss(
+                        values, x.values_BA[at], x.returns_BA[at], s.value_clip
+                    )
+                    logp_BA[at], value_loss_BA[at] = logp.detach(), value_loss.detach()
+                    return ((policy_loss + s.value_coef * value_loss) * part.mask).sum() / n
+
+                stats["grad_norm"] = self.update(piece, len(index))
+                if "sampler_gap" not in stats:  # the weights had not moved yet
+                    gap = (logp_BA - old_logp_BA).abs() * x.rollout.mask
+                    stats["sampler_gap"] = gap[index].max()
+            moved = ratio_stats(logp_BA, old_logp_BA, x.rollout.mask, s.clip_low, s.clip_high)
+            if s.max_approx_kl and self.mean_over_ranks(moved["approx_kl"]) > s.max_approx_kl:
+                break
+        policy_loss_BA = clipped_surrogate(
+            logp_BA, old_logp_BA, x.advantages_BA, s.clip_low, s.clip_high
+        )
+        stats["policy_loss"] = masked_mean(policy_loss_BA, x.rollout.mask)
+        stats["value_loss"] = masked_mean(value_loss_BA, x.rollout.mask)
+        return {**stats, **moved, "epochs": epoch + 1}
+
+    def log_experience(self, x: Experience, losses: dict[str, Tensor | float]) -> None:
+        mask_BA = x.rollout.mask
+        metrics: dict[str, Tensor | float] = {
+            **losses,
+            "score": x.score_B.mean(),
+            "kl": x.kl_BA.sum(1).mean(),  # nats an answer
+            "kl_coef": self.kl_coef,
+            "entropy": masked_mean(x.entropy_BA, mask_BA),
+            "explained_variance": explained_variance(x.values_BA, x.returns_BA, mask_BA),
+            "answer_length": x.rollout.length.float().mean(),
+            "eos_rate": x.rollout.stopped.float().mean(),
+            "lr": self.learning_rate(),
+        }
+        if self.judge is not None:
+            texts = answer_texts(x.rollout, self.tokenizer)
+            stopped = x.rollout.stopped.tolist()
+            gold = [self.judge(text, end) for text, end in zip(texts, stopped, strict=True)]
+            metrics["gold_score"] = sum(gold) / len(gold)
+        self.record("train", metrics)

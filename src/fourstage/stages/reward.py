@@ -1,0 +1,162 @@
+"""Stage 3a, the reward model: learn which of two answers a human prefers.
+
+Bradley-Terry (Stiennon et al. 2020, arXiv 2009.01325): p(chosen > rejected) =
+sigmoid(r_chosen - r_rejected), r read at the last real token of prompt + answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from fourstage.batch import PairBatch
+from fourstage.model import ScalarModel, Transformer
+from fourstage.rl.rollout import answer_texts, sample
+from fourstage.stages.base import StageModule, StageSettings, check_range
+from fourstage.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings(StageSettings):
+    """`stages.reward`"""
+
+    max_tokens: int  # longer pairs are cut
+    margin: float
+    centre_coef: float
+    # data=embedded samples its pairs from the sft parent:
+    pairs_per_prompt: int
+    max_new_tokens: int
+    temperature: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, 8, "max_tokens")
+        check_range(self, 1, "pairs_per_prompt", "max_new_tokens")
+        check_range(self, 0, "margin", "centre_coef")
+        check_range(self, 0.05, "temperature")
+
+
+def bradley_terry_loss(
+    chosen_B: Tensor, rejected_B: Tensor, margin: float = 0.0, centre_coef: float = 0.0
+) -> Tensor:
+    """Per-pair loss, float32 [B]: -logsigmoid(r_c - r_r - margin) + c (r_c + r_r)^2.
+
+    The second term keeps the rewards around 0 (Eisenstein et al. 2023, arXiv 2312.09244).
+    """
+    loss_B = -F.logsigmoid(chosen_B - rejected_B - margin)
+    return loss_B + centre_coef * (chosen_B + rejected_B).square()
+
+
+def scores_at_end(network: ScalarModel, ids_BT: Tensor, length_B: Tensor) -> Tensor:
+    """The scalar at the last real token of right-padded rows, float32 [B]."""
+    valid_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < length_B[:, None]
+    values_BT = network(ids_BT, valid_BT=valid_BT).float()
+    return values_BT.gather(1, length_B[:, None] - 1).squeeze(1)
+
+
+class RewardModule(StageModule):
+    """Trains a ScalarModel that starts from the sft weights on PairBatch rows."""
+
+    Settings = RewardSettings
+
+    def __init__(self, reward: ScalarModel, settings: RewardSettings, seed: int) -> None:
+        super().__init__(settings, seed)
+        self.reward = reward
+        self.val_accuracy, self.val_nll = MeanMetric(), MeanMetric()
+
+    def transformers(self) -> list[Transformer]:
+        return [self.reward.backbone]
+
+    def score_pairs(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Scores of the chosen and of the rejected answers, each [B]."""
+        chosen_B = scores_at_end(self.reward, batch.chosen_ids, batch.chosen_len)
+        return chosen_B, scores_at_end(self.reward, batch.rejected_ids, batch.rejected_len)
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> None:
+        s = self.settings
+        n_pairs = len(batch.chosen_len) * self.trainer.world_size
+        scores: list[Tensor] = []
+
+        def piece(rows: slice) -> Tensor:
+            chosen_B, rejected_B = self.score_pairs(batch.rows(rows))
+            scores.append(torch.stack([chosen_B, rejected_B]).detach())
+            return bradley_terry_loss(chosen_B, rejected_B, s.margin, s.centre_coef).sum() / n_pairs
+
+        norm = self.update(piece, len(batch.chosen_len))
+        self.tokens_seen += int((batch.chosen_len.sum() + batch.rejected_len.sum()))
+        chosen_B, rejected_B = torch.cat(scores, dim=1)
+        self.record(
+            "train",
+            {
+                "loss": bradley_terry_loss(chosen_B, rejected_B, s.margin, s.centre_coef).mean(),
+                "accuracy": (chosen_B > rejected_B).float().mean(),
+                "margin": (chosen_B - rejected_B).mean(),
+                "reward_min": torch.minimum(chosen_B, rejected_B).min(),
+                "reward_mean": (chosen_B + rejected_B).mean() / 2,
+                "reward_max": torch.maximum(chosen_B, rejected_B).max(),
+                "grad_norm": norm,
+                "lr": self.learning_rate(),
+            },
+        )
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        chosen_B, rejected_B = self.score_pairs(batch)
+        self.val_accuracy.update((chosen_B > rejected_B).float())
+        self.val_nll.update(bradley_terry_loss(chosen_B, rejected_B))
+
+    def on_validation_epoch_end(self) -> None:
+        # not "val/loss", which is nats per token everywhere
+        metrics = {"val/accuracy": self.val_accuracy, "val/pair_nll": self.val_nll}
+        self.log_dict({name: metric.compute() for name, metric in metrics.items()})
+        for metric in metrics.values():
+            metric.reset()
+
+
+def sample_pairs(
+    policy: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    judge: Callable[[str, bool], float],
+    settings: RewardSettings,
+    seed: int,
+) -> tuple[list[dict[str, Any]], int]:
+    """Make preference pairs as a human labeller would see them: two answers, one preferred.
+
+    Each prompt is answered twice, `pairs_per_prompt` times over; a pair of equal score is sampled
+    once more, then skipped. Returns rows {"prompt": index, "chosen", "rejected"} and the number
+    that was skipped.
+    """
+    wanted = [index for index in range(len(prompts)) for _ in range(settings.pairs_per_prompt)]
+    rows: list[dict[str, Any]] = []
+    for attempt in range(2):
+        if not wanted:
+            break
+        rollout = sample(
+            policy,
+            [prompts[index] for index in wanted for _ in range(2)],
+            tokenizer,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=2 * seed + attempt,
+        )
+        judged = [
+            (judge(text, stopped), text)
+            for text, stopped in zip(
+                answer_texts(rollout, tokenizer), rollout.stopped.tolist(), strict=True
+            )
+        ]
+        tied = []
+        for index, first, second in zip(wanted, judged[::2], judged[1::2], strict=True):
+            if first[0] == second[0]:
+                tied.append(index)
+                continue
+            worse, better = sorted([first, second])
+            rows.append({"prompt": index, "chosen": better[1], "rejected": worse[1]})
+        wanted = tied
+    return rows, len(wanted)

@@ -1,0 +1,78 @@
+"""Next-token training, which pre-training and instruction tuning share: they differ in targets."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import SumMetric
+
+from fourstage.batch import IGNORE, TokenBatch
+from fourstage.model import RouterStats, Transformer
+from fourstage.stages.base import StageModule, StageSettings
+
+
+def next_token_nll(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Sum of -log p(target) in nats over the targets that are not IGNORE, float32 []."""
+    return F.cross_entropy(
+        logits_BTV.flatten(0, 1).float(),
+        targets_BT.flatten(),
+        ignore_index=IGNORE,
+        reduction="sum",
+    )
+
+
+class NextTokenModule(StageModule):
+    """Minimises the mean -log p(target) over the targets of a TokenBatch."""
+
+    def __init__(self, policy: Transformer, settings: StageSettings, seed: int) -> None:
+        super().__init__(settings, seed)
+        self.policy = policy
+        self.router: RouterStats | None = None  # of the last piece
+        self.val_nll, self.val_tokens = SumMetric(), SumMetric()
+
+    def transformers(self) -> list[Transformer]:
+        return [self.policy]
+
+    def piece_loss(self, batch: TokenBatch, n_targets: Tensor) -> tuple[Tensor, Tensor]:
+        """A piece's share of the step's loss, and its summed -log p."""
+        output = self.policy(batch.ids, valid_BT=batch.valid)
+        nll = next_token_nll(self.policy.logits(output.hidden_BTD), batch.targets)
+        loss = nll / n_targets
+        if output.router is not None:
+            self.router = output.router
+            loss = loss + output.router.aux_loss * (batch.targets != IGNORE).sum() / n_targets
+        return loss, nll.detach()
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> None:
+        n_targets = self.sum_over_ranks((batch.targets != IGNORE).sum())
+        nlls: list[Tensor] = []
+
+        def piece(rows: slice) -> Tensor:
+            part = TokenBatch(batch.ids[rows], batch.targets[rows])
+            loss, nll = self.piece_loss(part, n_targets)
+            nlls.append(nll)
+            return loss
+
+        norm = self.update(piece, len(batch.ids))
+        self.tokens_seen += batch.ids.numel() * self.trainer.world_size
+        loss = self.sum_over_ranks(torch.stack(nlls).sum()) / n_targets
+        self.record("train", {"loss": loss, "grad_norm": norm, "lr": self.learning_rate()})
+        if self.router is not None:
+            busiest, entropy = self.router.max_over_mean_L.max(), self.router.entropy_L.mean()
+            self.record("router", {"max_over_mean": busiest, "load_entropy": entropy})
+
+    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
+        output = self.policy(batch.ids, valid_BT=batch.valid)
+        self.val_nll.update(next_token_nll(self.policy.logits(output.hidden_BTD), batch.targets))
+        self.val_tokens.update((batch.targets != IGNORE).sum())
+
+    def on_validation_epoch_end(self) -> None:
+        nll, tokens = self.val_nll.compute(), self.val_tokens.compute()
+        self.val_nll.reset()
+        self.val_tokens.reset()
+        self.log_dict(self.validation_metrics(nll, tokens))
+
+    def validation_metrics(self, nll: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """What is logged of the whole validation split: summed -log p and the number of tokens."""
+        return {"val/loss": nll / tokens}

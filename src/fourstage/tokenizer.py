@@ -1,0 +1,244 @@
+"""Text <-> ids, and the chat format: the only file that knows either.
+
+`char` is one token a character: tab, newline and the 95 printable ASCII characters, plus six
+special tokens. Typographic characters with an ASCII look-alike are replaced one to one (table
+below); every other character becomes one <unk>, so tokens and characters always count the same,
+and bits per character are exact. Special-token strings inside a text are plain characters.
+
+The chat format, where TEXT is never trimmed:
+
+    <bos><user>TEXT<eot><assistant>TEXT<eot><user>TEXT<eot>...
+
+A system message is put before the first user text, with a blank line between them. Loss falls
+on the assistant's TEXT and its <eot> only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import tokenizers
+from tokenizers import decoders, models, normalizers
+
+from fourstage.errors import UserError
+
+PAD, UNK, BOS, EOT, USER, ASSISTANT = SPECIALS = (
+    "<pad>",
+    "<unk>",
+    "<bos>",
+    "<eot>",
+    "<user>",
+    "<assistant>",
+)
+CHARACTERS = "\t\n" + "".join(map(chr, range(32, 127)))
+LOOK_ALIKES = {
+    "\u2018": "'",  # ‘
+    "\u2019": "'",  # ’
+    "\u201a": "'",  # ‚
+    "\u2032": "'",  # ′
+    "\u201c": '"',  # “
+    "\u201d": '"',  # ”
+    "\u201e": '"',  # „
+    "\u2033": '"',  # ″
+    "\u2010": "-",  # ‐
+    "\u2011": "-",  # no-break hyphen
+    "\u2012": "-",  # figure dash
+    "\u2013": "-",  # –
+    "\u2014": "-",  # —
+    "\u2212": "-",  # minus sign
+    "\u00a0": " ",  # no-break space
+    "\u202f": " ",  # narrow no-break space
+    "\u2009": " ",  # thin space
+    "\u2026": ".",  # … (one dot: still one token)
+    "\u2022": "*",  # •
+    "\u00d7": "*",  # ×
+}
+UNKNOWN_SHOWN_AS = "\ufffd"
+CHUNK = 4096  # encoding a long text in pieces is several times faster, and exact for characters
+
+CHAT_TEMPLATE = (
+    "{{- '<bos>' -}}"
+    "{%- set ns = namespace(system='') -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}"
+    "{%- set ns.system = message['content'] + '\\n\\n' -%}"
+    "{%- elif message['role'] == 'user' -%}"
+    "{{- '<user>' + ns.system + message['content'] + '<eot>' -}}{%- set ns.system = '' -%}"
+    "{%- else -%}"
+    "{{- '<assistant>' + message['content'] + '<eot>' -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}"
+)
+
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """conf/tokenizer/*.yaml."""
+
+    name: Literal["char"] = "char"
+
+
+class Tokenizer:
+    """A Hugging Face `tokenizers` object together with this project's chat format."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self._backend = backend
+        self._backend.encode_special_tokens = True  # not stored in tokenizer.json
+        self.vocab_size: int = backend.get_vocab_size()
+        ids = [backend.token_to_id(token) for token in SPECIALS]
+        if None in ids:
+            missing = SPECIALS[ids.index(None)]
+            raise UserError(f"the tokenizer has no {missing} token: use one that fourstage saved")
+        self.pad_id, self.unk_id, self.bos_id, self.eot_id, self.user_id, self.assistant_id = ids
+        self._text = [backend.id_to_token(i) for i in range(self.vocab_size)]
+        self._plain = ["" if token in SPECIALS else token for token in self._text]
+        self._plain[self.unk_id] = UNKNOWN_SHOWN_AS
+
+    @classmethod
+    def char(cls) -> Tokenizer:
+        """The character tokenizer, 103 tokens."""
+        vocab = {token: i for i, token in enumerate([*SPECIALS, *CHARACTERS])}
+        backend = tokenizers.Tokenizer(
+            models.BPE(vocab=vocab, merges=[], unk_token=UNK, fuse_unk=False)
+        )
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Replace(odd, plain) for odd, plain in LOOK_ALIKES.items()]
+        )
+        backend.decoder = decoders.Fuse()
+        backend.add_special_tokens(list(SPECIALS))
+        return cls(backend)
+
+    @classmethod
+    def from_config(cls, config: TokenizerConfig) -> Tokenizer:
+        """The tokenizer that a config names."""
+        assert config.name == "char"
+        return cls.char()
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """The tokenizer that `save` wrote.
+
+        Raises:
+            UserError: folder/tokenizer.json is missing or not readable.
+        """
+        path = Path(folder) / "tokenizer.json"
+        try:
+            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no tokenizer there: give a finished run's folder") from None
+        except UserError:
+            raise
+        except Exception as error:  # tokenizers raises a bare Exception for a broken file
+            raise UserError(f"{path}: not a tokenizer.json ({error})") from None
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads.
+
+        AutoTokenizer parses special-token strings in a text (its chat template needs that);
+        `encode` here never does.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self._json, encoding="utf-8")
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": EOT,
+            "pad_token": PAD,
+            "unk_token": UNK,
+            "additional_special_tokens": [USER, ASSISTANT],
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "chat_template": CHAT_TEMPLATE,
+        }
+        text = json.dumps(config, indent=2) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+    @cached_property
+    def _json(self) -> str:
+        return self._backend.to_str(pretty=False)
+
+    @cached_property
+    def digest(self) -> str:
+        """10 hexadecimal digits of the content of tokenizer.json."""
+        return hashlib.sha256(self._json.encode()).hexdigest()[:10]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, one a character; unknown characters are `unk_id`."""
+        pieces = [text[i : i + CHUNK] for i in range(0, len(text), CHUNK)]
+        encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
+        return [i for encoding in encodings for i in encoding.ids]
+
+    def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
+        """The text of some ids; specials are left out unless kept, and <unk> shows as U+FFFD."""
+        table = self._text if keep_special else self._plain
+        return "".join([table[i] for i in ids])
+
+    def count_unknown(self, ids: Sequence[int]) -> int:
+        """How many of the ids stand for a character that the tokenizer does not know."""
+        return sum(1 for i in ids if i == self.unk_id)
+
+    def chat(self, messages: Messages) -> tuple[list[int], list[int]]:
+        """A conversation as ids, and a mask of equal length: 1 where the loss falls.
+
+        Raises:
+            UserError: roles other than [system,] user, assistant, user, ... in this order.
+        """
+        ids, mask = [self.bos_id], [0]
+        for role, text in _turns(messages):
+            body = [*self.encode(text), self.eot_id]
+            ids += [self.user_id if role == "user" else self.assistant_id, *body]
+            mask += [0, *([int(role == "assistant")] * len(body))]
+        return ids, mask
+
+    def prompt(self, messages: Messages) -> list[int]:
+        """The ids up to the point where the assistant begins to answer.
+
+        Raises:
+            UserError: the last message is not the user's, or roles as in `chat`.
+        """
+        if not messages or messages[-1]["role"] != "user":
+            raise UserError("a prompt must end with a message of the user")
+        return [*self.chat(messages)[0], self.assistant_id]
+
+    def shorten(self, ids: Sequence[int], length: int, keep: int) -> list[int] | None:
+        """Cuts the prompt from the left: <bos><user>, then the last `length` - 2 ids.
+
+        Args:
+            ids: as from `chat` or `prompt`, longer than `length`.
+            keep: how many ids at the end must survive (the answer and what opens it).
+
+        Returns:
+            None where that leaves no room for any of the prompt.
+        """
+        if length - 2 < keep + 1:
+            return None
+        return [*ids[:2], *ids[len(ids) - (length - 2) :]]
+
+
+def _turns(messages: Messages) -> list[tuple[str, str]]:
+    """(role, text) of the turns, with a system message joined to the first user text."""
+    turns = [(message["role"], message["content"]) for message in messages]
+    if turns and turns[0][0] == "system":
+        if len(turns) < 2 or turns[1][0] != "user":
+            raise UserError("a system message must be followed by a message of the user")
+        turns[:2] = [("user", f"{turns[0][1]}\n\n{turns[1][1]}")]
+    if not turns:
+        raise UserError("a conversation needs at least one message")
+    for i, (role, _) in enumerate(turns):
+        expected = ("user", "assistant")[i % 2]
+        if role != expected:
+            raise UserError(
+                f"message {i + 1} of a conversation has the role '{role}', expected '{expected}' "
+                "(user and assistant take turns, the user first)"
+            )
+    return turns
