@@ -241,7 +241,13 @@ def test_metrics_csv_columns_and_half_written_rows(tmp_path) -> None:
 
 
 def test_step_seed_depends_on_everything() -> None:
-    seeds = {step_seed(s, g, r, i) for s in (0, 1) for g in ("sft", "ppo") for r in (0, 1) for i in (0, 1)}
+    seeds = {
+        step_seed(s, g, r, i)
+        for s in (0, 1)
+        for g in ("sft", "ppo")
+        for r in (0, 1)
+        for i in (0, 1)
+    }
     assert len(seeds) == 16
     assert step_seed(0, "sft", 0, 0) == step_seed(0, "sft", 0, 0)
     torch.manual_seed(max(seeds))  # torch takes them

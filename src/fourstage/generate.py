@@ -175,9 +175,7 @@ def _steps(
         for step in range(max_new_tokens):
             end = longest + step
             positions_BT = place_S[end - ids_BT.shape[1] : end] - pad_B[:, None]
-            out = model(
-                ids_BT, positions_BT=positions_BT.clamp(min=0), cache=cache, attn_mask=mask
-            )
+            out = model(ids_BT, positions_BT=positions_BT.clamp(min=0), cache=cache, attn_mask=mask)
             log_probs_BV = sampling.log_probs(model.logits(out.hidden_BTD[:, -1]))
             token_B = sampling.draw(log_probs_BV, uniform_BA[:, step])
             logprob_B = log_probs_BV.gather(1, token_B[:, None]).squeeze(1)
@@ -211,6 +209,4 @@ def _prefill_mask(real_BP: Tensor) -> Tensor:
 def _uniforms(row_seeds: list[int], n: int) -> Tensor:
     """float [B, n] in [0, 1), row i from row_seeds[i] alone; the same on every device."""
     generator = torch.Generator()
-    return torch.stack(
-        [torch.rand(n, generator=generator.manual_seed(seed)) for seed in row_seeds]
-    )
+    return torch.stack([torch.rand(n, generator=generator.manual_seed(seed)) for seed in row_seeds])

@@ -9,13 +9,16 @@ import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from fourstage.job import LoggerConfig, StageJob, read_record, write_atomic, write_record
+
+if TYPE_CHECKING:
+    from wandb import Run
 
 
 class MetricsCSV(Logger):
@@ -82,7 +85,7 @@ def build_loggers(job: StageJob) -> list[Logger]:
     """
     loggers: list[Logger] = [MetricsCSV(job.folder / "metrics.csv", resume=job.resume)]
     mode, why = wandb_mode(job.logger)
-    if mode == "disabled":
+    if mode == "disabled" or rank_zero_only.rank != 0:
         return loggers
     import wandb
 
@@ -91,47 +94,45 @@ def build_loggers(job: StageJob) -> list[Logger]:
     os.environ.setdefault("WANDB_DATA_DIR", str(folder))  # artifact files, else in the home folder
     if mode == "online":
         try:
-            return [*loggers, _start(job, "online")]
+            return [*loggers, WandbLogger(experiment=start_wandb(job, "online"))]
         except wandb.errors.Error as error:
             why = str(error).splitlines()[0]
     if why:
         _say_offline(why, folder)
-    return [*loggers, _start(job, "offline")]
+    return [*loggers, WandbLogger(experiment=start_wandb(job, "offline"))]
 
 
-def _start(job: StageJob, mode: str) -> WandbLogger:
+def start_wandb(job: StageJob, mode: Literal["online", "offline"]) -> Run:
+    """One W&B run for one stage run, the same one after a resume; online it uses the artifacts of
+    its parents. Raises wandb.errors.Error where the server cannot be reached."""
     import wandb
 
     wandb.finish()  # a run that an earlier job of this process left open
     tags = [job.stage, job.model.name, job.data.name, f"seed{job.seed}"]
-    old = read_record(job.folder).get("wandb") if job.resume else None
-    logger = WandbLogger(
+    run = wandb.init(
         name=job.name,
         project=job.logger.project,
         entity=job.logger.entity,
-        id=old,
+        id=read_record(job.folder).get("wandb") if job.resume else None,
+        resume="allow" if mode == "online" else None,
         group=job.group,
         job_type=job.stage,
         tags=[*tags, f"debug-{job.debug}"] if job.debug else tags,
         config={**job.config, "run": job.run_id, "parents": _names(job)},
-        save_dir=job.outputs.resolve(),  # W&B adds /wandb
+        dir=job.outputs.resolve(),  # W&B adds /wandb
         mode=mode,
         settings=wandb.Settings(silent=mode == "offline", quiet=True, console="off"),
     )
-    _remember(job, logger)
-    return logger
-
-
-@rank_zero_only
-def _remember(job: StageJob, logger: WandbLogger) -> None:
-    run = logger.experiment  # starts it
+    run.define_metric("trainer/global_step")  # WandbLogger's x axis
+    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     write_record(job.folder, wandb=run.id)
-    if not run.offline:
+    if mode == "online":
         for parent in _names(job).values():
             _link_parent(run, parent)
+    return run
 
 
-def _link_parent(run, parent: str) -> None:
+def _link_parent(run: Run, parent: str) -> None:
     import wandb
 
     try:

@@ -159,11 +159,12 @@ def _cell(name: str, metric: Metric | None, with_n: bool = False) -> str:
     """value [low, high], shares in percent."""
     if metric is None or metric["value"] is None:
         return NONE
-    value, low, high = metric["value"], metric["low"], metric["high"]
-    if name.split("/")[0] in SHARES:
-        text = f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-    else:
-        text = f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    is_share = name.split("/")[0] in SHARES
+    scale, digits = (100, 1) if is_share else (1, 3)
+    value, low, high = (  # + 0.0 makes -0.0 a plain zero
+        f"{round(scale * metric[key], digits) + 0.0:.{digits}f}" for key in ("value", "low", "high")
+    )
+    text = f"{value}{' %' if is_share else ''} [{low}, {high}]"
     return f"{text}, n {metric['n']}" if with_n else text
 
 
@@ -282,7 +283,7 @@ def cost_table(rows: list[Row]) -> Table:
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds:02d} s"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def _more(rows: list[Row]) -> list[Block]:

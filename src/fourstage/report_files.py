@@ -76,7 +76,7 @@ class Run:
 
     @property
     def rank(self) -> tuple[str, int, str]:
-        """The largest is the latest finished (ISO times in UTC), then the furthest up the ladder."""
+        """Largest for the latest finished (ISO times in UTC), then the furthest up the ladder."""
         return str(self.record.get("finished") or ""), STAGES.index(self.stage), self.id
 
 

@@ -59,42 +59,46 @@ Block = Heading | Paragraph | Bullets | Table | Answers | Charts
 
 def markdown(blocks: Sequence[Block]) -> str:
     """The blocks as GitHub-flavoured Markdown."""
-    return "\n\n".join(part for block in blocks if (part := _markdown_block(block))) + "\n"
+    return "\n\n".join(_markdown_block(block) for block in blocks) + "\n"
 
 
 def _markdown_block(block: Block) -> str:
     match block:
         case Heading(text, level):
-            return f"{'#' * level} {_plain(text)}"
+            return f"{'#' * level} {_inline(text)}"
         case Paragraph(text):
-            return _plain(text)
+            return _line(text)
         case Bullets(items):
-            return "\n".join(f"- {_plain(item)}" for item in items)
+            return "\n".join(f"- {_line(item)}" for item in items)
         case Table(header, rows):
             lines = [header, ["---"] * len(header), *rows]
             return "\n".join(
                 "| "
-                + " | ".join(cell if line is lines[1] else _plain(cell) for cell in line)
+                + " | ".join(cell if line is lines[1] else _inline(cell) for cell in line)
                 + " |"
                 for line in lines
             )
         case Answers(prompt, by_stage):
-            parts = [f"### {_plain(prompt)}"]
+            parts = [f"### {_inline(prompt)}"]
             for stage, answer, remark in by_stage:
-                parts.append(f"**{_plain(stage)}**" + (f" ({_plain(remark)})" if remark else ""))
+                parts.append(f"**{_inline(stage)}**" + (f" ({_inline(remark)})" if remark else ""))
                 if answer is not None:
                     parts.append(_fenced(answer))
             return "\n\n".join(parts)
         case Charts():
-            return ""
+            return "The curves are drawn in report.html."
 
 
-def _plain(text: str) -> str:
+def _line(text: str) -> str:
+    """`text` as a paragraph of one line, whatever it begins with."""
+    return re.sub(r"^(\d*)([#+.)-]+(?=\s|$)|\[)", r"\1\\\2", _inline(text))
+
+
+def _inline(text: str) -> str:
     """One line of Markdown that shows `text` as it is."""
     line = re.sub(r"\s*\n\s*", " / ", _visible(text)).strip()
-    line = re.sub(r"([\\`*\[\]<>|&~$])", r"\\\1", line)
-    line = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line)
-    return re.sub(r"^([#+-]|\d+[.)])", r"\\\1", line)
+    line = re.sub(r"([\\`*<>|&~$]|\](?=[(\[])|\[(?=\^))", r"\\\1", line)
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line)
 
 
 def _fenced(text: str) -> str:
@@ -121,21 +125,21 @@ h3 { font-size: 1rem; margin-bottom: .4rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .7rem; text-align: left;
   vertical-align: top; }
-td { white-space: nowrap; } td.text { white-space: normal; min-width: 12rem; }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(15rem, 100%), 1fr));
+th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(11.5rem, 100%), 1fr));
   gap: .6rem; }
 .answers > div { background: var(--soft); border: 1px solid var(--line); border-radius: .4rem;
   padding: .5rem .7rem; }
 .answers small { opacity: .75; }
 pre { margin: .3rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere;
   font: .85rem/1.4 ui-monospace, monospace; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 26rem));
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
   gap: 1rem; }
-figure { margin: 0; } figcaption { font-size: .85rem; }
+figure { margin: 0; } figcaption { font-weight: 600; font-size: .9rem; }
 svg { width: 100%; height: auto; } svg * { stroke-linejoin: round; stroke-linecap: butt; }
 @media print {
   body { font-size: 10pt; max-width: none; padding: 0; }
-  .wide { overflow: visible; } td { white-space: normal; }
+  .wide { overflow: visible; } th, td { padding: .2rem .4rem; }
   figure, tr, .answers > div { break-inside: avoid; } h2, h3 { break-after: avoid; }
 }
 """
@@ -176,16 +180,17 @@ def _html_block(block: Block, number: int) -> str:
             return f'<h3>{_text(prompt)}</h3>\n<div class="answers">\n{cells}\n</div>'
         case Charts(charts):
             figures = "\n".join(
-                f"<figure>\n{line_chart(title, unit, series, f'c{number}-{n}-')}\n"
-                f"<figcaption>{_text(title)}</figcaption>\n</figure>"
+                f"<figure>\n<figcaption>{_text(title)}</figcaption>\n"
+                f"{line_chart(title, unit, series, f'c{number}-{n}-')}\n</figure>"
                 for n, (title, unit, series) in enumerate(charts)
             )
             return f'<div class="charts">\n{figures}\n</div>'
 
 
 def _cell(text: str) -> str:
-    kind = ' class="text"' if len(text) > 40 else ""
-    return f"<td{kind}>{_text(text)}</td>"
+    """A cell that breaks before an interval and not within it."""
+    text = re.sub(r"\[[^\]]*\]| %|n \d+", lambda m: m.group().replace(" ", "\xa0"), text)
+    return f"<td>{_text(text)}</td>"
 
 
 def _answer(stage: str, answer: str | None, remark: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fourstage.errors import UserError
-from fourstage.job import STAGES, read_record, write_record
+from fourstage.job import STAGES, read_record
 
 Record = dict[str, Any]
 
@@ -223,6 +224,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -6,14 +6,26 @@ from pathlib import Path
 
 from fourstage.data.config import DataConfig, cached
 from fourstage.data.files import read_records
-from fourstage.data.reasoning import heldout_keys, load_reasoning, worked_train_problems
-from fourstage.data.records import Chats, Conversation, content_digest, opening, prompt_text
+from fourstage.data.reasoning import (
+    heldout_keys,
+    holds_heldout,
+    load_reasoning,
+    worked_train_problems,
+)
+from fourstage.data.records import (
+    Chats,
+    Conversation,
+    Message,
+    content_digest,
+    opening,
+    prompt_text,
+)
 from fourstage.data.schemas import conversation_from, usable
 from fourstage.data.split import is_heldout, normalise
 from fourstage.errors import UserError
 
 
-@cached
+@cached("chat", "reasoning")
 def load_chat(config: DataConfig) -> Chats:
     """Conversations for sft; those that open alike stand on the same side.
 
@@ -23,7 +35,7 @@ def load_chat(config: DataConfig) -> Chats:
     """
     chat = config.chat
     notes: dict[str, int] = {}
-    keys = heldout_keys(config)
+    problem_keys = keys = heldout_keys(config)
     if chat.path is None:
         if not config.embedded:
             raise UserError("stages.sft needs data.chat.path=FILE (conversations to learn from)")
@@ -38,6 +50,9 @@ def load_chat(config: DataConfig) -> Chats:
     else:
         heldout = [c for c in conversations if held_out(opening(c.messages), config, keys)]
         train = [c for c in conversations if not held_out(opening(c.messages), config, keys)]
+    clean = [c for c in train if not states_heldout(c.messages, problem_keys)]
+    notes["dropped_with_a_heldout_problem"] = len(train) - len(clean)
+    train = clean
     for name, side in (("train", train), ("held-out", heldout)):
         if not side:
             raise UserError(
@@ -59,6 +74,11 @@ def load_chat(config: DataConfig) -> Chats:
 def held_out(prompt: str, config: DataConfig, keys: frozenset[str]) -> bool:
     """By the prompt's hash, or because it is a held-out problem of the reasoning source."""
     return is_heldout(prompt, config.heldout) or normalise(prompt) in keys
+
+
+def states_heldout(messages: list[Message], keys: frozenset[str]) -> bool:
+    """True if any of the messages states a held-out problem or its expression."""
+    return any(holds_heldout(m["content"], keys) for m in messages)
 
 
 def chatterbot(exclude: list[str], notes: dict[str, int]) -> list[Conversation]:

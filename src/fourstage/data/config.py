@@ -49,10 +49,10 @@ class ChatConfig:
     demonstrations: int = 0  # worked train problems among the conversations, at most
 
     def __post_init__(self) -> None:
-        for name in ("max_answer_chars", "max_prompt_chars"):
-            value = getattr(self, name)
-            if value is not None:
-                _at_least(name, value, 1)
+        if self.max_answer_chars is not None:
+            _at_least("max_answer_chars", self.max_answer_chars, 1)
+        if self.max_prompt_chars is not None:
+            _at_least("max_prompt_chars", self.max_prompt_chars, 1)
         _at_least("demonstrations", self.demonstrations, 0)
 
 
@@ -66,9 +66,9 @@ class PreferenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReasoningConfig:
-    """Problems: a file, or tasks of reasoning-gym with their keyword arguments.
+    """Problems: a file, or without one `size` and `heldout_size` from tasks of reasoning-gym.
 
-    A task may also have `weight`, its part of `size` and `heldout_size` (1 by default).
+    A task has its keyword arguments, and may have `weight`, its part of both sizes (1).
     """
 
     path: str | None = None
@@ -102,23 +102,34 @@ class DataConfig:
         """True if sources without a path come from installed packages."""
         return self.name == "embedded"
 
-    def fingerprint(self) -> tuple[Any, ...]:
-        """Equal as long as neither the settings nor the files they name have changed."""
-        sources = (self.corpus, self.chat, self.preference, self.reasoning)
-        paths = [p for s in sources for p in (s.path, s.heldout_path) if p is not None]
-        stats = [Path(p).expanduser() for p in paths]
-        return repr(self), *((s.stat().st_mtime_ns, s.stat().st_size) for s in stats if s.exists())
+    def fingerprint(self, *names: str) -> tuple[Any, ...]:
+        """Equal as long as the settings of the named sources and their files are the same."""
+        sources = {
+            "corpus": self.corpus,
+            "chat": self.chat,
+            "preference": self.preference,
+            "reasoning": self.reasoning,
+        }
+        chosen = [sources[name] for name in names]
+        paths = [Path(p).expanduser() for s in chosen for p in (s.path, s.heldout_path) if p]
+        stats = [path.stat() for path in paths if path.exists()]
+        files = [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats]
+        return self.name, self.heldout, repr(chosen), *files
 
 
-def cached(load: Callable[[DataConfig], T]) -> Callable[[DataConfig], T]:
-    """Loads a source once a process, until its settings or files change."""
-    kept: dict[tuple[Any, ...], T] = {}
+def cached(*names: str) -> Callable[[Callable[[DataConfig], T]], Callable[[DataConfig], T]]:
+    """Loads a source once a process, until the settings or files of what it reads change."""
 
-    @wraps(load)
-    def loader(config: DataConfig) -> T:
-        key = config.fingerprint()
-        if key not in kept:
-            kept[key] = load(config)
-        return kept[key]
+    def decorate(load: Callable[[DataConfig], T]) -> Callable[[DataConfig], T]:
+        kept: dict[tuple[Any, ...], T] = {}
 
-    return loader
+        @wraps(load)
+        def loader(config: DataConfig) -> T:
+            key = config.fingerprint(*names)
+            if key not in kept:
+                kept[key] = load(config)
+            return kept[key]
+
+        return loader
+
+    return decorate

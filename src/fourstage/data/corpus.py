@@ -16,7 +16,7 @@ from fourstage.data.split import is_heldout, normalise
 from fourstage.errors import UserError
 
 
-@cached
+@cached("corpus", "reasoning")
 def load_corpus(config: DataConfig) -> Corpus:
     """Documents for pretrain.
 
@@ -81,7 +81,7 @@ def render(problem: Problem) -> str:
 
 def by_position(documents: list[str], share: float) -> tuple[list[str], list[str]]:
     """Cuts a text in two at its last `share` of characters, inside a document if need be."""
-    left = round(sum(map(len, documents)) * (1 - share))
+    left = int(sum(map(len, documents)) * (1 - share))
     train, heldout = [], []
     for document in documents:
         head, tail = document[:left], document[left:]

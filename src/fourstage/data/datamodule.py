@@ -9,6 +9,7 @@ Shape legend: B rows, T tokens, N blocks.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,7 +151,7 @@ def pretrain_data(
     if not len(train_NT):
         raise UserError(
             f"data.corpus: {notes['train_tokens']} tokens to train on are less than one block of "
-            f"{block_size}: give more text or a smaller stages.pretrain.max_tokens"
+            f"{block_size}: give more text or a smaller stages.pretrain.block_size"
         )
     notes["dropped_tokens"] = notes["train_tokens"] - train_NT.shape[0] * block_size
 
@@ -358,30 +359,28 @@ def prompt_data(
     world: int = 1,
     max_prompt_tokens: int,
 ) -> LoaderPair:
-    """PromptBatch of B prompts; longer ones lose their beginning.
+    """PromptBatch of B prompts; longer ones are left out, since a cut question is another one.
 
     Raises:
-        UserError: there are no records, or max_prompt_tokens is too small for any prompt.
+        UserError: no prompt fits into max_prompt_tokens.
     """
-    if not records:
-        raise UserError("there are no prompts to answer: give more data")
-    prompts, truncated = [], 0
-    for record in records:
-        ids = tokenizer.prompt(record.prompt_messages)
-        if len(ids) > max_prompt_tokens:
-            shorter = tokenizer.shorten(ids, max_prompt_tokens, keep=2)
-            if shorter is None:
-                raise UserError(f"max_prompt_tokens: must be at least 5, got {max_prompt_tokens}")
-            ids, truncated = shorter, truncated + 1
-        prompts.append(ids)
+    encoded = [tokenizer.prompt(record.prompt_messages) for record in records]
+    index = [i for i, ids in enumerate(encoded) if len(ids) <= max_prompt_tokens]
+    if not index:
+        raise UserError(
+            f"none of {len(records)} prompts fits into max_prompt_tokens={max_prompt_tokens}: "
+            "raise it or give shorter prompts"
+        )
+    prompts = [encoded[i] for i in index]
     notes = {
         "prompts": len(prompts),
-        "truncated": truncated,
+        "dropped": len(records) - len(prompts),
         "unknown_characters": sum(map(tokenizer.count_unknown, prompts)),
     }
 
     def collate(items: list[int]) -> PromptBatch:
-        return PromptBatch([prompts[i] for i in items], [records[i] for i in items], items)
+        at = [index[i] for i in items]
+        return PromptBatch([prompts[i] for i in items], [records[i] for i in at], at)
 
     return _loaders(
         StepBatches(len(prompts), batch_size, n_batches, seed, collate, rank, world), None, notes
@@ -397,11 +396,11 @@ def _some_left(source: str, limit: str, side: str, rows: Sequence[object], max_t
 
 
 def _loaders(train: StepBatches, val: list[Any] | None, notes: dict[str, int]) -> LoaderPair:
-    return LoaderPair(
-        StatefulDataLoader(train, batch_size=None, num_workers=0, collate_fn=_as_is),
-        None if val is None else DataLoader(val, batch_size=None, collate_fn=_as_is),
-        notes,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11
+        loader = StatefulDataLoader(train, batch_size=None, num_workers=0, collate_fn=_as_is)
+        ready = None if val is None else DataLoader(val, batch_size=None, collate_fn=_as_is)
+    return LoaderPair(loader, ready, notes)
 
 
 def _as_is(batch: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from fourstage.data.chat import held_out, load_chat
+from fourstage.data.chat import held_out, load_chat, states_heldout
 from fourstage.data.config import DataConfig, cached
 from fourstage.data.files import read_records
 from fourstage.data.reasoning import heldout_keys
 from fourstage.data.records import (
     Chats,
     Conversation,
+    Message,
     Pair,
     Pairs,
     content_digest,
@@ -20,7 +21,7 @@ from fourstage.data.split import normalise
 from fourstage.errors import UserError
 
 
-@cached
+@cached("preference", "reasoning")
 def load_preference(config: DataConfig) -> Pairs | None:
     """The pairs of a file, split by the hash of the prompt's opening; None without a path under
     data=embedded, where the reward stage samples its pairs.
@@ -36,7 +37,7 @@ def load_preference(config: DataConfig) -> Pairs | None:
             "stages.reward and stages.ppo need data.preference.path=FILE "
             "(prompts with a chosen and a rejected answer)"
         )
-    keys = heldout_keys(config)
+    problem_keys = keys = heldout_keys(config)
     pairs, unusable = usable(read_records(preference.path), pair_from)
     notes = {"unusable_records": unusable}
     if preference.heldout_path is None:
@@ -48,6 +49,9 @@ def load_preference(config: DataConfig) -> Pairs | None:
         train = [p for p in pairs if normalise(opening(p.messages)) not in keys]
         notes["unusable_records"] += unusable
         notes["dropped_from_train_as_heldout"] = len(pairs) - len(train)
+    clean = [p for p in train if not states_heldout(_all_messages(p), problem_keys)]
+    notes["dropped_with_a_heldout_problem"] = len(train) - len(clean)
+    train = clean
     same = sum(p.chosen == p.rejected for p in (*train, *heldout))
     train, heldout = ([p for p in s if p.chosen != p.rejected] for s in (train, heldout))
     for name, side in (("train", train), ("held-out", heldout)):
@@ -74,6 +78,11 @@ def load_prompts(config: DataConfig) -> Chats:
         return load_chat(config).prompts_only()
     train, heldout = ([_conversation(p) for p in side] for side in (pairs.train, pairs.heldout))
     return Chats(train, heldout, pairs.digest, {}).prompts_only()
+
+
+def _all_messages(pair: Pair) -> list[Message]:
+    answers = [{"role": "assistant", "content": text} for text in (pair.chosen, pair.rejected)]
+    return [*pair.messages, *answers]
 
 
 def _conversation(pair: Pair) -> Conversation:

@@ -19,7 +19,7 @@ from fourstage.verify import FROM_FILE
 DRAWS = 20  # give up on a task's share after so many draws for each problem wanted
 
 
-@cached
+@cached("reasoning")
 def load_reasoning(config: DataConfig) -> Problems:
     """Train and held-out problems. No train problem holds the expression of a held-out one.
 
@@ -43,7 +43,7 @@ def load_reasoning(config: DataConfig) -> Problems:
     return Problems(train, heldout, digest, notes)
 
 
-@cached
+@cached("reasoning")
 def heldout_keys(config: DataConfig) -> frozenset[str]:
     """Normalised questions and expressions of held-out problems: no source trains on them."""
     if config.reasoning.path is None and not config.reasoning.tasks:

@@ -98,7 +98,7 @@ def problem_from(record: Record) -> Problem:
     if "question" not in record.values or "answer" not in record.values:
         raise _unknown(record, '"question" and "answer"')
     question, solution = _text(record, "question"), _text(record, "answer")
-    final = extract(solution)
+    final = extract(f"{solution} ")  # the space completes a mark at the very end
     if final is None:
         return Problem(question, solution, FROM_FILE, f"{MARK}{solution}", {"answer": solution})
     if not final:

@@ -14,7 +14,7 @@ _SUM = re.compile(rf"^{_NUMBER}(?: [+-] {_NUMBER})+ = \?$")
 _PRODUCT = re.compile(rf"^{_NUMBER}(?: \* {_NUMBER})+ = \?$")
 _GCD = re.compile(r"^gcd\(\d+(?:, \d+)+\) = \?$")
 EXPRESSION = re.compile(
-    rf"(?<![\w.]){_NUMBER}(?:[ \t]*[-+*][ \t]*{_NUMBER})+(?![\w.])|gcd\([\d, ]+\)"
+    rf"(?<![\w.]){_NUMBER}(?:[ \t]*[-+*][ \t]*{_NUMBER})+(?!\w|\.\d)|gcd\([\d, ]+\)"
 )
 
 
@@ -49,7 +49,7 @@ def expressions(text: str) -> set[str]:
     """The arithmetic that a text spells out, in the form of `normalise("... = ?")`.
 
     Spacing and the order of operands do not matter, and of a longer chain every run of neighbours
-    counts: "1 + 26 + 4" holds "4+26" too.
+    counts: "1 + 26 + 4" holds "4+26" too, and "-26+4" holds it as characters.
     """
     found: set[str] = set()
     for match in EXPRESSION.finditer(text.lower()):
@@ -57,6 +57,7 @@ def expressions(text: str) -> set[str]:
         for start in range(0, len(parts), 2):
             for end in range(start + 3, len(parts) + 1, 2):
                 found.add(_key(parts[start:end]))
+                found.add(_key([parts[start].removeprefix("-"), *parts[start + 1 : end]]))
         if len(parts) == 1:
             found.add(_key(parts))
     return found

@@ -9,7 +9,7 @@ CONFIGS = Path(__file__).parents[3] / "conf" / "model"
 
 
 def main(arguments: list[str]) -> None:
-    """Builds each config on the meta device and counts; the vocabulary is the characters' by default.
+    """Builds each config on the meta device and counts; by default characters are the vocabulary.
 
     Raises:
         UserError: an argument is not vocab_size=NUMBER, or conf/model is not beside src.
@@ -31,11 +31,12 @@ def main(arguments: list[str]) -> None:
         case _:
             raise UserError(f"expected vocab_size=NUMBER, got {' '.join(arguments)!r}")
     if not CONFIGS.is_dir():
-        raise UserError(f"no model configs at {CONFIGS}: run this from a checkout of the repository")
+        raise UserError(f"no model configs at {CONFIGS}: run this from a clone of the repository")
 
     table = Table(title=f"models with {vocab_size:,} tokens in the vocabulary")
-    for column in ("model", "layers", "width", "experts", "max tokens", "parameters", "a token uses"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table.add_column("model")
+    for column in ("layers", "width", "experts", "context", "total", "active"):
+        table.add_column(column, justify="right")
     counted = []
     for path in CONFIGS.glob("*.yaml"):
         config = ModelConfig(**yaml.safe_load(path.read_text()))

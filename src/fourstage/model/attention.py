@@ -41,17 +41,20 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, 1, C/2] of position * theta^(-2i/C) (Su et al. 2021, arXiv 2104.09864)."""
-    pairs = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=torch.float32)
-    angle = positions_BT[..., None, None].float() * theta ** (-pairs / head_dim)
-    return angle.cos(), angle.sin()
+    """cos and sin [B, T, 1, C] for `rotate` (RoPE, Su et al. 2021, arXiv 2104.09864, eq. 34).
+
+    Pair (i, i + C/2) turns by position * theta^(-2i/C). The first half of sin has its minus sign.
+    """
+    even = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=torch.float32)
+    angle = positions_BT[..., None, None].float() * theta ** (-even / head_dim)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x_BTHC: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns the pairs (i, i + C/2) by their angles, the layout of Llama's released code."""
+    """(a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of C, as transformers does."""
     cos, sin = rope
-    a, b = x_BTHC.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BTHC.dtype)
+    return torch.addcmul(x_BTHC * cos, x_BTHC.roll(x_BTHC.shape[-1] // 2, -1), sin).to(x_BTHC.dtype)
 
 
 class LayerCache:
@@ -78,7 +81,7 @@ class LayerCache:
 
 
 class KVCache:
-    """The static cache of all layers: memory for `capacity` tokens is taken at the first forward."""
+    """The static cache of all layers; the first forward takes the memory for `capacity` tokens."""
 
     def __init__(self, n_layers: int, capacity: int):
         self.layers = [LayerCache(capacity) for _ in range(n_layers)]

@@ -113,9 +113,10 @@ def count_load(experts_NK: Tensor, num_experts: int, valid_N: Tensor | None) -> 
 
 
 class _Dispatch(torch.autograd.Function):
-    """Copies each token to its K places; the gradient is gathered back, never scattered.
+    """Copies the tokens into expert order, x_MD[m] = x_ND[order_M[m] // K].
 
-    Index backward would add with atomics, whose order changes from run to run on a GPU.
+    A token's K copies have known places, so the gradient is gathered; PyTorch would scatter-add,
+    with atomics on a GPU, and no two runs would be bit-identical.
     """
 
     @staticmethod
@@ -126,22 +127,23 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_MD: Tensor):
         (place_NK,) = ctx.saved_tensors
-        grad_NKD = grad_MD.index_select(0, place_NK.reshape(-1)).view(*place_NK.shape, -1)
-        return grad_NKD.sum(1), None, None
+        return F.embedding_bag(place_NK, grad_MD, mode="sum"), None, None
 
 
-class _Collect(torch.autograd.Function):
-    """Undoes the sort: sorted copies [M, D] -> [N, K, D]."""
-
-    @staticmethod
-    def forward(ctx, y_MD: Tensor, order_M: Tensor, place_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(order_M)
-        return y_MD.index_select(0, place_NK.reshape(-1)).view(*place_NK.shape, -1)
+class _Combine(torch.autograd.Function):
+    """The way back: y_ND[n] = sum_k gates_NK[n, k] * y_MD[place_NK[n, k]]."""
 
     @staticmethod
-    def backward(ctx, grad_NKD: Tensor):
-        (order_M,) = ctx.saved_tensors
-        return grad_NKD.flatten(0, 1).index_select(0, order_M), None, None
+    def forward(ctx, y_MD: Tensor, gates_NK: Tensor, order_M: Tensor, place_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(y_MD, gates_NK, order_M, place_NK)
+        return F.embedding_bag(place_NK, y_MD, mode="sum", per_sample_weights=gates_NK)
+
+    @staticmethod
+    def backward(ctx, grad_ND: Tensor):
+        y_MD, gates_NK, order_M, place_NK = ctx.saved_tensors
+        grad_MD = grad_ND.index_select(0, order_M // place_NK.shape[1])
+        grad_gates_NK = torch.linalg.vecdot(grad_MD, y_MD)[place_NK]
+        return grad_MD * gates_NK.flatten()[order_M, None], grad_gates_NK, None, None
 
 
 class Experts(nn.Module):
@@ -184,8 +186,7 @@ class Experts(nn.Module):
         x_MD = _Dispatch.apply(x_ND.to(dtype), order_M, place_NK)
         h_MF = swiglu(F.grouped_mm(x_MD, self.gate_up_EDF.to(dtype), offs=ends_E))
         y_MD = F.grouped_mm(h_MF, self.down_EFD.to(dtype), offs=ends_E)
-        y_NKD = _Collect.apply(y_MD, order_M, place_NK)
-        return (gates_NK[..., None] * y_NKD).sum(1).to(x_ND.dtype)
+        return _Combine.apply(y_MD, gates_NK.to(dtype), order_M, place_NK).to(x_ND.dtype)
 
 
 class MoE(nn.Module):

@@ -1,0 +1,302 @@
+"""make for stages: climb the ladder, reuse what is there, resume what is unfinished.
+
+A run's id is a hash of what determines its weights (plan.py), its folder is outputs/runs/
+<stage>-<id>, its record run.json. `force=true` trains the named stage again in outputs/retrain/;
+the old run stays where it is, and usable, until the new one is finished and takes its place.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from fourstage import __version__
+from fourstage.errors import UserError
+from fourstage.job import StageJob, read_record, swap_in, write_atomic, write_record
+from fourstage.runs import find_run
+
+if TYPE_CHECKING:  # plan imports PyTorch
+    from fourstage.plan import Plan, PlannedRun
+
+__all__ = ["climb", "find_run", "one_line"]
+
+Train = Callable[[StageJob], dict[str, Any]]  # trains in job.folder, returns the cost
+
+
+def climb(
+    config: Mapping[str, Any], *, overrides: Sequence[str] = (), train: Train | None = None
+) -> Path:
+    """Plan, print the plan, train what is missing; returns the folder of the stage asked for.
+
+    `config` is the resolved config tree, `overrides` what was typed (for messages).
+    Raises UserError for what the user did wrong, before anything trains.
+    """
+    from fourstage.plan import make_plan, show
+
+    plan = make_plan(config)
+    commit = git_state()["commit"]
+    ranks = Ranks(plan.store.outputs)
+    if ranks.is_first:
+        show(plan, Console(soft_wrap=not sys.stdout.isatty()), commit)
+        require_ancestors(plan, overrides)
+    if train is None:
+        from fourstage.runner import train_stage as train
+    with ranks.job():
+        for run in plan.runs:
+            if run.status != "not needed":
+                complete(plan, run, train, ranks)
+    last = plan.runs[-1]
+    return plan.store.folder(last.stage, last.id)
+
+
+def complete(plan: Plan, run: PlannedRun, train: Train, ranks: Ranks) -> None:
+    """Make sure that one run is finished; whatever another process did meanwhile is found."""
+    from fourstage.plan import find_status
+
+    if not ranks.is_first:
+        run.status = ranks.wait_for(run.id)
+        if run.to_do:
+            train(stage_job(plan, run))
+        return
+    place = plan.store.folder(run.stage, run.id)
+    if not run.to_do and run.folder == place:
+        ranks.tell(run.id, run.status)
+        return
+    with plan.store.locked(run.name, run.id):
+        run.status, run.record = find_status(run.folder)
+        ranks.tell(run.id, run.status)
+        if run.to_do:
+            train_and_record(plan, run, train)
+        if run.folder != place:  # force=true
+            place.parent.mkdir(parents=True, exist_ok=True)
+            swap_in(run.folder, place)
+            run.folder = place
+
+
+def train_and_record(plan: Plan, run: PlannedRun, train: Train) -> None:
+    """Train one run, with its record in run.json from the first moment to the last."""
+    if run.status == "train" and run.folder.exists():
+        shutil.rmtree(run.folder)  # what is left of a run that never came to a checkpoint
+    job = stage_job(plan, run)
+    (job.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    before = read_record(job.folder)["cost"]["seconds"] if job.resume else 0.0
+    start = time.monotonic()
+
+    def cost() -> dict[str, float]:
+        return {"seconds": round(before + time.monotonic() - start, 1)}
+
+    began = {} if job.resume else {"started": now(), "cost": cost()}
+    write_record(
+        job.folder,
+        id=run.id,
+        stage=run.stage,
+        name=run.name,
+        parents=run.parents,
+        group=run.group,
+        status="running",
+        debug=job.debug,
+        finished=None,
+        **began,
+        data=run.data,
+        git=git_state(),
+        versions=versions(),
+        device=device(job.trainer.accelerator),
+        config=job.config,
+    )
+    verb = "resuming" if job.resume else "training"
+    print(f"{verb} {job.name} in {job.folder}", flush=True)
+    try:
+        found = train(job)
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)  # SIGTERM ends as SystemExit
+        with suppress(OSError):  # a full disk, perhaps
+            write_record(job.folder, status="running" if stopped else "failed", cost=cost())
+        raise
+    assert (job.folder / "model.safetensors").exists(), "a stage ends with its weights"
+    write_record(job.folder, status="finished", finished=now(), cost={**found, **cost()})
+    if not job.keep_checkpoints:
+        shutil.rmtree(job.folder / "checkpoints")
+    print(f"finished {job.name} after {cost()['seconds']:.0f} s", flush=True)
+
+
+def stage_job(plan: Plan, run: PlannedRun) -> StageJob:
+    """What the runner needs to train a run of the plan."""
+    command, store = plan.command, plan.store
+    ancestors: dict[str, Path] = {}
+    for folder in run.parent_folders.values():
+        ancestors |= {**store.ancestors(folder), read_record(folder)["stage"]: folder}
+    later = plan.runs[plan.runs.index(run) + 1 :]
+    config = json.loads(json.dumps(asdict(command)))  # tuples as lists, as they are read back
+    config["stage"] = run.stage
+    config["stages"] = {run.stage: json.loads(json.dumps(asdict(run.settings)))}
+    return StageJob(
+        stage=run.stage,
+        run_id=run.id,
+        folder=run.folder,
+        outputs=store.outputs,
+        settings=run.settings,
+        model=command.model,
+        tokenizer=command.tokenizer,
+        data=command.data,
+        trainer=command.trainer,
+        logger=command.logger,
+        evaluation=command.evaluation,
+        seed=command.seed,
+        parents=run.parent_folders,
+        ancestors=ancestors,
+        group=run.group,
+        debug=command.debug,
+        resume=run.status == "resume",
+        keep_checkpoints=command.keep_checkpoints,
+        config=config,
+        plan_left=[(r.stage, r.estimate) for r in later if r.to_do],
+    )
+
+
+def require_ancestors(plan: Plan, overrides: Sequence[str]) -> None:
+    """Raise UserError where ancestors=require and one of them is not there."""
+    missing = [run.stage for run in plan.runs[:-1] if run.to_do]
+    if plan.command.ancestors == "require" and missing:
+        mine = ("stage=", "ancestors=", "force=")
+        kept = "".join(f" {o}" for o in overrides if not o.startswith(mine))
+        raise UserError(
+            f"ancestors=require: {', '.join(missing)} must be trained first: "
+            f"python train.py stage={missing[-1]}{kept}"
+        )
+
+
+class Ranks:
+    """One plan per job: the first process decides and holds the locks, the others follow it.
+
+    They talk through a file under outputs/locks/, because they do so before they have met in
+    torch.distributed: Lightning starts the others in the middle of the first stage that trains.
+    """
+
+    _jobs = itertools.count()  # a multirun climbs several times in one process
+    _key: str | None = None
+
+    def __init__(self, outputs: Path) -> None:
+        env = os.environ
+        ranks = [int(env[key]) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in env]
+        self.is_first = int(env.get("NODE_RANK", 0)) == 0 and (ranks or [0])[0] == 0
+        if Ranks._key is None:
+            Ranks._key = self._name_of_launch()
+        self.path = outputs / "locks" / f"{Ranks._key}.{next(self._jobs)}.decisions"
+        self.decisions: dict[str, str] = {}
+
+    def _name_of_launch(self) -> str:
+        """The same in every process of a launch by torchrun, by srun or by Lightning."""
+        env = os.environ
+        for first, second in (
+            ("TORCHELASTIC_RUN_ID", "MASTER_PORT"),
+            ("SLURM_JOB_ID", "SLURM_STEP_ID"),
+        ):
+            if first in env and second in env:
+                return f"{env[first]}-{env[second]}"
+        if self.is_first:
+            env["FOURSTAGE_JOB"] = str(os.getpid())  # Lightning's children inherit it
+        return env["FOURSTAGE_JOB"]
+
+    @contextmanager
+    def job(self) -> Iterator[None]:
+        """The others are told when the first one ends, in whatever way."""
+        if self.is_first:
+            write_atomic(self.path, "{}")
+        try:
+            yield
+        except BaseException:
+            if self.is_first:
+                with suppress(OSError):
+                    self.tell("end", "failed")
+            raise
+        else:
+            if self.is_first:
+                self.path.unlink(missing_ok=True)
+
+    def tell(self, run_id: str, decision: str) -> None:
+        self.decisions[run_id] = decision
+        write_atomic(self.path, json.dumps(self.decisions))
+
+    def wait_for(self, run_id: str) -> Any:
+        """The first process' decision on a run. Ends this process when the first one ended."""
+        parent = os.getppid()
+        while os.getppid() == parent:
+            with suppress(FileNotFoundError):
+                decisions = json.loads(self.path.read_text(encoding="utf-8"))
+                if run_id in decisions:
+                    return decisions[run_id]
+                if "end" in decisions:
+                    break
+            time.sleep(0.2)
+        raise SystemExit(1)
+
+
+def one_line(error: BaseException) -> str | None:
+    """What to tell the user instead of a traceback; None where a traceback is the right thing."""
+    chain, seen = error, set()
+    while chain is not None and id(chain) not in seen:
+        seen.add(id(chain))
+        full = isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(chain):  # safetensors has its own class
+            where = f" at {chain.filename}" if isinstance(chain, OSError) and chain.filename else ""
+            return f"disk full{where}: free space and run the same command again: it resumes"
+        chain = chain.__cause__ or chain.__context__
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+        return f"{error.filename}: {error.strerror}: choose another outputs=FOLDER"
+    return None
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def git_state() -> dict[str, Any]:
+    """{"commit", "dirty"} of the code that runs; None where it is no git checkout."""
+
+    def git(*words: str) -> str | None:
+        here = Path(__file__).parent
+        with suppress(OSError):
+            done = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
+            return done.stdout.strip() if done.returncode == 0 else None
+        return None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "lightning", "tokenizers", "datasets", "reasoning-gym")
+    found = {"fourstage": __version__, "python": sys.version.split()[0]}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def device(accelerator: str) -> str:
+    """The device in words, for the record."""
+    import platform
+
+    import torch
+
+    if accelerator == "gpu":
+        return torch.cuda.get_device_name()
+    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{accelerator} ({cpu})"

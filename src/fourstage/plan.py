@@ -1,0 +1,322 @@
+"""From the config to a plan: which runs a command needs, and what is left to do for each.
+
+Everything that can be wrong in a command is found here, before anything trains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from fourstage import data
+from fourstage.callbacks import clock
+from fourstage.errors import UserError
+from fourstage.evaluation import EvaluationConfig
+from fourstage.job import STAGES, LoggerConfig, TrainerConfig, read_record
+from fourstage.model import ModelConfig
+from fourstage.runs import Record, RunStore
+from fourstage.settings import build
+from fourstage.stages import SETTINGS, StageSettings
+from fourstage.tokenizer import Tokenizer, TokenizerConfig
+
+LADDER = {"sft": "pretrain", "reward": "sft", "ppo": "sft", "grpo": "ppo"}  # the usual parents
+Status = Literal["found", "resume", "train", "not needed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """The whole config tree, checked (see conf/config.yaml)."""
+
+    stage: Literal["pretrain", "sft", "reward", "ppo", "grpo"]
+    seed: int
+    outputs: str
+    force: bool
+    ancestors: Literal["train", "require"]
+    keep_checkpoints: bool
+    debug: str | None
+    stages: dict[str, dict[str, Any]]
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    data: data.DataConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig
+    evaluation: EvaluationConfig
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"seed: must not be negative, got {self.seed}")
+
+
+@dataclass(kw_only=True)
+class PlannedRun:
+    """One run of the plan. `folder` is where it is, or will be."""
+
+    stage: str
+    id: str
+    folder: Path
+    settings: StageSettings
+    parents: dict[str, str]  # "policy", "reward" -> id
+    parent_folders: dict[str, Path]
+    group: str
+    data: dict[str, str]  # name, source, digest: what this stage reads
+    status: Status
+    estimate: float | None = None  # seconds, where it has to be trained
+    record: Record = field(default_factory=dict)  # of the finished run
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}-{self.id}"
+
+    @property
+    def to_do(self) -> bool:
+        return self.status in ("train", "resume")
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """The runs of a command in the order of training; the last one is what was asked for."""
+
+    command: Command
+    store: RunStore
+    runs: list[PlannedRun]
+
+
+def make_plan(config: Mapping[str, Any]) -> Plan:
+    """Check a config and find out what is there already.
+
+    Raises UserError, one line, for whatever is wrong in any stage that the command needs.
+    """
+    command = build(Command, config, "")
+    command = replace(command, trainer=command.trainer.resolved())
+    store = RunStore(Path(command.outputs))
+    plan = Plan(command=command, store=store, runs=[])
+    settings: dict[str, StageSettings] = {}
+    for stage in needed_stages(command, settings):
+        check_stage(command, stage, settings[stage])
+        plan.runs.append(plan_run(plan, stage, settings[stage]))
+    target = plan.runs[-1]
+    for run in plan.runs[:-1]:
+        if target.status == "found" and run.status != "found":
+            run.status = "not needed"
+    for run in plan.runs:
+        if run.to_do:
+            run.estimate = estimate(command, store, run)
+    return plan
+
+
+def needed_stages(command: Command, settings: dict[str, StageSettings]) -> list[str]:
+    """The stage that was asked for and those it descends from; fills `settings` on the way."""
+    waiting = [command.stage]
+    while waiting:
+        stage = waiting.pop()
+        if stage in settings:
+            continue
+        where = f"stages.{stage}"
+        settings[stage] = build(SETTINGS[stage], command.stages[stage], where)
+        for key, parent in named_parents(stage, settings[stage]).items():
+            if parent not in STAGES:
+                continue  # a run
+            if STAGES.index(parent) >= STAGES.index(stage):
+                raise UserError(f"{where}.{key}: {stage} cannot descend from {parent}: name a run")
+            waiting.append(parent)
+    return [stage for stage in STAGES if stage in settings]
+
+
+def named_parents(stage: str, settings: StageSettings) -> dict[str, str]:
+    """config key -> the stage or run that it names, for each parent of a stage."""
+    if stage == "pretrain":
+        if settings.parent is not None:
+            raise UserError("stages.pretrain.parent: must be null: it starts from random weights")
+        return {}
+    names = {"parent": settings.parent or LADDER[stage]}
+    if stage == "ppo":
+        names["reward_parent"] = settings.reward_parent or "reward"
+    return names
+
+
+def check_stage(command: Command, stage: str, settings: StageSettings) -> None:
+    """What a stage's settings cannot see on their own: the model and the devices."""
+    where, values = f"stages.{stage}", asdict(settings)
+    room = command.model.max_seq_len
+    for keys in (["block_size"], ["max_tokens"], ["max_prompt_tokens", "max_new_tokens"]):
+        if set(keys) <= set(values) and (tokens := sum(values[key] for key in keys)) > room:
+            raise UserError(
+                f"{where}.{' + '.join(keys)}: {tokens} tokens do not fit model.max_seq_len={room}"
+            )
+    processes = command.trainer.devices * command.trainer.num_nodes
+    if processes > 0 and settings.batch_size % processes:
+        raise UserError(
+            f"{where}.batch_size: {settings.batch_size} rows cannot be shared evenly by "
+            f"{processes} devices"
+        )
+
+
+def plan_run(plan: Plan, stage: str, settings: StageSettings) -> PlannedRun:
+    """Resolve a run's parents (those of the plan are planned already), its data and its id."""
+    command, store = plan.command, plan.store
+    folders: dict[str, Path] = {}
+    parents: dict[str, str] = {}
+    group = ""
+    for key, name in named_parents(stage, settings).items():
+        role = "reward" if key == "reward_parent" else "policy"
+        planned = {run.stage: run for run in plan.runs}
+        if name in STAGES:
+            check_role(f"stages.{stage}.{key}", name, name, role)
+            parent_id, parent_group = planned[name].id, planned[name].group
+            folders[role] = store.folder(name, parent_id)
+        else:
+            folders[role], record = named_run(command, store, f"stages.{stage}.{key}", name, role)
+            parent_id, parent_group = record["id"], record["group"]
+        parents[role] = parent_id
+        group = group or parent_group
+    source = data.source_of_stage[stage]
+    digest = data.digest(command.data, stage)
+    identity = {
+        "stage": stage,
+        "settings": {k: v for k, v in asdict(settings).items() if k not in settings.NOT_HASHED},
+        "model": shape(asdict(command.model)),
+        "tokenizer": asdict(command.tokenizer),
+        "seed": command.seed,
+        "parents": parents,
+        "precision": command.trainer.precision,
+        "data": digest,
+        "debug": command.debug,
+    }
+    run_id = letters(identity)
+    forced = command.force and stage == command.stage
+    folder = (store.retrain_folder if forced else store.folder)(stage, run_id)
+    status, record = find_status(folder)
+    return PlannedRun(
+        stage=stage,
+        id=run_id,
+        folder=folder,
+        settings=settings,
+        parents=parents,
+        parent_folders=folders,
+        group=group or run_id,
+        data={"name": command.data.name, "source": source, "digest": digest},
+        status=status,
+        record=record,
+    )
+
+
+def find_status(folder: Path) -> tuple[Status, Record]:
+    """What is in a run's folder, and its record where it is finished."""
+    if (folder / "run.json").exists():
+        record = read_record(folder)
+        if record["status"] == "finished" and (folder / "model.safetensors").exists():
+            return "found", record
+        if (folder / "checkpoints" / "last.ckpt").exists():
+            return "resume", {}
+    return "train", {}
+
+
+def letters(identity: Mapping[str, Any]) -> str:
+    """10 letters a-z from the sha256 of canonical JSON: a number would be read as one by Hydra."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
+    name = ""
+    for _ in range(10):
+        number, letter = divmod(number, 26)
+        name += chr(ord("a") + letter)
+    return name
+
+
+def shape(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a model's config matters: not what it is called."""
+    return {key: value for key, value in model.items() if key != "name"}
+
+
+def check_role(where: str, name: str, stage: str, role: str) -> None:
+    """Raise UserError for a reward model where a language model is needed, and the reverse."""
+    if (stage == "reward") != (role == "reward"):
+        wanted = {"reward": "a reward run", "policy": "a language model, not a reward run"}
+        raise UserError(f"{where}: {name} will not do, expected {wanted[role]}")
+
+
+def named_run(
+    command: Command, store: RunStore, where: str, name: str, role: str
+) -> tuple[Path, Record]:
+    """A finished run that a config names as a parent, which must be of this model."""
+    try:
+        folder = store.find(name)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    record = read_record(folder)
+    check_role(where, folder.name, record["stage"], role)
+    mine, its = shape(asdict(command.model)), shape(record["config"]["model"])
+    for key in mine:
+        if mine[key] != its[key]:
+            raise UserError(
+                f"{where}: {folder.name} is of another model ({record['config']['model']['name']}: "
+                f"{key} {its[key]}, not {mine[key]}): choose its model= or another parent"
+            )
+    if asdict(command.tokenizer) != record["config"]["tokenizer"]:
+        raise UserError(f"{where}: {folder.name} has another tokenizer: choose its tokenizer=")
+    return folder, record
+
+
+def estimate(command: Command, store: RunStore, run: PlannedRun) -> float | None:
+    """Seconds of training: the time budget, else from the latest finished run of its kind."""
+    if run.settings.seconds is not None:
+        return run.settings.seconds
+    best: tuple[str, float] | None = None
+    for folder in store.folders():
+        record = read_record(folder)
+        if (record["stage"], record["status"]) != (run.stage, "finished"):
+            continue
+        config, settings = record["config"], record["config"]["stages"][run.stage]
+        alike = (
+            shape(config["model"]) == shape(asdict(command.model))
+            and record["debug"] == command.debug
+            and settings["batch_size"] == run.settings.batch_size
+            and settings["max_steps"] > 0
+            and settings["max_time"] is None
+        )
+        if alike and (best is None or record["finished"] > best[0]):
+            seconds = record["cost"]["seconds"] * run.settings.max_steps / settings["max_steps"]
+            best = record["finished"], seconds
+    return best[1] if best else None
+
+
+def show(plan: Plan, console: Console, commit: str | None) -> None:
+    """Print the plan: what is found, what is trained, how large and how long."""
+    command = plan.command
+    vocab_size = Tokenizer.from_config(command.tokenizer).vocab_size
+    total, active = command.model.count_params(vocab_size)
+    debug = f", debug={command.debug}" if command.debug else ""
+    table = Table("stage", "run", "from", "budget", "time", "status")
+    for run in plan.runs:
+        settings = run.settings
+        known = "?" if run.estimate is None else clock(run.estimate)
+        table.add_row(
+            run.stage,
+            run.id,
+            ", ".join(run.parents.values()),
+            settings.max_time or f"{settings.max_steps} steps x {settings.batch_size}",
+            known if run.to_do else "",
+            run.status + (" (again)" if command.force and run is plan.runs[-1] else ""),
+        )
+    console.print(
+        f"{command.model.name}: {total:,} parameters, {active:,} active; data {command.data.name}, "
+        f"seed {command.seed}, {command.trainer.accelerator} {command.trainer.precision}{debug}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(table)
+    for run in plan.runs:
+        made_by = run.record["git"]["commit"] if run.record else None
+        if commit and made_by and made_by != commit:
+            console.print(
+                f"warning: {run.name} was made by commit {made_by[:8]}, this is {commit[:8]} "
+                f"(stage={run.stage} force=true trains it again)",
+                highlight=False,
+                soft_wrap=True,
+            )

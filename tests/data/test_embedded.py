@@ -1,0 +1,189 @@
+"""The built-in sources, and that no held-out problem stands in any train source."""
+
+import re
+
+import pytest
+
+from fourstage import data
+from fourstage.data.corpus import without_heldout
+from fourstage.data.reasoning import heldout_keys
+from fourstage.data.split import is_heldout, normalise
+from fourstage.errors import UserError
+from fourstage.verify import has_form, verify
+from tests.data.conftest import make
+
+
+def texts_to_train_on(config):
+    """Every text of every train source, with the source's name."""
+    yield from (("corpus", document) for document in data.load_corpus(config).train)
+    for conversation in data.load_chat(config).train:
+        yield from (("chat", message["content"]) for message in conversation.messages)
+    for conversation in data.load_prompts(config).train:
+        yield "preference", conversation.prompt_messages[-1]["content"]
+    for problem in data.load_reasoning(config).train:
+        yield "reasoning", f"{problem.question}\n{problem.worked}"
+
+
+def test_no_heldout_problem_stands_in_any_train_source(embedded):
+    heldout = data.load_reasoning(embedded).heldout
+    sums = [p.entry["metadata"]["expression"] for p in heldout if "expression" in str(p.entry)]
+    assert len(sums) > 60
+    # found here with plain string search, not with the code that filters
+    closed_up = {re.sub(r"\s+", "", text) for text in sums}
+    starts = {p.question.lower() for p in heldout}
+    seen = set()
+    for source, text in texts_to_train_on(embedded):
+        seen.add(source)
+        low = text.lower()
+        assert not any(low.startswith(q) or f"\n{q}" in low for q in starts), (source, text)
+        close = re.sub(r"(?<=[\d+*-])[ \t]+(?=[\d+*-])", "", text)
+        for chain in re.findall(r"\d+(?:[+*-]\d+)+", close):
+            parts = re.findall(r"\d+|[+*-]", chain)
+            for start in range(0, len(parts), 2):
+                for end in range(start + 3, len(parts) + 1, 2):
+                    assert "".join(parts[start:end]) not in closed_up, (source, text)
+    assert seen == {"corpus", "chat", "preference", "reasoning"}
+
+
+def test_no_train_problem_stands_on_a_heldout_side(embedded):
+    train = {normalise(p.question) for p in data.load_reasoning(embedded).train}
+    for problem in data.load_reasoning(embedded).heldout:
+        assert normalise(problem.question) not in train
+    for document in data.load_corpus(embedded).heldout:
+        assert normalise(document.split("\n")[0]) not in train
+    for conversation in data.load_chat(embedded).heldout:
+        assert normalise(conversation.messages[0]["content"]) not in train
+
+
+def test_every_source_splits_by_the_same_function(embedded):
+    problems, chats = data.load_reasoning(embedded), data.load_chat(embedded)
+    assert all(is_heldout(p.question, 0.2) for p in problems.heldout)
+    assert not any(is_heldout(p.question, 0.2) for p in problems.train)
+    openings = [{c.messages[0]["content"] for c in s} for s in (chats.train, chats.heldout)]
+    assert not {normalise(o) for o in openings[0]} & {normalise(o) for o in openings[1]}
+    assert not any(is_heldout(o, 0.2) for o in openings[0])
+
+
+def test_worked_solutions_are_right_and_have_the_form(embedded):
+    problems = data.load_reasoning(embedded)
+    for problem in (*problems.train, *problems.heldout):
+        assert verify(problem, problem.worked) == 1.0, problem
+        assert has_form(problem.worked), problem
+
+
+def test_sizes_and_weights(embedded):
+    problems = data.load_reasoning(embedded)
+    counts = {
+        task: sum(p.task == task for p in problems.train) for task in embedded.reasoning.tasks
+    }
+    assert counts == {"chain_sum": 229, "products": 114, "gcd": 229, "spell_backward": 229}
+    assert abs(len(problems.heldout) - 150) <= 2
+    assert len({p.question for p in problems.train}) == len(problems.train)
+    assert problems.notes["dropped_with_a_heldout_expression"] > 0
+    corpus, chats = data.load_corpus(embedded), data.load_chat(embedded)
+    assert corpus.notes["problems"] == 500 and chats.notes["demonstrations"] == 400
+    assert sum(c.kind == "problem" for c in chats.train) == 400
+
+
+def test_the_corpus_is_the_reference_cut_by_position(embedded):
+    from pydoc_data.topics import topics
+
+    corpus = data.load_corpus(make("embedded", corpus={"problems": 0}))
+    whole = "".join(topics[name].strip() for name in sorted(topics))
+    dropped = corpus.notes["paragraphs_dropped_with_a_heldout_problem"]
+    assert dropped == 0 and "".join(corpus.train + corpus.heldout) == whole
+    assert sum(map(len, corpus.train)) == int(0.9 * len(whole))
+
+
+def test_a_paragraph_with_a_heldout_problem_is_left_out():
+    keys = frozenset({normalise("26 + 4 = ?"), normalise("Reverse: hello")})
+    text = "One.\n\nAdd 4+26 here.\n\nTry reverse: HELLO too.\n\nLast 126 + 4."
+    assert without_heldout(text, keys) == ("One.\n\nLast 126 + 4.", 2)
+    assert without_heldout("Nothing 1 + 1.", keys) == ("Nothing 1 + 1.", 0)
+
+
+def test_chats_are_text_with_answers_and_exclusion_works(embedded):
+    chats = data.load_chat(embedded)
+    for conversation in (*chats.train, *chats.heldout):
+        roles = [m["role"] for m in conversation.messages]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert all(isinstance(m["content"], str) and m["content"] for m in conversation.messages)
+        assert all(len(m["content"]) <= 160 for m in conversation.messages)
+    assert chats.notes["repeated"] > 1000 and chats.notes["not_text"] > 0
+    assert any(len(c.messages) > 2 for c in chats.train)
+
+    def prompts(config):
+        sides = data.load_prompts(config)
+        return {c.messages[0]["content"] for c in (*sides.train, *sides.heldout)}
+
+    support = "My computer won't turn on."
+    assert support in prompts(embedded)
+    assert support not in prompts(make("embedded", chat={"exclude": ["tech_support"]}))
+    with pytest.raises(UserError, match=r"no category 'techsupport' \(there are ai, "):
+        data.load_chat(make("embedded", chat={"exclude": ["techsupport"]}))
+
+
+def test_prompts_come_once_and_are_no_problems(embedded):
+    prompts = data.load_prompts(embedded)
+    ids = [c.id for c in (*prompts.train, *prompts.heldout)]
+    assert len(ids) == len(set(ids)) and len(prompts.heldout) > 50
+    assert all(c.kind == "chat" for c in prompts.train)
+    assert data.load_preference(embedded) is None
+
+
+def test_digests_follow_the_content_of_one_source(embedded):
+    stages = list(data.source_of_stage)
+    before = {stage: data.digest(embedded, stage) for stage in stages}
+    assert before["reward"] == before["ppo"] != before["sft"]
+    other = make(
+        "embedded",
+        heldout=0.2,
+        corpus={"problems": 500},
+        chat={"demonstrations": 399},
+        reasoning={"size": 800, "heldout_size": 150, "tasks": embedded.reasoning.tasks},
+    )
+    changed = {stage for stage in stages if data.digest(other, stage) != before[stage]}
+    assert changed == {"sft"}
+
+
+def test_sample_prompts(embedded, files):
+    prompts = data.sample_prompts(embedded)
+    assert prompts[0]["messages"] == [{"role": "user", "content": "What is an LLM?"}]
+    assert len(prompts) == 8 == len({p["id"] for p in prompts})
+    heldout = {p.question for p in data.load_reasoning(embedded).heldout}
+    assert all(p["messages"][0]["content"] in heldout for p in prompts[5:])
+    assert data.sample_prompts(files()) == prompts[:5]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ({"chain_sums": {}}, "data.reasoning.tasks.chain_sums: .*not registered"),
+        ({"chain_sum": {"min_term": 2}}, "data.reasoning.tasks.chain_sum: .*min_term"),
+        ({"chain_sum": {"min_terms": 9}}, "data.reasoning.tasks.chain_sum: .*min_terms"),
+        ({"chain_sum": None}, "data.reasoning.tasks.chain_sum: expected the task's arguments"),
+        ({"chain_sum": {"weight": 0}}, "weight: expected a number above 0, got 0"),
+    ],
+)
+def test_bad_tasks_are_one_clear_line(tasks, message):
+    with pytest.raises(UserError, match=message) as caught:
+        data.load_reasoning(make("embedded", reasoning={"tasks": tasks, "size": 10}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heldout": 0.0}, "data.heldout: must be a share between 0 and 1, got 0"),
+        ({"corpus": {"problems": -1}}, "data.corpus.problems: must be at least 0, got -1"),
+        ({"chat": {"max_answer_chars": 0}}, "data.chat.max_answer_chars: must be at least 1"),
+        ({"reasoning": {"size": 0}}, "data.reasoning.size: must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(changes, message):
+    with pytest.raises(UserError, match=message):
+        make("embedded", **changes)
+
+
+def test_keys_are_empty_without_problems(files):
+    assert heldout_keys(files()) == frozenset()

@@ -1,0 +1,244 @@
+import copy
+import math
+
+import pytest
+import torch
+
+from fourstage.model import KVCache, RouterStats, Transformer
+from tests.model.configs import VOCAB, read_config
+
+IDS = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: Transformer, ids: torch.Tensor, **kwargs) -> torch.Tensor:
+    return model.logits(model(ids, **kwargs).hidden_BTD)
+
+
+def test_a_later_token_changes_nothing_earlier(build):
+    model = build()
+    changed = IDS.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % VOCAB
+    before, after = logits(model, IDS), logits(model, changed)
+    assert torch.allclose(before[:, :7], after[:, :7], atol=1e-5)
+    assert not torch.allclose(before[:, 7], after[:, 7], atol=1e-2)
+    assert not torch.allclose(before[:, -1], after[:, -1], atol=1e-4)
+
+
+def test_positions_matter(build):
+    model = build()
+    same = torch.full((1, 3), 4)
+    far = torch.tensor([[0, 1, 9]])
+    repeated = torch.tensor([[5, 4, 4]])
+    assert torch.allclose(logits(model, same)[0, 0], logits(model, same)[0, 2], atol=1e-5)
+    assert not torch.allclose(
+        logits(model, repeated)[0, 2], logits(model, repeated, positions_BT=far)[0, 2], atol=1e-3
+    )
+
+
+def test_right_padding_changes_no_real_token(build):
+    model = build()
+    padded = torch.cat((IDS, torch.full((2, 5), 3)), dim=1)
+    valid = torch.arange(17)[None] < torch.tensor([[12], [12]])
+    out, alone = model(padded, valid_BT=valid), model(IDS)
+    assert torch.allclose(out.hidden_BTD[:, :12], alone.hidden_BTD, atol=1e-5)
+    assert torch.equal(out.router.load_LE, alone.router.load_LE)
+    assert not torch.equal(model(padded).router.load_LE, alone.router.load_LE)
+
+
+def test_padding_is_no_part_of_the_balance_losses(build):
+    model = build(balance="switch", z_loss_coef=0.1)
+    padded = torch.cat((IDS, torch.full((2, 5), 3)), dim=1)
+    valid = torch.arange(17)[None] < torch.tensor([[12], [12]])
+    alone = model(IDS).router.aux_loss.item()
+    assert model(padded, valid_BT=valid).router.aux_loss.item() == pytest.approx(alone, rel=1e-5)
+    assert model(padded).router.aux_loss.item() != pytest.approx(alone, rel=1e-3)
+
+
+def test_left_padding_with_positions_and_a_mask_changes_no_real_token(build):
+    model = build()
+    padded = torch.cat((torch.full((2, 3), 3), IDS), dim=1)
+    real = torch.arange(15) >= 3
+    mask = torch.ones(15, 15).tril().bool() & real | torch.eye(15).bool()
+    positions = (torch.arange(15) - 3).clamp(min=0)[None]
+    out = model(padded, positions_BT=positions, attn_mask=mask[None, None])
+    assert torch.allclose(out.hidden_BTD[:, 3:], model(IDS).hidden_BTD, atol=1e-5)
+
+
+def test_the_cache_gives_the_same_hidden_states(build):
+    model = build().eval()
+    whole = model(IDS).hidden_BTD
+    cache = KVCache(model.config.n_layers, capacity=12)
+    parts = [model(IDS[:, :5], cache=cache).hidden_BTD]
+    parts += [model(IDS[:, t : t + 1], cache=cache).hidden_BTD for t in range(5, 12)]
+    assert cache.length == 12
+    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-5)
+
+
+def test_the_grouped_and_the_loop_model_agree_in_logits_and_gradients(build):
+    gradients = []
+    for path in ("loop", "grouped"):
+        model = build(expert_path=path)
+        logits(model, IDS).logsumexp(-1).sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-4), name
+
+
+def test_tied_embeddings_share_one_weight(build):
+    tied = build(tie_embeddings=True)
+    assert tied.head is None
+    assert "head.weight" not in tied.state_dict()
+    out = tied(IDS)
+    assert torch.allclose(tied.logits(out.hidden_BTD), out.hidden_BTD @ tied.embedding.weight.T)
+    assert build(tie_embeddings=False).head.weight.shape == (VOCAB, 64)
+
+
+@pytest.mark.parametrize("name", ["dense_tiny", "moe_nano"])
+def test_one_expert_is_dense_and_has_no_router(name):
+    model = Transformer(read_config(name), VOCAB)
+    out = model(IDS)
+    dense = name.startswith("dense")
+    assert (out.router is None) is dense
+    assert any("router" in key for key in model.state_dict()) is not dense
+    model.update_expert_bias()  # does nothing to a dense model
+
+
+def test_every_parameter_gets_a_gradient(build):
+    model = build(d_shared=16)
+    logits(model, IDS).square().mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_initial_weights_have_their_standard_deviations():
+    torch.manual_seed(0)
+    model = Transformer(read_config("moe_tiny"), 1000)
+    block, residual = model.blocks[1], 0.02 / math.sqrt(2 * 4)
+    assert block.attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert block.attention.out.weight.std().item() == pytest.approx(residual, rel=0.05)
+    assert block.mlp.experts.gate_up_EDF.std().item() == pytest.approx(0.02, rel=0.05)
+    assert block.mlp.experts.down_EFD.std().item() == pytest.approx(residual, rel=0.05)
+    assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    out = model.eval()(torch.arange(256)[None])
+    loss = torch.nn.functional.cross_entropy(
+        model.logits(out.hidden_BTD)[0, :-1], torch.arange(1, 256)
+    )
+    assert loss.item() == pytest.approx(math.log(1000), rel=0.05)
+
+
+def test_dropout_is_on_in_training_only(build):
+    model = build(dropout=0.5)
+    assert not torch.allclose(logits(model, IDS), logits(model, IDS))
+    model.eval()
+    assert torch.equal(logits(model, IDS), logits(model, IDS))
+
+
+# The selection bias
+
+
+def bias(model: Transformer) -> torch.Tensor:
+    return torch.stack([block.mlp.router.expert_bias_E for block in model.blocks])
+
+
+def test_the_bias_update_by_hand(build):
+    model = build(bias_step=0.1)
+    model.load_LE = torch.tensor([[6.0, 4.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
+    model.update_expert_bias()
+    # Layer 0: mean load 3, signs (-1, -1, 1, 1), which are centred already. Layer 1: no sign.
+    want = torch.tensor([[-0.1, -0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0]])
+    assert torch.allclose(bias(model), want)
+    model.load_LE = torch.tensor([[9.0, 1.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
+    model.update_expert_bias()
+    # Signs (-1, 1, 1, 1) have the mean 0.5: steps of 0.1 * (-1.5, 0.5, 0.5, 0.5) on top.
+    want[0] += torch.tensor([-0.15, 0.05, 0.05, 0.05])
+    assert torch.allclose(bias(model), want)
+    assert torch.allclose(bias(model).sum(-1), torch.zeros(2), atol=1e-6)
+
+
+def test_loads_add_up_over_forwards_until_the_update(build):
+    model, other = build(), build()
+    loads = model(IDS[:1]).router.load_LE + model(IDS[1:]).router.load_LE
+    assert torch.equal(model.load_LE, loads)
+    other(IDS)
+    assert torch.equal(other.load_LE, loads)
+    model.update_expert_bias()
+    other.update_expert_bias()
+    assert torch.equal(bias(model), bias(other)) and bias(model).any()
+    assert model.load_LE is None
+    before = bias(model).clone()
+    model.update_expert_bias()  # nothing was counted since
+    assert torch.equal(bias(model), before)
+
+
+def test_loads_are_summed_over_ranks_before_the_sign(build):
+    model = build(bias_step=0.1)
+    model.load_LE = torch.tensor([[4.0, 2.0, 2.0, 0.0]] * 2)
+    other_rank = torch.tensor([[0.0, 0.0, 2.0, 8.0]] * 2)
+    model.update_expert_bias(lambda load_LE: load_LE + other_rank)
+    # Summed: (4, 2, 4, 8), mean 4.5, signs (1, 1, 1, -1), mean 0.5
+    assert torch.allclose(bias(model)[0], torch.tensor([0.05, 0.05, 0.05, -0.15]))
+
+
+@pytest.mark.parametrize("case", ["eval", "no_grad", "frozen"])
+def test_only_training_forwards_are_counted(build, case):
+    model = build()
+    if case == "eval":
+        model.eval()(IDS)
+    elif case == "no_grad":
+        with torch.no_grad():
+            model(IDS)
+    else:
+        model.count_load = False
+        model(IDS)
+    assert model.load_LE is None
+    model.update_expert_bias()
+    assert not bias(model).any()
+
+
+@pytest.mark.parametrize("balance", ["switch", "none"])
+def test_other_balances_leave_the_bias_alone(build, balance):
+    model = build(balance=balance)
+    model(IDS)
+    model.update_expert_bias()
+    assert not bias(model).any()
+
+
+def test_the_bias_evens_out_the_load(build):
+    """Without any learning, the bias alone makes skewed routers use their experts equally."""
+    model = build(bias_step=0.02)
+    ids = torch.randint(0, VOCAB, (8, 64), generator=torch.Generator().manual_seed(1))
+    first = model(ids).router
+    for _ in range(60):
+        model.update_expert_bias()
+        last = model(ids).router
+    assert first.max_over_mean_L.max() > 1.3
+    assert last.max_over_mean_L.max() < 1.15
+    assert (last.entropy_L > first.entropy_L).all()
+
+
+def test_the_bias_is_saved_and_the_counts_are_not(build):
+    model = build()
+    model(IDS)
+    assert sum(key.endswith("expert_bias_E") for key in model.state_dict()) == 2
+    assert not any("load" in key for key in model.state_dict())
+    copy.deepcopy(model)
+
+
+def test_router_health_by_hand():
+    load_LE = torch.tensor([[4.0, 4.0, 4.0, 4.0], [8.0, 8.0, 0.0, 0.0]])
+    bias_LE = torch.tensor([[0.1, -0.2, 0.0, 0.1], [0.0, 0.0, 0.0, 0.0]])
+    stats = RouterStats(load_LE, bias_LE, torch.zeros(()))
+    assert stats.entropy_L.tolist() == pytest.approx([1.0, 0.5])
+    assert stats.max_over_mean_L.tolist() == [1.0, 2.0]
+    assert stats.dead_L.tolist() == [0, 2]
+    assert stats.bias_spread_L.tolist() == pytest.approx([0.3, 0.0])
+
+
+def test_the_same_seed_gives_the_same_loss_and_gradients(build):
+    runs = []
+    for _ in range(2):
+        model = build()
+        loss = logits(model, IDS).logsumexp(-1).mean()
+        loss.backward()
+        runs.append((loss, [p.grad for p in model.parameters()]))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))

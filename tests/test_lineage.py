@@ -1,0 +1,447 @@
+"""Plans, run ids, reuse, resume, force and locks, with a stage that trains in no time."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import re
+import threading
+from pathlib import Path
+
+import pytest
+from tests.fakes import FakeTrain, config, own_files
+
+from fourstage import lineage
+from fourstage.errors import UserError
+from fourstage.job import STAGES, read_record, write_record
+from fourstage.lineage import Ranks, climb, one_line
+from fourstage.plan import SETTINGS, make_plan
+from fourstage.runs import RunStore
+
+
+@pytest.fixture
+def base(tmp_path) -> list[str]:
+    files = own_files(tmp_path / "files")
+    return [f"outputs={tmp_path}/outputs", "model=moe_nano", "logger=none", *files]
+
+
+def ids(overrides: list[str], stage: str = "grpo") -> dict[str, str]:
+    return {run.stage: run.id for run in make_plan(config(*overrides, f"stage={stage}")).runs}
+
+
+def run(overrides: list[str], stage: str = "grpo", train: FakeTrain | None = None) -> FakeTrain:
+    train = train or FakeTrain()
+    climb(config(*overrides, f"stage={stage}"), overrides=overrides, train=train)
+    return train
+
+
+# --- ids
+
+
+def test_ids_are_letters_and_do_not_change(base) -> None:
+    first = ids(base)
+    assert list(first) == list(STAGES) and first == ids(base)
+    assert len(set(first.values())) == 5
+    assert all(re.fullmatch("[a-z]{10}", run_id) for run_id in first.values())
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("seed=1", STAGES),
+        ("model.d_expert=48", STAGES),
+        ("debug=fast", STAGES),
+        ("trainer.precision=bf16-mixed", STAGES),
+        ("stages.pretrain.lr=0.002", STAGES),
+        ("stages.sft.batch_size=16", ("sft", "reward", "ppo", "grpo")),
+        ("stages.reward.margin=0.5", ("reward", "ppo", "grpo")),
+        ("stages.ppo.kl_coef=0.1", ("ppo", "grpo")),
+        ("stages.grpo.loss=dapo", ("grpo",)),
+        ("stages@stages.grpo=grpo_dapo", ("grpo",)),
+        ("stages.grpo.parent=sft", ("grpo",)),
+        # none of these moves a weight
+        ("stages.pretrain.val_every=7", ()),
+        ("stages.sft.micro_batch_size=4", ()),
+        ("stages.grpo.checkpoint_every=1", ()),
+        ("trainer.strategy=ddp", ()),
+        ("trainer.devices=2", ()),
+        ("logger=wandb", ()),
+        ("force=true", ()),
+        ("keep_checkpoints=true", ()),
+        ("evaluation.max_pairs=5", ()),
+        ("model.name=other", ()),
+        ("stages.pretrain.lr=3e-3", ()),  # what it is, written otherwise
+    ],
+)
+def test_what_determines_the_weights_determines_the_id(base, override, changed) -> None:
+    before, after = ids(base), ids([*base, override])
+    assert [stage for stage in after if after[stage] != before[stage]] == [
+        stage for stage in changed if stage in after
+    ]
+
+
+def test_only_the_source_that_a_stage_reads_counts(base, tmp_path) -> None:
+    before = ids(base)
+    more = {"prompt": "Say 99", "chosen": "It is 99.", "rejected": "No."}
+    with open(tmp_path / "files" / "preference.jsonl", "a") as file:
+        file.write(json.dumps(more) + "\n")
+    after = ids(base)
+    assert [stage for stage in after if after[stage] != before[stage]] == ["reward", "ppo", "grpo"]
+    files = tmp_path / "files"
+    files.rename(tmp_path / "moved")  # the content counts, not where it lies
+    moved = [override.replace("/files/", "/moved/") for override in base]
+    assert ids(moved) == after
+
+
+def test_every_hashed_setting_of_every_stage_changes_the_id(base) -> None:
+    tree, plain = config(*base, "stage=grpo"), ids(base)
+    for stage in STAGES:
+        for field in dataclasses.fields(SETTINGS[stage]):
+            value = tree["stages"][stage][field.name]
+            if isinstance(value, bool):
+                other = not value
+            elif isinstance(value, int | float):
+                other = value / 2 if isinstance(value, float) and value else value + 2
+            else:
+                continue  # parents, max_time, words
+            changed = copy.deepcopy(tree) | {"stage": stage}
+            changed["stages"][stage][field.name] = other
+            differs = make_plan(changed).runs[-1].id != plain[stage]
+            assert differs == (field.name not in SETTINGS[stage].NOT_HASHED), (stage, field.name)
+
+
+# --- climbing
+
+
+def test_a_whole_ladder(base, tmp_path) -> None:
+    train = run(base)
+    store = RunStore(tmp_path / "outputs")
+    assert train.stages == list(STAGES)
+    folders = {f.name.split("-")[0]: f for f in store.folders()}
+    records = {stage: read_record(folder) for stage, folder in folders.items()}
+    of = {stage: record["id"] for stage, record in records.items()}
+    assert of == ids(base)
+    assert {stage: record["parents"] for stage, record in records.items()} == {
+        "pretrain": {},
+        "sft": {"policy": of["pretrain"]},
+        "reward": {"policy": of["sft"]},
+        "ppo": {"policy": of["sft"], "reward": of["reward"]},
+        "grpo": {"policy": of["ppo"]},
+    }
+    grpo = records["grpo"]
+    assert grpo["name"] == folders["grpo"].name and grpo["status"] == "finished"
+    assert grpo["started"] <= grpo["finished"] and grpo["debug"] is None
+    assert grpo["cost"]["steps"] == 7 and grpo["cost"]["seconds"] >= 0
+    assert grpo["data"]["source"] == "reasoning" and grpo["data"]["digest"]
+    assert list(grpo["config"]["stages"]) == ["grpo"] and grpo["config"]["stage"] == "grpo"
+    assert {"fourstage", "python", "torch"} <= set(grpo["versions"])
+    assert {record["group"] for record in records.values()} == {of["pretrain"]}
+    for stage, folder in folders.items():
+        files = {"run.json", "model.safetensors"}
+        assert {path.name for path in folder.iterdir()} == files, stage
+
+    job = train.jobs[3]
+    assert job.parents == {"policy": folders["sft"], "reward": folders["reward"]}
+    assert job.ancestors == {s: folders[s] for s in ("pretrain", "sft", "reward")}
+    assert [stage for stage, _ in job.plan_left] == ["grpo"] and not job.resume
+    assert list(train.jobs[4].ancestors) == ["pretrain", "sft", "reward", "ppo"]
+    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"runs", "locks"}
+    assert not list((tmp_path / "outputs" / "locks").glob("*.decisions"))
+
+
+def test_finished_runs_are_reused_and_a_changed_setting_is_a_new_run(base, tmp_path) -> None:
+    run(base)
+    assert run(base).stages == []
+    assert run([*base, "stages.grpo.lr=3e-4"]).stages == ["grpo"]
+    assert run([*base, "stages.reward.lr=1e-4"], "ppo").stages == ["reward", "ppo"]
+    assert len(RunStore(tmp_path / "outputs").folders()) == 8
+
+
+def test_a_found_target_needs_no_ancestors(base, tmp_path) -> None:
+    run(base, "sft")
+    store = RunStore(tmp_path / "outputs")
+    store.remove(store.find("pretrain"), force=True)
+    assert run(base, "sft").stages == []
+    assert run(base, "reward").stages == ["pretrain", "reward"]
+
+
+def test_other_parents(base, tmp_path) -> None:
+    run(base)
+    of = ids(base)
+    assert run([*base, "stages.grpo.parent=sft"]).stages == ["grpo"]
+    store = RunStore(tmp_path / "outputs")
+    for name in (of["sft"], f"sft-{of['sft']}", store.folder("sft", of["sft"])):
+        again = make_plan(config(*base, "stage=grpo", f"stages.grpo.parent={name}"))
+        assert [r.stage for r in again.runs] == ["grpo"] and again.runs[0].status == "found"
+    again = run([*base, f"stages.ppo.reward_parent={of['reward']}", "stages.ppo.lr=1e-5"], "ppo")
+    assert again.stages == ["ppo"]
+    longer = run([*base, f"stages.grpo.parent={of['grpo']}", "seed=5"])  # grpo goes on
+    assert longer.stages == ["grpo"]
+    assert longer.jobs[0].parents == {"policy": store.folder("grpo", of["grpo"])}
+    assert longer.jobs[0].group == of["pretrain"]
+
+
+def test_a_ladder_without_preferences_needs_no_preference_data(base) -> None:
+    overrides = [o for o in base if "preference" not in o]
+    assert run([*overrides, "experiment=no_preferences"]).stages == ["pretrain", "sft", "grpo"]
+
+
+# --- what goes wrong
+
+
+def test_a_failed_run_starts_again_and_an_interrupted_one_resumes(base, tmp_path) -> None:
+    with pytest.raises(RuntimeError, match="nan"):
+        run(base, "sft", FakeTrain(fail_in="sft"))
+    folder = next((tmp_path / "outputs" / "runs").glob("sft-*"))
+    assert read_record(folder)["status"] == "failed"
+    (folder / "junk").touch()
+    with pytest.raises(KeyboardInterrupt):
+        run(base, "sft", FakeTrain("sft", KeyboardInterrupt(), checkpoint=True))
+    before = read_record(folder)
+    assert before["status"] == "running" and not (folder / "junk").exists()
+    write_record(folder, cost={"seconds": 100.0})
+    plan = make_plan(config(*base, "stage=sft"))
+    assert [r.status for r in plan.runs] == ["found", "resume"]
+    resumed = run(base, "sft")
+    assert [(job.stage, job.resume) for job in resumed.jobs] == [("sft", True)]
+    after = read_record(folder)
+    assert (after["status"], after["started"]) == ("finished", before["started"])
+    assert after["cost"]["seconds"] >= 100
+    assert not (folder / "checkpoints").exists()
+
+
+def test_keep_checkpoints(base, tmp_path) -> None:
+    run([*base, "keep_checkpoints=true"], "pretrain", FakeTrain(checkpoint=True))
+    assert list((tmp_path / "outputs" / "runs").glob("pretrain-*/checkpoints/last.ckpt"))
+
+
+def test_force_keeps_the_old_run_until_the_new_one_is_finished(base, tmp_path) -> None:
+    run(base, "sft")
+    place = next((tmp_path / "outputs" / "runs").glob("sft-*"))
+    write_record(place, note="old")
+    forced = [*base, "force=true"]
+    with pytest.raises(RuntimeError):
+        run(forced, "sft", FakeTrain("sft", checkpoint=True))
+    assert read_record(place)["note"] == "old" and read_record(place)["status"] == "finished"
+    assert run(base, "sft").stages == []
+
+    resumed = run(forced, "sft")  # the same command again
+    assert [(job.stage, job.resume) for job in resumed.jobs] == [("sft", True)]
+    assert resumed.jobs[0].folder == tmp_path / "outputs" / "retrain" / place.name
+    assert "note" not in read_record(place) and read_record(place)["status"] == "finished"
+    assert not list((tmp_path / "outputs" / "retrain").iterdir())
+    again = run(forced, "sft")  # and once more: trained again
+    assert [(job.stage, job.resume) for job in again.jobs] == [("sft", False)]
+
+
+def test_a_forced_run_that_was_killed_before_the_swap(base, tmp_path) -> None:
+    run(base, "pretrain")
+    place = next((tmp_path / "outputs" / "runs").glob("pretrain-*"))
+    new = tmp_path / "outputs" / "retrain" / place.name
+    new.parent.mkdir()
+    place.rename(new)
+    write_record(new, note="new")
+    run(base, "pretrain")
+    assert run([*base, "force=true"], "pretrain").stages == []
+    assert read_record(place)["note"] == "new"
+
+
+def test_another_commit_is_said(base, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(lineage, "git_state", lambda: {"commit": "a" * 40, "dirty": False})
+    run(base, "pretrain")
+    run(base, "pretrain")
+    assert "warning" not in capsys.readouterr().out
+    monkeypatch.setattr(lineage, "git_state", lambda: {"commit": "b" * 40, "dirty": False})
+    assert run(base, "pretrain").stages == []
+    assert "was made by commit aaaaaaaa, this is bbbbbbbb" in capsys.readouterr().out
+
+
+def test_ancestors_require(base) -> None:
+    overrides = [*base, "seed=3", "ancestors=require"]
+    with pytest.raises(UserError) as caught:
+        run(overrides, "ppo")
+    command = str(caught.value).split("python train.py ")[1]
+    assert command.startswith("stage=reward outputs=") and command.endswith("seed=3")
+    assert "pretrain, sft, reward must be trained first" in str(caught.value)
+    run([*base, "seed=3"], "reward")
+    assert run(overrides, "ppo").stages == ["ppo"]
+
+
+MISTAKES = [
+    ("stage=foo", "stage: expected one of pretrain, sft, reward, ppo, grpo, got 'foo'"),
+    ("seed=1.5", "seed: expected a whole number, got 1.5"),
+    ("seed=abc", "seed: expected a whole number, got 'abc'"),
+    ("seed=-1", "seed: must not be negative, got -1"),
+    ("ancestors=no", "ancestors: expected one of train, require, got"),
+    ("model.num_experts=0", "model.num_experts: must be at least 1, got 0"),
+    ("+model.width=3", "model.width: unknown key"),
+    ("trainer.devices=0", "trainer.devices: must be at least 1"),
+    ("trainer.devices=3", "stages.pretrain.batch_size: 16 rows cannot be shared evenly by 3"),
+    ("trainer.accelerator=tpu", "trainer.accelerator: expected one of"),
+    ("evaluation.max_pairs=0", "evaluation.max_pairs: must be at least 1"),
+    ("stages.grpo.group_size=1", "stages.grpo.group_size: must be at least 2, got 1"),
+    ("stages.sft.lr=-1", "stages.sft.lr: must be above 0, got -1.0"),
+    ("stages.ppo.max_steps=-2", "stages.ppo.max_steps: must be at least -1, got -2"),
+    ("stages.ppo.max_time=later", "stages.ppo.max_time: expected DD:HH:MM:SS"),
+    ("stages.reward.lr=fast", "stages.reward.lr: expected a number, got 'fast'"),
+    ("stages.pretrain.block_size=513", "513 tokens do not fit model.max_seq_len=512"),
+    ("stages.grpo.max_new_tokens=500", "max_prompt_tokens + max_new_tokens: 596 tokens do not fit"),
+    ("stages.pretrain.parent=sft", "stages.pretrain.parent: must be null"),
+    ("stages.sft.parent=grpo", "stages.sft.parent: sft cannot descend from grpo"),
+    ("stages.grpo.parent=grpo", "stages.grpo.parent: grpo cannot descend from grpo"),
+    ("stages.grpo.parent=reward", "stages.grpo.parent: reward will not do, expected a language"),
+    ("stages.ppo.reward_parent=sft", "stages.ppo.reward_parent: sft will not do, expected a rew"),
+    ("stages.ppo.parent=nope", "stages.ppo.parent: unknown run 'nope'"),
+    ("stages.ppo.parent=12345", "stages.ppo.parent: expected text or null, got 12345"),
+    ("data.corpus.path=null", "stages.pretrain needs data.corpus.path=FILE"),
+    ("data.reasoning.path=/nope.jsonl", "/nope.jsonl: no such file"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), MISTAKES, ids=[m[0] for m in MISTAKES])
+def test_a_mistake_is_one_line_before_anything_trains(base, tmp_path, override, message) -> None:
+    stage = [] if override.startswith("stage=") else ["stage=grpo"]
+    train = FakeTrain()
+    with pytest.raises(UserError) as caught:
+        climb(config(*base, *stage, override), train=train)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert train.jobs == [] and not (tmp_path / "outputs" / "runs").exists()
+
+
+def test_a_parent_of_another_model_or_tokenizer(base, tmp_path) -> None:
+    run(base, "sft")
+    folder = RunStore(tmp_path / "outputs").find("sft")
+    parent = f"stages.grpo.parent={folder.name}"
+    with pytest.raises(UserError, match=r"is of another model \(moe_nano: d_expert 32, not 48\)"):
+        run([*base, parent, "model.d_expert=48"])
+    write_record(folder, config={"tokenizer": {"name": "bpe"}})
+    with pytest.raises(UserError, match="has another tokenizer"):
+        run([*base, parent])
+    with pytest.raises(UserError, match="stages.grpo.parent: .*this run is not finished"):
+        write_record(folder, status="running")
+        run([*base, parent])
+
+
+def test_one_line() -> None:
+    full = OSError(28, "No space left on device", "x/last.ckpt")
+    assert one_line(full).startswith("disk full at x/last.ckpt: free space")
+    try:
+        try:
+            raise full
+        except OSError as error:
+            raise RuntimeError("could not save") from error
+    except RuntimeError as error:
+        assert one_line(error).startswith("disk full")
+    assert one_line(ValueError("I/O error: No space left on device (os error 28)"))
+    assert one_line(UserError("lr: no")) == "lr: no"
+    assert "another outputs=" in one_line(PermissionError(13, "Permission denied", "/x"))
+    assert one_line(ValueError("a bug")) is None and one_line(FileNotFoundError(2, "x")) is None
+
+
+# --- several processes
+
+
+def test_two_processes_train_a_shared_ancestor_once(base, capsys) -> None:
+    class Slow(FakeTrain):
+        def __call__(self, job):
+            started.set()
+            assert may_finish.wait(10)
+            return super().__call__(job)
+
+    started, may_finish = threading.Event(), threading.Event()
+    tree = config(*base, "stage=pretrain")
+    slow, second = Slow(), FakeTrain()
+    one = threading.Thread(target=climb, args=(tree,), kwargs={"train": slow})
+    two = threading.Thread(target=climb, args=(tree,), kwargs={"train": second})
+    one.start()
+    assert started.wait(10)
+    two.start()
+    out = ""
+    while "waiting for pretrain-" not in out:
+        out += capsys.readouterr().out
+        assert two.is_alive()
+    may_finish.set()
+    one.join(10)
+    two.join(10)
+    assert slow.stages == ["pretrain"] and second.stages == []
+
+
+def test_other_ranks_follow_the_first(base, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Ranks, "_key", "launch")
+    monkeypatch.setattr(Ranks, "_jobs", iter([0, 0, 0, 1]))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    run([*base], "sft", FakeTrain())
+    decisions = tmp_path / "outputs" / "locks" / "launch.0.decisions"
+    of = ids(base, "sft")
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    follower = FakeTrain()
+    told = {of["pretrain"]: "found", of["sft"]: "resume"}
+    decisions.write_text(json.dumps(told))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    run(base, "sft", follower)
+    assert [(job.stage, job.resume) for job in follower.jobs] == [("sft", True)]
+    weights = RunStore(tmp_path / "outputs").find("sft") / "model.safetensors"
+    assert weights.exists()
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+
+    decisions.write_text(json.dumps({of["pretrain"]: "found", "end": "failed"}))
+    with pytest.raises(SystemExit):  # the first process died
+        run(base, "sft", follower)
+
+
+def test_the_first_rank_tells_what_it_does_and_that_it_failed(base, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Ranks, "_key", "launch")
+    monkeypatch.setattr(Ranks, "_jobs", iter([0, 1]))
+    run(base, "pretrain")
+    with pytest.raises(RuntimeError):
+        run(base, "sft", FakeTrain("sft"))
+    told = json.loads((tmp_path / "outputs" / "locks" / "launch.1.decisions").read_text())
+    of = ids(base, "sft")
+    assert told == {of["pretrain"]: "found", of["sft"]: "train", "end": "failed"}
+
+
+@pytest.mark.parametrize(
+    ("env", "first", "key"),
+    [
+        ({}, True, str(os.getpid())),
+        ({"LOCAL_RANK": "1", "FOURSTAGE_JOB": "77"}, False, "77"),
+        ({"NODE_RANK": "1", "FOURSTAGE_JOB": "77"}, False, "77"),
+        ({"RANK": "8", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1"}, False, "a-1"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1"}, True, "a-1"),
+        ({"SLURM_PROCID": "2", "SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0"}, False, "5-0"),
+    ],
+)
+def test_ranks_of_every_launcher(tmp_path, monkeypatch, env, first, key) -> None:
+    names = "RANK LOCAL_RANK NODE_RANK SLURM_PROCID SLURM_JOB_ID SLURM_STEP_ID MASTER_PORT"
+    for name in [*names.split(), "TORCHELASTIC_RUN_ID", "FOURSTAGE_JOB"]:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Ranks, "_key", None)
+    ranks = Ranks(tmp_path)
+    assert (ranks.is_first, Ranks._key) == (first, key)
+
+
+# --- estimates
+
+
+def test_time_left_is_estimated_from_runs_of_the_same_kind(base, tmp_path) -> None:
+    run([*base, "stages.sft.max_steps=100"], "sft")
+    folder = RunStore(tmp_path / "outputs").find("sft")
+    write_record(folder, cost={"seconds": 50.0})
+    plan = make_plan(config(*base, "seed=1", "stage=reward", "stages.sft.max_steps=300"))
+    assert [r.estimate for r in plan.runs][1:] == [150.0, None]
+    timed = config(*base, "seed=1", "stages.pretrain.max_time=00:00:02:00")
+    assert make_plan(timed).runs[0].estimate == 120.0
+    train = run([*base, "seed=1", "stages.sft.max_steps=300"], "reward")
+    assert train.jobs[0].plan_left == [("sft", 150.0), ("reward", None)]
+
+
+def test_paths_of_a_relative_outputs_folder(base, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train = run(["outputs=elsewhere", *base[1:]], "pretrain")
+    assert train.jobs[0].folder.parent == Path("elsewhere/runs")
+    assert (tmp_path / "elsewhere" / "runs").is_dir()

@@ -1,0 +1,49 @@
+"""Climb the ladder up to a stage: python train.py stage=grpo model=moe_small (see --help)."""
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+def main(config: DictConfig) -> None:
+    from fourstage.lineage import climb, one_line  # after Hydra, so that --help is fast
+
+    hydra_config = HydraConfig.get()
+    try:
+        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        climb(tree, overrides=hydra_config.overrides.task)
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C; Lightning turns it and SIGTERM into an exit
+        print("stopped: the same command resumes", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        wrong_config = isinstance(error, OmegaConfBaseException)
+        line = str(error).splitlines()[0] if wrong_config else one_line(error)
+        if hydra_config.mode == RunMode.MULTIRUN:  # goes on; Hydra shows the first error at the end
+            print(f"job {hydra_config.job.num} failed: {line or repr(error)}", file=sys.stderr)
+            raise CompactHydraException(line) if line else error from error
+        if line is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        sys.exit(line)
+
+
+def make_folder(path: str) -> str:
+    """Hydra makes its folder before main() runs; where it cannot, one line says why."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"{path}: {error.strerror}: free space, or choose another outputs=FOLDER")
+    return path
+
+
+OmegaConf.register_new_resolver("make_folder", make_folder, replace=True)
+
+if __name__ == "__main__":
+    main()
