@@ -70,7 +70,9 @@ $(READY): constraints.txt pyproject.toml $(shell test -x $(PY) || echo no-interp
 	@$(PY) -m pip --version > /dev/null 2>&1 || { $(MAKE_VENV); }
 	@echo "installing into $(VENV) (some minutes the first time)"
 	$(if $(TORCH_INDEX),$(PIP) torch --index-url $(TORCH_INDEX))
-	$(PIP) -e ".[test]"
+	@$(PIP) -e ".[test]" || { echo "make: the install failed: pip's reason is above. (pycosat is" \
+	  "compiled, which needs a C compiler and Python's headers: on Debian and Ubuntu" \
+	  "apt install gcc python3-dev)" >&2; exit 1; }
 	@touch $@
 
 no-interpreter:

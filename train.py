@@ -11,8 +11,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+CONF = str(Path(__file__).resolve().parent / "conf")
 
-@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+
+@hydra.main(config_path=CONF, config_name="config", version_base="1.3")
 def main(config: DictConfig) -> None:
     from fourstage.lineage import climb, one_line  # after Hydra, so that --help is fast
 

@@ -40,7 +40,9 @@ def composed(*overrides: str) -> DictConfig:
 def own_files(folder: Path) -> list[str]:
     """Overrides for data=files with a file for each source."""
     rows = {
-        "chat": [{"instruction": f"Say {i}", "input": "", "output": f"It is {i}."} for i in range(40)],
+        "chat": [
+            {"instruction": f"Say {i}", "input": "", "output": f"It is {i}."} for i in range(40)
+        ],
         "preference": [
             {"prompt": f"Say {i}", "chosen": f"It is {i}.", "rejected": "No."} for i in range(40)
         ],

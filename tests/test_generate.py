@@ -10,7 +10,7 @@ from fourstage.model import Transformer
 from tests.model.configs import read_config
 
 VOCAB, STOP, PAD = 30, 1, 0
-NANO = read_config("moe_nano")
+NANO = read_config("moe_nano", n_heads=4, n_kv_heads=2, head_dim=16)
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12], [13, 14, 15], [5, 6, 7, 8, 9]]
 
 
@@ -74,6 +74,7 @@ def test_log_probs_are_those_of_a_training_forward(model):
 def test_the_seed_decides(model):
     assert answer(model, seed=7) == answer(model, seed=7)
     assert answer(model, seed=7).answer_ids != answer(model, seed=8).answer_ids
+    assert answer(model, seed=2**63 - 2) != answer(model, seed=-1)
     twice = answer(model, seed=7).answer_ids
     assert twice[0] != twice[4]  # the same prompt, another row, another draw
 
@@ -91,6 +92,17 @@ def test_a_row_does_not_depend_on_the_others_nor_on_who_has_left(model, monkeypa
         assert other.stopped == kept_together[0].stopped
     alone = answer(model, prompts[7:8], row_seeds=seeds[7:8], max_new_tokens=60)
     assert alone.answer_ids[0] == kept_together[0].answer_ids[7]
+
+
+def test_finished_rows_leave_the_batch(model):
+    rows = []
+    hook = model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    lengths = [len(a) for a in answer(model, PROMPTS * 6, max_new_tokens=60).answer_ids]
+    hook.remove()
+    assert len(rows) == max(lengths)
+    for step, computed in enumerate(rows):
+        unfinished = sum(length > step for length in lengths)
+        assert unfinished <= computed <= unfinished / 0.75
 
 
 def test_a_longer_limit_only_continues_the_answer(model):

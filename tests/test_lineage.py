@@ -11,7 +11,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from tests.fakes import FakeTrain, config, own_files
 
 from fourstage import lineage
 from fourstage.errors import UserError
@@ -19,6 +18,7 @@ from fourstage.job import STAGES, read_record, write_record
 from fourstage.lineage import Ranks, climb, one_line
 from fourstage.plan import SETTINGS, make_plan
 from fourstage.runs import RunStore
+from tests.fakes import FakeTrain, config, own_files
 
 
 @pytest.fixture
@@ -409,8 +409,16 @@ def test_the_first_rank_tells_what_it_does_and_that_it_failed(base, tmp_path, mo
         ({}, True, str(os.getpid())),
         ({"LOCAL_RANK": "1", "FOURSTAGE_JOB": "77"}, False, "77"),
         ({"NODE_RANK": "1", "FOURSTAGE_JOB": "77"}, False, "77"),
-        ({"RANK": "8", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1"}, False, "a-1"),
-        ({"RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1"}, True, "a-1"),
+        (
+            {"RANK": "8", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1"},
+            False,
+            "a-1",
+        ),
+        (
+            {"RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1"},
+            True,
+            "a-1",
+        ),
         ({"SLURM_PROCID": "2", "SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0"}, False, "5-0"),
     ],
 )

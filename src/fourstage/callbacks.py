@@ -110,7 +110,11 @@ class Checkpointer(Checkpoint):
     def save(self, trainer: Trainer) -> None:
         self.due = False
         part = self.path.with_name(".part.ckpt")
-        trainer.save_checkpoint(part)  # every rank takes part
+        try:
+            trainer.save_checkpoint(part)  # every rank takes part
+        except OSError:
+            part.unlink(missing_ok=True)  # on a full disk, half of it would keep it full
+            raise
         if trainer.is_global_zero:
             swap_in(part, self.path)
         trainer.strategy.barrier()
@@ -190,7 +194,7 @@ class PlanProgress(Callback):
     The module's progress() is the share of its budget, in steps or in time, that is spent.
     """
 
-    shown = ("train/loss", "train/reward", "train/score", "train/accuracy", "val/loss")
+    shown = ("train/loss", "train/accuracy", "train/score", "train/reward", "train/pass_at_1")
     line_every = 30.0  # seconds, where the output is no terminal
 
     def __init__(

@@ -104,7 +104,7 @@ def generate(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, forbid=forbid)
     if row_seeds is None:
-        row_seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
+        row_seeds = [_row_seed(seed, i) for i in range(len(prompts))]
     assert len(row_seeds) == len(prompts), "one seed a prompt"
     steps = _steps(model, prompts, max_new_tokens, stop_id, pad_id, sampling, row_seeds)
     rows, tokens, logprobs = [torch.cat(x).tolist() for x in zip(*steps, strict=True)] or ([],) * 3
@@ -130,7 +130,7 @@ def stream(
 ) -> Iterator[int]:
     """The answer that generate gives to this prompt alone, token by token; raises as it does."""
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, forbid=forbid)
-    row_seeds = [seed * 1_000_003]
+    row_seeds = [_row_seed(seed, 0)]
     for _, token, _ in _steps(model, [prompt], max_new_tokens, stop_id, 0, sampling, row_seeds):
         yield token.item()
 
@@ -198,12 +198,18 @@ def _steps(
 
 
 def _prefill_mask(real_BP: Tensor) -> Tensor:
-    """bool [B, 1, P, P]: causal over real tokens; padding sees itself, for a softmax of nothing
-    is NaN."""
+    """bool [B, 1, P, P], causal over real tokens.
+
+    Padding sees itself: not every attention backend defines a softmax over nothing.
+    """
     P = real_BP.shape[1]
     causal_PP = torch.ones(P, P, dtype=torch.bool, device=real_BP.device).tril()
     self_PP = torch.eye(P, dtype=torch.bool, device=real_BP.device)
     return ((causal_PP & real_BP[:, None, :]) | self_PP)[:, None]
+
+
+def _row_seed(seed: int, row: int) -> int:
+    return (seed * 1_000_003 + row) % 2**63
 
 
 def _uniforms(row_seeds: list[int], n: int) -> Tensor:

@@ -52,7 +52,7 @@ def climb(
     commit = git_state()["commit"]
     ranks = Ranks(plan.store.outputs)
     if ranks.is_first:
-        show(plan, Console(soft_wrap=not sys.stdout.isatty()), commit)
+        show(plan, Console(width=None if sys.stdout.isatty() else 120), commit)
         require_ancestors(plan, overrides)
     if train is None:
         from fourstage.runner import train_stage as train
@@ -248,12 +248,12 @@ class Ranks:
 
 def one_line(error: BaseException) -> str | None:
     """What to tell the user instead of a traceback; None where a traceback is the right thing."""
-    chain, seen = error, set()
-    while chain is not None and id(chain) not in seen:
-        seen.add(id(chain))
-        full = isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left on device" in str(chain):  # safetensors has its own class
-            where = f" at {chain.filename}" if isinstance(chain, OSError) and chain.filename else ""
+    chain: BaseException | None = error
+    while chain is not None:
+        is_full = isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT)
+        if is_full or "No space left on device" in str(chain):  # safetensors has its own class
+            path = isinstance(chain, OSError) and (chain.filename2 or chain.filename)
+            where = f" at {path}" if path else ""
             return f"disk full{where}: free space and run the same command again: it resumes"
         chain = chain.__cause__ or chain.__context__
     if isinstance(error, UserError):

@@ -105,6 +105,7 @@ def train_stage(job: StageJob) -> dict[str, Any]:
 def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
     """Train to the end of the budget, and validate the final weights."""
     module, loaders = prepared.module, prepared.loaders
+    module.trainer = trainer  # with max_steps=0 nothing else would attach it
     if job.settings.max_steps != 0 or job.settings.max_time:
         checkpoint = str(job.checkpoint) if job.resume else None
         during = loaders.val if job.settings.val_every else None

@@ -65,7 +65,7 @@ def test_left_padding_with_positions_and_a_mask_changes_no_real_token(build):
 
 
 def test_the_cache_gives_the_same_hidden_states(build):
-    model = build().eval()
+    model = build(n_heads=4, n_kv_heads=2, head_dim=16).eval()
     whole = model(IDS).hidden_BTD
     cache = KVCache(model.config.n_layers, capacity=12)
     parts = [model(IDS[:, :5], cache=cache).hidden_BTD]

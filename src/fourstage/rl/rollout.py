@@ -19,6 +19,10 @@ from fourstage.rl.ops import token_entropy, token_logprobs
 from fourstage.tokenizer import Tokenizer
 
 
+ROWS_AT_ONCE = 512  # the KV cache of more rows would not fit a laptop's memory
+SEED_STEP = 1_000_003  # rows of one rollout; each draws from its own seed, whatever the batch
+
+
 class TokenScores(NamedTuple):
     """What the policy says of the answer tokens, float32 [B, A]; undefined where mask is False."""
 
@@ -48,19 +52,25 @@ def sample(
     seed: int = 0,
 ) -> Rollout:
     """One answer to each prompt, from the whole distribution (no top-k, no top-p: on-policy)."""
-    answers = generate(
-        policy,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        stop_id=tokenizer.eot_id,
-        pad_id=tokenizer.pad_id,
-        temperature=temperature,
-        seed=seed,
-    )
+    texts: list[list[int]] = []
+    logprobs: list[list[float]] = []
+    stopped: list[bool] = []
+    for at in range(0, len(prompts), ROWS_AT_ONCE):
+        some = prompts[at : at + ROWS_AT_ONCE]
+        answers = generate(
+            policy,
+            some,
+            max_new_tokens=max_new_tokens,
+            stop_id=tokenizer.eot_id,
+            pad_id=tokenizer.pad_id,
+            temperature=temperature,
+            row_seeds=[seed * SEED_STEP + at + row for row in range(len(some))],
+        )
+        texts += answers.answer_ids
+        logprobs += answers.logprobs
+        stopped += answers.stopped
     device = next(policy.parameters()).device
-    return pack(
-        prompts, answers.answer_ids, answers.logprobs, answers.stopped, tokenizer.pad_id
-    ).to(device)
+    return pack(prompts, texts, logprobs, stopped, tokenizer.pad_id).to(device)
 
 
 def pack(

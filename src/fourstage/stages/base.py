@@ -61,10 +61,15 @@ class StageSettings:
         check_range(self, 0, "val_every", "sample_every", "clip_norm", "weight_decay")
         check_range(self, 0, "min_lr", "warmup", "beta1", "beta2", most=1)
         check_positive(self, "lr")
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) == 1:
+                raise UserError(f"{name}: must be below 1, got 1.0")
         if self.max_time is not None and not _TIME.fullmatch(self.max_time):
             raise UserError(
                 f"max_time: expected DD:HH:MM:SS such as 00:00:02:00, got {self.max_time!r}"
             )
+        if self.seconds == 0:
+            raise UserError(f"max_time: must be above 0, got {self.max_time!r}")
         if self.max_time is None and self.max_steps == -1:
             raise UserError("max_steps: -1 means no limit and needs a max_time=DD:HH:MM:SS")
 
@@ -118,6 +123,7 @@ class StageModule(L.LightningModule):
     """A stage of training around the networks in `trained`; subclasses write one training_step."""
 
     Settings: ClassVar[type[StageSettings]]
+    uses_dropout: ClassVar[bool] = True  # False: a score or log-probability must be repeatable
 
     def __init__(self, settings: StageSettings, seed: int) -> None:
         super().__init__()
@@ -135,6 +141,10 @@ class StageModule(L.LightningModule):
         for transformer in self.transformers():
             moves = transformer.config.balance == "bias" and self.settings.balance_router
             transformer.count_load = moves
+            if not self.uses_dropout:
+                for layer in transformer.modules():
+                    if isinstance(layer, nn.Dropout):
+                        layer.p = 0.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen

@@ -47,6 +47,7 @@ class OnPolicyModule(StageModule):
     """A policy that learns from its own answers; frozen networks are neither trained nor saved."""
 
     settings: OnPolicySettings
+    uses_dropout = False  # the sampler has none, and the ratio compares with the sampler
 
     def __init__(
         self, policy: Transformer, tokenizer: Tokenizer, settings: OnPolicySettings, seed: int

@@ -64,6 +64,7 @@ class RewardModule(StageModule):
     """Trains a ScalarModel that starts from the sft weights on PairBatch rows."""
 
     Settings = RewardSettings
+    uses_dropout = False  # two scores are compared (Stiennon et al. 2020)
 
     def __init__(self, reward: ScalarModel, settings: RewardSettings, seed: int) -> None:
         super().__init__(settings, seed)

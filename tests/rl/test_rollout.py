@@ -1,0 +1,162 @@
+"""Rollouts: ragged answers into rows, and the same numbers from the sampler and from training."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fourstage.batch import Rollout
+from fourstage.errors import UserError
+from fourstage.rl.rollout import (
+    answer_texts,
+    answer_values,
+    final_scores,
+    fitted_prompt,
+    pack,
+    sample,
+    score_tokens,
+)
+from tests.stages.tiny import TINY, TOKENIZER, make_policy, make_scalar
+
+PROMPTS = [TOKENIZER.prompt([{"role": "user", "content": text}]) for text in ("a", "Hi you", "so")]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return make_policy()
+
+
+@pytest.fixture(scope="module")
+def rollout(policy) -> Rollout:
+    """Twelve answers of different length, some of them cut off."""
+    got = sample(policy, PROMPTS * 4, TOKENIZER, max_new_tokens=12, seed=3)
+    assert 2 < len(set(got.length.tolist()))
+    assert 0 < got.stopped.sum() < 12
+    return got
+
+
+def wider(r: Rollout, tokens: int, fill: int) -> Rollout:
+    """The same answers with more padding at the right, of any token."""
+    extra = torch.full((len(r.ids), tokens), fill)
+    return replace(
+        r,
+        ids=torch.cat([r.ids, extra], 1),
+        logprobs=torch.nn.functional.pad(r.logprobs, (0, tokens)),
+    )
+
+
+def test_pack_by_hand():
+    r = pack(
+        prompts=[[10, 11, 12], [13]],
+        answers=[[20, 1], [30, 31, 32]],
+        logprobs=[[-0.5, -0.25], [-1.0, -2.0, -3.0]],
+        stopped=[True, False],
+        pad_id=0,
+    )
+    assert r.ids.tolist() == [[10, 11, 12, 20, 1], [13, 30, 31, 32, 0]]
+    assert r.start.tolist() == [3, 1]
+    assert r.length.tolist() == [2, 3]
+    assert r.logprobs.tolist() == [[-0.5, -0.25, 0.0], [-1.0, -2.0, -3.0]]
+    assert r.stopped.tolist() == [True, False]
+
+
+def test_a_sample_holds_its_prompts_and_ends_with_its_end_token(rollout):
+    eot = TOKENIZER.eot_id
+    for row, prompt in enumerate(PROMPTS * 4):
+        start, length = int(rollout.start[row]), int(rollout.length[row])
+        assert rollout.ids[row, :start].tolist() == prompt
+        answer = rollout.ids[row, start : start + length].tolist()
+        assert answer.count(eot) == int(rollout.stopped[row])
+        assert answer[-1] == eot if rollout.stopped[row] else length == 12
+        assert (rollout.ids[row, start + length :] == TOKENIZER.pad_id).all()
+        assert (rollout.logprobs[row, :length] < 0).all()
+        assert (rollout.logprobs[row, length:] == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_sampler_and_the_trainer_agree(policy, temperature):
+    """A cached, left-padded forward a token against one right-padded forward in train mode."""
+    got = sample(
+        policy, PROMPTS * 4, TOKENIZER, max_new_tokens=12, temperature=temperature, seed=5
+    )
+    scores = score_tokens(policy.train(), got, temperature)
+    gap = (scores.logprobs - got.logprobs).abs()[got.mask]
+    assert gap.max() < 1e-4
+    other = score_tokens(policy, got, 1.3).logprobs  # the temperature matters
+    assert (other - got.logprobs).abs()[got.mask].max() > 0.1
+
+
+def test_scores_are_those_of_one_row_alone_without_padding(policy, rollout):
+    scores = score_tokens(policy, rollout)
+    for row in range(4):
+        start, length = int(rollout.start[row]), int(rollout.length[row])
+        ids = rollout.ids[row, : start + length]
+        logp = policy.logits(policy(ids[None]).hidden_BTD)[0].log_softmax(-1)
+        at = torch.arange(start - 1, start + length - 1)
+        want = logp[at, ids[start:]]
+        torch.testing.assert_close(scores.logprobs[row, :length], want, atol=1e-5, rtol=1e-4)
+        want = -(logp[at].exp() * logp[at]).sum(-1)
+        torch.testing.assert_close(scores.entropy[row, :length], want, atol=1e-5, rtol=1e-4)
+
+
+def test_log_probs_carry_a_gradient_and_entropy_does_not(policy, rollout):
+    scores = score_tokens(policy, rollout)
+    assert scores.logprobs.requires_grad
+    assert not scores.entropy.requires_grad
+
+
+@pytest.mark.parametrize("fill", [TOKENIZER.pad_id, 50])
+def test_wider_padding_changes_nothing(policy, rollout, fill):
+    scalar, wide = make_scalar(), wider(rollout, 7, fill)
+    mask = rollout.mask
+    a, b = score_tokens(policy, rollout), score_tokens(policy, wide)
+    assert wide.mask[:, : mask.shape[1]].equal(mask) and not wide.mask[:, mask.shape[1] :].any()
+    torch.testing.assert_close(b.logprobs[wide.mask], a.logprobs[mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(b.entropy[wide.mask], a.entropy[mask], atol=1e-5, rtol=1e-5)
+    values = answer_values(scalar, rollout)[mask], answer_values(scalar, wide)[wide.mask]
+    torch.testing.assert_close(*values, atol=1e-5, rtol=1e-5)
+    finals = final_scores(scalar, rollout), final_scores(scalar, wide)
+    torch.testing.assert_close(*finals, atol=1e-5, rtol=1e-5)
+
+
+def test_values_stand_before_their_tokens_and_the_score_at_the_last_one(rollout):
+    scalar = make_scalar()
+    values, scores = answer_values(scalar, rollout), final_scores(scalar, rollout)
+    for row in range(4):
+        start, length = int(rollout.start[row]), int(rollout.length[row])
+        alone = scalar(rollout.ids[row : row + 1, : start + length])[0]
+        want = alone[start - 1 : -1]
+        torch.testing.assert_close(values[row, :length], want, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(scores[row], alone[-1], atol=1e-5, rtol=1e-4)
+
+
+def test_answers_as_text(rollout):
+    answers = [[*TOKENIZER.encode("Yes."), TOKENIZER.eot_id], TOKENIZER.encode("No")]
+    logprobs = [[0.0] * len(answer) for answer in answers]
+    r = pack([[1, 2], [3]], answers, logprobs, [True, False], TOKENIZER.pad_id)
+    assert answer_texts(r, TOKENIZER) == ["Yes.", "No"]
+
+
+def test_the_seed_decides_what_is_sampled(policy):
+    def ids(seed: int) -> list:
+        return sample(policy, PROMPTS, TOKENIZER, max_new_tokens=6, seed=seed).ids.tolist()
+
+    assert ids(1) == ids(1)
+    assert ids(1) != ids(2)
+
+
+def test_a_long_prompt_loses_its_beginning():
+    text = "0123456789" * 10
+    messages = [{"role": "user", "content": text}]
+    whole = TOKENIZER.prompt(messages)
+    assert fitted_prompt(TOKENIZER, messages, len(whole)) == whole
+    short = fitted_prompt(TOKENIZER, messages, 20)
+    assert len(short) == 20
+    assert short[:2] == whole[:2]  # <bos><user>
+    assert short[2:] == whole[-18:]  # the end of the question, <eot> and <assistant>
+    sample(make_policy(), [short], TOKENIZER, max_new_tokens=TINY.max_seq_len - 20)  # it fits
+
+
+def test_no_room_for_a_prompt_is_the_users_mistake():
+    with pytest.raises(UserError, match="lower max_new_tokens"):
+        fitted_prompt(TOKENIZER, [{"role": "user", "content": "Hello"}], 3)

@@ -1,0 +1,280 @@
+"""Settings, the learning rate, and one optimizer step, which all stages share."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Timer
+
+from fourstage.batch import TokenBatch
+from fourstage.errors import UserError
+from fourstage.settings import build
+from fourstage.stages import SETTINGS, PretrainModule, SFTModule
+from fourstage.stages.base import learning_rate_factor, parameter_groups
+from fourstage.stages.on_policy import check_rollout_fits
+from tests.stages.tiny import (
+    STAGES,
+    fit,
+    make_policy,
+    make_scalar,
+    settings,
+    shipped,
+    steady,
+    use_sgd,
+    weights,
+)
+
+FILES = sorted(path.stem for path in STAGES.glob("*.yaml"))
+
+
+def token_batches(n: int, rows: int = 2, tokens: int = 6) -> list[TokenBatch]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(6, 100, (n, rows, tokens + 1), generator=generator)
+    return [TokenBatch(i[:, :-1], i[:, 1:]) for i in ids]
+
+
+# --- settings
+
+
+def test_every_shipped_file_builds():
+    assert set(SETTINGS) < set(FILES)
+    for name in FILES:
+        assert isinstance(settings(name), SETTINGS[name.split("_")[0]])
+    assert settings("grpo_dapo").loss == "dapo"
+    assert settings("grpo_dr").loss == "dr_grpo"
+
+
+EVERY_STAGE = [
+    ("max_steps", -2, "must be at least -1, got -2"),
+    ("max_steps", -1, "-1 means no limit and needs a max_time=DD:HH:MM:SS"),
+    ("max_steps", 1.5, "expected a whole number, got 1.5"),
+    ("max_time", "2 minutes", "expected DD:HH:MM:SS such as 00:00:02:00, got '2 minutes'"),
+    ("max_time", "00:02:00", "expected DD:HH:MM:SS such as 00:00:02:00, got '00:02:00'"),
+    ("max_time", "00:00:00:00", "must be above 0, got '00:00:00:00'"),
+    ("batch_size", 0, "must be at least 1, got 0"),
+    ("batch_size", "abc", "expected a whole number, got 'abc'"),
+    ("micro_batch_size", 0, "must be at least 1, got 0"),
+    ("lr", 0.0, "must be above 0, got 0.0"),
+    ("lr", -1e-3, "must be above 0, got -0.001"),
+    ("lr", float("inf"), "expected a finite number, got inf"),
+    ("min_lr", -0.1, "must be between 0 and 1, got -0.1"),
+    ("min_lr", 1.1, "must be between 0 and 1, got 1.1"),
+    ("warmup", -0.1, "must be between 0 and 1, got -0.1"),
+    ("warmup", 100, "must be between 0 and 1, got 100.0"),
+    ("weight_decay", -0.1, "must be at least 0, got -0.1"),
+    ("beta1", 1.0, "must be below 1, got 1.0"),
+    ("beta1", -0.5, "must be between 0 and 1, got -0.5"),
+    ("beta2", 1.0, "must be below 1, got 1.0"),
+    ("clip_norm", -1.0, "must be at least 0, got -1.0"),
+    ("balance_router", 1, "expected true or false, got 1"),
+    ("val_every", -1, "must be at least 0, got -1"),
+    ("log_every", 0, "must be at least 1, got 0"),
+    ("sample_every", -1, "must be at least 0, got -1"),
+    ("checkpoint_every", 0, "must be at least 1, got 0"),
+    ("parent", 3, "expected text or null, got 3"),
+]
+ON_POLICY = [
+    ("max_prompt_tokens", 0, "must be at least 1, got 0"),
+    ("max_new_tokens", 0, "must be at least 1, got 0"),
+    ("temperature", 0.0, "must be above 0, got 0.0"),
+    ("epochs", 0, "must be at least 1, got 0"),
+    ("minibatch_size", 0, "must be at least 1, got 0"),
+    ("clip_low", -0.1, "must be between 0 and 1, got -0.1"),
+    ("clip_low", 1.5, "must be between 0 and 1, got 1.5"),
+    ("clip_high", -0.1, "must be at least 0, got -0.1"),
+    ("kl_estimator", "k4", "expected one of k1, k2, k3, got 'k4'"),
+    ("max_approx_kl", -1.0, "must be at least 0, got -1.0"),
+    ("kl_coef", -0.1, "must be at least 0, got -0.1"),
+]
+ONE_STAGE = {
+    "pretrain": [("block_size", 1, "must be at least 2, got 1")],
+    "sft": [("max_tokens", 7, "must be at least 8, got 7")],
+    "reward": [
+        ("max_tokens", 7, "must be at least 8, got 7"),
+        ("margin", -1.0, "must be at least 0, got -1.0"),
+        ("centre_coef", -1.0, "must be at least 0, got -1.0"),
+        ("pairs_per_prompt", 0, "must be at least 1, got 0"),
+        ("max_new_tokens", 0, "must be at least 1, got 0"),
+        ("temperature", 0.0, "must be at least 0.05, got 0.0"),
+    ],
+    "ppo": [
+        *ON_POLICY,
+        ("reward_parent", 3, "expected text or null, got 3"),
+        ("kl_target", -1.0, "must be at least 0, got -1.0"),
+        ("kl_horizon", 0, "must be above 0, got 0"),
+        ("missing_eos_penalty", -1.0, "must be at least 0, got -1.0"),
+        ("gamma", 1.1, "must be between 0 and 1, got 1.1"),
+        ("gae_lambda", -0.1, "must be between 0 and 1, got -0.1"),
+        ("value_clip", 0.0, "must be above 0, got 0.0"),
+        ("value_coef", -0.1, "must be at least 0, got -0.1"),
+    ],
+    "grpo": [
+        *ON_POLICY,
+        ("loss", "ppo", "expected one of grpo, dr_grpo, dapo, got 'ppo'"),
+        ("group_size", 1, "must be at least 2, got 1"),
+        ("form_weight", -0.1, "must be at least 0, got -0.1"),
+        ("resample_rounds", -1, "must be at least 0, got -1"),
+        ("overlong_window", -1, "must be between 0 and 64, got -1"),
+        ("overlong_window", 65, "must be between 0 and 64, got 65"),
+    ],
+}
+BAD = [(stage, *case) for stage in SETTINGS for case in (*EVERY_STAGE, *ONE_STAGE[stage])]
+
+
+@pytest.mark.parametrize(("stage", "key", "value", "message"), BAD)
+def test_a_bad_value_is_one_line_that_names_its_key(stage, key, value, message):
+    with pytest.raises(UserError) as error:
+        build(SETTINGS[stage], {**shipped(stage), key: value}, f"stages.{stage}")
+    assert str(error.value) == f"stages.{stage}.{key}: {message}"
+
+
+@pytest.mark.parametrize("stage", SETTINGS)
+def test_every_number_of_every_stage_has_a_bad_value_above(stage):
+    tried = {key for key, _, _ in (*EVERY_STAGE, *ONE_STAGE[stage])}
+    assert tried == set(shipped(stage))
+
+
+def test_a_time_replaces_the_steps():
+    timed = settings("pretrain", max_steps=-1, max_time="01:02:03:04")
+    assert timed.seconds == ((24 + 2) * 60 + 3) * 60 + 4
+    assert settings("pretrain").seconds is None
+
+
+def test_a_rollout_must_fit_the_context():
+    s = settings("ppo", max_prompt_tokens=40, max_new_tokens=24)
+    check_rollout_fits(s, 64)
+    with pytest.raises(UserError) as error:
+        check_rollout_fits(s, 63)
+    assert str(error.value) == (
+        "max_prompt_tokens + max_new_tokens: 64 is more than the model's context of 63 tokens"
+    )
+
+
+# --- the learning rate
+
+
+@pytest.mark.parametrize(
+    ("progress", "factor"),
+    [
+        (0.0, 0.0),
+        (0.05, 0.25),
+        (0.2, 1.0),  # the warm-up is over
+        (0.6, 0.55),  # half-way down: 0.1 + 0.9 / 2
+        (0.4, 0.1 + 0.9 * 0.8535534),  # a quarter: (1 + cos 45 degrees) / 2
+        (1.0, 0.1),
+        (1.5, 0.1),  # past the end
+    ],
+)
+def test_warm_up_then_cosine(progress, factor):
+    assert learning_rate_factor(progress, 0.2, 0.1) == pytest.approx(factor, abs=1e-6)
+
+
+def test_no_warm_up_no_decay_and_nothing_but_warm_up():
+    assert learning_rate_factor(0.0, 0.0, 0.5) == 1.0
+    assert {learning_rate_factor(p / 10, 0.0, 1.0) for p in range(11)} == {1.0}
+    assert [learning_rate_factor(p, 1.0, 0.0) for p in (0.25, 0.5, 1.0)] == [0.25, 0.5, 1.0]
+
+
+class Rates(PretrainModule):
+    """Keeps the learning rate of every step."""
+
+    def training_step(self, batch, batch_idx):
+        self.rates = [*getattr(self, "rates", []), self.learning_rate()]
+        super().training_step(batch, batch_idx)
+
+
+def test_the_learning_rate_follows_the_steps():
+    s = settings("pretrain", max_steps=4, lr=0.01, warmup=0.5, min_lr=0.0)
+    module = Rates(make_policy(), s, 0, 1)
+    trainer = fit(module, token_batches(4))
+    # progress 1/4, 2/4, 3/4 and 1: half of the warm-up, its end, half of the cosine, its end
+    assert module.rates == pytest.approx([0.005, 0.01, 0.005, 0.0])
+    assert module.steps_done == 4
+    assert trainer.callback_metrics["train/lr"] == 0.0
+    assert module.tokens_seen == 4 * 12
+
+
+def test_the_learning_rate_follows_the_clock(monkeypatch):
+    """A batch takes 25 of 100 seconds; the fifth is never begun."""
+    seconds = [0.0]
+    monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage="train": seconds[0])
+
+    class Slow(Rates):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            seconds[0] += 25.0
+
+    s = settings("pretrain", max_steps=-1, max_time="00:00:01:40", lr=0.01, warmup=0.5, min_lr=0.0)
+    module = Slow(make_policy(), s, 0, 1)
+    fit(module, token_batches(10), max_time=s.max_time)
+    assert module.rates == pytest.approx([0.0, 0.005, 0.01, 0.005])
+
+
+@pytest.mark.parametrize(("elapsed", "progress"), [(0.0, 0.0), (25.0, 0.25), (300.0, 1.0)])
+def test_progress_by_the_clock_ends_at_one(elapsed, progress):
+    class Clock(Timer):
+        def time_elapsed(self, stage: str = "train") -> float:
+            return elapsed
+
+    module = PretrainModule(make_policy(), settings("pretrain", max_time="00:00:01:40"), 0, 1)
+    module.trainer = SimpleNamespace(callbacks=[Clock(duration="00:00:01:40")])
+    assert module.progress() == progress
+
+
+# --- one optimizer step
+
+
+def test_weight_decay_is_for_matrices():
+    scalar = make_scalar()
+    decayed, plain = parameter_groups(scalar, 0.3)
+    names = {id(p): name for name, p in scalar.named_parameters()}
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    of = [[names[id(p)] for p in group["params"]] for group in (decayed, plain)]
+    assert sorted(of[0] + of[1]) == sorted(names.values())  # each once
+    assert "backbone.embedding.weight" in of[1]
+    assert all("norm" in name or "embedding" in name for name in of[1])
+    assert {"head.weight", "backbone.blocks.0.mlp.experts.down_EFD"} <= set(of[0])
+
+
+def gradient_step(monkeypatch, clip_norm: float):
+    """How far one plain gradient step moved all weights together, and the logged norm."""
+    use_sgd(monkeypatch)
+    module = SFTModule(make_policy(), steady("sft", lr=1.0, max_steps=1, clip_norm=clip_norm), 0)
+    before = weights(module.policy)
+    trainer = fit(module, token_batches(1))
+    after = weights(module.policy)
+    moved = [(after[n] - before[n]).square().sum() for n in before if "expert_bias" not in n]
+    return torch.stack(moved).sum().sqrt().item(), trainer.callback_metrics["train/grad_norm"]
+
+
+def test_the_gradient_is_clipped_as_a_whole(monkeypatch):
+    free, norm = gradient_step(monkeypatch, clip_norm=0.0)
+    assert free == pytest.approx(norm.item(), rel=1e-4)  # 0: no clipping
+    assert free > 0.5
+    clipped, logged = gradient_step(monkeypatch, clip_norm=0.25)
+    assert clipped == pytest.approx(0.25, rel=1e-4)
+    assert logged == norm  # the norm before clipping
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_in_one_line():
+    policy = make_policy()
+    module = SFTModule(policy, steady("sft", lr=0.01, max_steps=2), 0)
+    before = weights(policy)
+    with torch.no_grad():
+        policy.norm.weight[0] = float("nan")
+    with pytest.raises(UserError, match=r"^step 1: the gradient is not finite; .* lower lr") as e:
+        fit(module, token_batches(2))
+    assert "\n" not in str(e.value)
+    after = weights(policy)
+    assert all(after[name].equal(before[name]) for name in before if name != "norm.weight")
+
+
+def test_a_resumed_stage_knows_what_it_has_seen():
+    module = SFTModule(make_policy(), settings("sft"), 0)
+    module.tokens_seen, state = 1234, {}
+    module.on_save_checkpoint(state)
+    again = SFTModule(make_policy(), settings("sft"), 0)
+    again.on_load_checkpoint(state)
+    assert again.tokens_seen == 1234

@@ -1,0 +1,202 @@
+"""metrics.csv, and W&B: which mode, what a run says of itself, its table and its lineage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+
+from fourstage import loggers
+from fourstage.callbacks import Sample, SampleLog
+from fourstage.job import LoggerConfig, StageJob, read_record
+from fourstage.lineage import climb
+from fourstage.loggers import MetricsCSV, build_loggers, finish_wandb, has_key, wandb_mode
+from tests.fakes import FakeTrain, config, own_files
+
+
+@pytest.fixture
+def no_key(tmp_path, monkeypatch):
+    """A user who never logged in, in a fresh process."""
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb"))
+    loggers._say_offline.cache_clear()
+
+
+@pytest.fixture
+def job(tmp_path) -> StageJob:
+    """An sft run that has just been started; its pretrain run is finished."""
+    outputs = f"outputs={tmp_path}/outputs"
+    tree = config("stage=sft", outputs, "model=moe_nano", *own_files(tmp_path / "files"), "seed=3")
+    train = FakeTrain()
+    climb(tree, train=train)
+    return train.jobs[-1]
+
+
+def test_metrics_csv_columns_and_half_written_rows(tmp_path) -> None:
+    path = tmp_path / "metrics.csv"
+    logger = MetricsCSV(path)
+    logger.log_metrics({"a": 1.0, "epoch": 0}, 1)
+    logger.log_metrics({"a": 0.1 + 0.2}, 2)
+    logger.log_metrics({"val/loss": float("nan")}, 2)  # a new column, the same step
+    logger.log_metrics({"a": 3.0, "val/loss": 0.5}, 3)
+    assert path.read_text() == "step,a,val/loss\n1,1,\n2,0.3,nan\n3,3,0.5\n"
+    with open(path, "a") as file:
+        file.write("4,1.2")  # killed in the middle of a row
+    resumed = MetricsCSV(path, resume=True)
+    resumed.keep(2)
+    resumed.log_metrics({"b": 7.0}, 3)
+    assert path.read_text() == "step,a,val/loss,b\n1,1,,\n2,0.3,nan,\n3,,,7\n"
+    MetricsCSV(path).log_metrics({"c": 1.0}, 1)  # no resume: the old rows go
+    assert path.read_text() == "step,c\n1,1\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "env", "key", "mode"),
+    [
+        ({}, None, False, ("offline", "no API key")),
+        ({}, None, True, ("online", "")),
+        ({}, "offline", True, ("offline", "")),
+        ({}, "dryrun", True, ("offline", "")),
+        ({}, "disabled", True, ("disabled", "")),
+        ({"mode": "disabled"}, "online", True, ("disabled", "")),
+        ({"mode": "offline"}, "online", True, ("offline", "")),
+        ({"mode": "online"}, "offline", True, ("online", "")),
+        ({"mode": "online"}, None, False, ("offline", "no API key")),
+        ({"name": "none"}, "online", True, ("disabled", "")),
+    ],
+)
+def test_mode(no_key, monkeypatch, config, env, key, mode) -> None:
+    if env:
+        monkeypatch.setenv("WANDB_MODE", env)
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert wandb_mode(LoggerConfig(**config)) == mode
+
+
+def test_where_a_key_is_found(no_key, monkeypatch, tmp_path) -> None:
+    assert not has_key()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert has_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")
+    assert not has_key()
+    (tmp_path / "netrc").write_text("machine wandb.example.org:8080 login user password secret\n")
+    assert has_key()
+    (tmp_path / "netrc").write_text("nonsense")
+    assert not has_key()
+
+
+def test_without_a_key_it_logs_offline_and_says_so_once(no_key, job, capsys) -> None:
+    job.logger = LoggerConfig()
+    csv, wandb_logger = build_loggers(job)
+    assert isinstance(csv, MetricsCSV) and isinstance(wandb_logger, WandbLogger)
+    run = wandb.run
+    said = capsys.readouterr()
+    folder = job.outputs / "wandb"
+    line = f"W&B: no API key: logging offline; to send it later: wandb sync {folder}/offline-run-*"
+    assert (said.out, said.err) == (line + "\n", "")
+    assert run.offline and Path(run.dir).parent.parent == folder
+    assert (run.name, run.group, run.job_type) == (job.name, job.group, "sft")
+    assert set(run.tags) == {"sft", "moe_nano", "files", "seed3"}
+    assert run.config["parents"] == {"policy": job.parents["policy"].name}
+    assert run.config["stages"]["sft"]["lr"] == job.settings.lr
+    assert run.config["run"] == job.run_id and read_record(job.folder)["wandb"] == run.id
+
+    # the table of samples holds its whole history, each time it is logged
+    log = SampleLog(job.folder / "samples.jsonl", lambda: [Sample("p", "Hi", "Yes", True)], every=1)
+    for done in (1, 2):
+        progress = SimpleNamespace(total=SimpleNamespace(processed=done))
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+        log.take(SimpleNamespace(fit_loop=loop, is_global_zero=True, loggers=[csv, wandb_logger]))
+    job.debug = "fast"
+    build_loggers(job)  # the next run of the process
+    assert "debug-fast" in wandb.run.tags and wandb.run.id != run.id
+    finish_wandb(job)
+    assert wandb.run is None and capsys.readouterr().out == ""  # not said again
+    tables = [json.loads(file.read_text()) for file in folder.rglob("*.table.json")]
+    assert {len(table["data"]) for table in tables} == {1, 2}
+    assert max(tables, key=lambda t: len(t["data"]))["data"][1] == [2, "p", "Hi", "Yes", True]
+
+
+def test_a_resumed_run_is_the_same_run_of_wandb(no_key, job) -> None:
+    job.logger = LoggerConfig(mode="offline")
+    build_loggers(job)
+    first = wandb.run.id
+    job.resume = True
+    build_loggers(job)
+    assert wandb.run.id == first
+    finish_wandb(job)
+
+
+def test_switched_off(job) -> None:
+    for off in (LoggerConfig(name="none"), LoggerConfig(mode="disabled")):
+        job.logger = off
+        assert [type(logger) for logger in build_loggers(job)] == [MetricsCSV]
+    assert wandb.run is None
+    finish_wandb(job)
+
+
+def test_a_server_that_does_not_answer(no_key, job, monkeypatch, capsys) -> None:
+    modes = []
+
+    def start(job: StageJob, mode: str):
+        modes.append(mode)
+        if mode == "online":
+            raise wandb.errors.CommError("timed out\nlong story")
+        return SimpleNamespace()
+
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setattr(loggers, "start_wandb", start)
+    assert len(build_loggers(job)) == 2 and modes == ["online", "offline"]
+    assert capsys.readouterr().out.startswith("W&B: timed out: logging offline")
+
+
+class Online:
+    """A W&B run with a server."""
+
+    offline = False
+    name = "sft-x"
+    id = "abc"
+
+    def __init__(self) -> None:
+        self.used, self.logged = [], []
+
+    def finish(self, exit_code=None) -> None:
+        pass
+
+    def define_metric(self, *args, **kwargs) -> None:
+        pass
+
+    def use_artifact(self, name: str) -> None:
+        if "missing" in name:
+            raise wandb.errors.CommError("not found")
+        self.used.append(name)
+
+    def log_artifact(self, artifact) -> None:
+        self.logged.append(artifact)
+
+
+def test_online_the_artifacts_draw_the_lineage(no_key, job, monkeypatch, capsys) -> None:
+    run = Online()
+    for name in ("config.json", "tokenizer.json"):
+        (job.folder / name).write_text("{}")
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: run)
+    parent = job.parents["policy"]
+    job.parents["reward"] = parent.with_name("reward-missing")
+    loggers.start_wandb(job, "online")
+    assert run.used == [f"{parent.name}:latest"]
+    assert "W&B: no artifact of reward-missing" in capsys.readouterr().out
+    monkeypatch.setattr(wandb, "run", run)
+    finish_wandb(job)
+    [artifact] = run.logged
+    files = {"model.safetensors", "config.json", "tokenizer.json", "run.json"}
+    assert (artifact.name, artifact.type, set(artifact.manifest.entries)) == (
+        job.name,
+        "model",
+        files,
+    )

@@ -1,0 +1,161 @@
+"""Finding, listing, showing and removing runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fourstage.errors import UserError
+from fourstage.job import read_record, swap_in, write_atomic, write_record
+from fourstage.lineage import climb, find_run
+from fourstage.runs import RunStore, main
+from tests.fakes import FakeTrain, config, own_files
+
+
+@pytest.fixture
+def store(tmp_path) -> RunStore:
+    """A ladder up to ppo."""
+    files = own_files(tmp_path / "files")
+    outputs = tmp_path / "outputs"
+    tree = config("stage=ppo", f"outputs={outputs}", "model=moe_nano", "logger=none", *files)
+    climb(tree, train=FakeTrain())
+    return RunStore(outputs)
+
+
+def add(store: RunStore, stage: str, letter: str, **changes) -> Path:
+    """One more run, made by hand."""
+    folder = store.folder(stage, letter * 10)
+    record = read_record(store.find("pretrain"))
+    new = {"id": letter * 10, "stage": stage, "name": folder.name, "parents": {}, **changes}
+    folder.mkdir()
+    write_atomic(folder / "run.json", json.dumps({**record, **new}))
+    return folder
+
+
+def test_a_run_has_four_names(store) -> None:
+    sft = store.find("sft")
+    run_id = sft.name.split("-")[1]
+    for name in (run_id, sft.name, str(sft)):
+        assert find_run(store.outputs, name) == sft
+
+
+def test_a_stage_means_its_latest_finished_run_that_is_no_debug_run(store) -> None:
+    first = store.find("sft")
+    add(store, "sft", "a", finished="2100-01-01", status="failed")
+    add(store, "sft", "b", finished="2100-01-01", debug="fast")
+    assert find_run(store.outputs, "sft") == first
+    newer = add(store, "sft", "c", finished="2099-01-01")
+    assert find_run(store.outputs, "sft") == newer
+    debug = add(store, "grpo", "d", debug="fast")
+    assert find_run(store.outputs, "grpo") == debug  # there is no other
+
+
+def test_no_such_run_in_one_line(store, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"unknown run 'x': .* has pretrain-[a-z]{10}, sft-"):
+        find_run(store.outputs, "x")
+    with pytest.raises(UserError, match="has no runs yet"):
+        find_run(tmp_path / "nowhere", "x")
+    with pytest.raises(UserError, match="no finished grpo run .*python train.py stage=grpo"):
+        find_run(store.outputs, "grpo")
+    unfinished = add(store, "sft", "e", status="running")
+    with pytest.raises(UserError, match="this run is not finished"):
+        find_run(store.outputs, unfinished.name)
+    for letter in "fghijklm":
+        add(store, "sft", letter)
+    with pytest.raises(UserError, match=r"and 5 more \(python -m fourstage.runs\)"):
+        find_run(store.outputs, "x")
+    (unfinished / "run.json").write_text("{")
+    with pytest.raises(UserError, match="run.json: broken"):
+        find_run(store.outputs, "x")
+
+
+def test_ancestors_and_children(store) -> None:
+    assert list(store.ancestors(store.find("ppo"))) == ["pretrain", "sft", "reward"]
+    names = [f.name.split("-")[0] for f in store.children(read_record(store.find("sft"))["id"])]
+    assert names == ["reward", "ppo"]
+
+
+def test_list(store, capsys) -> None:
+    add(store, "sft", "a", status="running", debug="fast")
+    busy = add(store, "sft", "b", status="running")
+    weights = store.find("pretrain") / "model.safetensors"
+    weights.write_bytes(bytes(3_000_000))
+    with store.locked(busy.name, "b" * 10):
+        main([f"outputs={store.outputs}"])
+    lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if "-" in line}
+    assert "interrupted" in lines["sft-" + "a" * 10] and "fast" in lines["sft-" + "a" * 10]
+    assert "running" in lines["sft-" + "b" * 10]
+    assert "3.0" in lines[store.find("pretrain").name]
+    assert "moe_nano" in lines[store.find("ppo").name]
+    main(["list", f"outputs={store.outputs}"])
+    assert re.search(r"disk use: locks 0.0 MB, runs 3\.\d MB", capsys.readouterr().out)
+
+
+def test_list_of_nothing(tmp_path, capsys) -> None:
+    main([f"outputs={tmp_path}"])
+    assert "no runs yet" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_show(store, capsys) -> None:
+    main(["show", "sft", f"outputs={store.outputs}"])
+    out = capsys.readouterr().out
+    assert '"stage": "sft"' in out and "model.safetensors" in out
+    assert f"ancestors: {store.find('pretrain').name}" in out
+    assert f"descendants: {store.find('reward').name}, {store.find('ppo').name}" in out
+
+
+def test_rm(store, capsys) -> None:
+    outputs = f"outputs={store.outputs}"
+    sft, ppo = store.find("sft"), store.find("ppo")
+    with pytest.raises(UserError, match=f"{sft.name}: reward-.*, ppo-.* descend from it: .*force="):
+        main(["rm", "sft", outputs])
+    assert sft.exists()
+    main(["rm", ppo.name, "reward", outputs])
+    assert not ppo.exists() and f"removed {ppo.name}" in capsys.readouterr().out
+    main(["rm", "pretrain", "force=true", outputs])
+    assert [f.name for f in store.folders()] == [sft.name]
+    assert {path.name for path in store.outputs.iterdir()} == {"runs", "locks"}
+    with store.locked(sft.name, sft.name.split("-")[1]), pytest.raises(UserError, match="training"):
+        main(["rm", sft.name, outputs])
+
+
+def test_wrong_arguments(store) -> None:
+    for arguments in (["delete", "sft"], ["rm"], ["show"], ["list", "sft"]):
+        with pytest.raises(UserError, match="usage: python -m fourstage.runs"):
+            main(arguments)
+    with pytest.raises(UserError, match="unknown option 'output=x'"):
+        main(["output=x"])
+    with pytest.raises(UserError, match="force: expected true or false, got 'yes'"):
+        main(["rm", "sft", "force=yes"])
+
+
+def test_record_is_merged_and_written_whole(tmp_path, monkeypatch) -> None:
+    write_record(tmp_path, status="running", cost={"seconds": 1.0})
+    write_record(tmp_path, cost={"tokens": 5})
+    assert read_record(tmp_path) == {"status": "running", "cost": {"seconds": 1.0, "tokens": 5}}
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr("os.fsync", full_disk)
+        write_record(tmp_path, status="finished")
+    assert read_record(tmp_path)["status"] == "running"
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_swap_in_replaces_files_and_folders(tmp_path) -> None:
+    for new, place in (("new.txt", "old.txt"), ("new", "old")):
+        for name, text in ((new, "new"), (place, "old")):
+            path = tmp_path / name
+            if not path.suffix:
+                path.mkdir()
+                path /= "file"
+            path.write_text(text)
+        swap_in(tmp_path / new, tmp_path / place)
+    assert (tmp_path / "old.txt").read_text() == (tmp_path / "old" / "file").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "old.txt"]

@@ -1,0 +1,237 @@
+"""train.py: the config tree, what is typed, what is printed, and how it ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+import fourstage.runner
+import train
+from fourstage.job import STAGES
+from fourstage.plan import SETTINGS, make_plan
+from tests.fakes import CONF, FakeTrain, composed, config, own_files
+
+REPO = CONF.parent
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """Runs train.py in this process with a FakeTrain; returns (exit code, what was trained)."""
+    files = own_files(tmp_path / "files")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def run(*arguments: str, fake: FakeTrain | None = None) -> tuple[int, FakeTrain]:
+        fake = fake or FakeTrain()
+        monkeypatch.setattr(fourstage.runner, "train_stage", fake)
+        flags = [a for a in arguments if a.startswith("-")]  # Hydra wants them before all overrides
+        overrides = ["model=moe_nano", *files, *(a for a in arguments if a not in flags)]
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, *overrides])
+        GlobalHydra.instance().clear()
+        try:
+            train.main()
+        except SystemExit as exit:
+            if isinstance(exit.code, str):  # what the interpreter does with it
+                print(exit.code, file=sys.stderr)
+                return 1, fake
+            return exit.code or 0, fake
+        return 0, fake
+
+    return run
+
+
+def test_a_ladder_and_where_things_lie(call, tmp_path, capsys) -> None:
+    code, fake = call("stage=sft")
+    assert (code, fake.stages) == (0, ["pretrain", "sft"])
+    out = capsys.readouterr().out
+    assert "moe_nano: 87,872 parameters, 63,296 active; data files, seed 0, cpu 32-true" in out
+    assert "700 steps x 16" in out and "finished sft-" in out
+    assert {path.name for path in tmp_path.iterdir()} == {"files", "outputs"}
+    outputs = {path.name for path in (tmp_path / "outputs").iterdir()}
+    assert outputs == {"hydra", "locks", "runs"}
+    assert not list(tmp_path.rglob(".hydra")) and not list(tmp_path.rglob("*.log"))
+    assert call("stage=sft")[1].stages == []
+
+
+def test_a_multirun_shares_ancestors_and_goes_on_after_a_failure(call, tmp_path, capsys) -> None:
+    code, fake = call("-m", "stage=ppo,grpo", "seed=0,abc,1", "outputs=elsewhere")
+    ladder = ["pretrain", "sft", "reward", "ppo"]
+    assert (code, fake.stages) == (1, [*ladder, *ladder, "grpo", "grpo"])
+    assert "job 1 failed: seed: expected a whole number, got 'abc'" in capsys.readouterr().err
+    assert len(list((tmp_path / "elsewhere" / "runs").iterdir())) == 10
+    assert list((tmp_path / "elsewhere" / "hydra").glob("*/multirun.yaml"))
+    assert {path.name for path in tmp_path.iterdir()} == {"files", "elsewhere"}
+
+
+def test_sweep_seeds(call) -> None:
+    code, fake = call("sweep=seeds")
+    assert code == 0 and fake.stages.count("pretrain") == 3 and fake.stages.count("grpo") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["seed=abc"], "seed: expected a whole number, got 'abc'"),
+        (["stage=foo"], "stage: expected one of pretrain, sft, reward, ppo, grpo, got 'foo'"),
+        (["stages.pretrain.lr=${nope}"], "Interpolation key 'nope' not found"),
+        (["data.corpus.path=/nope.txt"], "/nope.txt: no such file (paths count from the folder"),
+        (["outputs=/dev/null"], "/dev/null/hydra: Not a directory: free space, or choose another"),
+    ],
+)
+def test_a_mistake_is_one_line(call, capsys, arguments, line) -> None:
+    code, fake = call(*arguments)
+    assert (code, fake.stages) == (1, [])
+    err = capsys.readouterr().err
+    assert err.startswith(line) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("stagee=sft", "Could not override 'stagee'"),
+        ("model=huge", "Could not find 'model/huge'"),
+        ("debug=slow", "Could not find 'debug/slow'"),
+        ("stages@stages.grpo=nope", "Could not find 'stages/nope'"),
+    ],
+)
+def test_what_hydra_refuses(call, capsys, argument, words) -> None:
+    code, fake = call(argument)
+    err = capsys.readouterr().err
+    assert (code, fake.stages) == (1, []) and words in err and "Traceback" not in err
+
+
+def test_a_full_disk_is_one_line(call, capsys) -> None:
+    full = OSError(28, "No space left on device", "outputs/x")
+    code, _ = call(fake=FakeTrain("pretrain", full))
+    assert code == 1
+    line = "disk full at outputs/x: free space and run the same command again: it resumes\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1), SystemExit()])
+def test_stopping_says_how_to_go_on(call, capsys, stop) -> None:
+    code, _ = call("stage=sft", fake=FakeTrain("pretrain", stop))
+    assert (code, capsys.readouterr().err) == (130, "stopped: the same command resumes\n")
+    assert call("stage=sft")[1].stages == ["pretrain", "sft"]
+
+
+def test_a_bug_and_full_error_show_a_traceback(call, capsys, monkeypatch) -> None:
+    assert call(fake=FakeTrain("pretrain", TypeError("a bug")))[0] == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "TypeError: a bug" in err
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="seed: expected"):
+        call("seed=abc")
+
+
+def test_command_lines_answer_without_pytorch(tmp_path) -> None:
+    """One process each: help and the list of runs come at once."""
+    for words in ([str(REPO / "train.py"), "--help"], ["-m", "fourstage.runs"]):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", *words],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(REPO / "src"), "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+        assert not imported & {"torch", "lightning", "datasets", "wandb"}, words
+    assert not list(tmp_path.iterdir())
+
+
+# --- the config tree
+
+
+def test_command_line_over_debug_over_experiment_over_base(tmp_path, monkeypatch) -> None:
+    plain = composed("debug=fast", "experiment=no_preferences")
+    assert (plain.stage, plain.stages.grpo.parent) == ("grpo", "sft")  # experiment over base
+    assert plain.stages.grpo.max_steps == 2 and plain.debug == "fast"  # debug over base
+    typed = composed(
+        "experiment=no_preferences", "debug=fast", "stage=ppo", "stages.grpo.max_steps=9"
+    )
+    assert (typed.stage, typed.stages.grpo.max_steps) == ("ppo", 9)
+    # all three write one key
+    experiment = tmp_path / "experiment"
+    experiment.mkdir()
+    text = "# @package _global_\nstages: {grpo: {max_steps: 5, lr: 0.5, group_size: 16}}\n"
+    (experiment / "mine.yaml").write_text(text)
+    path = f"hydra.searchpath=[file://{tmp_path}]"
+    all_of_them = composed(path, "experiment=mine", "debug=fast", "stages.grpo.max_steps=9")
+    grpo = all_of_them.stages.grpo
+    assert (grpo.max_steps, grpo.group_size, grpo.lr) == (9, 2, 0.5)
+    without_debug: DictConfig = composed(path, "experiment=mine")
+    assert without_debug.stages.grpo.max_steps == 5
+
+
+def options() -> list[str]:
+    """Every choice of every config group, as an override."""
+    found = []
+    for file in sorted(CONF.glob("*/*.yaml")):
+        group, name = file.parent.name, file.stem
+        if group == "stages":
+            group = f"stages@stages.{name.split('_')[0]}"
+        if group != "sweep":  # they start several jobs
+            found.append(f"{group}={name}")
+    return found
+
+
+@pytest.mark.parametrize("option", options())
+def test_every_shipped_config_makes_a_plan(option, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # planning touches no GPU
+    base = ["stage=grpo", f"outputs={tmp_path}", *own_files(tmp_path / "files")]
+    if option == "data=embedded":
+        base = [*base[:2], "debug=fast"]
+    tree = config(*[o for o in base if o != option], option)
+    if option == "data=files":
+        return  # its paths are the user's: test_lineage
+    plan = make_plan(tree)
+    assert plan.runs[-1].stage == "grpo" and not any(r.status == "found" for r in plan.runs)
+
+
+def test_stage_files_have_exactly_the_settings_of_their_class() -> None:
+    tree = config()
+    for stage in STAGES:
+        assert set(tree["stages"][stage]) == {f.name for f in fields(SETTINGS[stage])}
+    assert config("stages@stages.grpo=grpo_dapo")["stages"]["grpo"]["loss"] == "dapo"
+
+
+def test_all_data_configs_have_the_same_keys() -> None:
+    def keys(tree, prefix="") -> set[str]:
+        found = set()
+        for key, value in tree.items():
+            found.add(prefix + key)
+            if isinstance(value, dict) and key != "tasks":
+                found |= keys(value, f"{prefix}{key}.")
+        return found
+
+    names = [file.stem for file in (CONF / "data").glob("*.yaml")]
+    trees = [keys(config(f"data={name}")["data"]) for name in names]
+    assert len(names) >= 2 and all(tree == trees[0] for tree in trees)
+
+
+def test_groups_of_the_tests_are_the_groups_of_the_repo() -> None:
+    from tests.fakes import GROUPS
+
+    folders = {path.name for path in Path(CONF).iterdir() if path.is_dir()}
+    assert folders == {*GROUPS, "stages", "sweep"}
+
+
+def test_the_wandb_sweep_makes_plans(tmp_path) -> None:
+    sweep = yaml.safe_load((REPO / "sweeps" / "wandb_grpo.yaml").read_text())
+    fixed = [word for word in sweep["command"] if "=" in word]
+    base = [*fixed, f"outputs={tmp_path}", *own_files(tmp_path / "files")]
+    first = {"lr": set(), "loss": set(), "group_size": set()}
+    for key, choice in sweep["parameters"].items():
+        for value in choice["values"] if "values" in choice else (choice["min"], choice["max"]):
+            target = make_plan(config(*base, f"{key}={value}")).runs[-1]
+            first[key.removeprefix("stages.grpo.")].add(target.id)
+    assert [len(ids) for ids in first.values()] == [2, 3, 3]
