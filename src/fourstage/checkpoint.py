@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -68,24 +68,35 @@ def load_scalar(folder: Path) -> tuple[ScalarModel, Tokenizer]:
     return network, tokenizer
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What config.json holds."""
+
+    kind: Kind
+    vocab_size: int
+    model: ModelConfig
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1:
+            raise UserError(f"vocab_size: must be at least 1, got {self.vocab_size}")
+
+
 def _load(folder: Path, kind: Kind) -> tuple[Transformer | ScalarModel, Tokenizer]:
     try:
-        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        found = shape["kind"]
-        config = build(ModelConfig, shape["model"], f"{folder.name}/config.json")
-        vocab_size = int(shape["vocab_size"])
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        shape = build(Shape, values, f"{folder}/config.json")
         tokenizer = Tokenizer.load(folder)
         weights = load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         missing = Path(error.filename or WEIGHTS).name
         raise UserError(f"{folder}: no {missing}: is it a finished run?") from error
-    except (KeyError, json.JSONDecodeError, SafetensorError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: broken weights or config ({reason}): train it again") from error
-    if found != kind:
+    if shape.kind != kind:
         wanted = {"policy": "a language model", "scalar": "a reward model"}
-        raise UserError(f"{folder}: holds {wanted[found]}, but {wanted[kind]} is needed here")
-    network = Transformer(config, vocab_size)
+        raise UserError(f"{folder}: holds {wanted[shape.kind]}, but {wanted[kind]} is needed here")
+    network = Transformer(shape.model, shape.vocab_size)
     network = network if kind == "policy" else ScalarModel(network)
     try:
         network.load_state_dict(weights)

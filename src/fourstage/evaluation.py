@@ -32,7 +32,7 @@ from torch import Tensor
 from fourstage.batch import PairBatch, Rollout
 from fourstage.errors import UserError
 from fourstage.generate import generate
-from fourstage.job import write_atomic
+from fourstage.job import read_jsonl, write_atomic
 from fourstage.model import ScalarModel, Transformer
 from fourstage.rl.ops import token_logprobs
 from fourstage.rl.rewards import true_score, well_formed
@@ -83,7 +83,7 @@ def wilson(successes: int, n: int) -> Metric:
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return _metric(p, n, centre - half, centre + half)
+    return _metric(p, n, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def bootstrap_mean(values: Sequence[float], seed: int) -> Metric:
@@ -380,9 +380,7 @@ def write_evaluation(
 def read_items(folder: Path, suffix: str = "") -> list[Item]:
     """The items of an earlier evaluation; [] where there is none."""
     path = folder / f"eval_items{suffix}.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_jsonl(path) if path.exists() else []
 
 
 def evaluate_ancestors(
@@ -404,12 +402,14 @@ def evaluate_ancestors(
 
 def main(arguments: list[str]) -> None:
     from fourstage.runner import evaluate_again
+    from fourstage.runs import RunStore
 
-    values = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    unknown = [a for a in arguments if a.split("=", 1)[0] not in ("run", "outputs")]
-    if unknown or "run" not in values:
+    values = dict(argument.partition("=")[::2] for argument in arguments)
+    if set(values) - {"run", "outputs"} or "run" not in values:
         raise UserError("usage: python -m fourstage.evaluation run=NAME [outputs=outputs]")
-    folder = evaluate_again(Path(values.get("outputs", "outputs")), values["run"])
+    store = RunStore(Path(values.get("outputs", "outputs")))
+    folder = store.find(values["run"])
+    evaluate_again(folder, store.ancestors(folder), store.outputs)
     print(f"evaluated {folder.name}: {folder / 'eval.json'}")
 
 

@@ -137,6 +137,11 @@ def write_record(folder: Path, **changes: Any) -> dict[str, Any]:
     return record
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """One JSON object a line; other line separators than a newline may stand in their texts."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def write_atomic(path: Path, text: str) -> None:
     """A reader, or a later start after a crash, sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

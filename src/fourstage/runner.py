@@ -11,6 +11,7 @@ import logging
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -41,12 +42,20 @@ from fourstage.data.datamodule import (
 )
 from fourstage.errors import UserError
 from fourstage.generate import generate
-from fourstage.job import StageJob, write_atomic
+from fourstage.job import (
+    LoggerConfig,
+    StageJob,
+    TrainerConfig,
+    read_jsonl,
+    read_record,
+    write_atomic,
+)
 from fourstage.loggers import build_loggers, finish_wandb
-from fourstage.model import ScalarModel, Transformer
+from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.rl.rewards import true_score
 from fourstage.rl.rollout import fitted_prompt
 from fourstage.stages import (
+    SETTINGS,
     GRPOModule,
     PPOModule,
     PretrainModule,
@@ -56,7 +65,8 @@ from fourstage.stages import (
 )
 from fourstage.stages.on_policy import check_rollout_fits
 from fourstage.stages.reward import sample_pairs
-from fourstage.tokenizer import Tokenizer
+from fourstage.settings import build
+from fourstage.tokenizer import Tokenizer, TokenizerConfig
 
 ENDLESS = 10**9  # batches of a run whose budget is a time
 PAIR_FILES = ("pairs.jsonl", "pairs_heldout.jsonl")  # train and held-out side
@@ -80,7 +90,7 @@ def train_stage(job: StageJob) -> dict[str, Any]:
     started = time.monotonic()
     torch.set_flush_denormal(True)  # denormal floats make a CPU step 4 to 10 times slower
     torch.manual_seed(job.seed)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisements
+    quieten()
     prepared = PREPARE[job.stage](job)
     notes = prepared.loaders.notes
     print("  data: " + ", ".join(f"{n.replace('_', ' ')} {count:,}" for n, count in notes.items()))
@@ -100,6 +110,18 @@ def train_stage(job: StageJob) -> dict[str, Any]:
         "peak_memory_mib": peak_memory_mib(),
         **{f"data_{name}": count for name, count in notes.items()},
     }
+
+
+def quieten() -> None:
+    """No advertisements, and no warnings about what is meant to be so."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*isinstance.treespec, LeafSpec.*",
+        "Your `IterableDataset` has `__len__` defined",
+        "You defined a `validation_step` but have no `val_dataloader`",
+        "The '.*_dataloader' does not have many workers",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
@@ -252,7 +274,9 @@ def prepare_pretrain(job: StageJob) -> Prepared:
         corpus, tokenizer, block_size=job.settings.block_size, **_loader_options(job)
     )
     chars = sum(map(len, corpus.heldout))
-    return Prepared(PretrainModule(policy, job.settings, job.seed, chars), loaders, policy, tokenizer)
+    return Prepared(
+        PretrainModule(policy, job.settings, job.seed, chars), loaders, policy, tokenizer
+    )
 
 
 def prepare_sft(job: StageJob) -> Prepared:
@@ -308,7 +332,7 @@ def stored_pairs(folder: Path) -> data.Pairs:
     """The pairs that a reward run sampled."""
     sides = []
     for name in PAIR_FILES:
-        rows = map(json.loads, (folder / name).read_text(encoding="utf-8").splitlines())
+        rows = read_jsonl(folder / name)
         sides.append([data.Pair(r["prompt"], r["chosen"], r["rejected"]) for r in rows])
     return data.Pairs(*sides, digest="", notes={})
 
@@ -339,9 +363,7 @@ def prepare_grpo(job: StageJob) -> Prepared:
     return Prepared(module, prompt_loaders(job, problems.train, tokenizer), policy, tokenizer)
 
 
-def prompt_loaders(
-    job: StageJob, records: Sequence[Any], tokenizer: Tokenizer
-) -> LoaderPair:
+def prompt_loaders(job: StageJob, records: Sequence[Any], tokenizer: Tokenizer) -> LoaderPair:
     return prompt_data(
         records,
         tokenizer,
@@ -432,6 +454,34 @@ def evaluate_run(job: StageJob, result: nn.Module, tokenizer: Tokenizer) -> None
         judge = {"reference" if job.stage == "sft" else "reward": result}
         found = evaluation.evaluate_ancestors(earlier, tokenizer, job.evaluation.seed, **judge)
         write_atomic(job.folder / "ladder_eval.json", json.dumps(found, indent=1) + "\n")
+
+
+def evaluate_again(folder: Path, ancestors: dict[str, Path], outputs: Path) -> None:
+    """Evaluate a finished run with the config in its record: eval.json gets the same bytes."""
+    record = read_record(folder)
+    config, stage = record["config"], record["stage"]
+    job = StageJob(
+        stage=stage,
+        run_id=record["id"],
+        folder=folder,
+        outputs=outputs,
+        settings=build(SETTINGS[stage], config["stages"][stage], f"stages.{stage}"),
+        model=build(ModelConfig, config["model"], "model"),
+        tokenizer=build(TokenizerConfig, config["tokenizer"], "tokenizer"),
+        data=build(data.DataConfig, config["data"], "data"),
+        trainer=build(TrainerConfig, config["trainer"], "trainer").resolved(),
+        logger=LoggerConfig(name="none"),
+        evaluation=build(evaluation.EvaluationConfig, config["evaluation"], "evaluation"),
+        seed=record["config"]["seed"],
+        ancestors=ancestors,
+        group=record["group"],
+    )
+    if stage == "pretrain":
+        torch.manual_seed(job.seed)
+        tokenizer = Tokenizer.from_config(job.tokenizer)
+        evaluate_random(job, Transformer(job.model, tokenizer.vocab_size), tokenizer)
+    network, tokenizer = (load_scalar if stage == "reward" else load_policy)(folder)
+    evaluate_run(job, network, tokenizer)
 
 
 def known_models(job: StageJob, policy: Transformer) -> dict[str, Any]:

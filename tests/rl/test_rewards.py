@@ -123,6 +123,13 @@ def test_reasoning_reward(text, stopped, correct, form):
     assert reasoning_reward(PROBLEM, text, stopped) == (correct, form)
 
 
+def test_a_part_of_a_verifiers_score_is_not_right(monkeypatch):
+    """Some verifiers give 0.01 for trying."""
+    for score, correct in ((0.99, 0.0), (1.0, 1.0)):
+        monkeypatch.setattr(rewards, "verify", lambda problem, text, score=score: score)
+        assert reasoning_reward(PROBLEM, "#### 12", True) == (correct, 1.0)
+
+
 def test_the_form_weighs_what_the_settings_say():
     assert ReasoningReward(correct=1.0, form=1.0).total(0.1) == 1.1
     assert ReasoningReward(correct=0.5, form=0.0).total(0.1) == 0.5

@@ -7,6 +7,7 @@ import torch
 
 from fourstage.batch import Rollout
 from fourstage.errors import UserError
+from fourstage.rl import rollout as module
 from fourstage.rl.rollout import (
     answer_texts,
     answer_values,
@@ -76,9 +77,7 @@ def test_a_sample_holds_its_prompts_and_ends_with_its_end_token(rollout):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_sampler_and_the_trainer_agree(policy, temperature):
     """A cached, left-padded forward a token against one right-padded forward in train mode."""
-    got = sample(
-        policy, PROMPTS * 4, TOKENIZER, max_new_tokens=12, temperature=temperature, seed=5
-    )
+    got = sample(policy, PROMPTS * 4, TOKENIZER, max_new_tokens=12, temperature=temperature, seed=5)
     scores = score_tokens(policy.train(), got, temperature)
     gap = (scores.logprobs - got.logprobs).abs()[got.mask]
     assert gap.max() < 1e-4
@@ -143,6 +142,21 @@ def test_the_seed_decides_what_is_sampled(policy):
 
     assert ids(1) == ids(1)
     assert ids(1) != ids(2)
+
+
+def test_many_prompts_are_answered_in_parts_that_change_nothing(policy, rollout, monkeypatch):
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 5)
+    parts = sample(policy, PROMPTS * 4, TOKENIZER, max_new_tokens=12, seed=3)
+    assert parts.ids.tolist() == rollout.ids.tolist()
+    assert parts.stopped.tolist() == rollout.stopped.tolist()
+    torch.testing.assert_close(parts.logprobs, rollout.logprobs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [20_240_101 * 1_000_003, 2**32 * 1_000_003])
+def test_a_large_seed_is_as_good_as_a_small_one(policy, seed):
+    """A run's seed is multiplied on its way here; PyTorch's own end at 2^64."""
+    one, two = (sample(policy, PROMPTS, TOKENIZER, max_new_tokens=6, seed=seed + i) for i in (0, 1))
+    assert one.ids.tolist() != two.ids.tolist()
 
 
 def test_a_long_prompt_loses_its_beginning():

@@ -125,7 +125,9 @@ def test_validation_is_one_mean_over_all_tokens():
     module = PretrainModule(policy, steady("pretrain", lr=1e-12, max_steps=1), 0, heldout_chars=77)
     metrics = fit(module, [ragged(2)], val).callback_metrics
     assert metrics["val/loss"].item() == pytest.approx((nll / n_tokens).item(), rel=1e-5)
-    assert metrics["val/bits_per_char"].item() == pytest.approx((nll / 77 / log(2)).item(), rel=1e-5)
+    assert metrics["val/bits_per_char"].item() == pytest.approx(
+        (nll / 77 / log(2)).item(), rel=1e-5
+    )
     assert [n for n in metrics if n.startswith("val") and n.endswith("loss")] == ["val/loss"]
     assert module.validated_at == 1
 

@@ -29,16 +29,16 @@ TINY = read_config(
 STEADY = {"warmup": 0.0, "min_lr": 1.0, "weight_decay": 0.0, "clip_norm": 0.0}
 
 
-def make_policy(seed: int = 0, model: ModelConfig = TINY) -> Transformer:
-    """A seeded, opinionated policy that ends about every eighth token's answer."""
+def make_policy(seed: int = 1, model: ModelConfig = TINY) -> Transformer:
+    """A seeded, opinionated policy whose answers are of different length, or cut off."""
     torch.manual_seed(seed)
     policy = Transformer(model, TOKENIZER.vocab_size)
     with torch.no_grad():
-        policy.head.weight[TOKENIZER.eot_id] *= 3
+        policy.head.weight[TOKENIZER.eot_id] *= 4
     return policy
 
 
-def make_scalar(seed: int = 1, model: ModelConfig = TINY) -> ScalarModel:
+def make_scalar(seed: int = 2, model: ModelConfig = TINY) -> ScalarModel:
     torch.manual_seed(seed)
     return ScalarModel(Transformer(model, TOKENIZER.vocab_size))
 

@@ -28,7 +28,9 @@ KIND_WORDS = frozenset(
     "your we us friend let try".split()
 )
 _WORD = re.compile(r"[A-Za-z']+")
-_PLAIN = re.compile(r"[\"'(]?([A-Za-z][a-z]*(['-][A-Za-z]?[a-z]*)*|[A-Z]+|[0-9.,]+)[\"')]?[.,!?:;]*[\"')]?")
+_PLAIN = re.compile(
+    r"[\"'(]?([A-Za-z][a-z]*(['-][A-Za-z]?[a-z]*)*|[A-Z]+|[0-9.,]+)[\"')]?[.,!?:;]*[\"')]?"
+)
 
 
 class RuleParts(NamedTuple):
@@ -61,7 +63,7 @@ def true_score(answer: str, stopped: bool) -> float:
 class ReasoningReward(NamedTuple):
     """What a verifiable answer earns."""
 
-    correct: float  # the task's own verifier, 0 to 1
+    correct: float  # 1 where the task's own verifier accepts it, else 0: no part of the score
     form: float  # 1 when it stopped and ends in exactly one marked final answer, else 0
 
     def total(self, form_weight: float) -> float:
@@ -72,7 +74,7 @@ def reasoning_reward(problem: Verifiable, answer: str, stopped: bool) -> Reasoni
     """Judge one answer to one problem; an answer that was cut off earns nothing."""
     if not stopped:
         return ReasoningReward(0.0, 0.0)
-    return ReasoningReward(verify(problem, answer), float(has_form(answer)))
+    return ReasoningReward(float(verify(problem, answer) == 1.0), float(has_form(answer)))
 
 
 def well_formed(answer: str, stopped: bool, is_problem: bool) -> bool:

@@ -64,7 +64,7 @@ def sample(
             stop_id=tokenizer.eot_id,
             pad_id=tokenizer.pad_id,
             temperature=temperature,
-            row_seeds=[seed * SEED_STEP + at + row for row in range(len(some))],
+            row_seeds=[(seed * SEED_STEP + at + row) % 2**63 for row in range(len(some))],
         )
         texts += answers.answer_ids
         logprobs += answers.logprobs
@@ -99,9 +99,7 @@ def pack(
 
 def answer_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
     """The answers as text, without the end token."""
-    rows = zip(
-        rollout.ids.tolist(), rollout.start.tolist(), rollout.length.tolist(), strict=True
-    )
+    rows = zip(rollout.ids.tolist(), rollout.start.tolist(), rollout.length.tolist(), strict=True)
     return [tokenizer.decode(ids[start : start + length]) for ids, start, length in rows]
 
 

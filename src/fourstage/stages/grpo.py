@@ -197,9 +197,7 @@ class GRPOModule(OnPolicyModule):
                 totals = Totals(n_answers, n_tokens, s.max_new_tokens)
                 rows = self.rows_with_gradient(index, advantage_B)
 
-                def piece(
-                    part_rows: slice, rows: Tensor = rows, totals: Totals = totals
-                ) -> Tensor:
+                def piece(part_rows: slice, rows: Tensor = rows, totals: Totals = totals) -> Tensor:
                     at = rows[part_rows]
                     part = rollout.rows(at)
                     logp = score_tokens(self.policy, part, s.temperature).logprobs

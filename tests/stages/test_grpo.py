@@ -1,0 +1,398 @@
+"""GRPO: the formulas and reductions by hand, and what one rollout of groups does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import exp, log
+
+import pytest
+import torch
+
+from fourstage.rl.rewards import ReasoningReward
+from fourstage.rl.rollout import answer_texts, pack, score_tokens
+from fourstage.stages import GRPOModule
+from fourstage.stages import grpo as stage
+from fourstage.stages.grpo import (
+    REDUCTIONS,
+    Answers,
+    Totals,
+    choose,
+    group_advantages,
+    overlong_penalty,
+    policy_loss,
+)
+from tests.stages.tiny import (
+    TINY,
+    TOKENIZER,
+    biases,
+    distance,
+    fit,
+    make_policy,
+    prompt_batches,
+    settings,
+    steady,
+    use_sgd,
+    weights,
+)
+
+T = torch.tensor
+SMALL = {
+    "max_new_tokens": 8,
+    "max_prompt_tokens": 20,
+    "group_size": 4,
+    "minibatch_size": 8,
+    "micro_batch_size": 8,
+    "batch_size": 4,
+    "max_steps": 1,
+    "lr": 0.01,
+}
+
+
+def close(got: torch.Tensor, want, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(got, T(want), atol=atol, rtol=1e-5)
+
+
+# --- advantages and penalties
+
+
+def test_group_advantages_by_hand():
+    rewards = T([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0], [3.0, 1.0, 1.0, 1.0]])
+    # unbiased: sqrt(4 x 0.25 / 3) = 0.5773503, and sqrt((2.25 + 3 x 0.25) / 3) = 1
+    a, b = 0.5 / 0.5774503, 0.5 / 1.0001
+    close(group_advantages(rewards, scaled=True), [[a, -a, -a, a], [0.0] * 4, [3 * b, -b, -b, -b]])
+    close(
+        group_advantages(rewards, scaled=False),
+        [[0.5, -0.5, -0.5, 0.5], [0.0] * 4, [1.5, -0.5, -0.5, -0.5]],
+    )
+
+
+def test_the_eps_of_group_advantages():
+    got = group_advantages(T([[2e-4, 0.0]]), scaled=True)  # std is sqrt(2) x 1e-4
+    close(got, [[1 / (2**0.5 + 1), -1 / (2**0.5 + 1)]], atol=1e-5)
+
+
+def test_overlong_penalty_at_the_corners_of_dapo_eq_13():
+    length = T([1, 79, 80, 81, 90, 99, 100, 130])
+    want = [0.0, 0.0, 0.0, -0.05, -0.5, -0.95, -1.0, -1.0]
+    close(overlong_penalty(length, max_length=100, window=20), want)
+    close(overlong_penalty(length, max_length=100, window=0), [0.0] * 8)
+
+
+# --- the loss
+
+
+def test_policy_loss_by_hand():
+    s = settings("grpo_dapo", kl_coef=0.5, kl_estimator="k3")  # clip 0.2 and 0.28
+    old = T([[log(0.5), log(0.5)], [log(0.5), log(0.5)]])
+    logp = old + T([[log(1.5), log(1.1)], [log(0.5), log(1.5)]])
+    advantage = T([2.0, -1.0])
+    surrogate = [[-2.56, -2.2], [0.8, 1.5]]
+    close(policy_loss(logp, old, None, advantage, s), surrogate)
+    k3 = [[exp(x) - x - 1 for x in row] for row in (old - logp).tolist()]  # the reference is old
+    want = [
+        [a + 0.5 * k for a, k in zip(*rows, strict=True)]
+        for rows in zip(surrogate, k3, strict=True)
+    ]
+    close(policy_loss(logp, old, old, advantage, s), want)
+
+
+MASK = torch.arange(4) < T([[2], [4]])
+LOSS = T([[1.0, 1.0, 50.0, 50.0], [2.0, 2.0, 2.0, 4.0]])  # 50: padding
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("grpo", (1.0 + 2.5) / 2),  # a mean of means
+        ("dapo", (2.0 + 10.0) / 6),  # every token alike
+        ("dr_grpo", (2.0 + 10.0) / (2 * 8)),  # by a constant length
+    ],
+)
+def test_reductions_of_a_whole_batch(name, want):
+    totals = Totals(answers=T(2), tokens=T(6), max_length=8)
+    assert REDUCTIONS[name](LOSS, MASK, totals).item() == pytest.approx(want)
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_reductions_divide_by_the_whole_step_so_that_pieces_add_up(name):
+    reduce, totals = REDUCTIONS[name], Totals(answers=T(2), tokens=T(6), max_length=8)
+    whole = reduce(LOSS, MASK, totals)
+    pieces = sum(reduce(LOSS[i : i + 1], MASK[i : i + 1], totals) for i in range(2))
+    assert pieces.item() == pytest.approx(whole.item())
+    wider = [torch.nn.functional.pad(x, (0, 3)) for x in (LOSS, MASK)]
+    assert reduce(*wider, totals).item() == pytest.approx(whole.item())
+    larger = Totals(answers=T(4), tokens=T(12), max_length=8)  # with another rank's rows
+    assert reduce(LOSS, MASK, larger).item() == pytest.approx(whole.item() / 2)
+
+
+def test_one_update_a_rollout_has_ratio_one_and_yet_a_gradient():
+    s = settings("grpo")
+    logp = T([[-1.0, -2.0, 0.0, 0.0], [-0.5, -1.5, -2.5, -3.0]], requires_grad=True)
+    advantage = group_advantages(T([[1.0, 0.0]]), scaled=True).flatten()
+    loss = policy_loss(logp, logp.detach(), None, advantage, s)
+    a = 0.5 / (0.5**0.5 + 1e-4)
+    close(loss.detach(), [[-a] * 4, [a] * 4])  # -A times a ratio of exactly 1
+    totals = Totals(answers=T(2), tokens=T(6), max_length=8)
+    values = {name: reduce(loss, MASK, totals) for name, reduce in REDUCTIONS.items()}
+    assert values["grpo"].item() == pytest.approx(0.0, abs=1e-7)
+    assert values["dapo"].item() == pytest.approx(-(2 * a - 4 * a) / 6)
+    (gradient,) = torch.autograd.grad(values["grpo"], logp)
+    close(gradient, [[-a / 4, -a / 4, 0.0, 0.0], [a / 8] * 4])
+    (gradient,) = torch.autograd.grad(policy_loss(
+        logp, logp.detach(), None, advantage, s)[MASK].sum() / 6, logp)  # fmt: skip
+    close(gradient, [[-a / 6, -a / 6, 0.0, 0.0], [a / 6] * 4])
+
+
+# --- dynamic sampling
+
+
+def some_answers(texts: list[str], totals: list[float], seed: float = 0.0) -> Answers:
+    ids = [TOKENIZER.encode(text) for text in texts]
+    prompts = [[10], [10], [11, 12], [11, 12]]
+    logprobs = [[-1.0 - seed] * len(i) for i in ids]
+    rollout = pack(prompts, ids, logprobs, [len(i) < 4 for i in ids], TOKENIZER.pad_id)
+    return Answers(rollout, [ReasoningReward(t, 0.0) for t in totals], T(totals))
+
+
+def test_choose_takes_row_by_row_and_widens_to_the_longer():
+    first = some_answers(["a", "b", "c", "d"], [0.0, 0.0, 1.0, 0.0])
+    second = some_answers(["long one", "e", "f", "even longer"], [1.0, 0.5, 0.0, 0.0], seed=1.0)
+    got = choose(first, second, [True, True, False, False])
+    assert answer_texts(got.rollout, TOKENIZER) == ["long one", "e", "c", "d"]
+    assert got.total_B.tolist() == [1.0, 0.5, 1.0, 0.0]
+    assert [r.correct for r in got.rewards] == [1.0, 0.5, 1.0, 0.0]
+    r = got.rollout
+    assert r.ids.shape[1] == second.rollout.ids.shape[1]
+    assert r.start.tolist() == [1, 1, 2, 2]
+    assert r.length.tolist() == [8, 1, 1, 1]
+    assert r.stopped.tolist() == [False, True, True, True]
+    assert r.logprobs.shape == r.mask.shape
+    assert r.logprobs[r.mask].tolist() == [-2.0] * 9 + [-1.0] * 2
+    back = choose(second, first, [False, False, True, True]).rollout
+    assert all(getattr(back, name).equal(x) for name, x in vars(r).items())
+
+
+class Rounds(GRPOModule):
+    """Every round of answers has the listed totals; counts the rounds."""
+
+    def answer(self, batch, attempt: int) -> Answers:
+        self.rounds = [*getattr(self, "rounds", []), attempt]
+        return some_answers([str(attempt)] * 4, self.totals[attempt], seed=float(attempt))
+
+
+@pytest.mark.parametrize(
+    ("totals", "rounds", "texts"),
+    [
+        ([[1.0, 0.0, 0.0, 1.0]], [0], "0000"),  # nothing tied: no second round
+        ([[1.0, 1.0, 0.0, 1.0], [0.0, 1.0, 1.0, 1.0]], [0, 1], "1100"),
+        # the second group stays tied: it gives up after two more rounds
+        ([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]], [0, 1, 2], "1122"),
+    ],
+)
+def test_dynamic_sampling_answers_tied_groups_again(totals, rounds, texts):
+    policy = make_policy()
+    s = settings("grpo_dapo", group_size=2, resample_rounds=2)
+    module = Rounds(policy, policy, TOKENIZER, s, 0)
+    module.totals = totals
+    got = module.collect(prompt_batches(1)[0])
+    assert module.rounds == rounds
+    assert "".join(answer_texts(got.rollout, TOKENIZER)) == texts
+
+
+# --- the stage
+
+
+def reward_by_text(problem, text: str, stopped: bool) -> ReasoningReward:
+    """Something that differs within a group, and is tied in some groups."""
+    return ReasoningReward((sum(map(ord, text)) % 3) / 2, float(stopped))
+
+
+@pytest.fixture(autouse=True)
+def judged(monkeypatch):
+    monkeypatch.setattr(stage, "reasoning_reward", reward_by_text)
+
+
+def make(loss: str = "grpo", model=TINY, seed: int = 0, **changes) -> GRPOModule:
+    reference = make_policy(seed=7, model=model)
+    s = steady("grpo", **{**SMALL, "loss": loss, **changes})
+    return GRPOModule(make_policy(model=model), reference, TOKENIZER, s, seed)
+
+
+def seen_by(module: GRPOModule) -> list[Answers]:
+    """The module's groups of answers, once it has been trained."""
+    found, collect = [], module.collect
+
+    def keep(batch):
+        found.append(collect(batch))
+        return found[-1]
+
+    module.collect = keep
+    return found
+
+
+@pytest.mark.parametrize(
+    ("loss", "kl_coef", "lr"),
+    [("grpo", 0.0, 0.1), ("dr_grpo", 0.0, 0.1), ("dapo", 0.0, 0.1), ("dapo", 0.2, 1e-3)],
+)
+def test_one_piece_of_eight_answers_equals_eight_of_one(monkeypatch, loss, kl_coef, lr):
+    use_sgd(monkeypatch)
+    results = []
+    for micro in (8, 1):
+        module = make(loss, micro_batch_size=micro, kl_coef=kl_coef, max_steps=2, lr=lr)
+        found = seen_by(module)
+        metrics = fit(module, prompt_batches(2)).callback_metrics
+        results.append((weights(module), metrics))
+    assert len(set(found[0].rollout.length.tolist())) > 2
+    (whole, metrics), (pieces, others) = results
+    assert distance(weights(make()), whole) > 1e-3
+    assert distance(whole, pieces) < 1e-6
+    same = {n: pytest.approx(x.item(), abs=2e-4) for n, x in metrics.items()}
+    assert {name: x.item() for name, x in others.items()} == same
+
+
+def test_the_three_losses_are_three():
+    after = {}
+    for loss in REDUCTIONS:
+        module = make(loss, minibatch_size=16)
+        fit(module, prompt_batches(1))
+        after[loss] = weights(module)
+    for a, b in (("grpo", "dapo"), ("grpo", "dr_grpo"), ("dapo", "dr_grpo")):
+        assert distance(after[a], after[b]) > 1e-4
+
+
+@pytest.mark.parametrize("loss", REDUCTIONS)
+def test_leaving_out_answers_without_advantage_is_exact(monkeypatch, loss):
+    """Two of the four groups are tied in every rollout."""
+    use_sgd(monkeypatch)
+
+    def half_tied(problem: int, text: str, stopped: bool) -> ReasoningReward:
+        return ReasoningReward(1.0, 1.0) if problem < 2 else reward_by_text(problem, text, stopped)
+
+    monkeypatch.setattr(stage, "reasoning_reward", half_tied)
+    rows = []
+    kept = GRPOModule.rows_with_gradient
+
+    def counted(self, index, advantage_B):
+        rows.append((len(kept(self, index, advantage_B)), len(index)))
+        return kept(self, index, advantage_B)
+
+    results = []
+    for rule in (counted, lambda self, index, advantage_B: index):
+        monkeypatch.setattr(GRPOModule, "rows_with_gradient", rule)
+        module = make(loss, max_steps=2, epochs=2, lr=0.1, seed=2)
+        fit(module, prompt_batches(2))
+        results.append(weights(module))
+    assert sum(some for some, _ in rows) <= sum(every for _, every in rows) / 2
+    assert distance(weights(make()), results[0]) > 1e-3
+    assert distance(*results) < 1e-6
+
+
+def test_a_kl_term_keeps_every_answer():
+    index, advantage = T([3, 0, 2]), T([0.0, 1.0, -1.0, 0.0])
+    assert make().rows_with_gradient(index, advantage).tolist() == [2]
+    assert make(kl_coef=0.1).rows_with_gradient(index, advantage).tolist() == [3, 0, 2]
+    # one row at least, so that ranks stay in step
+    assert make().rows_with_gradient(index[:2], advantage).tolist() == [3]
+
+
+@pytest.mark.parametrize("loss", REDUCTIONS)
+def test_tied_groups_leave_the_weights_alone(monkeypatch, loss):
+    monkeypatch.setattr(stage, "reasoning_reward", lambda *_: ReasoningReward(1.0, 1.0))
+    module = make(loss, max_steps=2, epochs=2, resample_rounds=1, clip_norm=1.0)
+    before = weights(module)
+    metrics = fit(module, prompt_batches(2)).callback_metrics
+    assert distance(before, weights(module)) == 0
+    assert metrics["train/zero_spread"] == 1
+    assert metrics["train/grad_norm"] == 0
+
+
+def test_a_kl_to_the_start_pulls_even_tied_groups(monkeypatch):
+    monkeypatch.setattr(stage, "reasoning_reward", lambda *_: ReasoningReward(1.0, 1.0))
+    module = make(kl_coef=0.5, lr=1e-3)
+    before = weights(module)
+    found = seen_by(module)
+    fit(module, prompt_batches(1))
+    assert distance(before, weights(module)) > 1e-4
+    rollout = found[0].rollout
+    with torch.no_grad():
+        reference = score_tokens(make_policy(seed=7), rollout).logprobs
+        kl = [
+            (score_tokens(policy, rollout).logprobs - reference)[rollout.mask].square().mean()
+            for policy in (make_policy(), module.policy)
+        ]
+    assert kl[1] < kl[0]
+
+
+def test_good_answers_become_likelier_and_bad_ones_less(monkeypatch):
+    """One small step; each answer's change in log-probability follows its advantage."""
+    use_sgd(monkeypatch)
+    module = make(lr=1e-3, minibatch_size=16)
+    found = seen_by(module)
+    fit(module, prompt_batches(1))
+    (answers,) = found
+    r = answers.rollout
+    advantage = group_advantages(answers.total_B.view(-1, 4), scaled=True).flatten()
+    change = (score_tokens(module.policy, r).logprobs * r.mask).sum(1) - r.logprobs.sum(1)
+    good, bad = change[advantage > 0].mean(), change[advantage < 0].mean()
+    assert good > 0 > bad
+    assert (change * advantage).sum() > 1e-3
+
+
+def test_the_reference_is_frozen_and_not_saved():
+    module = make(kl_coef=0.1, epochs=2)
+    reference = module.frozen["reference"]
+    before = weights(reference)
+    fit(module, prompt_batches(1))
+    assert distance(before, weights(reference)) == 0
+    assert not any(p.requires_grad or p.grad is not None for p in reference.parameters())
+    assert {name.split(".")[0] for name in module.state_dict()} == {"policy"}
+    assert not any(bias.any() for bias in biases(module).values())
+
+
+def test_what_an_answer_earns():
+    """The verifier's share, the form at its weight, and the cost of the last tokens."""
+    module = make("dapo", form_weight=0.25, overlong_window=4)
+    found = seen_by(module)
+    fit(module, prompt_batches(1))
+    (a,) = found
+    assert len(a.rewards) == 16
+    assert [row.tolist() for row in a.rollout.start.view(4, 4)] == [[n] * 4 for n in (5, 13, 8, 10)]
+    texts = answer_texts(a.rollout, TOKENIZER)
+    rows = zip(texts, a.rollout.stopped.tolist(), a.rollout.length.tolist(), strict=True)
+    for got, (text, stopped, length) in zip(a.total_B.tolist(), rows, strict=True):
+        correct = (sum(map(ord, text)) % 3) / 2
+        late = min(1.0, max(0.0, (length - 4) / 4))  # of 8 tokens the last 4
+        assert got == pytest.approx(correct + 0.25 * stopped - late)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_log_of_a_rollout(temperature):
+    module = make(temperature=temperature, model=replace(TINY, dropout=0.2))
+    found = seen_by(module)
+    metrics = {k: v.item() for k, v in fit(module, prompt_batches(1)).callback_metrics.items()}
+    (a,) = found
+    total = a.total_B.view(4, 4)
+    correct = T([r.correct for r in a.rewards]).view(4, 4)
+    want = {
+        "reward": total.mean(),
+        "reward_std": total.std(1).mean(),
+        "reward_correct": correct.mean(),
+        "reward_form": a.rollout.stopped.float().mean(),
+        "zero_spread": (total.std(1) == 0).float().mean(),
+        "pass_at_1": (correct == 1).float().mean(),
+        "pass_at_4": (correct == 1).any(1).float().mean(),
+        "answer_length": a.rollout.length.float().mean(),
+        "cut_off": 1 - a.rollout.stopped.float().mean(),
+        "entropy": -a.rollout.logprobs.sum() / a.rollout.length.sum(),
+    }
+    for name, value in want.items():
+        assert metrics[f"train/{name}"] == pytest.approx(value.item(), abs=1e-5), name
+    assert 0 <= metrics["train/sampler_gap"] < 1e-4  # sampler and trainer agree, dropout or not
+    wanted = "approx_kl clip_high clip_low ratio_mean ratio_max kl grad_norm lr epochs"
+    assert {f"train/{name}" for name in wanted.split()} <= set(metrics)
+
+
+def test_a_rollout_is_left_once_the_policy_moved_too_far():
+    for limit, epochs in ((0.0, 4), (1e-9, 1)):
+        metrics = fit(make(epochs=4, max_approx_kl=limit), prompt_batches(1)).callback_metrics
+        assert metrics["train/epochs"] == epochs

@@ -1,0 +1,185 @@
+"""The whole ladder for real, in this process: lineage, files, evaluation, report, reuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fourstage import evaluation
+from fourstage.checkpoint import load_policy, load_scalar
+from fourstage.job import STAGES, read_jsonl, read_record
+from fourstage.lineage import climb
+from fourstage.report import write_report
+from fourstage.runs import RunStore
+from tests.fakes import config
+
+QUICK = ("model=moe_nano", "debug=fast", "logger=none", "trainer=cpu")
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory) -> Path:
+    """The outputs of `train.py stage=grpo model=moe_nano debug=fast`."""
+    outputs = tmp_path_factory.mktemp("ladder") / "outputs"
+    climb(config(*QUICK, "stage=grpo", f"outputs={outputs}"))
+    return outputs
+
+
+def folder(outputs: Path, stage: str) -> Path:
+    return RunStore(outputs).find(stage)
+
+
+def metrics(outputs: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
+    with open(folder(outputs, stage) / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = {name for row in rows for name in row} - {"step"}
+    return {
+        name: [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        for name in columns
+    }
+
+
+def test_each_run_names_its_parents_and_nothing_else_lies_there(ladder) -> None:
+    records = {stage: read_record(folder(ladder, stage)) for stage in STAGES}
+    ids = {stage: record["id"] for stage, record in records.items()}
+    assert {p.name for p in (ladder / "runs").iterdir()} == {f"{s}-{ids[s]}" for s in STAGES}
+    assert [records[stage]["parents"] for stage in STAGES] == [
+        {},
+        {"policy": ids["pretrain"]},
+        {"policy": ids["sft"]},
+        {"policy": ids["sft"], "reward": ids["reward"]},
+        {"policy": ids["ppo"]},
+    ]
+    assert all(r["status"] == "finished" and r["debug"] == "fast" for r in records.values())
+    assert {record["group"] for record in records.values()} == {ids["pretrain"]}
+    assert [records[stage]["cost"]["steps"] for stage in STAGES] == [3, 3, 3, 2, 2]
+
+
+def test_the_files_of_each_stage(ladder) -> None:
+    always = {"run.json", "metrics.csv", "eval.json", "eval_items.jsonl", "model.safetensors"}
+    always |= {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    extra = {
+        "pretrain": {"samples.jsonl", "eval_random.json", "eval_items_random.jsonl"},
+        "sft": {"samples.jsonl", "ladder_eval.json"},
+        "reward": {"pairs.jsonl", "pairs_heldout.jsonl", "ladder_eval.json"},
+        "ppo": {"samples.jsonl"},
+        "grpo": {"samples.jsonl"},
+    }
+    for stage in STAGES:
+        assert {p.name for p in folder(ladder, stage).iterdir()} == always | extra[stage], stage
+
+
+def test_every_stage_starts_from_its_parents_weights_and_changes_them(ladder) -> None:
+    weights = {
+        stage: load_policy(folder(ladder, stage))[0].state_dict()
+        for stage in ("pretrain", "sft", "ppo", "grpo")
+    }
+    for child, parent in (("sft", "pretrain"), ("ppo", "sft")):
+        moved = [(weights[child][n] - w).abs().max().item() for n, w in weights[parent].items()]
+        # a few steps of AdamW move no weight by more than a few learning rates
+        assert 0 < max(moved) < 0.02, child
+    reward, _ = load_scalar(folder(ladder, "reward"))
+    assert torch.isfinite(reward.head.weight).all()
+
+
+def test_pairs_are_two_different_answers_to_train_prompts(ladder) -> None:
+    place = folder(ladder, "reward")
+    train, heldout = (read_jsonl(place / n) for n in ("pairs.jsonl", "pairs_heldout.jsonl"))
+    assert train and heldout
+    assert all(set(row) == {"prompt", "chosen", "rejected"} for row in train + heldout)
+    assert all(row["chosen"] != row["rejected"] for row in train + heldout)
+    prompts = [{json.dumps(row["prompt"]) for row in side} for side in (train, heldout)]
+    assert not prompts[0] & prompts[1]
+
+
+def test_metrics_have_one_validation_loss_and_it_is_the_final_weights(ladder) -> None:
+    for stage in ("pretrain", "sft"):
+        columns = metrics(ladder, stage)
+        assert [n for n in columns if n.startswith("val") and n.endswith("loss")] == ["val/loss"]
+        assert columns["val/loss"][-1][0] == 3
+    bits = metrics(ladder, "pretrain")["val/bits_per_char"][-1][1]
+    nats = metrics(ladder, "pretrain")["val/loss"][-1][1]
+    assert bits == pytest.approx(nats / math.log(2), rel=0.05)  # <bos> has no character
+    evaluated = json.loads((folder(ladder, "pretrain") / "eval.json").read_text())
+    assert bits == pytest.approx(evaluated["metrics"]["bits_per_char"]["value"], rel=0.02)
+
+
+def test_the_preference_stages_log_what_makes_them_believable(ladder) -> None:
+    ppo = metrics(ladder, "ppo")
+    wanted = "score gold_score kl entropy approx_kl clip_low clip_high ratio_mean ratio_max "
+    wanted += "value_loss explained_variance answer_length eos_rate sampler_gap"
+    assert {f"train/{name}" for name in wanted.split()} <= set(ppo)
+    assert ppo["train/kl"][0][1] == pytest.approx(0, abs=1e-4)  # the first policy is the reference
+    grpo = metrics(ladder, "grpo")
+    wanted = "reward reward_correct reward_form reward_std zero_spread kl entropy clip_low "
+    wanted += "clip_high answer_length cut_off pass_at_1 pass_at_2 sampler_gap"
+    assert {f"train/{name}" for name in wanted.split()} <= set(grpo)
+    for columns in (ppo, grpo):
+        assert max(gap for _, gap in columns["train/sampler_gap"]) < 1e-4
+
+
+def test_the_same_prompts_are_answered_by_every_stage(ladder) -> None:
+    asked = {}
+    for stage in ("pretrain", "sft", "ppo", "grpo"):
+        rows = read_jsonl(folder(ladder, stage) / "samples.jsonl")
+        last = max(row["step"] for row in rows)
+        asked[stage] = [row["prompt"] for row in rows if row["step"] == last]
+        assert rows[0]["prompt"] == "What is an LLM?"
+        assert (rows[0]["step"] == 0) == (stage == "pretrain")  # the row of random weights
+    assert len({tuple(prompts) for prompts in asked.values()}) == 1
+
+
+def test_the_report_has_a_row_a_stage_with_intervals(ladder) -> None:
+    place = write_report(ladder)
+    table = json.loads((place / "stages.json").read_text())
+    rows = {row["stage"]: row for row in table["rows"]}
+    assert list(rows) == ["random", *STAGES] and table["suite"] == evaluation.SUITE
+    for stage in ("random", "pretrain", "sft", "ppo", "grpo"):
+        for name in (
+            "bits_per_char",
+            "well_formed",
+            "reasoning_accuracy",
+            "preference_score",
+            "reward_model_score",  # filled in later, for the rows before the reward stage
+            "kl_to_sft",
+        ):
+            cell = rows[stage]["metrics"][name]
+            assert cell["low"] <= cell["value"] <= cell["high"] and cell["n"] > 0, (stage, name)
+    assert set(rows["reward"]["metrics"]) == {"pair_accuracy", "pair_margin"}
+    assert rows["sft"]["metrics"]["kl_to_sft"]["value"] == pytest.approx(0, abs=1e-3)
+    assert "What is an LLM?" in (place / "report.md").read_text()
+
+
+def test_evaluating_again_gives_the_same_bytes(ladder) -> None:
+    for stage in ("pretrain", "reward", "grpo"):
+        place = folder(ladder, stage)
+        before = {p.name: p.read_bytes() for p in place.iterdir() if "eval" in p.name}
+        for path in place.glob("*eval*"):
+            path.unlink()
+        evaluation.main([f"run={stage}", f"outputs={ladder}"])
+        after = {p.name: p.read_bytes() for p in place.iterdir() if "eval" in p.name}
+        assert after == before, stage
+
+
+def test_the_same_command_reuses_everything_and_a_new_setting_its_ancestors(ladder) -> None:
+    def trained(*overrides: str) -> list[str]:
+        def note(job):
+            stages.append(job.stage)
+            (job.folder / "model.safetensors").write_text("")
+            return {}
+
+        stages: list[str] = []
+        climb(config(*QUICK, f"outputs={ladder}", *overrides), train=note)
+        return stages
+
+    assert trained("stage=grpo") == []
+    assert trained("stage=grpo", "stages.grpo.lr=0.001") == ["grpo"]
+    assert trained("stage=ppo", "stages.reward.margin=0.5") == ["reward", "ppo"]
+    for run in ("grpo", "ppo", "reward"):
+        store = RunStore(ladder)
+        store.remove(store.find(run), force=True)  # the made-up ones are the latest
+    assert trained("stage=grpo") == []
