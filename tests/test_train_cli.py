@@ -52,7 +52,7 @@ def test_a_ladder_and_where_things_lie(call, tmp_path, capsys) -> None:
     assert (code, fake.stages) == (0, ["pretrain", "sft"])
     out = capsys.readouterr().out
     assert "moe_nano: 87,872 parameters, 63,296 active; data files, seed 0, cpu 32-true" in out
-    assert "700 steps x 16" in out and "finished sft-" in out
+    assert "finished sft-" in out
     assert {path.name for path in tmp_path.iterdir()} == {"files", "outputs"}
     outputs = {path.name for path in (tmp_path / "outputs").iterdir()}
     assert outputs == {"hydra", "locks", "runs"}

@@ -29,7 +29,6 @@ from tests.stages.tiny import (
     fit,
     make_policy,
     prompt_batches,
-    settings,
     steady,
     use_sgd,
     weights,
@@ -45,6 +44,17 @@ SMALL = {
     "batch_size": 4,
     "max_steps": 1,
     "lr": 0.01,
+    "temperature": 1.0,
+    "epochs": 1,
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "kl_estimator": "k3",
+    "kl_coef": 0.0,
+    "max_approx_kl": 0.0,
+    "form_weight": 0.1,
+    "resample_rounds": 0,
+    "overlong_window": 0,
+    "balance_router": False,
 }
 
 
@@ -82,7 +92,7 @@ def test_overlong_penalty_at_the_corners_of_dapo_eq_13():
 
 
 def test_policy_loss_by_hand():
-    s = settings("grpo_dapo", kl_coef=0.5, kl_estimator="k3")  # clip 0.2 and 0.28
+    s = steady("grpo", **SMALL | {"kl_coef": 0.5, "clip_high": 0.28})
     old = T([[log(0.5), log(0.5)], [log(0.5), log(0.5)]])
     logp = old + T([[log(1.5), log(1.1)], [log(0.5), log(1.5)]])
     advantage = T([2.0, -1.0])
@@ -126,7 +136,7 @@ def test_reductions_divide_by_the_whole_step_so_that_pieces_add_up(name):
 
 
 def test_one_update_a_rollout_has_ratio_one_and_yet_a_gradient():
-    s = settings("grpo")
+    s = steady("grpo", **SMALL)
     logp = T([[-1.0, -2.0, 0.0, 0.0], [-0.5, -1.5, -2.5, -3.0]], requires_grad=True)
     advantage = group_advantages(T([[1.0, 0.0]]), scaled=True).flatten()
     loss = policy_loss(logp, logp.detach(), None, advantage, s)
@@ -138,8 +148,8 @@ def test_one_update_a_rollout_has_ratio_one_and_yet_a_gradient():
     assert values["dapo"].item() == pytest.approx(-(2 * a - 4 * a) / 6)
     (gradient,) = torch.autograd.grad(values["grpo"], logp)
     close(gradient, [[-a / 4, -a / 4, 0.0, 0.0], [a / 8] * 4])
-    (gradient,) = torch.autograd.grad(policy_loss(
-        logp, logp.detach(), None, advantage, s)[MASK].sum() / 6, logp)  # fmt: skip
+    loss = policy_loss(logp, logp.detach(), None, advantage, s)
+    (gradient,) = torch.autograd.grad(REDUCTIONS["dapo"](loss, MASK, totals), logp)
     close(gradient, [[-a / 6, -a / 6, 0.0, 0.0], [a / 6] * 4])
 
 
@@ -191,7 +201,7 @@ class Rounds(GRPOModule):
 )
 def test_dynamic_sampling_answers_tied_groups_again(totals, rounds, texts):
     policy = make_policy()
-    s = settings("grpo_dapo", group_size=2, resample_rounds=2)
+    s = steady("grpo", **SMALL | {"group_size": 2, "resample_rounds": 2})
     module = Rounds(policy, policy, TOKENIZER, s, 0)
     module.totals = totals
     got = module.collect(prompt_batches(1)[0])

@@ -42,6 +42,20 @@ SMALL = {
     "batch_size": 4,
     "max_steps": 1,
     "lr": 0.01,
+    "temperature": 1.0,
+    "epochs": 2,
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "kl_estimator": "k1",
+    "kl_coef": 0.05,
+    "kl_target": 0.0,
+    "max_approx_kl": 0.0,
+    "missing_eos_penalty": 1.0,
+    "gamma": 1.0,
+    "gae_lambda": 0.95,
+    "value_clip": 0.2,
+    "value_coef": 0.1,
+    "balance_router": False,
 }
 
 
@@ -216,7 +230,7 @@ def test_minibatches_take_every_answer_once_a_pass():
 
 
 def test_the_frozen_networks_do_not_change_and_are_not_saved():
-    module = make(epochs=2, balance_router=False)
+    module = make(epochs=2)
     frozen = module.frozen.networks
     before = {name: weights(network) for name, network in frozen.items()}
     policy, value = weights(module.policy), weights(module.value)

@@ -45,7 +45,11 @@ def pairs(n: int, tokens: int = 12, pad: int = 0, seed: int = 0) -> PairBatch:
 
 def train(batch: PairBatch, model=TINY, **changes):
     scalar = make_scalar(model=model)
-    module = RewardModule(scalar, steady("reward", **{"lr": 0.1, "max_steps": 1, **changes}), 0)
+    module = RewardModule(
+        scalar,
+        steady("reward", **{"lr": 0.1, "max_steps": 1, "balance_router": False} | changes),
+        0,
+    )
     trainer = fit(module, [batch] * module.settings.max_steps)
     return weights(scalar), trainer.callback_metrics
 

@@ -53,7 +53,9 @@ def chats() -> list[Conversation]:
 
 def train_sft(batch: TokenBatch, model=UNBALANCED, policy: Transformer | None = None, **changes):
     policy = policy or make_policy(model=model)
-    module = SFTModule(policy, steady("sft", **{"lr": 0.1, "max_steps": 1, **changes}), 0)
+    module = SFTModule(
+        policy, steady("sft", **{"lr": 0.1, "max_steps": 1, "balance_router": True} | changes), 0
+    )
     trainer = fit(module, [batch] * module.settings.max_steps)
     return weights(policy), trainer.callback_metrics
 
@@ -157,10 +159,11 @@ def test_a_uniform_model_pays_log_v():
 def test_one_piece_of_eight_rows_equals_eight_of_one(monkeypatch, clip_norm):
     use_sgd(monkeypatch)
     results = [
-        train_sft(ragged(8), with_balance("bias"), micro_batch_size=m, max_steps=3,
-                  clip_norm=clip_norm)
+        train_sft(
+            ragged(8), with_balance("bias"), micro_batch_size=m, max_steps=3, clip_norm=clip_norm
+        )
         for m in (8, 1, 3)
-    ]  # fmt: skip
+    ]
     start = weights(make_policy())
     whole, metrics = results[0]
     assert distance(start, whole) > 1e-2
@@ -232,8 +235,8 @@ def test_the_bias_stands_still_where_told_to_and_while_validating():
     moved = []
     for val in ([], [ragged(8, seed=9)] * 3):
         policy = make_policy()
-        fit(PretrainModule(policy, steady("pretrain", lr=1e-9, max_steps=2), 0, 1), [batch] * 2, val,
-            val_check_interval=1)  # fmt: skip
+        s = steady("pretrain", lr=1e-9, max_steps=2, balance_router=True)
+        fit(PretrainModule(policy, s, 0, 1), [batch] * 2, val, val_check_interval=1)
         moved.append(biases(policy))
         assert policy.load_LE is None  # nothing is left over
     assert distance(*moved) == 0

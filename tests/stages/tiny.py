@@ -26,7 +26,7 @@ TOKENIZER = Tokenizer.char()
 TINY = read_config(
     "moe_nano", d_model=32, head_dim=16, d_expert=16, max_seq_len=64, init_std=0.2, bias_step=0.01
 )
-STEADY = {"warmup": 0.0, "min_lr": 1.0, "weight_decay": 0.0, "clip_norm": 0.0}
+STEADY = {"warmup": 0.0, "min_lr": 1.0, "weight_decay": 0.0, "clip_norm": 0.0, "max_time": None}
 
 
 def make_policy(seed: int = 1, model: ModelConfig = TINY) -> Transformer:

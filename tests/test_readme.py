@@ -1,0 +1,71 @@
+"""Every command that README.md and sweeps/README.md name exists and means what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from fourstage.job import STAGES
+from fourstage.plan import make_plan
+from tests.fakes import config
+
+ROOT = Path(__file__).parent.parent
+TEXTS = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "sweeps/README.md")}
+COMMANDS = sorted(
+    {
+        found.replace("\\|", "|").strip().rstrip("`")
+        for text in TEXTS.values()
+        for found in re.findall(r"(?:\.venv/bin/)?(python (?:train\.py|-m fourstage)[^`\n#]*)", text)
+    }
+)
+
+
+def combinations(words: list[str]) -> list[list[str]]:
+    """The overrides of each job of a command."""
+    jobs: list[list[str]] = [[]]
+    for override in OverridesParser.create().parse_overrides(words):
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            values = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            values = [override.input_line]
+        jobs = [[*job, value] for job in jobs for value in values]
+    return jobs
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c])
+def test_a_training_command_makes_a_plan(command: str, tmp_path: Path) -> None:
+    text = tmp_path / "my texts" / "a, b.txt"
+    text.parent.mkdir()
+    text.write_text("All the world's a stage, and all the men and women merely players.\n" * 50)
+    command = command.replace("my texts/a, b.txt", str(text)).replace("=FILE", f"='\"{text}\"'")
+    words = shlex.split(command)[2:]
+    for job in combinations([word for word in words if not word.startswith("-")]):
+        if job == ["sweep=seeds"]:
+            continue  # only Hydra's own multirun reads it: test_train_cli.py
+        plan = make_plan(config(*job, f"outputs={tmp_path}/outputs", "trainer=cpu"))
+        wanted = next((o.split("=")[1] for o in job if o.startswith("stage=")), "pretrain")
+        assert [run.stage for run in plan.runs] == [
+            stage
+            for stage in STAGES[: STAGES.index(wanted) + 1]
+            if "stages.grpo.parent=sft" not in job or stage in ("pretrain", "sft", "grpo")
+        ]
+
+
+def test_modules_and_make_targets_exist() -> None:
+    for name in {m for c in COMMANDS for m in re.findall(r"-m (fourstage\.\w+)", c)}:
+        assert importlib.util.find_spec(name), name
+    targets = set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split())
+    named = {t for text in TEXTS.values() for t in re.findall(r"`make ([a-z-]+)", text)}
+    assert named and named <= targets
+
+
+def test_the_tree_names_every_module() -> None:
+    tree = TEXTS["README.md"].split("## The files")[1].split("\n## ")[0]
+    modules = {path.stem for path in (ROOT / "src/fourstage").glob("*.py")} - {"__init__"}
+    assert {m for m in modules if not re.search(rf"\b{m}\.py\b", tree)} == set()
