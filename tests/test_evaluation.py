@@ -136,13 +136,14 @@ def test_bits_are_those_of_a_direct_computation():
     """Each block of 64 tokens, the context, on its own; <bos> costs bits, but is no character."""
     assert TINY.max_seq_len == 64
     policy = make_policy()
-    documents = ["First document. " * 9, "Odd \u2603!", "Last one, " * 30]
+    documents = ["First document. " * 9, "Odd \u2603!", "Last one, " * 95]
     ids = []
     for text in documents:
         ids += [TOKENIZER.bos_id, *TOKENIZER.encode(text)]
     items = corpus_items(policy, TOKENIZER, documents)
     assert sum(item["chars"] for item in items) == sum(map(len, documents))
     assert [item["id"] for item in items] == list(range(len(items)))
+    assert len(items) == 18  # more than one forward holds
     for k, item in enumerate(items):
         block = torch.tensor(ids[64 * k : 64 * k + 65])
         with torch.no_grad():
@@ -150,15 +151,6 @@ def test_bits_are_those_of_a_direct_computation():
         nats = -logp[torch.arange(len(block) - 1), block[1:]].sum().item()
         assert item["bits"] == pytest.approx(nats * 1.442695, abs=1e-2)
         assert item["chars"] == (block[1:] != TOKENIZER.bos_id).sum()
-
-
-def test_more_blocks_than_a_batch_holds():
-    policy, text = make_policy(), "All work and no play. " * 60  # 21 blocks
-    items = corpus_items(policy, TOKENIZER, [text])
-    assert sum(item["chars"] for item in items) == len(text) == 1320
-    first, last = (corpus_items(policy, TOKENIZER, [part]) for part in (text[:64], text[-64:]))
-    assert items[0]["bits"] == pytest.approx(first[0]["bits"], abs=1e-2)
-    assert len(items) == 21 and last[0]["bits"] > 0
 
 
 # --- problems

@@ -54,6 +54,7 @@ from fourstage.loggers import build_loggers, finish_wandb
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.rl.rewards import true_score
 from fourstage.rl.rollout import fitted_prompt
+from fourstage.settings import build
 from fourstage.stages import (
     SETTINGS,
     GRPOModule,
@@ -65,7 +66,6 @@ from fourstage.stages import (
 )
 from fourstage.stages.on_policy import check_rollout_fits
 from fourstage.stages.reward import sample_pairs
-from fourstage.settings import build
 from fourstage.tokenizer import Tokenizer, TokenizerConfig
 
 ENDLESS = 10**9  # batches of a run whose budget is a time

@@ -16,6 +16,7 @@ from fourstage.stages.base import learning_rate_factor, parameter_groups
 from fourstage.stages.on_policy import check_rollout_fits
 from tests.stages.tiny import (
     STAGES,
+    distance,
     fit,
     make_policy,
     make_scalar,
@@ -263,6 +264,18 @@ def test_the_gradient_is_clipped_as_a_whole(monkeypatch):
     clipped, logged = gradient_step(monkeypatch, clip_norm=0.25)
     assert clipped == pytest.approx(0.25, rel=1e-4)
     assert logged == norm  # the norm before clipping
+
+
+def test_a_step_starts_without_the_last_steps_gradient(monkeypatch):
+    """Two steps of one run equal two runs of one step."""
+    use_sgd(monkeypatch)
+    one, two = token_batches(2)
+    together, apart = make_policy(), make_policy()
+    s = steady("sft", lr=0.1, max_steps=2)
+    fit(SFTModule(together, s, 0), [one, two])
+    for batch in (one, two):
+        fit(SFTModule(apart, s, 0), [batch])
+    assert distance(weights(together), weights(apart)) == 0
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_in_one_line():

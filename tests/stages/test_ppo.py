@@ -201,6 +201,30 @@ def test_experience_is_what_the_formulas_say():
     assert not x.advantages_BA[~mask].any()
 
 
+def test_a_step_is_the_gradient_of_the_loss_written_out(monkeypatch):
+    """On one unpadded row after the other; the policy has not moved, so nothing is clipped."""
+    use_sgd(monkeypatch)
+    module = make(epochs=1, value_coef=0.7)
+    found = seen_by(module)
+    policy, value = make_policy(), make_scalar()
+    fit(module, prompt_batches(1))
+    (x,) = found
+    loss, n_tokens = torch.zeros(()), x.rollout.length.sum()
+    for row, (start, n) in enumerate(zip(x.rollout.start, x.rollout.length, strict=True)):
+        ids = x.rollout.ids[row : row + 1, : start + n]
+        logp = policy.logits(policy(ids).hidden_BTD)[0].log_softmax(-1)
+        at = torch.arange(n)
+        ratio = (logp[start - 1 + at, ids[0, start:]] - x.rollout.logprobs[row, :n]).exp()
+        error = value(ids)[0, start - 1 + at] - x.returns_BA[row, :n]
+        loss = loss - (ratio * x.advantages_BA[row, :n]).sum() / n_tokens
+        loss = loss + 0.7 * 0.5 * error.square().sum() / n_tokens
+    loss.backward()
+    for trained, network in ((module.policy, policy), (module.value, value)):
+        for (name, p), q in zip(network.named_parameters(), trained.parameters(), strict=True):
+            want = p - 0.01 * p.grad
+            torch.testing.assert_close(q, want, atol=1e-6, rtol=1e-5, msg=name)
+
+
 def test_one_piece_of_four_answers_equals_four_of_one(monkeypatch):
     use_sgd(monkeypatch)
     results = []

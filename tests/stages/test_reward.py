@@ -270,7 +270,7 @@ def test_the_judge_hears_whether_an_answer_stopped(monkeypatch):
 
 def test_real_pairs_are_seeded_and_in_the_judges_order():
     policy = make_policy()
-    s = settings("reward", pairs_per_prompt=3, max_new_tokens=10)
+    s = settings("reward", pairs_per_prompt=3, max_new_tokens=10, temperature=1.0)
     prompts = [TOKENIZER.prompt([{"role": "user", "content": text}]) for text in ("a", "Hello")]
 
     def judge(text: str, stopped: bool) -> float:

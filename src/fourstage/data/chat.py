@@ -16,6 +16,7 @@ from fourstage.data.records import (
     Chats,
     Conversation,
     Message,
+    Problem,
     content_digest,
     opening,
     prompt_text,
@@ -61,14 +62,19 @@ def load_chat(config: DataConfig) -> Chats:
             )
 
     problems = worked_train_problems(config, chat.demonstrations)
-    train = [*train, *(p.conversation() for p in problems)]
+    train = [*train, *demonstrations(problems, chat.terse)]
     if problems:
         share = config.heldout / (1 - config.heldout)
         held = [p for p in load_reasoning(config).heldout if p.worked]
-        heldout = [*heldout, *(p.conversation() for p in held[: round(len(problems) * share)])]
+        heldout = [*heldout, *demonstrations(held[: round(len(problems) * share)], chat.terse)]
     notes |= {"train": len(train), "heldout": len(heldout), "demonstrations": len(problems)}
     texts = (prompt_text(c.messages) for side in (train, [], heldout) for c in side)
     return Chats(train, heldout, content_digest(str(len(train)), *texts), notes)
+
+
+def demonstrations(problems: list[Problem], terse: float) -> list[Conversation]:
+    """Solved problems as conversations; a share of them, by hash, only gives the answer."""
+    return [p.conversation(terse=is_heldout(f"terse {p.question}", terse)) for p in problems]
 
 
 def held_out(prompt: str, config: DataConfig, keys: frozenset[str]) -> bool:

@@ -47,12 +47,15 @@ class ChatConfig:
     max_prompt_chars: int | None = None
     exclude: list[str] = field(default_factory=list)  # categories of chatterbot-corpus
     demonstrations: int = 0  # worked train problems among the conversations, at most
+    terse: float = 0.0  # share of the demonstrations that give the answer without its steps
 
     def __post_init__(self) -> None:
         if self.max_answer_chars is not None:
             _at_least("max_answer_chars", self.max_answer_chars, 1)
         if self.max_prompt_chars is not None:
             _at_least("max_prompt_chars", self.max_prompt_chars, 1)
+        if not 0 <= self.terse <= 1:
+            raise UserError(f"terse: must be a share between 0 and 1, got {self.terse}")
         _at_least("demonstrations", self.demonstrations, 0)
 
 

@@ -75,10 +75,11 @@ class Problem:
     def id(self) -> str:
         return short_hash(prompt_text(self.prompt_messages))
 
-    def conversation(self) -> Conversation:
-        """The problem with its worked solution, as sft reads it."""
+    def conversation(self, terse: bool = False) -> Conversation:
+        """The problem with its worked solution, as sft reads it; or with its last line only."""
         assert self.worked is not None
-        answer = {"role": "assistant", "content": self.worked}
+        text = self.worked.rsplit("\n", 1)[-1] if terse else self.worked
+        answer = {"role": "assistant", "content": text}
         return Conversation([*self.prompt_messages, answer], kind="problem")
 
 

@@ -5,6 +5,7 @@
 | chain_sum | State the final answer to the following arithmetic problem: 26 + 4 = | 26 + 4 = ? |
 | products | Solve the following multiplication: 7 * 12. Give only the result ... | 7 * 12 = ? |
 | gcd | Find the Greatest Common Divisor (GCD) of these numbers: 12, 18. ... | gcd(12, 18) = ? |
+| leg_counting | Your task is to count how many legs there are in total ... | Legs: 3 dogs, 2 ants |
 | spell_backward | Spell this word backward (example: sun -> nus): hello | Reverse: hello |
 | any other | as it is | as it is, and the worked solution is its last line only |
 
@@ -31,6 +32,9 @@ def short_question(task: str, entry: Entry) -> str:
         return f"{metadata['expression']} = ?"
     if task == "gcd":
         return f"gcd({', '.join(map(str, metadata['numbers']))}) = ?"
+    if task == "leg_counting":
+        counts = (f"{n} {animal}{'s' * (n > 1)}" for animal, n in metadata["animals"].items())
+        return f"Legs: {', '.join(counts)}"
     if task == "spell_backward":
         return f"Reverse: {metadata['word']}"
     return entry["question"].strip()
@@ -121,6 +125,19 @@ def gcd_steps(metadata: Entry) -> list[str]:
     return steps
 
 
+def leg_counting_steps(metadata: Entry) -> list[str]:
+    """Each kind of animal, then running sums: 3 dogs, 2 ants: 3*4=12, 2*6=12, 12+12=24."""
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+    legs = [(n, ANIMALS[animal]) for animal, n in metadata["animals"].items()]
+    steps = [f"{n}*{each}={n * each}" for n, each in legs]
+    total = legs[0][0] * legs[0][1]
+    for n, each in legs[1:]:
+        steps.append(f"{total}+{n * each}={total + n * each}")
+        total += n * each
+    return steps
+
+
 def spell_backward_steps(metadata: Entry) -> list[str]:
     """The letters, spaced out."""
     return [" ".join(metadata["word"])]
@@ -130,5 +147,6 @@ STEPS: dict[str, Callable[[Entry], list[str]]] = {
     "chain_sum": chain_sum_steps,
     "products": products_steps,
     "gcd": gcd_steps,
+    "leg_counting": leg_counting_steps,
     "spell_backward": spell_backward_steps,
 }

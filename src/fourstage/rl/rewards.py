@@ -24,8 +24,30 @@ RULE_VERSION = 1
 BEST_LENGTH = 12
 MOST_KIND_WORDS = 3
 KIND_WORDS = frozenset(
-    "please thank thanks sorry glad happy welcome help hope sure good great nice well love you "
-    "your we us friend let try".split()
+    [
+        "please",
+        "thank",
+        "thanks",
+        "sorry",
+        "glad",
+        "happy",
+        "welcome",
+        "help",
+        "hope",
+        "sure",
+        "good",
+        "great",
+        "nice",
+        "well",
+        "love",
+        "you",
+        "your",
+        "we",
+        "us",
+        "friend",
+        "let",
+        "try",
+    ]
 )
 _WORD = re.compile(r"[A-Za-z']+")
 _PLAIN = re.compile(

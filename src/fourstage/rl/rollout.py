@@ -18,7 +18,6 @@ from fourstage.model import ScalarModel, Transformer
 from fourstage.rl.ops import token_entropy, token_logprobs
 from fourstage.tokenizer import Tokenizer
 
-
 ROWS_AT_ONCE = 512  # the KV cache of more rows would not fit a laptop's memory
 SEED_STEP = 1_000_003  # rows of one rollout; each draws from its own seed, whatever the batch
 

@@ -51,8 +51,15 @@ class StageSettings:
     checkpoint_every: int
 
     NOT_HASHED: ClassVar[frozenset[str]] = frozenset(
-        "parent reward_parent micro_batch_size val_every log_every sample_every "
-        "checkpoint_every".split()
+        [
+            "parent",
+            "reward_parent",
+            "micro_batch_size",
+            "val_every",
+            "log_every",
+            "sample_every",
+            "checkpoint_every",
+        ]
     )
 
     def __post_init__(self) -> None:

@@ -90,7 +90,7 @@ class RewardModule(StageModule):
             return bradley_terry_loss(chosen_B, rejected_B, s.margin, s.centre_coef).sum() / n_pairs
 
         norm = self.update(piece, len(batch.chosen_len))
-        self.tokens_seen += int((batch.chosen_len.sum() + batch.rejected_len.sum()))
+        self.tokens_seen += int(batch.chosen_len.sum() + batch.rejected_len.sum())
         chosen_B, rejected_B = torch.cat(scores, dim=1)
         self.record(
             "train",
