@@ -49,6 +49,15 @@ def test_some_rows_of_a_rollout():
     assert swapped.logprobs[1].tolist() == r.logprobs[0].tolist()
 
 
+def test_short_rows_lose_the_padding_of_longer_ones():
+    part = rollout().rows(T([1]))
+    assert part.ids.tolist() == [[13, 30]]
+    assert part.mask.tolist() == [[True, False, False]]  # as wide as the scores of all rows
+    assert part.valid.tolist() == [[True, True]]
+    assert part.predict_at.tolist() == [[0, 1, 1]]
+    assert part.answer_ids[part.mask].tolist() == [30]
+
+
 def test_valid_ends_with_the_last_target():
     batch = TokenBatch(
         ids=T([[5, 6, 7, 8], [5, 6, 0, 0], [5, 6, 7, 0]]),

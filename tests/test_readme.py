@@ -20,7 +20,7 @@ COMMANDS = sorted(
     {
         found.replace("\\|", "|").strip().rstrip("`")
         for text in TEXTS.values()
-        for found in re.findall(r"(?:\.venv/bin/)?(python (?:train\.py|-m fourstage)[^`\n#]*)", text)
+        for found in re.findall(r"(python (?:train\.py|-m fourstage)[^`\n#]*)", text)
     }
 )
 

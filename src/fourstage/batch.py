@@ -105,5 +105,7 @@ class Rollout(_Movable):
         return self.ids.gather(1, at)
 
     def rows(self, index: Tensor) -> Rollout:
-        """The rollout of some rows, int64 [b]."""
-        return Rollout(*(getattr(self, f.name)[index] for f in fields(self)))
+        """The rollout of some rows, int64 [b]; ids are cut to the longest of these rows."""
+        part = Rollout(*(getattr(self, f.name)[index] for f in fields(self)))
+        part.ids = part.ids[:, : int((part.start + part.length).max())]
+        return part

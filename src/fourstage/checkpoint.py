@@ -1,4 +1,4 @@
-"""Plain weights in and out: model.safetensors + config.json + tokenizer.json, whatever trained them.
+"""Plain weights in and out, whatever trained them: model.safetensors, config.json, tokenizer.json.
 
 `config.json` is {"model": {...}, "vocab_size": n, "kind": "policy" | "scalar"}: enough to build the
 network again with none of the project's configuration. Files are written under a temporary name,

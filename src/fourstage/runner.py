@@ -314,7 +314,9 @@ def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> d
     Sampled once and kept as pairs.jsonl and pairs_heldout.jsonl, which a resumed run reads.
     """
     prompts = data.load_prompts(job.data)
-    for draw, (name, records) in enumerate(zip(PAIR_FILES, (prompts.train, prompts.heldout))):
+    for draw, (name, records) in enumerate(
+        zip(PAIR_FILES, (prompts.train, prompts.heldout), strict=True)
+    ):
         path = job.folder / name
         if path.exists():
             continue

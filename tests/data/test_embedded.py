@@ -5,6 +5,7 @@ import re
 import pytest
 
 from fourstage import data
+from fourstage.data.chat import demonstrations
 from fourstage.data.corpus import without_heldout
 from fourstage.data.reasoning import heldout_keys
 from fourstage.data.split import is_heldout, normalise
@@ -187,3 +188,15 @@ def test_bad_settings_are_one_clear_line(changes, message):
 
 def test_keys_are_empty_without_problems(files):
     assert heldout_keys(files()) == frozenset()
+
+
+def test_a_share_of_a_tasks_demonstrations_is_terse() -> None:
+    problems = data.load_reasoning(make("embedded")).train
+    none, some, whole = (
+        [c.answer for c in demonstrations(problems, {"chain_sum": share})] for share in (0, 0.5, 1)
+    )
+    assert none == [p.worked for p in problems]
+    chains = [i for i, p in enumerate(problems) if p.task == "chain_sum"]
+    assert all(whole[i] == none[i].rsplit("\n", 1)[-1] for i in chains)
+    assert 0.3 < sum(some[i] == whole[i] for i in chains) / len(chains) < 0.7
+    assert all(whole[i] == none[i] for i in range(len(problems)) if i not in chains)

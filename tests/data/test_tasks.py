@@ -64,3 +64,9 @@ def test_spell_backward():
 def test_other_tasks_keep_their_question():
     assert solve("lcm", "12") == ("long question?", "#### 12")
     assert solve("propositional_logic", None)[1] is None
+
+
+def test_leg_counting_is_worked_out() -> None:
+    entry = {"metadata": {"animals": {"dog": 3, "ant": 1}}, "answer": "18"}
+    assert short_question("leg_counting", entry) == "Legs: 3 dogs, 1 ant"
+    assert worked_solution("leg_counting", entry) == "3*4=12\n1*6=6\n12+6=18\n#### 18"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Timer
+from torch.utils.data import DataLoader
 
+from fourstage import runner
 from fourstage.batch import TokenBatch
+from fourstage.data.datamodule import LoaderPair
 from fourstage.errors import UserError
 from fourstage.settings import build
 from fourstage.stages import SETTINGS, PretrainModule, SFTModule
@@ -16,6 +20,8 @@ from fourstage.stages.base import learning_rate_factor, parameter_groups
 from fourstage.stages.on_policy import check_rollout_fits
 from tests.stages.tiny import (
     STAGES,
+    TOKENIZER,
+    as_is,
     distance,
     fit,
     make_policy,
@@ -298,3 +304,19 @@ def test_a_resumed_stage_knows_what_it_has_seen():
     again = SFTModule(make_policy(), settings("sft"), 0)
     again.on_load_checkpoint(state)
     assert again.tokens_seen == 1234
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")
+def test_a_budget_of_no_steps_still_validates():
+    s = settings("sft", max_steps=0, max_time=None)
+    module = SFTModule(make_policy(), s, 0)
+    before = weights(module)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    loaders = LoaderPair(None, DataLoader(token_batches(2), batch_size=None, collate_fn=as_is))
+    job = SimpleNamespace(settings=s, resume=False)
+    runner.fit(trainer, job, runner.Prepared(module, loaders, module.policy, TOKENIZER))
+    assert trainer.callback_metrics["val/loss"] > 0
+    assert module.steps_done == 0 == module.validated_at
+    assert distance(before, weights(module)) == 0

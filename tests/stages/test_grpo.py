@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import exp, log
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -261,28 +262,36 @@ def test_one_piece_of_eight_answers_equals_eight_of_one(monkeypatch, loss, kl_co
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
-def test_a_step_is_the_gradient_of_the_loss_written_out(monkeypatch, name):
-    """-A log p on one unpadded row after the other: with one update the ratio is 1."""
+def test_two_passes_are_the_gradients_of_the_loss_written_out(monkeypatch, name):
+    """On one unpadded row after the other; both passes compare with the sampler's policy."""
     use_sgd(monkeypatch)
-    module = make(name, minibatch_size=16, lr=0.1)
+    module = make(name, minibatch_size=16, epochs=2, lr=0.1, clip_high=0.28)
     found = seen_by(module)
     policy = make_policy()
-    fit(module, prompt_batches(1))
+    metrics = fit(module, prompt_batches(1)).callback_metrics
+    assert metrics["train/clip_high"] + metrics["train/clip_low"] > 0.05
     (a,) = found
     r, reward = a.rollout, a.total_B.view(4, 4)
     advantage = reward - reward.mean(1, keepdim=True)
     if name != "dr_grpo":
         advantage = advantage / (reward.std(1, keepdim=True) + 1e-4)
-    loss = torch.zeros(())
-    for row, (start, n) in enumerate(zip(r.start.tolist(), r.length.tolist(), strict=True)):
-        ids = r.ids[row, : start + n]
-        logp = policy.logits(policy(ids[None]).hidden_BTD)[0].log_softmax(-1)
-        total = logp[torch.arange(start - 1, start + n - 1), ids[start:]].sum()
-        share = {"grpo": 16 * n, "dapo": int(r.length.sum()), "dr_grpo": 16 * 8}[name]
-        loss = loss - advantage.flatten()[row] * total / share
-    loss.backward()
-    for (key, p), q in zip(policy.named_parameters(), module.policy.parameters(), strict=True):
-        torch.testing.assert_close(q, p - 0.1 * p.grad, atol=1e-6, rtol=1e-5, msg=key)
+    parameters = list(policy.parameters())
+    for _ in range(2):
+        loss = torch.zeros(())
+        for row, (start, n) in enumerate(zip(r.start.tolist(), r.length.tolist(), strict=True)):
+            ids = r.ids[row, : start + n]
+            logp = policy.logits(policy(ids[None]).hidden_BTD)[0].log_softmax(-1)
+            logp = logp[torch.arange(start - 1, start + n - 1), ids[start:]]
+            ratio, good = (logp - r.logprobs[row, :n]).exp(), advantage.flatten()[row]
+            surrogate = torch.minimum(ratio * good, ratio.clamp(0.8, 1.28) * good)
+            share = {"grpo": 16 * n, "dapo": int(r.length.sum()), "dr_grpo": 16 * 8}[name]
+            loss = loss - surrogate.sum() / share
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p -= 0.1 * gradient
+    for p, q in zip(parameters, module.policy.parameters(), strict=True):
+        torch.testing.assert_close(q, p, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss", REDUCTIONS)
@@ -312,12 +321,18 @@ def test_leaving_out_answers_without_advantage_is_exact(monkeypatch, loss):
     assert distance(*results) < 1e-6
 
 
-def test_a_kl_term_keeps_every_answer():
-    index, advantage = T([3, 0, 2]), T([0.0, 1.0, -1.0, 0.0])
-    assert make().rows_with_gradient(index, advantage).tolist() == [2]
-    assert make(kl_coef=0.1).rows_with_gradient(index, advantage).tolist() == [3, 0, 2]
-    # one row at least, so that ranks stay in step
-    assert make().rows_with_gradient(index[:2], advantage).tolist() == [3]
+def test_answers_are_left_out_only_where_nothing_but_their_gradient_counts():
+    def kept(index: list[int], ranks: int = 1, **changes) -> list[int]:
+        module = make(**changes)
+        module.trainer = SimpleNamespace(world_size=ranks)
+        return module.rows_with_gradient(T(index), T([0.0, 1.0, -1.0, 0.0])).tolist()
+
+    assert kept([3, 0, 2]) == [2]
+    assert kept([3, 0]) == [3]  # one at least: the optimizer takes its step
+    assert kept([3, 0, 2], kl_coef=0.1) == [3, 0, 2]
+    assert kept([3, 0, 2], balance_router=True) == [3, 0, 2]  # they are load
+    # every backward pass waits for the other ranks, which may have more of them
+    assert kept([3, 0, 2], ranks=2) == [3, 0, 2]
 
 
 @pytest.mark.parametrize("loss", REDUCTIONS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fourstage.rl.ops import kl_k1
-from fourstage.rl.rollout import answer_texts, final_scores, score_tokens
+from fourstage.rl.rollout import answer_texts, final_scores, pack, score_tokens
 from fourstage.stages import PPOModule
 from fourstage.stages.ppo import (
     adapted_kl_coef,
@@ -201,28 +201,37 @@ def test_experience_is_what_the_formulas_say():
     assert not x.advantages_BA[~mask].any()
 
 
-def test_a_step_is_the_gradient_of_the_loss_written_out(monkeypatch):
-    """On one unpadded row after the other; the policy has not moved, so nothing is clipped."""
+def test_two_passes_are_the_gradients_of_the_loss_written_out(monkeypatch):
+    """On one unpadded row after the other; both passes compare with the sampler's policy."""
     use_sgd(monkeypatch)
-    module = make(epochs=1, value_coef=0.7)
+    module = make(epochs=2, value_coef=0.7, lr=0.05)
     found = seen_by(module)
     policy, value = make_policy(), make_scalar()
-    fit(module, prompt_batches(1))
+    metrics = fit(module, prompt_batches(1)).callback_metrics
+    assert metrics["train/clip_high"] + metrics["train/clip_low"] > 0.05
     (x,) = found
-    loss, n_tokens = torch.zeros(()), x.rollout.length.sum()
-    for row, (start, n) in enumerate(zip(x.rollout.start, x.rollout.length, strict=True)):
-        ids = x.rollout.ids[row : row + 1, : start + n]
-        logp = policy.logits(policy(ids).hidden_BTD)[0].log_softmax(-1)
-        at = torch.arange(n)
-        ratio = (logp[start - 1 + at, ids[0, start:]] - x.rollout.logprobs[row, :n]).exp()
-        error = value(ids)[0, start - 1 + at] - x.returns_BA[row, :n]
-        loss = loss - (ratio * x.advantages_BA[row, :n]).sum() / n_tokens
-        loss = loss + 0.7 * 0.5 * error.square().sum() / n_tokens
-    loss.backward()
-    for trained, network in ((module.policy, policy), (module.value, value)):
-        for (name, p), q in zip(network.named_parameters(), trained.parameters(), strict=True):
-            want = p - 0.01 * p.grad
-            torch.testing.assert_close(q, want, atol=1e-6, rtol=1e-5, msg=name)
+    n_tokens = x.rollout.length.sum()
+    parameters = [*policy.parameters(), *value.parameters()]
+    for _ in range(2):
+        loss = torch.zeros(())
+        for row, (start, n) in enumerate(zip(x.rollout.start, x.rollout.length, strict=True)):
+            ids = x.rollout.ids[row : row + 1, : start + n]
+            logp = policy.logits(policy(ids).hidden_BTD)[0].log_softmax(-1)
+            at, advantage = torch.arange(n), x.advantages_BA[row, :n]
+            ratio = (logp[start - 1 + at, ids[0, start:]] - x.rollout.logprobs[row, :n]).exp()
+            surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+            new = value(ids)[0, start - 1 + at]
+            old, target = x.values_BA[row, :n], x.returns_BA[row, :n]
+            near = torch.minimum(torch.maximum(new, old - 0.2), old + 0.2)
+            error = torch.maximum((new - target).square(), (near - target).square())
+            loss = loss + (0.7 * 0.5 * error - surrogate).sum() / n_tokens
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p -= 0.05 * gradient
+    trained = [*module.policy.parameters(), *module.value.parameters()]
+    for p, q in zip(parameters, trained, strict=True):
+        torch.testing.assert_close(q, p, atol=1e-6, rtol=1e-5)
 
 
 def test_one_piece_of_four_answers_equals_four_of_one(monkeypatch):
@@ -243,14 +252,32 @@ def test_one_piece_of_four_answers_equals_four_of_one(monkeypatch):
 
 
 def test_minibatches_take_every_answer_once_a_pass():
+    """In an order drawn from the seed; within a step from the shortest to the longest."""
     module = make(minibatch_size=3)
     total = SimpleNamespace(completed=5)
     epoch_loop = SimpleNamespace(batch_progress=SimpleNamespace(total=total))
     module.trainer = SimpleNamespace(world_size=1, fit_loop=SimpleNamespace(epoch_loop=epoch_loop))
-    passes = [[rows.tolist() for rows in module.minibatches(8, epoch)] for epoch in (0, 1, 0)]
+    lengths = [3, 1, 4, 1, 5, 9, 2, 6]
+    answers = [[7] * n for n in lengths]
+    rollout = pack([[1]] * 8, answers, [[0.0] * n for n in lengths], [True] * 8, pad_id=0)
+    passes = [[rows.tolist() for rows in module.minibatches(rollout, epoch)] for epoch in (0, 1, 0)]
     assert [len(rows) for rows in passes[0]] == [3, 3, 2]
     assert sorted(sum(passes[0], [])) == sorted(sum(passes[1], [])) == list(range(8))
     assert passes[0] == passes[2] != passes[1]
+    for rows in passes[0]:
+        found = [lengths[row] for row in rows]
+        assert found == sorted(found)
+    total.completed = 6
+    assert passes[0] != [rows.tolist() for rows in module.minibatches(rollout, 0)]
+
+
+def test_scoring_in_pieces_keeps_the_order_of_the_rows():
+    module = make(micro_batch_size=2)
+    lengths = [3, 1, 4, 1, 5]
+    answers = [[7] * n for n in lengths]
+    rollout = pack([[1]] * 5, answers, [[0.0] * n for n in lengths], [True] * 5, pad_id=0)
+    got = module.in_pieces(lambda part: part.length * 10, rollout)
+    assert got.tolist() == [30, 10, 40, 10, 50]
 
 
 def test_the_frozen_networks_do_not_change_and_are_not_saved():

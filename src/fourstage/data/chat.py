@@ -72,9 +72,12 @@ def load_chat(config: DataConfig) -> Chats:
     return Chats(train, heldout, content_digest(str(len(train)), *texts), notes)
 
 
-def demonstrations(problems: list[Problem], terse: float) -> list[Conversation]:
-    """Solved problems as conversations; a share of them, by hash, only gives the answer."""
-    return [p.conversation(terse=is_heldout(f"terse {p.question}", terse)) for p in problems]
+def demonstrations(problems: list[Problem], terse: dict[str, float]) -> list[Conversation]:
+    """Solved problems as conversations; a share of a task's, by hash, only gives the answer."""
+    return [
+        p.conversation(terse=is_heldout(f"terse {p.question}", terse.get(p.task, 0.0)))
+        for p in problems
+    ]
 
 
 def held_out(prompt: str, config: DataConfig, keys: frozenset[str]) -> bool:

@@ -47,15 +47,17 @@ class ChatConfig:
     max_prompt_chars: int | None = None
     exclude: list[str] = field(default_factory=list)  # categories of chatterbot-corpus
     demonstrations: int = 0  # worked train problems among the conversations, at most
-    terse: float = 0.0  # share of the demonstrations that give the answer without its steps
+    # task -> share of its demonstrations that give the answer without the steps
+    terse: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_answer_chars is not None:
             _at_least("max_answer_chars", self.max_answer_chars, 1)
         if self.max_prompt_chars is not None:
             _at_least("max_prompt_chars", self.max_prompt_chars, 1)
-        if not 0 <= self.terse <= 1:
-            raise UserError(f"terse: must be a share between 0 and 1, got {self.terse}")
+        for task, share in self.terse.items():
+            if not 0 <= share <= 1:
+                raise UserError(f"terse.{task}: must be a share between 0 and 1, got {share}")
         _at_least("demonstrations", self.demonstrations, 0)
 
 

@@ -1,6 +1,6 @@
 """The maths that more than one stage uses: pure functions of tensors.
 
-Shape legend: B answers, A answer tokens, V vocabulary. A mask is bool [B, A], True on answer tokens.
+Shape legend: B answers, A answer tokens, V vocabulary. A mask is bool [B, A], True on answers.
 """
 
 from __future__ import annotations

@@ -23,32 +23,12 @@ from fourstage.verify import Verifiable, has_form, verify
 RULE_VERSION = 1
 BEST_LENGTH = 12
 MOST_KIND_WORDS = 3
-KIND_WORDS = frozenset(
-    [
-        "please",
-        "thank",
-        "thanks",
-        "sorry",
-        "glad",
-        "happy",
-        "welcome",
-        "help",
-        "hope",
-        "sure",
-        "good",
-        "great",
-        "nice",
-        "well",
-        "love",
-        "you",
-        "your",
-        "we",
-        "us",
-        "friend",
-        "let",
-        "try",
-    ]
-)
+# fmt: off
+KIND_WORDS = frozenset((
+    "please", "thank", "thanks", "sorry", "glad", "happy", "welcome", "help", "hope", "sure",
+    "good", "great", "nice", "well", "love", "you", "your", "we", "us", "friend", "let", "try",
+))
+# fmt: on
 _WORD = re.compile(r"[A-Za-z']+")
 _PLAIN = re.compile(
     r"[\"'(]?([A-Za-z][a-z]*(['-][A-Za-z]?[a-z]*)*|[A-Z]+|[0-9.,]+)[\"')]?[.,!?:;]*[\"')]?"

@@ -50,17 +50,12 @@ class StageSettings:
     sample_every: int  # steps between logged sample answers; 0: only after the last
     checkpoint_every: int
 
-    NOT_HASHED: ClassVar[frozenset[str]] = frozenset(
-        [
-            "parent",
-            "reward_parent",
-            "micro_batch_size",
-            "val_every",
-            "log_every",
-            "sample_every",
-            "checkpoint_every",
-        ]
-    )
+    # fmt: off
+    NOT_HASHED: ClassVar[frozenset[str]] = frozenset((
+        "parent", "reward_parent", "micro_batch_size", "val_every", "log_every", "sample_every",
+        "checkpoint_every",
+    ))
+    # fmt: on
 
     def __post_init__(self) -> None:
         check_range(self, -1, "max_steps")

@@ -47,7 +47,7 @@ class GRPOSettings(OnPolicySettings):
 
 
 def group_advantages(rewards_GK: Tensor, scaled: bool) -> Tensor:
-    """(r - mean) / (std + 1e-4) within each group, unbiased std; without the division if not scaled."""
+    """(r - mean) / (std + 1e-4) in each group, unbiased std; only r - mean if not scaled."""
     centred_GK = rewards_GK - rewards_GK.mean(1, keepdim=True)
     if not scaled:
         return centred_GK
@@ -146,9 +146,11 @@ class GRPOModule(OnPolicyModule):
         answers = self.collect(batch)
         rewards_GK = answers.total_B.view(-1, s.group_size)
         advantage_B = group_advantages(rewards_GK, scaled=s.loss != "dr_grpo").flatten()
-        ref_logp_BA = self.in_pieces(self.reference_logprobs, answers.rollout)
+        ref_logp_BA = None
+        if s.kl_coef:
+            ref_logp_BA = self.in_pieces(self.reference_logprobs, answers.rollout)
         losses = self.learn(answers.rollout, advantage_B, ref_logp_BA)
-        self.log_answers(answers, ref_logp_BA, losses)
+        self.log_answers(answers, losses)
 
     def reference_logprobs(self, part: Rollout) -> Tensor:
         return score_tokens(self.frozen["reference"], part, self.settings.temperature).logprobs
@@ -184,14 +186,14 @@ class GRPOModule(OnPolicyModule):
         return Answers(rollout, rewards, total_B)
 
     def learn(
-        self, rollout: Rollout, advantage_B: Tensor, ref_logp_BA: Tensor
+        self, rollout: Rollout, advantage_B: Tensor, ref_logp_BA: Tensor | None
     ) -> dict[str, Tensor | float]:
         """Clipped updates on the rollout; returns what the last pass saw."""
         s = self.settings
         old_logp_BA, logp_BA = rollout.logprobs, rollout.logprobs.clone()
         stats: dict[str, Tensor | float] = {}
         for epoch in range(s.epochs):
-            for index in self.minibatches(len(advantage_B), epoch):
+            for index in self.minibatches(rollout, epoch):
                 n = torch.stack([rollout.mask[index].sum(), torch.tensor(len(index)).to(index)])
                 n_tokens, n_answers = self.sum_over_ranks(n)
                 totals = Totals(n_answers, n_tokens, s.max_new_tokens)
@@ -202,7 +204,7 @@ class GRPOModule(OnPolicyModule):
                     part = rollout.rows(at)
                     logp = score_tokens(self.policy, part, s.temperature).logprobs
                     logp_BA[at] = logp.detach()
-                    reference = ref_logp_BA[at] if s.kl_coef else None
+                    reference = None if ref_logp_BA is None else ref_logp_BA[at]
                     loss = policy_loss(logp, old_logp_BA[at], reference, advantage_B[at], s)
                     return REDUCTIONS[s.loss](loss, part.mask, totals)
 
@@ -216,16 +218,23 @@ class GRPOModule(OnPolicyModule):
         return {**stats, **moved, "epochs": epoch + 1}
 
     def rows_with_gradient(self, index: Tensor, advantage_B: Tensor) -> Tensor:
-        """The rows of a minibatch that move the policy; one at least, so that ranks stay in step."""
-        if self.settings.kl_coef:
+        """The rows of a minibatch that move the policy, one at least for the optimizer's step.
+
+        All of them where more than the gradient counts: a KL term, the router's load, or other
+        ranks, which must take as many backward passes.
+        """
+        s = self.settings
+        if s.kl_coef or s.balance_router or self.trainer.world_size > 1:
             return index
         moving = index[advantage_B[index] != 0]
         return moving if len(moving) else index[:1]
 
-    def log_answers(
-        self, answers: Answers, ref_logp_BA: Tensor, losses: dict[str, Tensor | float]
-    ) -> None:
+    def log_answers(self, answers: Answers, losses: dict[str, Tensor | float]) -> None:
         s, rollout, mask_BA = self.settings, answers.rollout, answers.rollout.mask
+        first_G = torch.arange(0, len(mask_BA), s.group_size, device=self.device)
+        firsts = rollout.rows(first_G)  # an answer a group is enough for the logged KL
+        ref_logp_GA = self.in_pieces(self.reference_logprobs, firsts)
+        kl = masked_mean(kl_k3(firsts.logprobs, ref_logp_GA), firsts.mask)
         total_GK = answers.total_B.view(-1, s.group_size)
         correct_GK = torch.tensor([r.correct for r in answers.rewards]).view(-1, s.group_size)
         form = sum(r.form for r in answers.rewards) / len(answers.rewards)
@@ -240,7 +249,7 @@ class GRPOModule(OnPolicyModule):
                 "zero_spread": (total_GK.std(1) == 0).float().mean(),
                 "pass_at_1": (correct_GK == 1).float().mean(),
                 f"pass_at_{s.group_size}": (correct_GK == 1).any(1).float().mean(),
-                "kl": masked_mean(kl_k3(rollout.logprobs, ref_logp_BA), mask_BA),  # nats a token
+                "kl": kl,  # nats a token, to the policy that the stage started from
                 "entropy": -masked_mean(rollout.logprobs, mask_BA),  # estimated from the samples
                 "answer_length": rollout.length.float().mean(),
                 "cut_off": (~rollout.stopped).float().mean(),

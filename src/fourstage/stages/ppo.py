@@ -97,7 +97,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def adapted_kl_coef(coef: Tensor, kl: Tensor, target: float, n: int, horizon: int) -> Tensor:
-    """coef (1 + clip(kl / target - 1, +-0.2) n / horizon) (Ziegler et al. 2019, arXiv 1909.08593)."""
+    """coef (1 + clip(kl / target - 1, +-0.2) n / horizon) (arXiv 1909.08593, eq. in 2.2)."""
     return coef * (1 + (kl / target - 1).clamp(-0.2, 0.2) * n / horizon)
 
 
@@ -200,7 +200,7 @@ class PPOModule(OnPolicyModule):
         value_loss_BA = torch.zeros_like(x.values_BA)
         stats: dict[str, Tensor | float] = {}
         for epoch in range(s.epochs):
-            for index in self.minibatches(len(x.rollout.ids), epoch):
+            for index in self.minibatches(x.rollout, epoch):
                 n_tokens = self.sum_over_ranks(x.rollout.mask[index].sum())
 
                 def piece(rows: slice, index: Tensor = index, n: Tensor = n_tokens) -> Tensor:

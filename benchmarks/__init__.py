@@ -1,0 +1,1 @@
+"""Commands that measure; each prints what the README or benchmarks/RESULTS.md quotes."""
