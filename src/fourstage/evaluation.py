@@ -401,7 +401,7 @@ def evaluate_ancestors(
 
 
 def main(arguments: list[str]) -> None:
-    from fourstage.runner import evaluate_again
+    from fourstage.run_evaluation import evaluate_again
     from fourstage.runs import RunStore
 
     values = dict(argument.partition("=")[::2] for argument in arguments)

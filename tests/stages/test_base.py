@@ -10,14 +10,13 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from torch.utils.data import DataLoader
 
-from fourstage import runner
+from fourstage import prepare, runner
 from fourstage.batch import TokenBatch
 from fourstage.data.datamodule import LoaderPair
 from fourstage.errors import UserError
 from fourstage.settings import build
 from fourstage.stages import SETTINGS, PretrainModule, SFTModule
 from fourstage.stages.base import learning_rate_factor, parameter_groups
-from fourstage.stages.on_policy import check_rollout_fits
 from tests.stages.tiny import (
     STAGES,
     TOKENIZER,
@@ -154,16 +153,6 @@ def test_a_time_replaces_the_steps():
     timed = settings("pretrain", max_steps=-1, max_time="01:02:03:04")
     assert timed.seconds == ((24 + 2) * 60 + 3) * 60 + 4
     assert settings("pretrain", max_time=None).seconds is None
-
-
-def test_a_rollout_must_fit_the_context():
-    s = settings("ppo", max_prompt_tokens=40, max_new_tokens=24)
-    check_rollout_fits(s, 64)
-    with pytest.raises(UserError) as error:
-        check_rollout_fits(s, 63)
-    assert str(error.value) == (
-        "max_prompt_tokens + max_new_tokens: 64 is more than the model's context of 63 tokens"
-    )
 
 
 # --- the learning rate
@@ -316,7 +305,7 @@ def test_a_budget_of_no_steps_still_validates():
     )
     loaders = LoaderPair(None, DataLoader(token_batches(2), batch_size=None, collate_fn=as_is))
     job = SimpleNamespace(settings=s, resume=False)
-    runner.fit(trainer, job, runner.Prepared(module, loaders, module.policy, TOKENIZER))
+    runner.fit(trainer, job, prepare.Prepared(module, loaders, module.policy, TOKENIZER))
     assert trainer.callback_metrics["val/loss"] > 0
     assert module.steps_done == 0 == module.validated_at
     assert distance(before, weights(module)) == 0

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from fourstage.batch import Rollout
-from fourstage.errors import UserError
 from fourstage.model import Transformer
 from fourstage.rl.rollout import sample
 from fourstage.stages.base import StageModule, StageSettings, check_positive, check_range
@@ -111,13 +110,3 @@ class Frozen:
     def to(self, device: torch.device) -> None:
         for network in self.networks.values():
             network.to(device)
-
-
-def check_rollout_fits(settings: OnPolicySettings, max_seq_len: int) -> None:
-    """Raise UserError where prompt and answer can outgrow the model's context."""
-    longest = settings.max_prompt_tokens + settings.max_new_tokens
-    if longest > max_seq_len:
-        raise UserError(
-            f"max_prompt_tokens + max_new_tokens: {longest} is more than the model's context of "
-            f"{max_seq_len} tokens"
-        )

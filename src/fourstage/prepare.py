@@ -1,0 +1,205 @@
+"""What each stage needs to train: its networks, from its parents, and its batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from fourstage import data
+from fourstage.checkpoint import load_policy, load_scalar
+from fourstage.data.datamodule import (
+    LoaderPair,
+    pretrain_data,
+    prompt_data,
+    reward_data,
+    sft_data,
+)
+from fourstage.job import StageJob, read_jsonl, write_atomic, write_record
+from fourstage.model import ScalarModel, Transformer
+from fourstage.rl.rewards import true_score
+from fourstage.rl.rollout import fitted_prompt
+from fourstage.stages import (
+    GRPOModule,
+    PPOModule,
+    PretrainModule,
+    RewardModule,
+    SFTModule,
+    StageModule,
+)
+from fourstage.stages.reward import sample_pairs
+from fourstage.tokenizer import Tokenizer
+
+ENDLESS = 10**9  # batches of a run whose budget is a time
+PAIR_FILES = ("pairs.jsonl", "pairs_heldout.jsonl")  # train and held-out side
+
+
+@dataclass
+class Prepared:
+    """A stage ready to train: what is trained, on what, and which network is the result."""
+
+    module: StageModule
+    loaders: LoaderPair
+    result: Transformer | ScalarModel
+    tokenizer: Tokenizer
+
+
+def _loader_options(job: StageJob) -> dict[str, Any]:
+    """Each rank makes its own rows of the global batch."""
+    world = world_size(job)
+    return {
+        "batch_size": job.settings.batch_size // world,
+        "n_batches": ENDLESS if job.settings.max_time else job.settings.max_steps,
+        "seed": job.seed,
+        "rank": rank(),
+        "world": world,
+    }
+
+
+def rank() -> int:
+    """This process' rank; 0 before the processes have met."""
+    return getattr(rank_zero_only, "rank", 0) or 0
+
+
+def world_size(job: StageJob) -> int:
+    """Processes of this job, over all nodes."""
+    devices = job.trainer.devices
+    if devices == -1:
+        devices = torch.cuda.device_count() if job.trainer.accelerator == "gpu" else 1
+    return devices * job.trainer.num_nodes
+
+
+def parent_policy(job: StageJob) -> tuple[Transformer, Tokenizer]:
+    policy, tokenizer = load_policy(job.parents["policy"])
+    policy.train()
+    return policy, tokenizer
+
+
+def prepare_pretrain(job: StageJob) -> Prepared:
+    tokenizer = Tokenizer.from_config(job.tokenizer)
+    policy = Transformer(job.model, tokenizer.vocab_size)
+    corpus = data.load_corpus(job.data)
+    loaders = pretrain_data(
+        corpus, tokenizer, block_size=job.settings.block_size, **_loader_options(job)
+    )
+    chars = sum(map(len, corpus.heldout))
+    return Prepared(
+        PretrainModule(policy, job.settings, job.seed, chars), loaders, policy, tokenizer
+    )
+
+
+def prepare_sft(job: StageJob) -> Prepared:
+    policy, tokenizer = parent_policy(job)
+    chats = data.load_chat(job.data)
+    loaders = sft_data(
+        chats.train,
+        chats.heldout,
+        tokenizer,
+        max_tokens=job.settings.max_tokens,
+        **_loader_options(job),
+    )
+    return Prepared(SFTModule(policy, job.settings, job.seed), loaders, policy, tokenizer)
+
+
+def prepare_reward(job: StageJob) -> Prepared:
+    policy, tokenizer = parent_policy(job)
+    pairs = data.load_preference(job.data) or sampled_pairs(job, policy, tokenizer)
+    loaders = reward_data(
+        pairs.train,
+        pairs.heldout,
+        tokenizer,
+        max_tokens=job.settings.max_tokens,
+        **_loader_options(job),
+    )
+    reward = ScalarModel(policy)
+    return Prepared(RewardModule(reward, job.settings, job.seed), loaders, reward, tokenizer)
+
+
+def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> data.Pairs:
+    """The pairs of data=embedded: two answers of the sft policy, one preferred by the hidden rule.
+
+    Sampled once and kept as pairs.jsonl and pairs_heldout.jsonl, which a resumed run reads.
+    """
+    prompts = data.load_prompts(job.data)
+    for draw, (name, records) in enumerate(
+        zip(PAIR_FILES, (prompts.train, prompts.heldout), strict=True)
+    ):
+        path = job.folder / name
+        if path.exists():
+            continue
+        print(f"  sampling two answers to each of {len(records):,} prompts for {name}")
+        room = job.settings.max_tokens - job.settings.max_new_tokens
+        ids = [fitted_prompt(tokenizer, record.prompt_messages, room) for record in records]
+        seed = 2 * job.seed + draw
+        rows, skipped = sample_pairs(policy, tokenizer, ids, true_score, job.settings, seed)
+        print(f"  {len(rows):,} pairs; skipped because both answers are as good: {skipped:,}")
+        write_record(job.folder, sampled_pairs={name: {"kept": len(rows), "tied": skipped}})
+        write_jsonl(path, ({**r, "prompt": records[r["prompt"]].prompt_messages} for r in rows))
+    return stored_pairs(job.folder)
+
+
+def stored_pairs(folder: Path) -> data.Pairs:
+    """The pairs that a reward run sampled."""
+    sides = []
+    for name in PAIR_FILES:
+        rows = read_jsonl(folder / name)
+        sides.append([data.Pair(r["prompt"], r["chosen"], r["rejected"]) for r in rows])
+    return data.Pairs(*sides, digest="", notes={})
+
+
+def prepare_ppo(job: StageJob) -> Prepared:
+    policy, tokenizer = parent_policy(job)
+    reward, _ = load_scalar(job.parents["reward"])
+    module = PPOModule(
+        policy,
+        value=deepcopy(reward).train(),
+        reference=deepcopy(policy),
+        reward=reward,
+        tokenizer=tokenizer,
+        settings=job.settings,
+        seed=job.seed,
+        judge=true_score if has_true_score(job.data) else None,
+    )
+    prompts = data.load_prompts(job.data).train
+    return Prepared(module, prompt_loaders(job, prompts, tokenizer), policy, tokenizer)
+
+
+def prepare_grpo(job: StageJob) -> Prepared:
+    policy, tokenizer = parent_policy(job)
+    problems = data.load_reasoning(job.data)
+    module = GRPOModule(policy, deepcopy(policy), tokenizer, job.settings, job.seed)
+    return Prepared(module, prompt_loaders(job, problems.train, tokenizer), policy, tokenizer)
+
+
+def prompt_loaders(job: StageJob, records: Sequence[Any], tokenizer: Tokenizer) -> LoaderPair:
+    return prompt_data(
+        records,
+        tokenizer,
+        max_prompt_tokens=job.settings.max_prompt_tokens,
+        **_loader_options(job),
+    )
+
+
+PREPARE: dict[str, Callable[[StageJob], Prepared]] = {
+    "pretrain": prepare_pretrain,
+    "sft": prepare_sft,
+    "reward": prepare_reward,
+    "ppo": prepare_ppo,
+    "grpo": prepare_grpo,
+}
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One JSON object a line, atomically."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def has_true_score(config: data.DataConfig) -> bool:
+    """Whether preferences come from the hidden rule; a user's own pairs have no known rule."""
+    return config.embedded and config.preference.path is None
