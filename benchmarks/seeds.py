@@ -35,7 +35,7 @@ def goals(outputs: Path) -> list[dict]:
     files = Files()
     runs = read_runs(outputs, files)
     found = []
-    for tip in runs:
+    for tip in runs.values():
         if tip.stage != "grpo" or tip.is_debug:
             continue
         rows = {row.id: row for row in read_rows(ladder(tip, runs, files), files)}
