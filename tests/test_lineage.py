@@ -310,6 +310,11 @@ def test_a_mistake_is_one_line_before_anything_trains(base, tmp_path, override, 
     assert train.jobs == [] and not (tmp_path / "outputs" / "runs").exists()
 
 
+def test_a_mistake_in_a_stage_that_is_not_needed_is_one_too(base) -> None:
+    with pytest.raises(UserError, match=r"^stages\.grpo\.lr: must be above 0, got -1\.0$"):
+        run([*base, "stages.grpo.lr=-1"], "pretrain")
+
+
 def test_a_parent_of_another_model_or_tokenizer(base, tmp_path) -> None:
     run(base, "sft")
     folder = RunStore(tmp_path / "outputs").find("sft")

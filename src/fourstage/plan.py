@@ -97,7 +97,9 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
     command = replace(command, trainer=command.trainer.resolved())
     store = RunStore(Path(command.outputs))
     plan = Plan(command=command, store=store, runs=[])
-    settings: dict[str, StageSettings] = {}
+    settings = {
+        stage: build(SETTINGS[stage], command.stages[stage], f"stages.{stage}") for stage in STAGES
+    }
     for stage in needed_stages(command, settings):
         check_stage(command, stage, settings[stage])
         plan.runs.append(plan_run(plan, stage, settings[stage]))
@@ -111,22 +113,20 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
     return plan
 
 
-def needed_stages(command: Command, settings: dict[str, StageSettings]) -> list[str]:
-    """The stage that was asked for and those it descends from; fills `settings` on the way."""
-    waiting = [command.stage]
+def needed_stages(command: Command, settings: Mapping[str, StageSettings]) -> list[str]:
+    """The stage that was asked for and those it descends from."""
+    waiting, needed = [command.stage], set()
     while waiting:
         stage = waiting.pop()
-        if stage in settings:
-            continue
-        where = f"stages.{stage}"
-        settings[stage] = build(SETTINGS[stage], command.stages[stage], where)
+        needed.add(stage)
         for key, parent in named_parents(stage, settings[stage]).items():
             if parent not in STAGES:
                 continue  # a run
             if STAGES.index(parent) >= STAGES.index(stage):
-                raise UserError(f"{where}.{key}: {stage} cannot descend from {parent}: name a run")
+                where = f"stages.{stage}.{key}"
+                raise UserError(f"{where}: {stage} cannot descend from {parent}: name a run")
             waiting.append(parent)
-    return [stage for stage in STAGES if stage in settings]
+    return [stage for stage in STAGES if stage in needed]
 
 
 def named_parents(stage: str, settings: StageSettings) -> dict[str, str]:
