@@ -3,9 +3,9 @@
     python -m fourstage.dashboard [outputs=outputs] [project=fourstage] [entity=NAME]
                                   [mode=auto|online|offline]
 
-SECTIONS says which panel shows which keys; a test holds it against the keys that the stages log.
-Online (the rules of loggers.wandb_mode) both are saved to W&B, over the ones that an earlier call
-saved. Their JSON is written to outputs/dashboard/ either way, the same bytes for the same runs.
+dashboard_spec.py says which panel shows which keys. Online (where a key is configured, by the rules
+of the runs' own logger) both are saved to W&B, over those that an earlier call saved. Their JSON is
+written to outputs/dashboard/ either way: the same runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -13,222 +13,28 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from fourstage.dashboard_spec import SECTIONS, STEP, Panel, Section, resolved
 from fourstage.errors import UserError
+from fourstage.job import LoggerConfig, read_record, write_atomic
 
 if TYPE_CHECKING:
-    from wandb_workspaces.reports import v2 as wr
+    from wandb_workspaces.reports.v2 import Report
     from wandb_workspaces.workspaces import Workspace
 
-STEP = "trainer/global_step"  # the x axis that loggers.start_wandb defines
-TITLE = "fourstage: from random weights to reasoning"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One chart or table. A key may be a pattern with `*`.
-
-    bars: summary values, a bar a stage (a pattern: those of the runs under outputs)
-    lines: the history against `x` (a pattern stands alone, and W&B looks for its keys)
-    scatter: summary values, a point a run, against `x`; table: W&B tables, the rows of all runs
-    """
-
-    kind: Literal["bars", "lines", "scatter", "table"]
-    title: str
-    keys: tuple[str, ...]
-    x: str = STEP
-
-
-@dataclass(frozen=True)
-class Section:
-    """Panels under one heading; `text` says in the report what to look for."""
-
-    name: str
-    text: str
-    panels: tuple[Panel, ...]
-
-
-def bars(title: str, *keys: str) -> Panel:
-    return Panel("bars", title, keys)
-
-
-def row(title: str, *names: str) -> Panel:
-    """A metric of the stage table, with the random weights' beside pretrain's."""
-    return bars(title, *(f"{prefix}/{name}" for name in names for prefix in ("eval", "eval_random")))
-
-
-def lines(title: str, *keys: str, x: str = STEP) -> Panel:
-    return Panel("lines", title, keys, x)
-
-
-def table(key: str, title: str) -> Panel:
-    return Panel("table", title, (key,))
-
-
-# what ppo and grpo share
-POLICY = (
-    lines("KL to the reference (ppo: nats an answer, grpo: nats a token)", "train/kl"),
-    lines("entropy, nats a token", "train/entropy"),
-    lines("answer length, tokens", "train/answer_length"),
-    lines("KL of the update", "train/approx_kl"),
-    lines("clipped ratios, share of tokens", "train/clip_low", "train/clip_high"),
-    lines("probability ratios", "train/ratio_mean", "train/ratio_max"),
-    lines("passes over a rollout", "train/epochs"),
-    lines("sampler and trainer differ by, nats", "train/sampler_gap"),
+TITLE = "From random weights to reasoning"
+OPTIONS = {"outputs": "outputs", "project": "fourstage", "entity": "", "mode": "auto"}
+MODES = ("auto", "online", "offline")
+USAGE = (
+    "usage: python -m fourstage.dashboard [outputs=outputs] [project=fourstage] [entity=NAME] "
+    "[mode=auto|online|offline]"
 )
-
-SECTIONS = (
-    Section(
-        "ladder",
-        "The same held-out items after every stage; the table below has the 95 % intervals.",
-        (
-            row("bits per character (lower is better)", "bits_per_char"),
-            row("well-formed answers", "well_formed"),
-            row("reasoning accuracy", "reasoning_accuracy"),
-            row("true preference score", "preference_score"),
-            bars("reward-model score", "eval/reward_model_score"),
-            bars("held-out pairs ordered right", "eval/pair_accuracy"),
-            row("pass at 1", "pass_at_1"),
-            row("pass at k", "pass_at_2", "pass_at_4", "pass_at_8"),
-            bars("win rate against sft", "eval/win_rate", "eval/win_rate_learned"),
-            row("chat: exact and contained answers", "chat_exact", "chat_contained"),
-            row("chat: stopped, well-formed", "chat_stop_rate", "chat_format_rate"),
-            row("distinct words and pairs of words", "distinct_1", "distinct_2"),
-            table("ladder", "every metric with its interval"),
-        ),
-    ),
-    Section(
-        "losses",
-        "Pretrain and sft log nats a token; reward its pair loss.",
-        (
-            lines("loss", "train/loss", "val/loss"),
-            lines("bits per character, held out", "val/bits_per_char"),
-            lines("loss of held-out pairs", "val/pair_nll"),
-            lines("gradient norm", "train/grad_norm"),
-            lines("learning rate", "train/lr"),
-        ),
-    ),
-    Section(
-        "preference",
-        "Over-optimisation: the learned score goes on rising where the true one falls.",
-        (
-            lines(
-                "scores against KL, while training", "train/score", "train/gold_score", x="train/kl"
-            ),
-            Panel("scatter", "learned score, a point a run", ("train/score",), "train/kl"),
-            Panel("scatter", "true score, a point a run", ("train/gold_score",), "train/kl"),
-            lines("learned and true score", "train/score", "train/gold_score"),
-            bars("KL to the sft policy, nats an answer", "eval/kl_to_sft"),
-            bars("ties with sft", "eval/win_rate_ties"),
-            bars("margin on held-out pairs", "eval/pair_margin"),
-            lines("pairs ordered right", "train/accuracy", "val/accuracy"),
-            lines("margin of the pairs", "train/margin"),
-            lines("rewards", "train/reward_min", "train/reward_mean", "train/reward_max"),
-            *POLICY,
-            lines("KL coefficient", "train/kl_coef"),
-            lines("policy and value loss", "train/policy_loss", "train/value_loss"),
-            lines("explained variance of the value", "train/explained_variance"),
-            lines("answers that stop", "train/eos_rate"),
-        ),
-    ),
-    Section(
-        "reasoning",
-        "grpo on verified problems: what it gains, on which tasks, and how far it moves.",
-        (
-            lines("solved while training", "train/pass_at_*"),
-            row("accuracy by task and difficulty", "reasoning_accuracy/*"),
-            row("pass at k by task and difficulty", "pass_at_*/*"),
-            lines("reward", "train/reward"),
-            lines("parts of the reward", "train/reward_correct", "train/reward_form"),
-            lines("spread in a group", "train/reward_std"),
-            lines("groups without a signal", "train/zero_spread"),
-            lines("answers cut off", "train/cut_off"),
-            *POLICY,
-        ),
-    ),
-    Section(
-        "router",
-        "Every expert should have work: entropy near 1, a small maximum, none dead.",
-        (
-            lines("entropy of the load (1: even)", "router/load_entropy"),
-            lines("busiest expert over the mean", "router/max_over_mean"),
-            lines("dead experts", "router/dead_experts"),
-            lines("spread of the balancing biases", "router/bias_spread"),
-            lines("tokens routed elsewhere than before the stage", "router/drift"),
-            lines("entropy by layer", "router/load_entropy/layer*"),
-            lines("busiest by layer", "router/max_over_mean/layer*"),
-            lines("dead by layer", "router/dead_experts/layer*"),
-            lines("biases by layer", "router/bias_spread/layer*"),
-            lines("drift by layer", "router/drift/layer*"),
-            row("entropy, held out", "router_entropy"),
-            row("busiest expert over the mean, held out", "router_max_over_mean"),
-            row("dead experts, held out", "router_dead"),
-            bars("tokens routed elsewhere than by the parent, held out", "eval/router_drift"),
-        ),
-    ),
-    Section(
-        "samples",
-        "The same prompts, answered by every stage: first side by side, then while training.",
-        (
-            table("samples_by_stage", "answers of all stages"),
-            table("samples", "answers while training"),
-            row("length of the answers, tokens", "answer_tokens"),
-        ),
-    ),
-    Section(
-        "system",
-        "What it cost: time, work, memory, data.",
-        (
-            lines("seconds a step", "speed/step_s"),
-            lines("tokens per second", "speed/tokens_per_s"),
-            lines("TFLOP/s", "speed/tflops"),
-            lines("model FLOP utilisation", "speed/mfu"),
-            bars("seconds", "cost/seconds", "cost/train_seconds", "cost/eval_seconds"),
-            bars("steps", "cost/steps"),
-            bars("tokens", "cost/tokens", "cost/tokens_generated"),
-            bars("FLOPs", "cost/flops"),
-            bars("tokens per second, whole stage", "cost/tokens_per_s"),
-            bars("model FLOP utilisation, whole stage", "cost/mfu"),
-            bars("peak memory, MiB", "cost/peak_memory_mib", "cost/peak_gpu_memory_mib"),
-            bars("data", "cost/data_*"),
-        ),
-    ),
-)
-
-
-def matches(key: str, pattern: str) -> bool:
-    return fnmatchcase(key, pattern)
-
-
-def resolved(sections: tuple[Section, ...], known: set[str]) -> list[Section]:
-    """The sections with the patterns of bars replaced by the known keys that they match; a panel
-    that matches none is left out."""
-    found = []
-    for section in sections:
-        panels = []
-        for panel in section.panels:
-            keys = panel.keys
-            if panel.kind == "bars":
-                keys = tuple(k for p in keys for k in _expanded(p, known))
-            if keys:
-                panels.append(Panel(panel.kind, panel.title, keys, panel.x))
-        found.append(Section(section.name, section.text, tuple(panels)))
-    return found
-
-
-def _expanded(pattern: str, known: set[str]) -> list[str]:
-    if "*" not in pattern:
-        return [pattern]
-    return sorted(key for key in known if matches(key, pattern))
 
 
 def known_keys(outputs: Path) -> set[str]:
     """The summary keys of the finished runs under `outputs`."""
-    from fourstage.job import read_record
     from fourstage.loggers import summary
     from fourstage.runs import RunStore
 
@@ -241,12 +47,11 @@ def known_keys(outputs: Path) -> set[str]:
 # --- W&B's objects
 
 
-def widget(panel: Panel, wide: int = 8) -> Any:
-    """The wandb-workspaces panel."""
+def widget(panel: Panel) -> Any:
+    """The wandb-workspaces panel; three fit into the 24 columns of a report."""
     from wandb_workspaces.reports import v2 as wr
 
-    keys = list(panel.keys)
-    layout = wr.Layout(w=wide, h=8)
+    keys, layout = list(panel.keys), wr.Layout(w=8, h=8)
     match panel.kind:
         case "bars":
             return wr.BarPlot(title=panel.title, metrics=keys, orientation="v", layout=layout)
@@ -287,12 +92,12 @@ def workspace(entity: str, project: str, sections: list[Section]) -> Workspace:
     )
 
 
-def report(entity: str, project: str, sections: list[Section]) -> wr.Report:
+def report(entity: str, project: str, sections: list[Section]) -> Report:
     """The same panels under headings, with a sentence each. With an entity W&B is asked for the
     project as soon as the report is written or saved."""
     from wandb_workspaces.reports import v2 as wr
 
-    blocks: list[Any] = []
+    blocks: list[Any] = [wr.TableOfContents()]
     for section in sections:
         runs = wr.Runset(
             entity=entity,
@@ -307,21 +112,22 @@ def report(entity: str, project: str, sections: list[Section]) -> wr.Report:
     return wr.Report(project=project, entity=entity, title=TITLE, blocks=blocks, width="fluid")
 
 
+# --- where they go
+
+
 def write(outputs: Path, project: str, sections: list[Section]) -> Path:
     """workspace.json and report.json, as W&B would get them, in outputs/dashboard."""
-    from fourstage.job import write_atomic
-
     folder = outputs / "dashboard"
-    made = {"workspace": workspace, "report": report}
-    for name, build in made.items():
-        model = build("", project, sections)._to_model().model_dump(mode="json", by_alias=True)
-        text = json.dumps(without_random_ids(model), indent=1, ensure_ascii=False)
-        write_atomic(folder / f"{name}.json", text + "\n")
+    for build in (workspace, report):
+        model = build("", project, sections)._to_model()
+        tree = model.model_dump(mode="json", by_alias=True, exclude_none=True)
+        text = json.dumps(without_random_ids(tree), indent=1, ensure_ascii=False)
+        write_atomic(folder / f"{build.__name__}.json", text + "\n")
     return folder
 
 
 def without_random_ids(tree: Any) -> Any:
-    """The same with "1", "2", ... for the ids that wandb-workspaces draws at random."""
+    """The same JSON with "1", "2", ... for the ids that wandb-workspaces draws at random."""
     numbers: dict[str, str] = {}
 
     def walk(node: Any) -> Any:
@@ -339,22 +145,72 @@ def without_random_ids(tree: Any) -> Any:
     return walk(tree)
 
 
-def save(outputs: Path, entity: str | None, project: str, sections: list[Section]) -> list[str]:
-    """Save both to W&B and return their addresses, which are kept in outputs/dashboard/saved.json:
-    what an earlier call saved there is replaced. Raises wandb.errors.Error and ValueError."""
-    import wandb
+def save(outputs: Path, entity: str, project: str, sections: list[Section]) -> list[str]:
+    """Save both to W&B and return their addresses.
 
-    from fourstage.job import write_atomic
+    saved.json in outputs/dashboard remembers them, so that the next call replaces what is there.
+    Raises whatever wandb raises.
+    """
+    import wandb
 
     entity = entity or wandb.Api().default_entity
     path = outputs / "dashboard" / "saved.json"
     saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for build in (workspace, report):
-        key = f"{entity}/{project} {build.__name__}"
-        new = build(entity, project, sections)
-        if key in saved:
-            old = type(new).from_url(saved[key])
-            ...
-        saved[key] = new.save().url
+    place = saved.setdefault(f"{entity}/{project}", {})
+    contents = {workspace: ("sections", "settings", "runset_settings"), report: ("blocks", "width")}
+    for build, parts in contents.items():
+        view = new = build(entity, project, sections)
+        if build.__name__ in place:
+            view = type(new).from_url(place[build.__name__])
+            for part in parts:
+                setattr(view, part, getattr(new, part))
+        view.save()
+        place[build.__name__] = view.url
         write_atomic(path, json.dumps(saved, indent=1) + "\n")
-    return [saved[f"{entity}/{project} {build.__name__}"] for build in (workspace, report)]
+    return list(place.values())
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command. Raises UserError for an unknown argument, for mode=online without a key,
+    and where W&B refuses (the JSON is written first)."""
+    if "-h" in arguments or "--help" in arguments:
+        print(__doc__)
+        return
+    options = dict(OPTIONS)
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in options or not value:
+            raise UserError(f"unknown argument {argument!r}: {USAGE}")
+        options[key] = value
+    if options["mode"] not in MODES:
+        raise UserError(f"mode: must be one of {', '.join(MODES)}, got {options['mode']!r}")
+    from fourstage.loggers import wandb_mode
+
+    outputs, project, entity = (Path(options["outputs"]), options["project"], options["entity"])
+    mode, why = wandb_mode(LoggerConfig(mode=options["mode"]))
+    if why and options["mode"] == "online":
+        raise UserError(f"mode=online: {why}: run `wandb login` or set WANDB_API_KEY")
+    sections = resolved(SECTIONS, known_keys(outputs))
+    folder = write(outputs, project, sections)
+    if mode != "online":
+        print(
+            f"W&B: {why or mode}: the dashboards are written to {folder}/workspace.json and "
+            "report.json; to send them: wandb login, wandb sync the runs, and this command again"
+        )
+        return
+    try:
+        addresses = save(outputs, entity, project, sections)
+    except Exception as error:  # wandb raises anything from its own errors to TypeError
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"W&B did not save the dashboards of project {project!r} ({reason}); their JSON is in "
+            f"{folder} (to make new ones instead of replacing, remove saved.json there)"
+        ) from error
+    print("\n".join(f"W&B: saved {address}" for address in addresses))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(str(error))

@@ -2,17 +2,17 @@
 
 A W&B run holds, beside the columns of metrics.csv:
 
-    summary eval/<name>             the value of the metric, named as in stages.json
-            eval_low/, eval_high/   the ends of its 95 % interval: keys of their own, since bar charts
-                                    and the table of runs read single numbers
-            eval_random/<name>      pretrain only: the row of random weights
-            cost/<name>             run.json's cost
-    table   samples                 the fixed prompts' answers while training: the whole history
-            samples_by_stage        one row a prompt, one column a stage of this ladder so far
-            ladder                  everything this run measured: its own row, and what it finds of
-                                    earlier rows, whose W&B runs are closed (ladder_eval.json)
-    model   the weights, as an artifact; online with its parents as inputs, offline with their names
-            in the config and the artifact's metadata
+    summary eval/<name>            the value, under the metric's name in stages.json
+            eval_low/, eval_high/  the ends of its 95 % interval: keys of their own, since W&B's
+                                   charts and its table of runs take single numbers
+            eval_random/<name>     pretrain only: the row of random weights
+            cost/<name>            the cost in run.json
+    tables  samples                answers to the fixed prompts while training: the whole history
+            samples_by_stage       one row a prompt, one column a stage of this ladder so far
+            ladder                 all that this run measured: its own row, and what it finds of
+                                   earlier rows, whose W&B runs are closed (ladder_eval.json)
+    model   the weights as an artifact, made from those of its parents: W&B draws the lineage
+            (offline W&B takes no inputs: the parents' names are in config and metadata)
 """
 
 from __future__ import annotations
