@@ -148,8 +148,8 @@ def without_random_ids(tree: Any) -> Any:
 def save(outputs: Path, entity: str, project: str, sections: list[Section]) -> list[str]:
     """Save both to W&B and return their addresses.
 
-    saved.json in outputs/dashboard remembers them, so that the next call replaces what is there.
-    Raises whatever wandb raises.
+    saved.json in outputs/dashboard remembers them, so that the next call replaces what is there:
+    whoever deletes them in W&B removes that file too. Raises whatever wandb raises.
     """
     import wandb
 
@@ -203,8 +203,8 @@ def main(arguments: list[str]) -> None:
     except Exception as error:  # wandb raises anything from its own errors to TypeError
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"W&B did not save the dashboards of project {project!r} ({reason}); their JSON is in "
-            f"{folder} (to make new ones instead of replacing, remove saved.json there)"
+            f"W&B did not save the dashboards of project {project!r}: {reason}; their JSON is in "
+            f"{folder}"
         ) from error
     print("\n".join(f"W&B: saved {address}" for address in addresses))
 
