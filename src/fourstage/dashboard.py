@@ -201,7 +201,7 @@ def main(arguments: list[str]) -> None:
     try:
         addresses = save(outputs, entity, project, sections)
     except Exception as error:  # wandb raises anything from its own errors to TypeError
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"W&B did not save the dashboards of project {project!r}: {reason}; their JSON is in "
             f"{folder}"
