@@ -115,7 +115,7 @@ def test_without_a_key_it_logs_offline_and_says_so_once(no_key, job, capsys) -> 
         log.take(SimpleNamespace(fit_loop=loop, is_global_zero=True, loggers=[csv, wandb_logger]))
     job.debug = "fast"
     build_loggers(job)  # the next run of the process
-    assert "debug-fast" in wandb.run.tags and wandb.run.id != run.id
+    assert {"debug", "debug-fast"} <= set(wandb.run.tags) and wandb.run.id != run.id
     finish_wandb(job)
     assert wandb.run is None and capsys.readouterr().out == ""  # not said again
     tables = [json.loads(file.read_text()) for file in folder.rglob("*.table.json")]

@@ -67,7 +67,7 @@ def test_what_a_run_says_of_itself(landed) -> None:
     [run] = landed["sft"].records["run"]
     assert run["display_name"] == sft.name and run["project"] == "fourstage"
     assert (run["run_group"], run["job_type"]) == (read_record(pretrain)["id"], "sft")
-    assert run["tags"] == ["sft", "moe_nano", "embedded", "seed0", "debug-fast"]
+    assert run["tags"] == ["sft", "moe_nano", "embedded", "seed0", "debug", "debug-fast"]
     settings = run["config"]["update"]
     assert settings["parents"] == {"policy": pretrain.name}
     assert settings["run"] == read_record(sft)["id"] and settings["model"]["name"] == "moe_nano"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 TITLE = "From random weights to reasoning"
+REAL_RUNS = "Tags() not in ['debug']"  # a mean over seeds would take debug runs for real ones
 OPTIONS = {"outputs": "outputs", "project": "fourstage", "entity": "", "mode": "auto"}
 MODES = ("auto", "online", "offline")
 USAGE = (
@@ -86,6 +87,7 @@ def workspace(entity: str, project: str, sections: list[Section]) -> Workspace:
         ],
         settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=100),
         runset_settings=ws.RunsetSettings(
+            filters=REAL_RUNS,
             groupby=[ws.Metric("JobType")],
             order=[ws.Ordering(ws.Metric("CreatedTimestamp"), ascending=True)],
         ),
@@ -103,6 +105,7 @@ def report(entity: str, project: str, sections: list[Section]) -> Report:
             entity=entity,
             project=project,
             name="by stage",
+            filters=REAL_RUNS,
             groupby=["JobType"],
             order=[wr.OrderBy("CreatedTimestamp", ascending=True)],
         )

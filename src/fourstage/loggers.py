@@ -143,7 +143,7 @@ def start_wandb(job: StageJob, mode: Literal["online", "offline"]) -> Run:
         resume="allow" if mode == "online" else None,
         group=job.group,
         job_type=job.stage,
-        tags=[*tags, f"debug-{job.debug}"] if job.debug else tags,
+        tags=[*tags, "debug", f"debug-{job.debug}"] if job.debug else tags,
         config={**job.config, "run": job.run_id, "parents": _names(job)},
         dir=job.outputs.resolve(),  # W&B adds /wandb
         mode=mode,
