@@ -1,6 +1,7 @@
-"""For every test: one thread, no denormals, no network, no dashboard."""
+"""For every test: one thread, no denormals, no network, no dashboard; and one trained ladder."""
 
 import os
+from pathlib import Path
 
 # before torch and its libraries are imported, and for the processes that tests start
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -9,7 +10,19 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
 torch.set_flush_denormal(True)
+
+
+@pytest.fixture(scope="session")
+def ladder(tmp_path_factory) -> Path:
+    """The outputs of `train.py stage=grpo model=moe_nano debug=fast`: leave them as they are."""
+    from fourstage.lineage import climb
+    from tests.fakes import QUICK, config
+
+    outputs = tmp_path_factory.mktemp("ladder") / "outputs"
+    climb(config(*QUICK, "stage=grpo", f"outputs={outputs}"))
+    return outputs

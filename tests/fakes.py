@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from fourstage.job import StageJob
 
 CONF = Path(__file__).parent.parent / "conf"
-
+QUICK = ("model=moe_nano", "debug=fast", "logger=none", "trainer=cpu")  # a ladder in ten seconds
 
 GROUPS = ("model", "tokenizer", "data", "trainer", "logger", "experiment", "debug")
 

@@ -16,17 +16,7 @@ from fourstage.job import STAGES, read_jsonl, read_record
 from fourstage.lineage import climb
 from fourstage.report import write_report
 from fourstage.runs import RunStore
-from tests.fakes import config
-
-QUICK = ("model=moe_nano", "debug=fast", "logger=none", "trainer=cpu")
-
-
-@pytest.fixture(scope="module")
-def ladder(tmp_path_factory) -> Path:
-    """The outputs of `train.py stage=grpo model=moe_nano debug=fast`."""
-    outputs = tmp_path_factory.mktemp("ladder") / "outputs"
-    climb(config(*QUICK, "stage=grpo", f"outputs={outputs}"))
-    return outputs
+from tests.fakes import QUICK, config
 
 
 def folder(outputs: Path, stage: str) -> Path:

@@ -115,7 +115,7 @@ def test_without_a_key_it_logs_offline_and_says_so_once(no_key, job, capsys) -> 
         log.take(SimpleNamespace(fit_loop=loop, is_global_zero=True, loggers=[csv, wandb_logger]))
     job.debug = "fast"
     build_loggers(job)  # the next run of the process
-    assert "debug-fast" in wandb.run.tags and wandb.run.id != run.id
+    assert {"debug", "debug-fast"} <= set(wandb.run.tags) and wandb.run.id != run.id
     finish_wandb(job)
     assert wandb.run is None and capsys.readouterr().out == ""  # not said again
     tables = [json.loads(file.read_text()) for file in folder.rglob("*.table.json")]
@@ -164,7 +164,10 @@ class Online:
     id = "abc"
 
     def __init__(self) -> None:
-        self.used, self.logged = [], []
+        self.used, self.logged, self.tables, self.summary = [], [], {}, {}
+
+    def log(self, tables: dict) -> None:
+        self.tables |= tables
 
     def finish(self, exit_code=None) -> None:
         pass
@@ -192,7 +195,7 @@ def test_online_the_artifacts_draw_the_lineage(no_key, job, monkeypatch, capsys)
     assert run.used == [f"{parent.name}:latest"]
     assert "W&B: no artifact of reward-missing" in capsys.readouterr().out
     monkeypatch.setattr(wandb, "run", run)
-    finish_wandb(job)
+    finish_wandb(job, {"steps": 7})
     [artifact] = run.logged
     files = {"model.safetensors", "config.json", "tokenizer.json", "run.json"}
     assert (artifact.name, artifact.type, set(artifact.manifest.entries)) == (
@@ -200,3 +203,72 @@ def test_online_the_artifacts_draw_the_lineage(no_key, job, monkeypatch, capsys)
         "model",
         files,
     )
+    assert artifact.metadata["parents"] == {"policy": parent.name, "reward": "reward-missing"}
+    assert run.summary == {"cost/steps": 7} and not run.tables  # this stage evaluated nothing
+    weights = artifact.manifest.entries["model.safetensors"].local_path
+    assert weights == str(job.folder / "model.safetensors")
+
+
+def test_weights_that_are_about_to_move_are_copied(no_key, job, tmp_path) -> None:
+    """force=true trains in a folder of its own, which then takes the old run's place."""
+    (tmp_path / "retrain").mkdir()
+    job.folder = job.folder.rename(tmp_path / "retrain" / job.name)
+    for name in ("config.json", "tokenizer.json"):
+        (job.folder / name).write_text("{}")
+    run = Online()
+    loggers._log_model(run, job)
+    copy = Path(run.logged[0].manifest.entries["model.safetensors"].local_path)
+    assert copy.parent.parent.name == "artifacts"
+    assert copy.read_text() == (job.folder / "model.safetensors").read_text()
+
+
+def test_a_stage_that_failed_is_closed_as_failed(no_key, job, monkeypatch) -> None:
+    codes = []
+    monkeypatch.setattr(wandb, "run", Online())
+    monkeypatch.setattr(wandb, "finish", lambda exit_code=None: codes.append(exit_code))
+    finish_wandb(job)
+    assert codes == [1] and not wandb.run.logged and not wandb.run.summary
+
+
+def test_samples_by_stage_takes_the_last_answers_and_skips_what_answers_nothing(tmp_path) -> None:
+    answers = {
+        "pretrain": [(0, "a", "?"), (0, "b", "!"), (5, "a", "x"), (5, "b", "y"), (9, "a", "z")],
+        "ppo": [(2, "a", "fine"), (2, "c", "new")],
+    }
+    folders = {stage: tmp_path / f"{stage}-abc" for stage in ("pretrain", "reward", "ppo")}
+    for stage, folder in folders.items():
+        folder.mkdir()
+        rows = [
+            {"step": step, "prompt_id": name, "prompt": name.upper(), "answer": answer}
+            for step, name, answer in answers.get(stage, [])
+        ]
+        if rows:
+            lines = [json.dumps(row) + "\n" for row in rows]
+            (folder / "samples.jsonl").write_text("".join(lines))
+    ppo = folders.pop("ppo")
+    job = SimpleNamespace(stage="ppo", folder=ppo, ancestors=folders)
+    columns, rows = loggers.samples_by_stage(job)
+    assert columns == ["prompt_id", "prompt", "random", "pretrain", "ppo"]
+    assert rows == [
+        ["a", "A", "?", "z", "fine"],
+        ["b", "B", "!", "y", None],
+        ["c", "C", None, None, "new"],
+    ]
+    reward = SimpleNamespace(stage="reward", folder=folders.pop("reward"), ancestors=folders)
+    assert loggers.samples_by_stage(reward)[1] == []
+
+
+def test_the_summary_leaves_out_what_was_not_measured(tmp_path) -> None:
+    cells = {
+        "well_formed": {"value": 0.5, "n": 4, "low": 0.1, "high": 0.9},
+        "bits_per_char": {"value": None, "why": "no corpus"},
+    }
+    (tmp_path / "eval.json").write_text(json.dumps({"metrics": cells}))
+    assert loggers.summary(tmp_path, {"steps": 3}) == {
+        "cost/steps": 3,
+        "eval/well_formed": 0.5,
+        "eval_low/well_formed": 0.1,
+        "eval_high/well_formed": 0.9,
+    }
+    job = SimpleNamespace(stage="sft", run_id="abc", folder=tmp_path, ancestors={})
+    assert loggers.ladder_table(job)[1] == [["sft", "abc", "well_formed", 0.5, 0.1, 0.9, 4]]

@@ -133,7 +133,8 @@ def test_a_bug_and_full_error_show_a_traceback(call, capsys, monkeypatch) -> Non
 
 def test_command_lines_answer_without_pytorch(tmp_path) -> None:
     """One process each: help and the list of runs come at once."""
-    for words in ([str(REPO / "train.py"), "--help"], ["-m", "fourstage.runs"]):
+    help_of_dashboard = ["-m", "fourstage.dashboard", "--help"]
+    for words in ([str(REPO / "train.py"), "--help"], ["-m", "fourstage.runs"], help_of_dashboard):
         done = subprocess.run(
             [sys.executable, "-X", "importtime", *words],
             cwd=tmp_path,

@@ -1,9 +1,25 @@
-"""Where metrics go: metrics.csv always; W&B online when a key is configured, else offline."""
+"""Where metrics go: metrics.csv always; W&B online when a key is configured, else offline.
+
+A W&B run holds, beside the columns of metrics.csv:
+
+    summary eval/<name>            the value, under the metric's name in stages.json
+            eval_low/, eval_high/  the ends of its 95 % interval: keys of their own, since W&B's
+                                   charts and its table of runs take single numbers
+            eval_random/<name>     pretrain only: the row of random weights
+            cost/<name>            the cost in run.json
+    tables  samples                answers to the fixed prompts while training: the whole history
+            samples_by_stage       one row a prompt, one column a stage of this ladder so far
+            ladder                 all that this run measured: its own row, and what it finds of
+                                   earlier rows, whose W&B runs are closed (ladder_eval.json)
+    model   the weights as an artifact, made from those of its parents: W&B draws the lineage
+            (offline W&B takes no inputs: the parents' names are in config and metadata)
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import netrc
 import os
 from collections.abc import Mapping
@@ -15,10 +31,20 @@ from urllib.parse import urlsplit
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from fourstage.job import LoggerConfig, StageJob, read_record, write_atomic, write_record
+from fourstage.job import (
+    STAGES,
+    LoggerConfig,
+    StageJob,
+    read_jsonl,
+    read_record,
+    write_atomic,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from wandb import Run
+
+Table = tuple[list[str], list[list[Any]]]  # columns, rows
 
 
 class MetricsCSV(Logger):
@@ -117,7 +143,7 @@ def start_wandb(job: StageJob, mode: Literal["online", "offline"]) -> Run:
         resume="allow" if mode == "online" else None,
         group=job.group,
         job_type=job.stage,
-        tags=[*tags, f"debug-{job.debug}"] if job.debug else tags,
+        tags=[*tags, "debug", f"debug-{job.debug}"] if job.debug else tags,
         config={**job.config, "run": job.run_id, "parents": _names(job)},
         dir=job.outputs.resolve(),  # W&B adds /wandb
         mode=mode,
@@ -142,18 +168,118 @@ def _link_parent(run: Run, parent: str) -> None:
 
 
 @rank_zero_only
-def finish_wandb(job: StageJob) -> None:
-    """Upload the model (online only), so that W&B draws the lineage, and close the W&B run."""
+def finish_wandb(job: StageJob, cost: Mapping[str, float] | None = None) -> None:
+    """Log what the finished stage left in its folder, and close the W&B run.
+
+    `cost` as in run.json; without it the stage has failed: nothing is logged, and the run is closed
+    as failed.
+    """
     import wandb
 
     if wandb.run is None:
         return
-    if not wandb.run.offline and (job.folder / "model.safetensors").exists():
-        artifact = wandb.Artifact(job.name, type="model")
-        for name in ("model.safetensors", "config.json", "tokenizer.json", "run.json"):
-            artifact.add_file(str(job.folder / name))
-        wandb.run.log_artifact(artifact)
+    if cost is None:
+        wandb.finish(exit_code=1)
+        return
+    wandb.run.summary.update(summary(job.folder, cost))
+    tables = {"ladder": ladder_table(job), "samples_by_stage": samples_by_stage(job)}
+    wandb.run.log(
+        {name: wandb.Table(columns, rows) for name, (columns, rows) in tables.items() if rows}
+    )
+    _log_model(wandb.run, job)
     wandb.finish()
+
+
+def summary(folder: Path, cost: Mapping[str, float]) -> dict[str, float]:
+    """What a W&B run's summary says of a finished stage: eval*/<name> and cost/<name>."""
+    found = {f"cost/{name}": value for name, value in cost.items()}
+    for name, cell in _measured(folder / "eval.json").items():
+        found |= {
+            f"eval/{name}": cell["value"],
+            f"eval_low/{name}": cell["low"],
+            f"eval_high/{name}": cell["high"],
+        }
+    for name, cell in _measured(folder / "eval_random.json").items():
+        found[f"eval_random/{name}"] = cell["value"]
+    return found
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    """The metrics of an evaluation that have a value; none where there is no such file."""
+    if not path.exists():
+        return {}
+    return _with_values(json.loads(path.read_text(encoding="utf-8"))["metrics"])
+
+
+def _with_values(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: cell for name, cell in metrics.items() if cell["value"] is not None}
+
+
+def ladder_table(job: StageJob) -> Table:
+    """Every metric that this run measured, of its own row and of earlier ones, with intervals."""
+    found = [
+        ("random", "", _measured(job.folder / "eval_random.json")),
+        (job.stage, job.run_id, _measured(job.folder / "eval.json")),
+    ]
+    late = job.folder / "ladder_eval.json"
+    if late.exists():
+        stages = {folder.name.split("-")[1]: stage for stage, folder in job.ancestors.items()}
+        for run_id, metrics in json.loads(late.read_text(encoding="utf-8")).items():
+            row = ("random", "") if run_id == "random" else (stages[run_id], run_id)
+            found.append((*row, _with_values(metrics)))
+    columns = ["row", "run", "metric", "value", "low", "high", "n"]
+    return columns, [
+        [row, run, name, *(cell[key] for key in columns[3:])]
+        for row, run, metrics in found
+        for name, cell in metrics.items()
+    ]
+
+
+def samples_by_stage(job: StageJob) -> Table:
+    """The last answers of random weights and of each stage so far, side by side: a row a prompt.
+
+    No rows for a stage that answers nothing (reward).
+    """
+    folders = {**job.ancestors, job.stage: job.folder}
+    prompts: dict[str, str] = {}
+    answers: dict[str, dict[str, str]] = {}  # row of the ladder -> prompt id -> answer
+    if (job.folder / "samples.jsonl").exists():
+        paths = {s: folders[s] / "samples.jsonl" for s in STAGES if s in folders}
+        for stage, path in paths.items():
+            for sample in read_jsonl(path) if path.exists() else []:
+                row = "random" if sample["step"] == 0 else stage
+                prompts[sample["prompt_id"]] = sample["prompt"]
+                # in order of the steps: the last answer stays
+                answers.setdefault(row, {})[sample["prompt_id"]] = sample["answer"]
+    columns = ["prompt_id", "prompt", *answers]
+    return columns, [
+        [name, prompt, *(by_prompt.get(name) for by_prompt in answers.values())]
+        for name, prompt in prompts.items()
+    ]
+
+
+def _log_model(run: Run, job: StageJob) -> None:
+    """The weights as an artifact, so that W&B draws the lineage.
+
+    They are read from the run's folder when they are uploaded (offline: by `wandb sync`), not
+    copied, which would double the disk use. Only a retrained run's folder is about to move.
+    """
+    import wandb
+
+    artifact = wandb.Artifact(
+        job.name,
+        type="model",
+        metadata={"stage": job.stage, "parents": _names(job), "debug": job.debug},
+    )
+    stays = job.folder.parent.name == "runs"
+    artifact.add_file(
+        str(job.folder / "model.safetensors"),
+        policy="immutable" if stays else "mutable",
+        skip_cache=True,
+    )
+    for name in ("config.json", "tokenizer.json", "run.json"):  # run.json is yet to change
+        artifact.add_file(str(job.folder / name))
+    run.log_artifact(artifact)
 
 
 def _names(job: StageJob) -> dict[str, str]:

@@ -51,22 +51,24 @@ def train_stage(job: StageJob) -> dict[str, Any]:
         evaluate_random(job, prepared.result, prepared.tokenizer)
     notes = prepared.loaders.notes
     print("  data: " + ", ".join(f"{n.replace('_', ' ')} {count:,}" for n, count in notes.items()))
+    cost = None  # where the stage fails
     try:
         trainer = build_trainer(job, prepared)
         train_started = time.monotonic()
         fit(trainer, job, prepared)
         train_seconds = time.monotonic() - train_started
         finish(job, prepared, trainer)
+        cost = {
+            "seconds": round(time.monotonic() - started, 1),
+            "train_seconds": round(train_seconds, 1),
+            "steps": prepared.module.steps_done,
+            "tokens": prepared.module.tokens_seen,
+            "peak_memory_mib": peak_memory_mib(),
+            **{f"data_{name}": count for name, count in notes.items()},
+        }
     finally:
-        finish_wandb(job)
-    return {
-        "seconds": round(time.monotonic() - started, 1),
-        "train_seconds": round(train_seconds, 1),
-        "steps": prepared.module.steps_done,
-        "tokens": prepared.module.tokens_seen,
-        "peak_memory_mib": peak_memory_mib(),
-        **{f"data_{name}": count for name, count in notes.items()},
-    }
+        finish_wandb(job, cost)
+    return cost
 
 
 def quieten() -> None:
