@@ -142,12 +142,17 @@ def _link_parent(run: Run, parent: str) -> None:
 
 
 @rank_zero_only
-def finish_wandb(job: StageJob) -> None:
-    """Upload the model (online only), so that W&B draws the lineage, and close the W&B run."""
+def finish_wandb(job: StageJob, cost: Mapping[str, float] | None = None) -> None:
+    """Upload the model (online only), so that W&B draws the lineage, and close the W&B run.
+
+    cost: what the stage cost, for the run's summary; None where it did not finish.
+    """
     import wandb
 
     if wandb.run is None:
         return
+    if cost is not None:
+        wandb.run.summary.update({f"cost/{name}": value for name, value in cost.items()})
     if not wandb.run.offline and (job.folder / "model.safetensors").exists():
         artifact = wandb.Artifact(job.name, type="model")
         for name in ("model.safetensors", "config.json", "tokenizer.json", "run.json"):
