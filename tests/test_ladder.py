@@ -119,7 +119,7 @@ def test_each_stage_logs_the_health_of_its_routers(ladder) -> None:
 def test_each_run_knows_what_it_cost(ladder) -> None:
     for stage in STAGES:
         cost = read_record(folder(ladder, stage))["cost"]
-        assert cost["seconds"] >= cost["train_seconds"] + cost["eval_seconds"]
+        assert cost["seconds"] > cost["train_seconds"] + cost["eval_seconds"] - 0.2  # rounded
         assert min(cost["tokens"], cost["flops"], cost["tokens_per_s"]) > 0
         assert ("tokens_generated" in cost) == (stage in ("ppo", "grpo"))
         assert "mfu" not in cost  # a CPU's peak is not known

@@ -67,7 +67,7 @@ def step_seed(seed: int, stage: str, rank: int, step: int) -> int:
 
 
 class RouterHealth(Callback):
-    """Logs the health of the routers, router/<name> and router/<name>/layer<i>, in every stage.
+    """Logs router/<name> and router/<name>/layer<i> every so many steps, in every stage.
 
     load_entropy, max_over_mean, dead_experts: of the load of the training forwards since the last
     log, summed over ranks, padding left out; bias_spread: of the selection bias (model/health.py).

@@ -67,8 +67,9 @@ def device_peak(device: torch.device, precision: str) -> float | None:
     """FLOP/s that the device can do at best, where they are known."""
     if device.type != "cuda":
         return None
+    name = torch.cuda.get_device_name(device)
     torch.cuda.reset_peak_memory_stats(device)  # those of an earlier stage of this command
-    return peak_flops(torch.cuda.get_device_name(device), precision)
+    return peak_flops(name, precision)
 
 
 def quieten() -> None:
