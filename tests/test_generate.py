@@ -179,7 +179,6 @@ def test_the_mode_is_restored_and_no_load_counted(training):
     assert first == answer(model, temperature=0.0)  # no dropout while it answers
     assert model.training is training and model.blocks[0].training is training
     assert model.load_LE is None
-    model.count_load = True
     with pytest.raises(IndexError):
         answer(model, [[VOCAB + 5]])  # a forward that fails
     assert model.training is training

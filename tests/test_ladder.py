@@ -98,6 +98,23 @@ def test_metrics_have_one_validation_loss_and_it_is_the_final_weights(ladder) ->
     assert bits == pytest.approx(evaluated["metrics"]["bits_per_char"]["value"], rel=0.02)
 
 
+def test_each_stage_logs_the_health_of_its_routers(ladder) -> None:
+    for stage in STAGES:
+        columns = metrics(ladder, stage)
+        for name in ("load_entropy", "max_over_mean", "dead_experts", "bias_spread", "drift"):
+            for layer in ("", "/layer0", "/layer1"):
+                assert len(columns[f"router/{name}{layer}"]) == len(columns["speed/tflops"])
+
+
+def test_each_run_knows_what_it_cost(ladder) -> None:
+    for stage in STAGES:
+        cost = read_record(folder(ladder, stage))["cost"]
+        assert cost["seconds"] > cost["train_seconds"] + cost["eval_seconds"] - 0.2  # rounded
+        assert min(cost["tokens"], cost["flops"], cost["tokens_per_s"]) > 0
+        assert ("tokens_generated" in cost) == (stage in ("ppo", "grpo"))
+        assert "mfu" not in cost  # a CPU's peak is not known
+
+
 def test_the_preference_stages_log_what_makes_them_believable(ladder) -> None:
     ppo = metrics(ladder, "ppo")
     wanted = "score gold_score kl entropy approx_kl clip_low clip_high ratio_mean ratio_max "

@@ -1,4 +1,4 @@
-"""What happens around training steps: logs, samples, progress, resume state.
+"""What happens around training steps: logs, router health, samples, progress, resume state.
 
 `step` means the same everywhere (metrics.csv, samples.jsonl, W&B): training batches done so far,
 so that step 0 is the state before the first one.
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,9 +21,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fourstage.job import swap_in, write_atomic
 from fourstage.loggers import MetricsCSV
+from fourstage.model import Transformer
+from fourstage.model.health import bias_spread, drift, load_health
 
 
 def steps_done(trainer: Trainer) -> int:
@@ -61,16 +66,80 @@ def step_seed(seed: int, stage: str, rank: int, step: int) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
-class ThroughputLog(Callback):
-    """Logs speed/step_s (seconds a step) and speed/tokens_per_s, from the module's tokens_seen."""
+class RouterHealth(Callback):
+    """Logs router/<name> and router/<name>/layer<i> every so many steps, in every stage.
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.start, self.tokens = time.perf_counter(), pl_module.tokens_seen
+    load_entropy, max_over_mean, dead_experts: of the load of the training forwards since the last
+    log, summed over ranks, padding left out; bias_spread: of the selection bias (model/health.py).
+    drift: on `rows`, held-out token ids, the share of tokens whose set of experts differs from that
+    of the weights that the stage started from: its parent's, and random ones in pretrain.
+    router/<name> is the mean over layers, for max_over_mean the largest, for dead_experts the sum.
+    A dense model logs nothing.
+
+    The first choice of experts is part of the resume state: a resumed run measures from the same
+    weights as an undisturbed one.
+    """
+
+    def __init__(self, rows: list[list[int]], every: int) -> None:
+        self.ids_BT = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        length_B = torch.tensor([len(row) for row in rows])
+        self.valid_BT = torch.arange(self.ids_BT.shape[1]) < length_B[:, None]
+        self.every = every
+        self.load_LE: Tensor | None = None
+        self.first_LNK: Tensor | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        network = pl_module.transformers()[0]
+        if self.first_LNK is None and not network.config.dense:
+            self.first_LNK = self.experts(trainer, network)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        seconds = time.perf_counter() - self.start
-        tokens = pl_module.tokens_seen - self.tokens
-        self.log_dict({"speed/step_s": seconds, "speed/tokens_per_s": tokens / seconds})
+        load_LE = pl_module.take_load()
+        if load_LE is None:
+            return
+        load_LE = load_LE.cpu()  # where the resume state has it too
+        self.load_LE = load_LE if self.load_LE is None else self.load_LE + load_LE
+        if steps_done(trainer) % self.every == 0:
+            self.log_dict(self.metrics(trainer, pl_module.transformers()[0]))
+            self.load_LE = None
+
+    def metrics(self, trainer: Trainer, network: Transformer) -> dict[str, float]:
+        """What is logged of the load so far and of the network as it is."""
+        assert self.load_LE is not None and self.first_LNK is not None
+        found = {
+            **load_health(self.load_LE),
+            "bias_spread": bias_spread(network.expert_bias_LE()).cpu(),
+            "drift": drift(self.first_LNK, self.experts(trainer, network)),
+        }
+        over_layers = {"max_over_mean": max, "dead_experts": sum}
+        metrics: dict[str, float] = {}
+        for name, value_L in found.items():
+            values = value_L.tolist()
+            metrics[f"router/{name}"] = float(over_layers.get(name, fmean)(values))
+            metrics |= {f"router/{name}/layer{i}": float(v) for i, v in enumerate(values)}
+        return metrics
+
+    @torch.no_grad()
+    def experts(self, trainer: Trainer, network: Transformer) -> Tensor:
+        """The experts that each held-out token is sent to, int64 [L, N, K] on the CPU.
+
+        In eval mode and without gradients: it is no load, and it draws no random number.
+        """
+        device = network.embedding.weight.device
+        ids_BT, valid_BT = self.ids_BT.to(device), self.valid_BT.to(device)
+        was_training = network.training
+        network.eval()
+        with trainer.precision_plugin.forward_context():
+            router = network(ids_BT, valid_BT=valid_BT).router
+        network.train(was_training)
+        assert router is not None
+        return torch.stack(router.experts)[:, valid_BT.flatten()].cpu()
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        return {"load": self.load_LE, "first": self.first_LNK}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor | None]) -> None:
+        self.load_LE, self.first_LNK = state_dict["load"], state_dict["first"]
 
 
 class Checkpointer(Checkpoint):

@@ -128,7 +128,7 @@ def train_and_record(plan: Plan, run: PlannedRun, train: Train) -> None:
             write_record(job.folder, status="running" if stopped else "failed", cost=cost())
         raise
     assert (job.folder / "model.safetensors").exists(), "a stage ends with its weights"
-    write_record(job.folder, status="finished", finished=now(), cost={**found, **cost()})
+    write_record(job.folder, status="finished", finished=now(), cost={**cost(), **found})
     if not job.keep_checkpoints:
         shutil.rmtree(job.folder / "checkpoints")
     print(f"finished {job.name} after {cost()['seconds']:.0f} s", flush=True)

@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from fourstage import data
+from fourstage.batch import PairBatch, TokenBatch
 from fourstage.checkpoint import load_policy, load_scalar
 from fourstage.data.datamodule import (
     LoaderPair,
@@ -37,6 +38,7 @@ from fourstage.stages.reward import sample_pairs
 from fourstage.tokenizer import Tokenizer
 
 ENDLESS = 10**9  # batches of a run whose budget is a time
+PROBE_TOKENS = 512  # on which the router's drift is measured: a step has many more
 PAIR_FILES = ("pairs.jsonl", "pairs_heldout.jsonl")  # train and held-out side
 
 
@@ -46,6 +48,7 @@ class Prepared:
 
     module: StageModule
     loaders: LoaderPair
+    heldout_rows: list[list[int]]  # a few, as token ids: the text on which routers are compared
     result: Transformer | ScalarModel
     tokenizer: Tokenizer
 
@@ -89,9 +92,8 @@ def prepare_pretrain(job: StageJob) -> Prepared:
         corpus, tokenizer, block_size=job.settings.block_size, **_loader_options(job)
     )
     chars = sum(map(len, corpus.heldout))
-    return Prepared(
-        PretrainModule(policy, job.settings, job.seed, chars), loaders, policy, tokenizer
-    )
+    module = PretrainModule(policy, job.settings, job.seed, chars)
+    return Prepared(module, loaders, heldout_rows(loaders), policy, tokenizer)
 
 
 def prepare_sft(job: StageJob) -> Prepared:
@@ -104,7 +106,8 @@ def prepare_sft(job: StageJob) -> Prepared:
         max_tokens=job.settings.max_tokens,
         **_loader_options(job),
     )
-    return Prepared(SFTModule(policy, job.settings, job.seed), loaders, policy, tokenizer)
+    module = SFTModule(policy, job.settings, job.seed)
+    return Prepared(module, loaders, heldout_rows(loaders), policy, tokenizer)
 
 
 def prepare_reward(job: StageJob) -> Prepared:
@@ -118,7 +121,8 @@ def prepare_reward(job: StageJob) -> Prepared:
         **_loader_options(job),
     )
     reward = ScalarModel(policy)
-    return Prepared(RewardModule(reward, job.settings, job.seed), loaders, reward, tokenizer)
+    module = RewardModule(reward, job.settings, job.seed)
+    return Prepared(module, loaders, heldout_rows(loaders), reward, tokenizer)
 
 
 def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> data.Pairs:
@@ -166,15 +170,19 @@ def prepare_ppo(job: StageJob) -> Prepared:
         seed=job.seed,
         judge=true_score if has_true_score(job.data) else None,
     )
-    prompts = data.load_prompts(job.data).train
-    return Prepared(module, prompt_loaders(job, prompts, tokenizer), policy, tokenizer)
+    prompts = data.load_prompts(job.data)
+    loaders = prompt_loaders(job, prompts.train, tokenizer)
+    rows = heldout_prompts(job, prompts.heldout, tokenizer)
+    return Prepared(module, loaders, rows, policy, tokenizer)
 
 
 def prepare_grpo(job: StageJob) -> Prepared:
     policy, tokenizer = parent_policy(job)
     problems = data.load_reasoning(job.data)
     module = GRPOModule(policy, deepcopy(policy), tokenizer, job.settings, job.seed)
-    return Prepared(module, prompt_loaders(job, problems.train, tokenizer), policy, tokenizer)
+    loaders = prompt_loaders(job, problems.train, tokenizer)
+    rows = heldout_prompts(job, problems.heldout, tokenizer)
+    return Prepared(module, loaders, rows, policy, tokenizer)
 
 
 def prompt_loaders(job: StageJob, records: Sequence[Any], tokenizer: Tokenizer) -> LoaderPair:
@@ -184,6 +192,35 @@ def prompt_loaders(job: StageJob, records: Sequence[Any], tokenizer: Tokenizer) 
         max_prompt_tokens=job.settings.max_prompt_tokens,
         **_loader_options(job),
     )
+
+
+def heldout_rows(loaders: LoaderPair) -> list[list[int]]:
+    """Rows of the middle validation batch, which are of a usual length: some PROBE_TOKENS."""
+    batches = loaders.val.dataset
+    batch: TokenBatch | PairBatch = batches[len(batches) // 2]
+    if isinstance(batch, PairBatch):
+        ids_BT, length_B = batch.chosen_ids, batch.chosen_len
+    else:
+        ids_BT, length_B = batch.ids, batch.valid.sum(1)
+    lengths = length_B.tolist()
+    return some_rows([ids[:n] for ids, n in zip(ids_BT.tolist(), lengths, strict=True)])
+
+
+def heldout_prompts(job: StageJob, records: Sequence[Any], tokenizer: Tokenizer) -> list[list[int]]:
+    """The first held-out prompts, the beginning of long ones cut off: some PROBE_TOKENS."""
+    room = job.settings.max_prompt_tokens
+    few = records[:PROBE_TOKENS]  # a prompt has one token at least
+    return some_rows([fitted_prompt(tokenizer, record.prompt_messages, room) for record in few])
+
+
+def some_rows(rows: list[list[int]]) -> list[list[int]]:
+    """The first rows that hold PROBE_TOKENS together; the last one is cut."""
+    taken, left = [], PROBE_TOKENS
+    for row in rows:
+        if left > 0:
+            taken.append(row[:left])
+            left -= len(row)
+    return taken
 
 
 PREPARE: dict[str, Callable[[StageJob], Prepared]] = {

@@ -7,9 +7,6 @@ its weights are saved, and it is evaluated together with what it makes measurabl
 from __future__ import annotations
 
 import logging
-import resource
-import sys
-import time
 import warnings
 from typing import Any
 
@@ -20,13 +17,14 @@ from fourstage import data
 from fourstage.callbacks import (
     Checkpointer,
     PlanProgress,
+    RouterHealth,
     Sample,
     SampleLog,
     StepAxis,
     StepSeed,
-    ThroughputLog,
 )
 from fourstage.checkpoint import save_weights
+from fourstage.cost import CostMeter, peak_flops
 from fourstage.generate import generate
 from fourstage.job import StageJob
 from fourstage.loggers import build_loggers, finish_wandb
@@ -42,33 +40,37 @@ def train_stage(job: StageJob) -> dict[str, Any]:
 
     Resumes from the job's checkpoint where `job.resume` says so.
     """
-    started = time.monotonic()
+    meter = CostMeter()
     torch.set_flush_denormal(True)  # denormal floats make a CPU step 4 to 10 times slower
     torch.manual_seed(job.seed)
     quieten()
     prepared = PREPARE[job.stage](job)
     if job.stage == "pretrain" and not (job.folder / "eval_random.json").exists():
-        evaluate_random(job, prepared.result, prepared.tokenizer)
+        with meter.evaluating():
+            evaluate_random(job, prepared.result, prepared.tokenizer)
     notes = prepared.loaders.notes
     print("  data: " + ", ".join(f"{n.replace('_', ' ')} {count:,}" for n, count in notes.items()))
     cost = None  # where the stage fails
     try:
-        trainer = build_trainer(job, prepared)
-        train_started = time.monotonic()
+        trainer = build_trainer(job, prepared, meter)
+        meter.peak = device_peak(trainer.strategy.root_device, job.trainer.precision)
         fit(trainer, job, prepared)
-        train_seconds = time.monotonic() - train_started
-        finish(job, prepared, trainer)
-        cost = {
-            "seconds": round(time.monotonic() - started, 1),
-            "train_seconds": round(train_seconds, 1),
-            "steps": prepared.module.steps_done,
-            "tokens": prepared.module.tokens_seen,
-            "peak_memory_mib": peak_memory_mib(),
-            **{f"data_{name}": count for name, count in notes.items()},
-        }
+        with meter.evaluating():
+            finish(job, prepared, trainer)
+        cost = meter.cost(prepared.module.steps_done, trainer.world_size)
+        cost |= {f"data_{name}": count for name, count in notes.items()}
     finally:
         finish_wandb(job, cost)
     return cost
+
+
+def device_peak(device: torch.device, precision: str) -> float | None:
+    """FLOP/s that the device can do at best, where they are known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    torch.cuda.reset_peak_memory_stats(device)  # those of an earlier stage of this command
+    return peak_flops(name, precision)
 
 
 def quieten() -> None:
@@ -95,13 +97,14 @@ def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
         trainer.validate(module, loaders.val, verbose=False)
 
 
-def build_trainer(job: StageJob, prepared: Prepared) -> L.Trainer:
+def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trainer:
     """Lightning's Trainer for one pass over a loader that is as long as the budget."""
     settings, where = job.settings, job.trainer
     callbacks = [
         StepSeed(job.seed, job.stage),
-        ThroughputLog(),
+        meter,
         StepAxis(),
+        RouterHealth(prepared.heldout_rows, settings.log_every),
         PlanProgress(job.stage, job.plan_left),
         Checkpointer(job.checkpoint, settings.checkpoint_every),
     ]
@@ -160,9 +163,3 @@ def fixed_answers(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> l
         Sample(prompt["id"], prompt["messages"][-1]["content"], tokenizer.decode(ids), stopped)
         for prompt, ids, stopped in zip(prompts, answers.answer_ids, answers.stopped, strict=True)
     ]
-
-
-def peak_memory_mib() -> int:
-    """The most memory this process held so far (bytes on macOS, KiB elsewhere)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (2**20 if sys.platform == "darwin" else 2**10)

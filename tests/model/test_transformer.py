@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from fourstage.model import KVCache, RouterStats, Transformer
+from fourstage.model import KVCache, Transformer
+from fourstage.model.health import bias_spread, drift, load_health
 from tests.model.configs import VOCAB, read_config
 
 IDS = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -100,7 +101,6 @@ def test_one_expert_is_dense_and_has_no_router(name):
     dense = name.startswith("dense")
     assert (out.router is None) is dense
     assert any("router" in key for key in model.state_dict()) is not dense
-    model.update_expert_bias()  # does nothing to a dense model
 
 
 def test_every_parameter_gets_a_gradient(build):
@@ -135,84 +135,48 @@ def test_dropout_is_on_in_training_only(build):
 # The selection bias
 
 
-def bias(model: Transformer) -> torch.Tensor:
-    return torch.stack([block.mlp.router.expert_bias_E for block in model.blocks])
-
-
 def test_the_bias_update_by_hand(build):
     model = build(bias_step=0.1)
-    model.load_LE = torch.tensor([[6.0, 4.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
-    model.update_expert_bias()
+    model.update_expert_bias(torch.tensor([[6.0, 4.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]]))
     # Layer 0: mean load 3, signs (-1, -1, 1, 1), which are centred already. Layer 1: no sign.
     want = torch.tensor([[-0.1, -0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0]])
-    assert torch.allclose(bias(model), want)
-    model.load_LE = torch.tensor([[9.0, 1.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
-    model.update_expert_bias()
+    assert torch.allclose(model.expert_bias_LE(), want)
+    model.update_expert_bias(torch.tensor([[9.0, 1.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]]))
     # Signs (-1, 1, 1, 1) have the mean 0.5: steps of 0.1 * (-1.5, 0.5, 0.5, 0.5) on top.
     want[0] += torch.tensor([-0.15, 0.05, 0.05, 0.05])
-    assert torch.allclose(bias(model), want)
-    assert torch.allclose(bias(model).sum(-1), torch.zeros(2), atol=1e-6)
+    assert torch.allclose(model.expert_bias_LE(), want)
+    assert torch.allclose(model.expert_bias_LE().sum(-1), torch.zeros(2), atol=1e-6)
 
 
-def test_loads_add_up_over_forwards_until_the_update(build):
-    model, other = build(), build()
+@pytest.mark.parametrize("balance", ["bias", "switch", "none"])
+def test_loads_add_up_over_forwards_until_they_are_taken(build, balance):
+    model, other = build(balance=balance), build(balance=balance)
     loads = model(IDS[:1]).router.load_LE + model(IDS[1:]).router.load_LE
-    assert torch.equal(model.load_LE, loads)
     other(IDS)
-    assert torch.equal(other.load_LE, loads)
-    model.update_expert_bias()
-    other.update_expert_bias()
-    assert torch.equal(bias(model), bias(other)) and bias(model).any()
-    assert model.load_LE is None
-    before = bias(model).clone()
-    model.update_expert_bias()  # nothing was counted since
-    assert torch.equal(bias(model), before)
+    assert torch.equal(model.take_load(), loads)
+    assert torch.equal(other.take_load(), loads)
+    assert model.take_load() is None
 
 
-def test_loads_are_summed_over_ranks_before_the_sign(build):
-    model = build(bias_step=0.1)
-    model.load_LE = torch.tensor([[4.0, 2.0, 2.0, 0.0]] * 2)
-    other_rank = torch.tensor([[0.0, 0.0, 2.0, 8.0]] * 2)
-    model.update_expert_bias(lambda load_LE: load_LE + other_rank)
-    # Summed: (4, 2, 4, 8), mean 4.5, signs (1, 1, 1, -1), mean 0.5
-    assert torch.allclose(bias(model)[0], torch.tensor([0.05, 0.05, 0.05, -0.15]))
-
-
-@pytest.mark.parametrize("case", ["eval", "no_grad", "frozen"])
-def test_only_training_forwards_are_counted(build, case):
-    model = build()
-    if case == "eval":
-        model.eval()(IDS)
-    elif case == "no_grad":
-        with torch.no_grad():
-            model(IDS)
-    else:
-        model.count_load = False
-        model(IDS)
-    assert model.load_LE is None
-    model.update_expert_bias()
-    assert not bias(model).any()
-
-
-@pytest.mark.parametrize("balance", ["switch", "none"])
-def test_other_balances_leave_the_bias_alone(build, balance):
-    model = build(balance=balance)
-    model(IDS)
-    model.update_expert_bias()
-    assert not bias(model).any()
+@pytest.mark.parametrize("case", ["eval", "no_grad", "dense"])
+def test_only_training_forwards_of_routers_are_counted(build, case):
+    model = build(num_experts=1, top_k=1) if case == "dense" else build()
+    with torch.set_grad_enabled(case != "no_grad"):
+        model.train(case != "eval")(IDS)
+    assert model.take_load() is None
 
 
 def test_the_bias_evens_out_the_load(build):
     """Without any learning, the bias alone makes skewed routers use their experts equally."""
     model = build(bias_step=0.02)
     ids = torch.randint(0, VOCAB, (8, 64), generator=torch.Generator().manual_seed(1))
-    first = model(ids).router
+    first = load_health(model(ids).router.load_LE)
     for _ in range(60):
-        model.update_expert_bias()
-        last = model(ids).router
-    assert first.max_over_mean_L.max() > 1.3
-    assert last.max_over_mean_L.max() < 1.15
-    assert (last.entropy_L > first.entropy_L).all()
+        model.update_expert_bias(model.take_load())
+        last = load_health(model(ids).router.load_LE)
+    assert first["max_over_mean"].max() > 1.3
+    assert last["max_over_mean"].max() < 1.15
+    assert (last["load_entropy"] > first["load_entropy"]).all()
 
 
 def test_the_bias_is_saved_and_the_counts_are_not(build):
@@ -224,13 +188,26 @@ def test_the_bias_is_saved_and_the_counts_are_not(build):
 
 
 def test_router_health_by_hand():
-    load_LE = torch.tensor([[4.0, 4.0, 4.0, 4.0], [8.0, 8.0, 0.0, 0.0]])
-    bias_LE = torch.tensor([[0.1, -0.2, 0.0, 0.1], [0.0, 0.0, 0.0, 0.0]])
-    stats = RouterStats(load_LE, bias_LE, torch.zeros(()))
-    assert stats.entropy_L.tolist() == pytest.approx([1.0, 0.5])
-    assert stats.max_over_mean_L.tolist() == [1.0, 2.0]
-    assert stats.dead_L.tolist() == [0, 2]
-    assert stats.bias_spread_L.tolist() == pytest.approx([0.3, 0.0])
+    health = load_health(torch.tensor([[4.0, 4.0, 4.0, 4.0], [8.0, 8.0, 0.0, 0.0]]))
+    assert health["load_entropy"].tolist() == pytest.approx([1.0, 0.5])
+    assert health["max_over_mean"].tolist() == [1.0, 2.0]
+    assert health["dead_experts"].tolist() == [0, 2]
+    spread = bias_spread(torch.tensor([[0.1, -0.2, 0.0, 0.1], [0.0, 0.0, 0.0, 0.0]]))
+    assert spread.tolist() == pytest.approx([0.3, 0.0])
+
+
+def test_drift_compares_sets_of_experts():
+    before = torch.tensor([[[0, 1], [2, 3], [0, 3], [1, 2]], [[0, 1], [0, 1], [0, 1], [0, 1]]])
+    after = torch.tensor([[[1, 0], [3, 1], [0, 3], [1, 2]], [[2, 3], [1, 0], [0, 2], [3, 1]]])
+    assert drift(before, after).tolist() == [0.25, 0.75]
+    assert drift(before, before).tolist() == [0, 0]
+
+
+def test_a_forward_says_which_experts_each_token_chose(build):
+    router = build()(IDS).router
+    for experts_NK, load_E in zip(router.experts, router.load_LE, strict=True):
+        assert experts_NK.shape == (IDS.numel(), 2)
+        assert experts_NK.flatten().bincount(minlength=4).tolist() == load_E.tolist()
 
 
 def test_the_same_seed_gives_the_same_loss_and_gradients(build):

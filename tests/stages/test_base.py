@@ -286,15 +286,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run_in_one_line():
     assert all(after[name].equal(before[name]) for name in before if name != "norm.weight")
 
 
-def test_a_resumed_stage_knows_what_it_has_seen():
-    module = SFTModule(make_policy(), settings("sft"), 0)
-    module.tokens_seen, state = 1234, {}
-    module.on_save_checkpoint(state)
-    again = SFTModule(make_policy(), settings("sft"), 0)
-    again.on_load_checkpoint(state)
-    assert again.tokens_seen == 1234
-
-
 @pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")
 def test_a_budget_of_no_steps_still_validates():
     s = settings("sft", max_steps=0, max_time=None)
@@ -305,7 +296,7 @@ def test_a_budget_of_no_steps_still_validates():
     )
     loaders = LoaderPair(None, DataLoader(token_batches(2), batch_size=None, collate_fn=as_is))
     job = SimpleNamespace(settings=s, resume=False)
-    runner.fit(trainer, job, prepare.Prepared(module, loaders, module.policy, TOKENIZER))
+    runner.fit(trainer, job, prepare.Prepared(module, loaders, [], module.policy, TOKENIZER))
     assert trainer.callback_metrics["val/loss"] > 0
     assert module.steps_done == 0 == module.validated_at
     assert distance(before, weights(module)) == 0

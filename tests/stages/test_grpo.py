@@ -321,6 +321,33 @@ def test_leaving_out_answers_without_advantage_is_exact(monkeypatch, loss):
     assert distance(*results) < 1e-6
 
 
+def test_how_far_the_policy_moved_is_measured_on_the_answers_it_was_trained_on(monkeypatch):
+    """Others keep the ratio 1: here the groups of two problems are tied."""
+
+    def half_tied(problem: int, text: str, stopped: bool) -> ReasoningReward:
+        return ReasoningReward(1.0, 1.0) if problem < 2 else reward_by_text(problem, text, stopped)
+
+    monkeypatch.setattr(stage, "reasoning_reward", half_tied)
+    masks, stats = [], stage.ratio_stats
+
+    def keep(logp, logp_old, mask, *clips):
+        masks.append(mask)
+        return stats(logp, logp_old, mask, *clips)
+
+    monkeypatch.setattr(stage, "ratio_stats", keep)
+    module = make(epochs=2, minibatch_size=16, seed=2)
+    found = seen_by(module)
+    fit(module, prompt_batches(1))
+    (a,) = found
+    moves_B = group_advantages(a.total_B.view(4, 4), scaled=True).flatten() != 0
+    assert 0 < moves_B.sum() <= 8
+    for mask in masks:
+        assert mask.tolist() == (a.rollout.mask & moves_B[:, None]).tolist()
+    tokens_B = (a.rollout.start + a.rollout.length) * moves_B
+    assert module.tokens_seen == 2 * tokens_B.sum()
+    assert module.tokens_generated == a.rollout.length.sum()
+
+
 def test_answers_are_left_out_only_where_nothing_but_their_gradient_counts():
     def kept(index: list[int], ranks: int = 1, **changes) -> list[int]:
         module = make(**changes)

@@ -348,7 +348,7 @@ def test_the_hidden_rule_is_logged_and_never_trained_on():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_log_of_a_rollout(temperature):
     module = make(
-        epochs=1, minibatch_size=2, temperature=temperature, model=replace(TINY, dropout=0.2)
+        epochs=2, minibatch_size=2, temperature=temperature, model=replace(TINY, dropout=0.2)
     )
     found = seen_by(module)
     metrics = {k: v.item() for k, v in fit(module, prompt_batches(1)).callback_metrics.items()}
@@ -364,7 +364,8 @@ def test_the_log_of_a_rollout(temperature):
     assert metrics["train/explained_variance"] == pytest.approx(explained.item(), abs=1e-5)
     wanted = "approx_kl clip_high clip_low ratio_mean ratio_max value_loss policy_loss grad_norm"
     assert {f"train/{name}" for name in wanted.split()} <= set(metrics)
-    assert module.tokens_seen == x.rollout.length.sum()
+    assert module.tokens_generated == x.rollout.length.sum()
+    assert module.tokens_seen == module.settings.epochs * (x.rollout.start + x.rollout.length).sum()
 
 
 def test_a_rollout_is_left_once_the_policy_moved_too_far():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from fourstage.batch import PairBatch, PromptBatch, TokenBatch
+from fourstage.callbacks import RouterHealth
+from fourstage.cost import CostMeter
 from fourstage.rl.rewards import ReasoningReward
 from fourstage.stages import GRPOModule, RewardModule, SFTModule
 from fourstage.stages import grpo as grpo_stage
@@ -45,6 +48,12 @@ def weights_after(stage: str, ranks: int, folder: Path) -> list[dict[str, torch.
     return [torch.load(folder / f"{stage}-{ranks}-{rank}.pt") for rank in range(ranks)]
 
 
+def logged(stage: str, ranks: int, folder: Path) -> list[dict[str, float]]:
+    """What every rank counted and said of its routers, after `weights_after`."""
+    paths = [folder / f"{stage}-{ranks}-{rank}.json" for rank in range(ranks)]
+    return [json.loads(path.read_text()) for path in paths]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_two_ranks_of_four_rows_equal_one_of_eight(stage, tmp_path):
@@ -52,6 +61,10 @@ def test_two_ranks_of_four_rows_equal_one_of_eight(stage, tmp_path):
     first, second = weights_after(stage, 2, tmp_path)
     assert distance(first, second) == 0
     assert distance(alone, first) < 1e-6
+    (one,), two = logged(stage, 1, tmp_path), logged(stage, 2, tmp_path)
+    assert one["tokens"] > 0 and one["flops"] > 0 and one["router/max_over_mean"] > 1
+    for rank in two:
+        assert rank == pytest.approx(one, rel=1e-4)
     start = weights({"sft": make_policy, "reward": make_scalar}[stage]())
     assert distance(start, {name.split(".", 1)[1]: w for name, w in alone.items()}) > 1e-2
 
@@ -93,6 +106,10 @@ class Save(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         torch.save(weights(module), f"{self.path}-{trainer.global_rank}.pt")
+        found = {k: v.item() for k, v in trainer.callback_metrics.items() if "router/" in k}
+        meters = [c for c in trainer.callbacks if isinstance(c, CostMeter)]
+        found |= {"tokens": meters[0].spent.tokens, "flops": meters[0].spent.flops}
+        Path(f"{self.path}-{trainer.global_rank}.json").write_text(json.dumps(found))
 
 
 def sgd(self: StageModule) -> torch.optim.Optimizer:
@@ -126,7 +143,11 @@ def main(stage: str, ranks: int, folder: str) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[Save(f"{folder}/{stage}-{ranks}")],
+        callbacks=[
+            CostMeter(),
+            RouterHealth([[5, 6, 7, 8]], every=1),
+            Save(f"{folder}/{stage}-{ranks}"),
+        ],
     )
     trainer.fit(module, datamodule=Shards(batches))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fourstage.model.attention import Linear
+from fourstage.model.flops import head_flops
 from fourstage.model.transformer import Transformer
 
 
@@ -29,4 +30,6 @@ class ScalarModel(nn.Module):
 
     def forward(self, ids_BT: Tensor, *, valid_BT: Tensor | None = None) -> Tensor:
         """int64 [B, T], right-padded -> float [B, T]; what stands on padding means nothing."""
-        return self.head(self.backbone(ids_BT, valid_BT=valid_BT).hidden_BTD)
+        hidden_BTD = self.backbone(ids_BT, valid_BT=valid_BT).hidden_BTD
+        self.backbone.count_flops(head_flops(hidden_BTD.shape[-1], 1, ids_BT.numel()))
+        return self.head(hidden_BTD)

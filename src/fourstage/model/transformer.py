@@ -5,8 +5,6 @@ Shape legend: B rows, T tokens, S cached tokens, D d_model, V vocabulary, L laye
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from fourstage.model.attention import Attention, KVCache, LayerCache, Linear, RMSNorm, rope_angles
 from fourstage.model.config import ModelConfig
+from fourstage.model.flops import forward_flops, head_flops
 from fourstage.model.moe import MoE, Routing, SwiGLU
 
 
@@ -23,29 +22,8 @@ class RouterStats:
     """What the routers of one forward did. Without gradient, except aux_loss."""
 
     load_LE: Tensor  # float, valid tokens per expert
-    bias_LE: Tensor  # float, the selection bias
+    experts: list[Tensor]  # int64 [B * T, K] a layer: the chosen experts, in no order
     aux_loss: Tensor  # scalar to add to the loss: summed over layers, coefficients included
-
-    @property
-    def entropy_L(self) -> Tensor:
-        """Entropy of the load, 1 where all experts are equally busy."""
-        share_LE = self.load_LE / self.load_LE.sum(-1, keepdim=True).clamp(min=1)
-        return torch.special.entr(share_LE).sum(-1) / math.log(self.load_LE.shape[1])
-
-    @property
-    def max_over_mean_L(self) -> Tensor:
-        """Load of the busiest expert over the mean load, from 1 to E."""
-        return self.load_LE.amax(-1) / self.load_LE.mean(-1).clamp(min=1e-9)
-
-    @property
-    def dead_L(self) -> Tensor:
-        """Experts that no token chose."""
-        return (self.load_LE == 0).sum(-1)
-
-    @property
-    def bias_spread_L(self) -> Tensor:
-        """Largest minus smallest selection bias."""
-        return self.bias_LE.amax(-1) - self.bias_LE.amin(-1)
 
 
 @dataclass
@@ -83,15 +61,17 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Training rows are right-padded: causal attention keeps them clean without a mask.
 
-    count_load: whether training forwards (train mode, with gradients) add to the load that
-    update_expert_bias uses; reward, PPO and GRPO set it to False, which freezes the bias.
+    load_LE: valid tokens per expert of the training forwards (train mode, with gradients) since
+    the last take_load; None before the first, and in a dense model.
+    flops: FLOPs of every forward so far, on this process; a forward with gradients counts three
+    times, for the backward that follows it (see flops.py).
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
-        self.count_load = config.balance == "bias"
+        self.flops = 0
         # Not a buffer: DDP would overwrite the ranks' own counts with those of rank 0.
         self.load_LE: Tensor | None = None
         self.embedding = Embedding(vocab_size, config.d_model, config.init_std)
@@ -127,35 +107,48 @@ class Transformer(nn.Module):
             layer_cache = None if cache is None else cache.layers[i]
             x_BTD, routing = block(x_BTD, rope, valid_BT, layer_cache, attn_mask)
             routings.append(routing)
+        self.count_flops(forward_flops(self.config, ids_BT.numel(), start + T))
         return ModelOutput(self.norm(x_BTD), self._router_stats(routings))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
+        d_model = self.config.d_model
+        self.count_flops(head_flops(d_model, self.vocab_size, hidden.numel() // d_model))
         if self.config.tie_embeddings:
             return F.linear(hidden, self.embedding.weight)
         assert self.head is not None, "a scalar model's backbone has no token head"
         return self.head(hidden)
 
+    def count_flops(self, forward: int) -> None:
+        """Adds the FLOPs of a forward, with those of its backward where it will have one."""
+        has_backward = torch.is_grad_enabled() and self.embedding.weight.requires_grad
+        self.flops += 3 * forward if has_backward else forward
+
     def _router_stats(self, routings: list[Routing | None]) -> RouterStats | None:
         if self.config.dense:
             return None
         load_LE = torch.stack([r.load_E for r in routings])
-        if self.training and self.count_load and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled():
             self.load_LE = load_LE if self.load_LE is None else self.load_LE + load_LE
-        bias_LE = torch.stack([block.mlp.router.expert_bias_E for block in self.blocks])
-        return RouterStats(load_LE, bias_LE, torch.stack([r.aux_loss for r in routings]).sum())
+        aux_loss = torch.stack([r.aux_loss for r in routings]).sum()
+        return RouterStats(load_LE, [r.experts_NK for r in routings], aux_loss)
+
+    def take_load(self) -> Tensor | None:
+        """load_LE, which then starts again."""
+        load_LE, self.load_LE = self.load_LE, None
+        return load_LE
+
+    def expert_bias_LE(self) -> Tensor:
+        """The routers' selection biases, a copy."""
+        return torch.stack([block.mlp.router.expert_bias_E for block in self.blocks])
 
     @torch.no_grad()
-    def update_expert_bias(self, sum_fn: Callable[[Tensor], Tensor] | None = None) -> None:
+    def update_expert_bias(self, load_LE: Tensor) -> None:
         """Moves each bias by bias_step * sign(mean load - load), centred; once an optimizer step.
 
-        Uses and clears the load counted since the last call; sum_fn adds [L, E] over the ranks
-        (every rank must call). DeepSeek-V3, section 2.1.2; centred as in torchtitan.
+        load_LE: of all forwards of the step, summed over the ranks. DeepSeek-V3, section 2.1.2;
+        centred as in torchtitan.
         """
-        if self.load_LE is None:
-            return
-        load_LE = self.load_LE if sum_fn is None else sum_fn(self.load_LE)
-        self.load_LE = None
         step_LE = self.config.bias_step * (load_LE.mean(-1, keepdim=True) - load_LE).sign()
         step_LE -= step_LE.mean(-1, keepdim=True)
         for block, step_E in zip(self.blocks, step_LE, strict=True):

@@ -132,27 +132,30 @@ class StageModule(L.LightningModule):
         self.automatic_optimization = False
         self.settings = settings
         self.seed = seed
-        self.tokens_seen = 0
+        self.tokens_seen = 0  # by this process; see cost.Spent
+        self.tokens_generated = 0
+        self.load_LE: Tensor | None = None  # of the policy, over all ranks, since the last take
         self.validated_at = -1  # steps_done at the last validation
 
     def transformers(self) -> list[Transformer]:
-        """Every trained transformer, for the router's bias."""
+        """Every trained transformer; first the one that is the stage's result."""
         raise NotImplementedError
 
+    def networks(self) -> list[nn.Module]:
+        """Every network that a step runs, whether it trains or not."""
+        return list(self.children())
+
+    def flops(self) -> int:
+        """FLOPs of this process so far, in all of `networks` (model/flops.py says which count)."""
+        modules = (module for network in self.networks() for module in network.modules())
+        return sum(module.flops for module in modules if isinstance(module, Transformer))
+
     def on_fit_start(self) -> None:
-        for transformer in self.transformers():
-            moves = transformer.config.balance == "bias" and self.settings.balance_router
-            transformer.count_load = moves
-            if not self.uses_dropout:
+        if not self.uses_dropout:
+            for transformer in self.transformers():
                 for layer in transformer.modules():
                     if isinstance(layer, nn.Dropout):
                         layer.p = 0.0
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["tokens_seen"] = self.tokens_seen
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.tokens_seen = checkpoint["tokens_seen"]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = [
@@ -217,10 +220,27 @@ class StageModule(L.LightningModule):
                 f"from the last checkpoint, a lower lr than {self.settings.lr:g} may be needed"
             )
         optimizer.step()
-        for transformer in self.transformers():
-            if transformer.count_load:
-                transformer.update_expert_bias(self.sum_over_ranks)
+        self.balance()
         return norm
+
+    # --- the routers
+
+    def balance(self) -> None:
+        """Moves the routers' biases by the load of the optimizer step, and keeps it for the log."""
+        for transformer in self.transformers():
+            load_LE = transformer.take_load()
+            if load_LE is None:  # a dense model
+                continue
+            load_LE = self.sum_over_ranks(load_LE)
+            if self.settings.balance_router and transformer.config.balance == "bias":
+                transformer.update_expert_bias(load_LE)
+            if transformer is self.transformers()[0]:
+                self.load_LE = load_LE if self.load_LE is None else self.load_LE + load_LE
+
+    def take_load(self) -> Tensor | None:
+        """Tokens per expert [L, E] of the result's training forwards since the last call."""
+        load_LE, self.load_LE = self.load_LE, None
+        return load_LE
 
     # --- logs
 

@@ -188,16 +188,18 @@ class GRPOModule(OnPolicyModule):
     def learn(
         self, rollout: Rollout, advantage_B: Tensor, ref_logp_BA: Tensor | None
     ) -> dict[str, Tensor | float]:
-        """Clipped updates on the rollout; returns what the last pass saw."""
+        """Clipped updates on the rollout; returns what the last pass saw of the rows it trained."""
         s = self.settings
         old_logp_BA, logp_BA = rollout.logprobs, rollout.logprobs.clone()
         stats: dict[str, Tensor | float] = {}
         for epoch in range(s.epochs):
+            trained_B = torch.zeros_like(rollout.stopped)
             for index in self.minibatches(rollout, epoch):
                 n = torch.stack([rollout.mask[index].sum(), torch.tensor(len(index)).to(index)])
                 n_tokens, n_answers = self.sum_over_ranks(n)
                 totals = Totals(n_answers, n_tokens, s.max_new_tokens)
                 rows = self.rows_with_gradient(index, advantage_B)
+                trained_B[rows] = True
 
                 def piece(part_rows: slice, rows: Tensor = rows, totals: Totals = totals) -> Tensor:
                     at = rows[part_rows]
@@ -212,7 +214,10 @@ class GRPOModule(OnPolicyModule):
                 if "sampler_gap" not in stats:  # the weights had not moved yet
                     gap = (logp_BA - old_logp_BA).abs() * rollout.mask
                     stats["sampler_gap"] = gap[rows].max()
-            moved = ratio_stats(logp_BA, old_logp_BA, rollout.mask, s.clip_low, s.clip_high)
+            # the policy said nothing new of the other rows: their ratio of 1 would dilute the means
+            mask_BA = rollout.mask & trained_B[:, None]
+            moved = ratio_stats(logp_BA, old_logp_BA, mask_BA, s.clip_low, s.clip_high)
+            self.tokens_seen += int(rollout.valid[trained_B].sum())
             if s.max_approx_kl and self.mean_over_ranks(moved["approx_kl"]) > s.max_approx_kl:
                 break
         return {**stats, **moved, "epochs": epoch + 1}

@@ -46,6 +46,7 @@ class OnPolicyModule(StageModule):
     """A policy that learns from its own answers; frozen networks are neither trained nor saved."""
 
     settings: OnPolicySettings
+    frozen: Frozen
     uses_dropout = False  # the sampler has none, and the ratio compares with the sampler
 
     def __init__(
@@ -54,6 +55,9 @@ class OnPolicyModule(StageModule):
         super().__init__(settings, seed)
         self.policy = policy
         self.tokenizer = tokenizer
+
+    def networks(self) -> list[nn.Module]:
+        return [*super().networks(), *self.frozen.networks.values()]
 
     def sample_answers(self, prompts: list[list[int]], attempt: int = 0) -> Rollout:
         """An answer to each prompt; the draw is a function of seed, rank, step and attempt."""
@@ -67,7 +71,7 @@ class OnPolicyModule(StageModule):
             temperature=self.settings.temperature,
             seed=self.seed * 1_000_003 + draw,
         )
-        self.tokens_seen += int(rollout.length.sum()) * ranks
+        self.tokens_generated += int(rollout.length.sum())
         return rollout
 
     @torch.no_grad()

@@ -222,6 +222,7 @@ class PPOModule(OnPolicyModule):
                     gap = (logp_BA - old_logp_BA).abs() * x.rollout.mask
                     stats["sampler_gap"] = gap[index].max()
             moved = ratio_stats(logp_BA, old_logp_BA, x.rollout.mask, s.clip_low, s.clip_high)
+            self.tokens_seen += int(x.rollout.valid.sum())
             if s.max_approx_kl and self.mean_over_ranks(moved["approx_kl"]) > s.max_approx_kl:
                 break
         policy_loss_BA = clipped_surrogate(

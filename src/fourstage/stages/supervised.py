@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import SumMetric
 
 from fourstage.batch import IGNORE, TokenBatch
-from fourstage.model import RouterStats, Transformer
+from fourstage.model import Transformer
 from fourstage.stages.base import StageModule, StageSettings
 
 
@@ -28,7 +28,6 @@ class NextTokenModule(StageModule):
     def __init__(self, policy: Transformer, settings: StageSettings, seed: int) -> None:
         super().__init__(settings, seed)
         self.policy = policy
-        self.router: RouterStats | None = None  # of the last piece
         self.val_nll, self.val_tokens = SumMetric(), SumMetric()
 
     def transformers(self) -> list[Transformer]:
@@ -40,7 +39,6 @@ class NextTokenModule(StageModule):
         nll = next_token_nll(self.policy.logits(output.hidden_BTD), batch.targets)
         loss = nll / n_targets
         if output.router is not None:
-            self.router = output.router
             loss = loss + output.router.aux_loss * (batch.targets != IGNORE).sum() / n_targets
         return loss, nll.detach()
 
@@ -55,12 +53,9 @@ class NextTokenModule(StageModule):
             return loss
 
         norm = self.update(piece, len(batch.ids))
-        self.tokens_seen += batch.ids.numel() * self.trainer.world_size
+        self.tokens_seen += int(batch.valid.sum())
         loss = self.sum_over_ranks(torch.stack(nlls).sum()) / n_targets
         self.record("train", {"loss": loss, "grad_norm": norm, "lr": self.learning_rate()})
-        if self.router is not None:
-            busiest, entropy = self.router.max_over_mean_L.max(), self.router.entropy_L.mean()
-            self.record("router", {"max_over_mean": busiest, "load_entropy": entropy})
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         output = self.policy(batch.ids, valid_BT=batch.valid)

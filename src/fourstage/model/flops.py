@@ -1,0 +1,35 @@
+"""How many floating-point operations (FLOPs) a forward takes, from shapes alone.
+
+Counted are the matrix products, a multiply-add as 2, as PaLM does (Chowdhery et al. 2022, arXiv
+2204.02311, appendix B); norms, softmax, rotations, gates and the optimizer are left out. A position
+that is padding is computed, so it is counted. With positions N, layers L, d_model D, H query and G
+key/value heads of width C, K chosen experts of hidden width F, E experts, a shared expert of width
+F_s, and S keys that a query is multiplied with (all of them: a causal mask saves nothing here):
+
+    forward = 2 N L (D C (2 H + 2 G)                 projections: query, key, value, output
+                     + 2 H C S                       attention: queries x keys, weights x values
+                     + D E                           router; none in a dense model
+                     + 3 D (K F + F_s))              active experts only: gate, up, down
+    head    = 2 N' D V                               only at the N' positions where logits are taken
+
+A backward takes twice its forward: each product has two gradients.
+"""
+
+from __future__ import annotations
+
+from fourstage.model.config import ModelConfig
+
+
+def forward_flops(config: ModelConfig, positions: int, keys: int) -> int:
+    """FLOPs of all blocks on so many positions (rows x tokens), each of which meets `keys` keys."""
+    c = config
+    projections = c.d_model * c.head_dim * (2 * c.n_heads + 2 * c.n_kv_heads)
+    attention = 2 * c.n_heads * c.head_dim * keys
+    router = 0 if c.dense else c.d_model * c.num_experts
+    experts = 3 * c.d_model * (c.top_k * c.d_expert + c.d_shared)
+    return 2 * positions * c.n_layers * (projections + attention + router + experts)
+
+
+def head_flops(d_in: int, d_out: int, positions: int) -> int:
+    """FLOPs of a linear head on so many positions."""
+    return 2 * positions * d_in * d_out
