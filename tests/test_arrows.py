@@ -24,7 +24,8 @@ ARROWS = {
     "prepare": {"stages", "data"},
     "chat": {"runs", "generate", "checkpoint"},
     "stages": {"rl", "checkpoint", "model"},
-    "evaluation": {"rl"},
+    "evaluation": {"rl", "suite"},
+    "suite": set(),
     "callbacks": {"loggers", "generate"},
     "rl": {"generate"},
     "generate": {"model"},
@@ -38,7 +39,7 @@ ARROWS = {
     "report_html": set(),
 }
 SHARED = {"batch", "tokenizer", "errors", "settings", "job", "verify"}  # everything may import them
-ALONE = {"report", "report_files", "report_html"}  # they import nothing else of ours
+ALONE = {"report", "report_files", "report_html", "suite"}  # they import nothing else of ours
 # packages that only these units may import
 FOREIGN = {
     "hydra": {"train"},
