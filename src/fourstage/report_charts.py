@@ -57,7 +57,7 @@ def over_optimisation(xlabel: str, ylabel: str, series: Mapping[str, Points]) ->
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
 
-    return _svg(draw, (6.4, 3.4))
+    return _svg(draw, (5.0, 3.0))
 
 
 def intervals(
@@ -80,7 +80,7 @@ def intervals(
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.set_ylabel(ylabel)
 
-    return _svg(draw, (6.4, 3.2))
+    return _svg(draw, (5.0, 3.0))
 
 
 def neighbours(points: Points, width: int) -> Points:
@@ -125,8 +125,12 @@ def _svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
             | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK)
             | dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK)
         )
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
+        figure = Figure(figsize=size)
+        # inches round the axes; a layout engine would draw everything three times
+        left, bottom, (width, height) = 0.62, 0.5, size
+        axes = figure.add_axes(
+            (left / width, bottom / height, 1 - (left + 0.1) / width, 1 - (bottom + 0.1) / height)
+        )
         draw(axes)
         axes.grid(alpha=0.15)
         axes.spines[["top", "right"]].set_visible(False)

@@ -30,10 +30,10 @@ def lineage(nodes: Sequence[Node], across: bool) -> str:
     for node in nodes:  # parents come first
         level[node.name] = max((level[p] + 1 for p in node.parents if p in level), default=0)
     aside = {parent for node in nodes for parent in node.parents[1:]}
-    width, height = 146, 30 + 15 * max(len(node.lines) for node in nodes)
+    width, height = 138, 30 + 15 * max(len(node.lines) for node in nodes)
     size = (width, height) if across else (height, width)  # along the line, and beside it
     corners = {
-        name: (at * (size[0] + 34), (size[1] + 26) * (name in aside)) for name, at in level.items()
+        name: (at * (size[0] + 28), (size[1] + 26) * (name in aside)) for name, at in level.items()
     }
 
     def xy(point: tuple[int, int]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from fourstage.report_drawings import Node, heat_map, lineage
 from fourstage.report_files import Item, Points
 from fourstage.report_html import Block, Cell, Figure, Figures, Heading, Paragraph, Table
 from fourstage.report_ladder import Row
-from fourstage.report_tables import GOALS, NONE, change, duration, measured
+from fourstage.report_tables import GOALS, NONE, change, duration, measured, measured_cell
 
 Curves = dict[str, dict[str, Points]]  # stage -> column of metrics.csv -> points
 
@@ -29,6 +29,13 @@ PANELS = (
 )
 MOST_POINTS = 300  # a longer curve is drawn as means of neighbouring points
 BINS = 24  # of KL, where the scores of PPO's rollouts are averaged
+SHORT = {  # of the stages' own goals
+    "bits_per_char": "bits a character",
+    "well_formed": "well-formed",
+    "pair_accuracy": "pairs right",
+    "preference_score": "true score",
+    "reasoning_accuracy": "problems right",
+}
 SCORES = {"train/score": "learned reward", "train/gold_score": "true score"}
 
 
@@ -38,28 +45,19 @@ def lineage_figures(rows: list[Row]) -> list[Block]:
     nodes = []
     for row in rows:
         if row.run is None:
-            nodes.append(Node("random", ["weights", "before training", ""], []))
+            nodes.append(Node("random", ["weights", "before training"], []))
             continue
-        parents = [stage_of[parent] for parent in row.parents if parent in stage_of]
-        if row.stage == "pretrain":
-            parents = ["random"]
+        parents = ["random"] if row.stage == "pretrain" else []
+        parents += [stage_of[parent] for parent in row.parents if parent in stage_of]
         name = GOALS[row.stage]
-        seconds = row.run.costs().get("seconds")
-        goal = row.metrics[name]
-        value = NONE if goal["value"] is None else measured(name, goal).split(" [")[0]
-        short = {"bits_per_char": "bits a character", "pair_accuracy": "pairs right"}
-        small = [
-            row.run.id,
-            f"{value} {short.get(name, name.split('_')[0].replace('well', 'well-formed'))}",
-            "" if seconds is None else duration(seconds),
-        ]
-        nodes.append(Node(row.stage, small, parents))
-    if not nodes:
-        return []
+        value = measured(name, row.metrics[name]).split(" [")[0]
+        seconds = row.run.costs().get("seconds", math.nan)
+        time = NONE if math.isnan(seconds) else duration(seconds)
+        nodes.append(Node(row.stage, [row.run.id, f"{value} {SHORT[name]}", time], parents))
     text = "Each stage with its run, its own goal's value on held-out data, and its time."
     return [
-        Figures([Figure("The ladder", lineage(nodes, across=True), text)], "across"),
-        Figures([Figure("The ladder", lineage(nodes, across=False), text)], "down"),
+        Figures([Figure("The ladder", lineage(nodes, across), text)], kind)
+        for kind, across in (("across", True), ("down", False))
     ]
 
 
@@ -67,13 +65,16 @@ def lineage_figures(rows: list[Row]) -> list[Block]:
 
 
 def learning_curves(curves: Curves) -> list[Block]:
-    """The curves of every stage."""
-    figures = [
-        Figure(name, lines("step", unit, series))
-        for stage, columns in curves.items()
-        for name, unit, series in panels(stage, columns)
-    ]
-    return [Heading("While training"), Figures(figures)] if figures else []
+    """The curves of every stage, each stage on a line of its own."""
+    blocks: list[Block] = []
+    for stage, columns in curves.items():
+        figures = [
+            Figure(name, lines("step", unit, series))
+            for name, unit, series in panels(stage, columns)
+        ]
+        if figures:
+            blocks.append(Figures(figures))
+    return [Heading("While training"), *blocks] if blocks else []
 
 
 def panels(stage: str, columns: dict[str, Points]) -> list[tuple[str, str, dict[str, Points]]]:
@@ -156,7 +157,7 @@ def difficulty_blocks(rows: list[Row]) -> list[Block]:
     grpo = next((row for row in rows if row.stage == "grpo"), None)
     head = ["problems", *series]
     lines_: list[list[str | Cell]] = [
-        [level, *(measured(names[0], cells[at]) for cells in series.values())]
+        [level, *(measured_cell(names[0], cells[at]) for cells in series.values())]
         for at, level in enumerate(suite.DIFFICULTIES)
     ]
     if grpo is not None and grpo.parent is not None:

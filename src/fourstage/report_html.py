@@ -38,7 +38,9 @@ class Cell:
 
     @property
     def text(self) -> str:
-        return " ".join(text for text, _ in self.parts)
+        """All parts on one line."""
+        parts = (text if tone == "small" else f"; {text}" for text, tone in self.parts)
+        return " ".join(parts).replace(" ; ", "; ").removeprefix("; ")
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .35rem .7rem; text-align
   vertical-align: top; }
 td { font-size: .92rem; } td span { display: block; white-space: nowrap; }
 th { font-size: .85rem; vertical-align: bottom; }
-th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; min-width: 5rem;
+th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; min-width: 6.5rem;
   max-width: 11rem; font-weight: 600; }
 .small, .unclear { font-size: .8rem; color: var(--quiet); }
 .better, .worse { font-size: .8rem; font-weight: 600; }
@@ -167,7 +169,7 @@ pre { margin: .3rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere;
   font: .85rem/1.4 ui-monospace, monospace; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr));
   gap: 1.2rem 1rem; }
-.large { max-width: 44rem; } .down { max-width: 24rem; margin: 0 auto; }
+.large { max-width: 38rem; } .down { max-width: 24rem; margin: 0 auto; }
 figure { margin: 0; } figcaption { font-size: .85rem; } figcaption strong { font-size: .95rem; }
 svg { display: block; width: 100%; height: auto; fill: currentColor; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }

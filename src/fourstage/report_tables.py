@@ -73,6 +73,15 @@ def measured(name: str, cell: Metric | None) -> str:
     return f"{number(name, cell['value'])}{' %' * is_share(name)} {interval(name, cell)}"
 
 
+def measured_cell(name: str, cell: Metric | None, remark: str = "") -> str | Cell:
+    """The same as a table cell, with a remark below it."""
+    if cell is None or cell["value"] is None:
+        return NONE
+    value = f"{number(name, cell['value'])}{' %' * is_share(name)}"
+    parts = [(value, ""), (interval(name, cell), "small"), (remark, "small")]
+    return Cell([(text, tone) for text, tone in parts if text])
+
+
 def verdict(name: str, difference: Metric) -> str:
     """better or worse, where the paired interval excludes 0 and the key has a better side."""
     defined = about(name)
@@ -102,7 +111,7 @@ def stage_table(rows: list[Row], names: Sequence[str] = HEADLINES) -> Table:
     names = [name for name in names if any(name in row.metrics for row in rows)]
     return Table(
         ["stage", *map(title, names)],
-        [[row.stage, *(_cell(row, name, with_n=True) for name in names)] for row in rows],
+        [[row.stage, *(_stage_cell(row, name) for name in names)] for row in rows],
     )
 
 
@@ -110,17 +119,15 @@ def suite_table(rows: list[Row], names: Iterable[str]) -> Table:
     """One line a key, one column a stage."""
     return Table(
         ["key", *(row.stage for row in rows)],
-        [[title(name), *(_cell(row, name) for row in rows)] for name in names],
+        [[title(n), *(measured_cell(n, row.metrics.get(n)) for row in rows)] for n in names],
     )
 
 
-def _cell(row: Row, name: str, with_n: bool = False) -> str | Cell:
+def _stage_cell(row: Row, name: str) -> str | Cell:
     cell = row.metrics.get(name)
     if cell is None or cell["value"] is None:
         return NONE
     value = f"{number(name, cell['value'])}{' %' * is_share(name)}"
-    if not with_n:
-        return Cell([(value, ""), (interval(name, cell), "small")])
     small = f"{interval(name, cell)}, n {cell['n']}"
     return Cell([(value, ""), (small, "small"), *change(name, row.differences.get(name))])
 
@@ -189,14 +196,16 @@ def goal_table(rows: list[Row]) -> Table:
     lines = []
     for goal in goals(rows):
         name = goal.name
-        before = "50.0 %" if goal.before is COIN else measured(name, goal.before)
-        before = f"{before} ({goal.start})" if before != NONE else NONE
-        after = measured(name, goal.after)
+        if goal.before is COIN:
+            before: str | Cell = Cell([("50.0 %", ""), ("(a coin)", "small")])
+        else:
+            before = measured_cell(name, goal.before, f"({goal.start})")
+        after = measured_cell(name, goal.after)
         tone = goal.verdict.removeprefix("apart: ")
         tone = tone if tone in ("better", "worse") else "unclear"
-        shown = Cell([(goal.verdict, tone)])
-        lines.append([goal.stage, title(name), before, after, goal.gain, shown])
-    return Table(["stage", "goal", "before", "after", "gain", "95 % intervals"], lines)
+        shown = Cell([(goal.gain, ""), (goal.verdict, tone)])
+        lines.append([goal.stage, title(name), before, after, shown])
+    return Table(["stage", "goal", "before", "after", "gain, and the 95 % intervals"], lines)
 
 
 def apart(name: str, before: Metric, after: Metric) -> str:
@@ -248,8 +257,9 @@ def cost_table(rows: list[Row]) -> list[Table | Paragraph]:
         if any(column[0] in cost for _, cost in costs)
     }
 
-    def line(cost: dict[str, float]) -> list[str]:
-        return [show(cost[k]) if k in cost else NONE for k, show, _, _ in there.values()]
+    def line(cost: dict[str, float]) -> list[Cell]:
+        shown = [show(cost[k]) if k in cost else NONE for k, show, _, _ in there.values()]
+        return [Cell([(text, "")]) for text in shown]
 
     total = {
         key: add(found)
