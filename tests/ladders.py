@@ -113,7 +113,9 @@ def judged(row: str, found: list[dict[str, Any]], seed: int) -> list[dict[str, A
 
 
 def curves(stage: str, seed: int, steps: int) -> str:
-    """A metrics.csv."""
+    """A metrics.csv; without any column for no steps."""
+    if steps == 0:
+        return "step\n"
     rng = np.random.default_rng([seed, STAGES.index(stage), 7])
     x = np.arange(1, steps + 1)
     fall = 1.4 + 3.0 * np.exp(-x / (0.2 * steps)) + rng.normal(0, 0.05, steps)
@@ -270,3 +272,29 @@ def write_ladder(
             }
             write_json(folder / "ladder_eval.json", cells)
     return folder
+
+
+# --- to look at what was written
+
+
+def folder(outputs: Path, stage: str) -> Path:
+    """A run of seed 0."""
+    return outputs / "runs" / f"{stage}-{run_id(stage, 0)}"
+
+
+def stages(outputs: Path) -> dict[str, dict]:
+    """The rows of stages.json."""
+    table = json.loads((outputs / "report" / "stages.json").read_text())
+    return {row["stage"]: row for row in table["rows"]}
+
+
+def section(outputs: Path, heading: str) -> str:
+    """A section of report.md."""
+    text = (outputs / "report" / "report.md").read_text()
+    return text.split(f"## {heading}\n")[1].split("\n## ")[0]
+
+
+def read_items(path: Path) -> dict[tuple, dict]:
+    """By set and id."""
+    rows = map(json.loads, path.read_text().splitlines())
+    return {(row["set"], row["id"]): row for row in rows}

@@ -129,7 +129,7 @@ def document(
         *_parts(rows, parts),
         *_data(rows),
         Heading("What is missing"),
-        missing(rows, files.problems),
+        Bullets(missing(rows, files.problems)),
     ]
 
 

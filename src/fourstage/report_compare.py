@@ -10,6 +10,7 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fourstage.report_html import Block, Bullets, Cell, Heading, Paragraph, Tabl
 from fourstage.report_ladder import STAGES, Row, Run, choose, ladder, read_rows, read_runs, tips
 from fourstage.report_tables import COSTS, NONE, Goal, goals, is_share, keys, number, title
 
+Shown = tuple[str, Callable[[float], str]]  # a figure's title, and how its values are written
 # what of a run's config may change its figures
 SETTINGS = ("seed", "model", "tokenizer", "data", "stages", "trainer", "evaluation")
 
@@ -241,7 +243,7 @@ def document(ladders: Sequence[Ladder], labels: Sequence[str], files: Files) -> 
     return [
         *blocks,
         Heading("What it cost"),
-        _cost_table(cost_lines(ladders), labels, costs),
+        _table(cost_lines(ladders), labels, costs),
         Heading("What is missing"),
         Bullets([*problems, *_missing(ladders, labels)] or ["nothing"]),
     ]
@@ -298,33 +300,26 @@ def _gain(goal: Goal) -> Cell:
     return Cell([(goal.gain, ""), (f"{before} to {after}", "small"), (goal.verdict, tone)])
 
 
-def _table(found: Sequence[Line], labels: Sequence[str]) -> Table:
-    rows = []
-    for line in found:
-        show = _shown(line.key)
-        rows.append([line.stage, title(line.key), *_summary(line, show)])
-    return Table(["stage", "key", "mean", "sd", "min to max", "n", *labels], rows)
-
-
-def _cost_table(
-    found: Sequence[Line],
-    labels: Sequence[str],
-    costs: Mapping[str, tuple[str, Callable[[float], str]]],
+def _table(
+    found: Sequence[Line], labels: Sequence[str], costs: Mapping[str, Shown] | None = None
 ) -> Table:
-    rows = [[line.stage, costs[line.key][0], *_summary(line, costs[line.key][1])] for line in found]
-    return Table(["stage", "cost", "mean", "sd", "min to max", "n", *labels], rows)
+    rows: list[list[str | Cell]] = []
+    for line in found:
+        name, show = costs[line.key] if costs else (title(line.key), partial(_value, line.key))
+        all_ = line.summary()
+        cells = [
+            show(all_["mean"]),
+            NONE if all_["sd"] is None else show(all_["sd"]),
+            f"{show(all_['min'])} to {show(all_['max'])}",
+            str(all_["n"]),
+            *(NONE if value is None else show(value) for value in line.values),
+        ]
+        rows.append([f"{line.stage}: {name}", *(Cell([(text, "")]) for text in cells)])
+    return Table(["stage: key", "mean", "sd", "min to max", "n", *labels], rows)
 
 
-def _summary(line: Line, show: Callable[[float], str]) -> list[str]:
-    all_ = line.summary()
-    spread = NONE if all_["sd"] is None else show(all_["sd"])
-    values = [NONE if value is None else show(value) for value in line.values]
-    span = f"{show(all_['min'])} to {show(all_['max'])}"
-    return [show(all_["mean"]), spread, span, str(all_["n"]), *values]
-
-
-def _shown(name: str) -> Callable[[float], str]:
-    return lambda value: f"{number(name, value)}{' %' * is_share(name)}"
+def _value(name: str, value: float) -> str:
+    return f"{number(name, value)}{' %' * is_share(name)}"
 
 
 def _missing(ladders: Sequence[Ladder], labels: Sequence[str]) -> list[str]:

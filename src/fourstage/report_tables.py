@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fourstage import suite
 from fourstage.report_files import Metric
-from fourstage.report_html import Bullets, Cell, Paragraph, Table
+from fourstage.report_html import Cell, Paragraph, Table
 from fourstage.report_ladder import Row
 
 NONE = "–"
@@ -296,12 +296,16 @@ def data_notes(rows: list[Row]) -> list[str]:
     ]
 
 
-def missing(rows: list[Row], problems: list[str]) -> Bullets:
+def missing(rows: list[Row], problems: list[str]) -> list[str]:
     """Everything that could not be read, and every cell that has no value, with the reason."""
+    policies = [row for row in rows if row.stage != "reward"]
+    asked, _ = keys(policies)
     whys: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        for name, cell in row.metrics.items():
+        absent = [name for name in asked if row in policies and name not in row.metrics]
+        cells = row.metrics | dict.fromkeys(absent, suite.missing("not in its evaluation"))
+        for name, cell in cells.items():
             if cell["value"] is None:
                 whys.setdefault((row.stage, cell["why"]), []).append(title(name))
     lines = [f"{stage}: {', '.join(names)}: {why}" for (stage, why), names in whys.items()]
-    return Bullets([*problems, *lines] or ["nothing"])
+    return [*problems, *lines] or ["nothing"]
