@@ -68,13 +68,16 @@ class Files:
         content = self.json(path)
         if content is None:
             return Evaluation("", 0, {})
-        suite = str(content.get("suite"))
-        if self.suites and suite != self.suites[-1]:
-            self.lost(path, f"is of suite {suite}, not {self.suites[-1]}: not comparable")
-        self.suites.append(suite)
+        used = content.get("suite")
+        if not isinstance(used, str):
+            self.lost(path, "names no suite")
+            used = ""
+        elif self.suites and used != self.suites[-1]:
+            self.lost(path, f"is of suite {used}, not {self.suites[-1]}: not comparable")
+        self.suites += [used] if used else []
         seed = content.get("seed")
         seed = seed if isinstance(seed, int) and seed >= 0 else 0
-        return Evaluation(suite, seed, self.cells(path, content.get("metrics")))
+        return Evaluation(used, seed, self.cells(path, content.get("metrics")))
 
     def cells(self, path: Path, cells: Any) -> dict[str, Metric]:
         """The valid ones of some metrics that `path` holds."""
