@@ -62,10 +62,11 @@ def test_each_run_names_its_parents_and_nothing_else_lies_there(ladder) -> None:
 def test_the_files_of_each_stage(ladder) -> None:
     always = {"run.json", "metrics.csv", "eval.json", "eval_items.jsonl", "model.safetensors"}
     always |= {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    late = {"ladder_eval.json", "ladder_eval_items.jsonl"}
     extra = {
         "pretrain": {"samples.jsonl", "eval_random.json", "eval_items_random.jsonl"},
-        "sft": {"samples.jsonl", "ladder_eval.json"},
-        "reward": {"pairs.jsonl", "pairs_heldout.jsonl", "ladder_eval.json"},
+        "sft": {"samples.jsonl", *late},
+        "reward": {"pairs.jsonl", "pairs_heldout.jsonl", *late},
         "ppo": {"samples.jsonl"},
         "grpo": {"samples.jsonl"},
     }
