@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fourstage.batch import PairBatch
 from fourstage.errors import UserError
@@ -157,7 +158,7 @@ def write_evaluation(
     was measured on (the data, an ancestor) is gone, and the older value is worth more.
     """
     path = folder / f"eval{suffix}.json"
-    before = json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.exists() else {}
+    before = read_summary(path)["metrics"]
     for name, cell in table.items():
         if cell["value"] is None and before.get(name, cell)["value"] is not None:
             raise UserError(
@@ -175,15 +176,26 @@ def write_ladder_evaluation(folder: Path, found: dict[str, Table], late: list[It
     write_atomic(folder / "ladder_eval.json", json.dumps(found, indent=1) + "\n")
 
 
+def read_summary(path: Path) -> dict[str, Any]:
+    """An eval.json; with no suite and no metrics where it is missing or broken."""
+    try:
+        return {"suite": None, "metrics": {}, **json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError):
+        return {"suite": None, "metrics": {}}
+
+
 def stored_items(folder: Path, suffix: str = "") -> list[Item] | str:
     """The items of an earlier evaluation by this suite, or a str that says why not."""
-    summary, items = folder / f"eval{suffix}.json", folder / f"eval_items{suffix}.jsonl"
-    if not summary.exists() or not items.exists():
-        return f"{folder.name} has no {(items if summary.exists() else summary).name}"
-    suite = json.loads(summary.read_text(encoding="utf-8"))["suite"]
+    summary, path = folder / f"eval{suffix}.json", folder / f"eval_items{suffix}.jsonl"
+    suite = read_summary(summary)["suite"]
+    if suite is None:
+        return f"{folder.name} has no {summary.name}"
     if suite != SUITE:
         return f"{folder.name}/{summary.name} is of suite {suite}, not {SUITE}"
-    return read_jsonl(items)
+    try:
+        return read_jsonl(path)
+    except (OSError, ValueError):
+        return f"{folder.name}/{path.name} is missing or broken"
 
 
 def stored_chats(folder: Path) -> list[Item] | str:

@@ -75,12 +75,21 @@ def random_weights(job: StageJob, tokenizer: Tokenizer) -> Transformer:
         return Transformer(job.model, tokenizer.vocab_size)
 
 
+def device_of(job: StageJob) -> torch.device:
+    """The kind of device that the run trains on, where it is here; on another one the last digits
+    of an evaluation may differ."""
+    kind = "cuda" if job.trainer.accelerator == "gpu" else job.trainer.accelerator
+    return torch.device(kind if torch.get_device_module(kind).is_available() else "cpu")
+
+
 def evaluate_random(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> None:
     """The row of random weights, measured before the first step of pre-training."""
     print("  random weights: evaluating")
+    policy.to(device_of(job))
     table, items = evaluation.evaluate_policy(
         policy, tokenizer, heldout_sets(job.data), job.evaluation
     )
+    policy.cpu()  # where training takes it from
     evaluation.write_evaluation(job.folder, table, items, job.evaluation.seed, "_random")
 
 
@@ -148,15 +157,14 @@ def evaluate_again(folder: Path, ancestors: dict[str, Path], outputs: Path) -> N
         model=build(ModelConfig, config["model"], "model"),
         tokenizer=build(TokenizerConfig, config["tokenizer"], "tokenizer"),
         data=build(data.DataConfig, config["data"], "data"),
-        trainer=build(TrainerConfig, config["trainer"], "trainer").resolved(),
+        trainer=build(TrainerConfig, config["trainer"], "trainer"),
         logger=LoggerConfig(name="none"),
         evaluation=build(evaluation.EvaluationConfig, config["evaluation"], "evaluation"),
         seed=record["config"]["seed"],
         parents={
             role: path
             for role, parent in record["parents"].items()
-            for path in ancestors.values()
-            if path.name.endswith(f"-{parent}")
+            for path in folder.parent.glob(f"*-{parent}")
         },
         ancestors=ancestors,
         group=record["group"],
@@ -165,7 +173,7 @@ def evaluate_again(folder: Path, ancestors: dict[str, Path], outputs: Path) -> N
         tokenizer = Tokenizer.from_config(job.tokenizer)
         evaluate_random(job, random_weights(job, tokenizer), tokenizer)
     network, tokenizer = (load_scalar if stage == "reward" else load_policy)(folder)
-    evaluate_run(job, network, tokenizer)
+    evaluate_run(job, network.to(device_of(job)), tokenizer)
 
 
 def known_judges(job: StageJob, policy: Transformer) -> Judges:
