@@ -51,7 +51,7 @@ for (const frame of document.querySelectorAll('iframe')) {
       dark: view.matchMedia('(prefers-color-scheme: dark)').matches,
       text: colour('p'), better: colour('.better'), worse: colour('.worse'),
       chart: rgb(view.getComputedStyle(page.querySelector('.charts svg text')).fill),
-      across: shown('.across'), down: shown('.down'),
+      across: shown('.ladder figure:first-child'), down: shown('.ladder figure:last-child'),
       scrolled: box.scrollLeft, sticky: cell.getBoundingClientRect().left,
       tables: page.querySelectorAll('table').length, drawings: page.querySelectorAll('svg').length,
     };

@@ -116,7 +116,7 @@ def document(
         *_kl(rows),
         Heading("The alignment tax"),
         Paragraph("What each stage changed on every key: the paired difference to its parent."),
-        tax_table(rows, whole),
+        _tax(rows, whole),
         *_answers(rows),
         *learning_curves(curves),
         *over_optimisation_blocks(curves.get("ppo")),
@@ -178,8 +178,13 @@ def _parts(rows: list[Row], names: list[str]) -> list[Block]:
         Heading("By task and by difficulty"),
         suite_table(rows, names),
         Paragraph("And the differences to the parent:"),
-        tax_table(rows, names),
+        _tax(rows, names),
     ]
+
+
+def _tax(rows: list[Row], names: list[str]) -> Block:
+    table = tax_table(rows, names)
+    return table if table.rows else Paragraph("None was measured: the last section says why.")
 
 
 def _data(rows: list[Row]) -> list[Block]:

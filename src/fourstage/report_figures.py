@@ -55,10 +55,8 @@ def lineage_figures(rows: list[Row]) -> list[Block]:
         time = NONE if math.isnan(seconds) else duration(seconds)
         nodes.append(Node(row.stage, [row.run.id, f"{value} {SHORT[name]}", time], parents))
     text = "Each stage with its run, its own goal's value on held-out data, and its time."
-    return [
-        Figures([Figure("The ladder", lineage(nodes, across), text)], kind)
-        for kind, across in (("across", True), ("down", False))
-    ]
+    drawn = [Figure("The ladder", lineage(nodes, across), text) for across in (True, False)]
+    return [Figures(drawn, "ladder")]
 
 
 # --- while training

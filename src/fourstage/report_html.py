@@ -105,7 +105,8 @@ def _markdown_block(block: Block) -> str:
                     parts.append(_fenced(answer))
             return "\n\n".join(parts)
         case Figures(figures):
-            return f"Drawn in the HTML page: {_inline('; '.join(f.title for f in figures))}."
+            titles = dict.fromkeys(figure.title for figure in figures)
+            return f"Drawn in the HTML page: {_inline('; '.join(titles))}."
 
 
 def _plain(cell: str | Cell) -> str:
@@ -169,17 +170,21 @@ pre { margin: .3rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere;
   font: .85rem/1.4 ui-monospace, monospace; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr));
   gap: 1.2rem 1rem; }
-.large { max-width: 38rem; } .down { max-width: 24rem; margin: 0 auto; }
+.large { max-width: 38rem; }
+.ladder figure:last-child { max-width: 24rem; margin: 0 auto; }
+nav { font-size: .9rem; }
+nav a { color: inherit; display: inline-block; padding: .2rem .8rem .2rem 0; }
 figure { margin: 0; } figcaption { font-size: .85rem; } figcaption strong { font-size: .95rem; }
 svg { display: block; width: 100%; height: auto; fill: currentColor; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
-@media (min-width: 48rem) { .down { display: none; } }
-@media (max-width: 47.99rem) { .across { display: none; } }
+@media (min-width: 48rem) { .ladder figure:last-child { display: none; } }
+@media (max-width: 47.99rem) { .ladder figure:first-child { display: none; } }
 @page { size: A4; margin: 12mm; }
 @media print {
   :root { color-scheme: light; }
   body { font-size: 9pt; max-width: none; padding: 0; }
-  .across { display: block; } .down { display: none; }
+  nav { display: none; }
+  .ladder figure:first-child { display: block; } .ladder figure:last-child { display: none; }
   .wide { overflow: visible; } table { width: 100%; }
   th, td { padding: .15rem .3rem; font-size: 7.5pt; }
   th:first-child, td:first-child { position: static; min-width: 0; }
@@ -192,7 +197,15 @@ svg * { stroke-linejoin: round; stroke-linecap: butt; }
 
 def page(title: str, blocks: Sequence[Block]) -> str:
     """The blocks as one HTML page: no script, nothing loaded, light and dark, phone and print."""
-    body = "\n".join(_html_block(block, n) for n, block in enumerate(blocks))
+    parts = [_html_block(block, n) for n, block in enumerate(blocks)]
+    links = [
+        f'<a href="#s{n}">{_text(block.text)}</a>'
+        for n, block in enumerate(blocks)
+        if isinstance(block, Heading) and block.level == 2
+    ]
+    if links:
+        parts.insert(1, "<nav>\n" + "\n".join(links) + "\n</nav>")
+    body = "\n".join(parts)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -208,7 +221,7 @@ def _text(text: str) -> str:
 def _html_block(block: Block, number: int) -> str:
     match block:
         case Heading(text, level):
-            return f"<h{level}>{_text(text)}</h{level}>"
+            return f'<h{level} id="s{number}">{_text(text)}</h{level}>'
         case Paragraph(text):
             return f"<p>{_text(text)}</p>"
         case Bullets(items):
