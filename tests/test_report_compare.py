@@ -67,7 +67,7 @@ def test_mean_and_spread_of_every_key(seeds: Path, monkeypatch: pytest.MonkeyPat
 
 def test_seeds_are_said_to_be_seeds(seeds: Path) -> None:
     text = compare_md(seeds)
-    assert "3 seeds: they share every other setting and their commit." in text
+    assert "3 seeds: they share all else that their records hold." in text
     assert "| stage: key | mean | sd | min to max | n | seed 0 | seed 1 | seed 2 |" in text
     assert "| sft: well-formed answers | " in text and "| ppo: time | 1 min 02 s | 1.0 s |" in text
     goals = text.split("## Each stage on its own goal\n")[1].split("\n## ")[0]
@@ -116,7 +116,10 @@ def test_a_run_that_ladders_share_counts_once(tmp_path: Path) -> None:
     assert shared["n"] == 1 and shared["sd"] is None
     assert shared["values"][0] == shared["values"][1] == shared["mean"]
     assert line(found, "random", "bits_per_char")["n"] == 1
-    assert "They share all their settings and their commit." in compare_md(tmp_path)
+    assert (
+        "They share all settings, versions and the commit that their records hold."
+        in compare_md(tmp_path)
+    )
 
 
 def test_a_broken_file_is_named_and_the_rest_compared(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ def lines(xlabel: str, ylabel: str, series: Mapping[str, Points]) -> str:
             style = {"color": _nth(COLOURS, n), "ls": _nth(DASHES, n), "marker": marker}
             axes.plot(*zip(*points, strict=True), label=name, lw=1.4, **style)
         axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_title(ylabel, loc="left", fontsize="medium")
 
     return _svg(draw, (4.6, 2.7))
 
@@ -55,7 +56,7 @@ def over_optimisation(xlabel: str, ylabel: str, series: Mapping[str, Points]) ->
         axes.set_xticks(_root_ticks(furthest))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
+        axes.set_title(ylabel, loc="left", fontsize="medium")
 
     return _svg(draw, (5.0, 3.0))
 
@@ -78,7 +79,7 @@ def intervals(
             )
         axes.set_xticks(range(len(groups)), groups)
         axes.set_xlim(-0.5, len(groups) - 0.5)
-        axes.set_ylabel(ylabel)
+        axes.set_title(ylabel, loc="left", fontsize="medium")
 
     return _svg(draw, (5.0, 3.0))
 
@@ -127,10 +128,9 @@ def _svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
         )
         figure = Figure(figsize=size)
         # inches round the axes; a layout engine would draw everything three times
-        left, bottom, (width, height) = 0.62, 0.5, size
-        axes = figure.add_axes(
-            (left / width, bottom / height, 1 - (left + 0.1) / width, 1 - (bottom + 0.1) / height)
-        )
+        left, right, bottom, top, (width, height) = 0.55, 0.1, 0.5, 0.3, size
+        inside = (1 - (left + right) / width, 1 - (bottom + top) / height)
+        axes = figure.add_axes((left / width, bottom / height, *inside))
         draw(axes)
         axes.grid(alpha=0.15)
         axes.spines[["top", "right"]].set_visible(False)

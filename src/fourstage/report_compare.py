@@ -105,13 +105,14 @@ def _order(run: Run) -> tuple[int, str, str]:
 
 
 def settings(rows: Sequence[Row]) -> dict[str, str]:
-    """The settings of a ladder's runs, "stages.sft.lr" -> "0.001"; all that differ are listed."""
+    """The settings of a ladder's runs, "stages.sft.lr" -> "0.001", with the code's commit and the
+    versions; runs that differ in one give "0, 1"."""
     found: dict[str, dict[str, None]] = {}
     for row in rows:
         if row.run is not None:
             config = {key: row.run.config[key] for key in SETTINGS if key in row.run.config}
-            git = row.run.record.get("git")
-            config["commit"] = git.get("commit") if isinstance(git, dict) else None
+            record = row.run.record
+            config |= {key: record[key] for key in ("git", "versions") if key in record}
             for key, value in _flat(config).items():
                 found.setdefault(key, {})[value] = None
     return {key: ", ".join(values) for key, values in found.items()}
@@ -253,9 +254,9 @@ def _introduction(ladders: Sequence[Ladder], labels: Sequence[str], suite: str) 
     differs = differing(ladders)
     seeds = differs.get("seed", [])
     if not differs:
-        said = "They share all their settings and their commit."
+        said = "They share all settings, versions and the commit that their records hold."
     elif set(differs) == {"seed"}:
-        said = f"{len(set(seeds))} seeds: they share every other setting and their commit."
+        said = f"{len(set(seeds))} seeds: they share all else that their records hold."
     else:
         said = f"They differ in {len(differs)} settings, listed below; all others are the same."
     table = [

@@ -169,7 +169,7 @@ th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; 
 pre { margin: .3rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere;
   font: .85rem/1.4 ui-monospace, monospace; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr));
-  gap: 1.2rem 1rem; }
+  gap: 1.2rem 1rem; margin-bottom: 1.2rem; }
 .large { max-width: 38rem; }
 .ladder figure:last-child { max-width: 24rem; margin: 0 auto; }
 nav { font-size: .9rem; }
