@@ -296,9 +296,7 @@ def _gain(goal: Goal) -> Cell:
         NONE if cell["value"] is None else number(goal.name, cell["value"])
         for cell in (goal.before, goal.after)
     )
-    tone = goal.verdict.removeprefix("apart: ")
-    tone = tone if tone in ("better", "worse") else "unclear"
-    return Cell([(goal.gain, ""), (f"{before} to {after}", "small"), (goal.verdict, tone)])
+    return Cell([(goal.gain, ""), (f"{before} to {after}", "small"), (goal.verdict, goal.tone)])
 
 
 def _table(

@@ -166,7 +166,14 @@ class Goal:
     verdict: str  # whether the two intervals are apart
 
     @property
+    def tone(self) -> str:
+        """Of the cell that shows the verdict."""
+        word = self.verdict.removeprefix("apart: ")
+        return word if word in ("better", "worse") else "unclear"
+
+    @property
     def gain(self) -> str:
+        """after - before, for readers."""
         if self.before["value"] is None or self.after["value"] is None:
             return NONE
         points = " points" if is_share(self.name) else ""
@@ -201,9 +208,7 @@ def goal_table(rows: list[Row]) -> Table:
         else:
             before = measured_cell(name, goal.before, f"({goal.start})")
         after = measured_cell(name, goal.after)
-        tone = goal.verdict.removeprefix("apart: ")
-        tone = tone if tone in ("better", "worse") else "unclear"
-        shown = Cell([(goal.gain, ""), (goal.verdict, tone)])
+        shown = Cell([(goal.gain, ""), (goal.verdict, goal.tone)])
         lines.append([goal.stage, title(name), before, after, shown])
     return Table(["stage", "goal", "before", "after", "gain, and the 95 % intervals"], lines)
 
