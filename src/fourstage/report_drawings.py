@@ -49,7 +49,7 @@ def lineage(nodes: Sequence[Node], across: bool) -> str:
     parts += [_box(node, xy(corners[node.name]), width, height) for node in nodes]
     right = max(xy(corner)[0] for corner in corners.values()) + width
     bottom = max(xy(corner)[1] for corner in corners.values()) + height
-    return _wrapped(f"-2 -2 {right + 4} {bottom + 4}", [_TIP, *parts])
+    return _wrapped((-2, -2, right + 4, bottom + 4), [_TIP, *parts])
 
 
 _LINE = 'fill="none" stroke="currentColor" stroke-width="1.2"'
@@ -113,13 +113,15 @@ def heat_map(shares: Sequence[Sequence[float]], top: float) -> str:
                 parts.append(_label(x + cell // 2, middle, text, 9 if cell < 30 else 10, style))
         dead = sum(share == 0 for share in row)
         parts.append(_label(right + 6, middle, f"{max(row) * experts:.2f}, {dead}", 10))
-    return _wrapped(f"0 0 {right + 96} {20 + height * len(shares)}", parts)
+    return _wrapped((0, 0, right + 96, 20 + height * len(shares)), parts)
 
 
 def _label(x: int, y: int, text: str, size: int, style: str = "") -> str:
     return f'<text x="{x}" y="{y}" font-size="{size}" {style}>{html.escape(text)}</text>'
 
 
-def _wrapped(box: str, parts: Sequence[str]) -> str:
+def _wrapped(box: tuple[int, int, int, int], parts: Sequence[str]) -> str:
+    """An <svg> that never grows much beyond the size that its text is meant for."""
+    head = f'viewBox="{" ".join(map(str, box))}" style="max-width: {1.2 * box[2]:.0f}px"'
     body = "\n".join(parts)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">\n{body}\n</svg>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {head}>\n{body}\n</svg>'

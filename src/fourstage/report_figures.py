@@ -163,7 +163,8 @@ def difficulty_blocks(rows: list[Row]) -> list[Block]:
         for line, name in zip(lines_, names, strict=True):
             parts = change(name, grpo.differences.get(name))
             line.append(Cell(parts) if parts else NONE)
-    return [Heading("GRPO accuracy by difficulty"), figure, Table(head, lines_)]
+    heading = "Accuracy by difficulty" if grpo is None else "GRPO accuracy by difficulty"
+    return [Heading(heading), figure, Table(head, lines_)]
 
 
 def _known(row: Row, name: str) -> dict | None:
