@@ -13,8 +13,9 @@ import json
 import sys
 from pathlib import Path
 
-from fourstage.report import GOALS, compare
-from fourstage.report_files import Files, ladder, read_rows, read_runs
+from fourstage.report_files import Files
+from fourstage.report_ladder import ladder, read_rows, read_runs
+from fourstage.report_tables import GOALS, goals
 
 NAMES = {
     "bits_per_char": "bits per character",
@@ -30,50 +31,36 @@ def cell(metric: dict) -> str:
     return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**metric)
 
 
-def goals(outputs: Path) -> list[dict]:
-    """One entry for each seed and stage: the goal before and after, and whether they are apart."""
+def entries(outputs: Path) -> list[dict]:
+    """One for each seed and stage: the goal before and after, and whether they are apart."""
     files = Files()
     runs = read_runs(outputs, files)
     found = []
     for tip in runs.values():
-        if tip.stage != "grpo" or tip.is_debug:
+        if tip.stage != "grpo" or tip.is_debug or not tip.is_finished:
             continue
-        rows = {row.id: row for row in read_rows(ladder(tip, runs, files), files)}
-        for row in rows.values():
-            if row.run is None:
-                continue
-            name = GOALS[row.stage]
-            coin = {"value": 0.5, "low": 0.5, "high": 0.5}
-            parent = rows.get(row.run.parents.get("policy"))
-            before = coin if row.stage == "reward" else parent.metrics[name]
-            after = row.metrics[name]
-            found.append(
-                {
-                    "seed": tip.record["config"]["seed"],
-                    "stage": row.stage,
-                    "goal": name,
-                    "before": before,
-                    "after": after,
-                    "verdict": compare(name, before, after)[1],
-                    "kl": (row.metrics.get("kl_to_sft") or {}).get("value"),
-                    "seconds": row.run.costs().get("seconds"),
-                }
-            )
-    return sorted(found, key=lambda entry: (list(GOALS).index(entry["stage"]), entry["seed"]))
+        rows = {row.stage: row for row in read_rows(ladder(tip, runs, files), files)}
+        for goal in goals(list(rows.values())):
+            row = rows[goal.stage]
+            kl = row.metrics.get("kl_to_sft", {}).get("value")
+            seconds = row.run.costs().get("seconds")
+            found.append({"seed": tip.config["seed"], "goal": goal, "kl": kl, "seconds": seconds})
+    return sorted(found, key=lambda e: (list(GOALS).index(e["goal"].stage), e["seed"]))
 
 
 def main(arguments: list[str]) -> None:
     values = dict(argument.partition("=")[::2] for argument in arguments)
-    entries = goals(Path(values.get("outputs", "outputs")))
+    found = entries(Path(values.get("outputs", "outputs")))
     print("| stage | its goal | seed | before | after | 95 % intervals | time |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for e in entries:
-        goal = NAMES[e["goal"]] + (f" (KL {e['kl']:.1f} nats)" if e["stage"] == "ppo" else "")
+    for e in found:
+        goal = e["goal"]
+        name = NAMES[goal.name] + (f" (KL {e['kl']:.1f} nats)" if goal.stage == "ppo" else "")
         print(
-            f"| {e['stage']} | {goal} | {e['seed']} | {cell(e['before'])} | {cell(e['after'])} "
-            f"| {e['verdict']} | {e['seconds']:.0f} s |"
+            f"| {goal.stage} | {name} | {e['seed']} | {cell(goal.before)} | {cell(goal.after)} "
+            f"| {goal.verdict} | {e['seconds']:.0f} s |"
         )
-    figures = {f"{e['stage']}_seed{e['seed']}": e["after"]["value"] for e in entries}
+    figures = {f"{e['goal'].stage}_seed{e['seed']}": e["goal"].after["value"] for e in found}
     print(json.dumps({"benchmark": "seeds", "device": "cpu", "ratios": {}, "figures": figures}))
 
 

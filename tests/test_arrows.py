@@ -24,7 +24,10 @@ ARROWS = {
     "prepare": {"stages", "data"},
     "chat": {"runs", "generate", "checkpoint"},
     "stages": {"rl", "checkpoint", "model"},
-    "evaluation": {"rl"},
+    "evaluation": {"eval_items", "judges"},
+    "eval_items": {"rl", "suite"},
+    "judges": {"rl", "suite"},
+    "suite": set(),
     "callbacks": {"loggers", "generate"},
     "rl": {"generate"},
     "generate": {"model"},
@@ -36,12 +39,19 @@ ARROWS = {
     "runs": set(),
     "data": set(),
     "model": set(),
-    "report": {"report_files", "report_html"},
-    "report_files": set(),
+    "report": {"report_compare", "report_figures"},
+    "report_compare": {"report_tables"},
+    "report_figures": {"report_tables", "report_charts", "report_drawings"},
+    "report_tables": {"report_ladder", "report_html"},
+    "report_ladder": {"report_files"},
+    "report_charts": {"report_files"},
+    "report_drawings": set(),
+    "report_files": {"suite"},
     "report_html": set(),
 }
 SHARED = {"batch", "tokenizer", "errors", "settings", "job", "verify"}  # everything may import them
-ALONE = {"report", "report_files", "report_html"}  # they import nothing else of ours
+# they import nothing else of ours
+ALONE = {name for name in ARROWS if name.startswith("report")} | {"suite"}
 # packages that only these units may import
 FOREIGN = {
     "hydra": {"train"},
@@ -49,7 +59,7 @@ FOREIGN = {
     "lightning": {"stages", "callbacks", "cost", "loggers", "prepare", "runner", "lineage"},
     "wandb": {"loggers", "callbacks", "runner", "dashboard"},
     "wandb_workspaces": {"dashboard"},
-    "matplotlib": {"report_html"},
+    "matplotlib": {"report_charts"},
     "reasoning_gym": {"data", "verify"},
     "datasets": {"data"},
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fourstage import evaluation
+from fourstage import evaluation, suite
 from fourstage.checkpoint import load_policy, load_scalar
 from fourstage.job import STAGES, read_jsonl, read_record
 from fourstage.lineage import climb
@@ -52,10 +52,11 @@ def test_each_run_names_its_parents_and_nothing_else_lies_there(ladder) -> None:
 def test_the_files_of_each_stage(ladder) -> None:
     always = {"run.json", "metrics.csv", "eval.json", "eval_items.jsonl", "model.safetensors"}
     always |= {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    late = {"ladder_eval.json", "ladder_eval_items.jsonl"}
     extra = {
         "pretrain": {"samples.jsonl", "eval_random.json", "eval_items_random.jsonl"},
-        "sft": {"samples.jsonl", "ladder_eval.json"},
-        "reward": {"pairs.jsonl", "pairs_heldout.jsonl", "ladder_eval.json"},
+        "sft": {"samples.jsonl", *late},
+        "reward": {"pairs.jsonl", "pairs_heldout.jsonl", *late},
         "ppo": {"samples.jsonl"},
         "grpo": {"samples.jsonl"},
     }
@@ -161,15 +162,73 @@ def test_the_report_has_a_row_a_stage_with_intervals(ladder) -> None:
     assert "What is an LLM?" in (place / "report.md").read_text()
 
 
+def evaluated(outputs: Path, stage: str, suffix: str = "") -> dict[str, dict]:
+    """A row's own metrics with what later models say of it."""
+    found = json.loads((folder(outputs, stage) / f"eval{suffix}.json").read_text())["metrics"]
+    row = "random" if suffix else read_record(folder(outputs, stage))["id"]
+    for judge in ("sft", "reward"):
+        found |= json.loads((folder(outputs, judge) / "ladder_eval.json").read_text()).get(row, {})
+    return found
+
+
+def test_the_same_keys_after_every_stage_and_for_random_weights(ladder) -> None:
+    rows = {stage: evaluated(ladder, stage) for stage in ("pretrain", "sft", "ppo", "grpo")}
+    rows["random"] = evaluated(ladder, "pretrain", "_random")
+    for stage, cells in rows.items():
+        assert cells.keys() == rows["grpo"].keys(), stage
+        null = {name for name, cell in cells.items() if cell["value"] is None}
+        # eight tokens of gibberish may have no second word; nothing came before random weights
+        assert null - {"distinct_2"} == ({"router_drift"} if stage == "random" else set()), stage
+    assert {"pass_at_1", "pass_at_2/chain_sum", "chat_contained", "router_dead"} <= cells.keys()
+    assert "pass_at_4" not in cells  # evaluation.samples is 2
+    assert rows["sft"]["win_rate"] == {"value": 0.5, "n": 4, "low": 0.5, "high": 0.5}
+    assert rows["sft"]["win_rate_learned"]["value"] == 0.5
+    assert 0 < rows["pretrain"]["router_drift"]["value"] < 1  # three steps from the random weights
+
+
+def test_the_late_items_give_the_late_metrics(ladder) -> None:
+    pretrain = folder(ladder, "pretrain")
+    items = read_jsonl(pretrain / "eval_items_random.jsonl")
+    for judge in ("sft", "reward"):
+        late = read_jsonl(folder(ladder, judge) / "ladder_eval_items.jsonl")
+        items = suite.joined(items, [item for item in late if item["row"] == "random"])
+    reasons = {"router_drift": "random weights have no parent", "distinct_2": "no two words"}
+    got = suite.metrics(items, reasons, seed=0)
+    expected = evaluated(ladder, "pretrain", "_random")
+    assert {n: m["value"] for n, m in got.items()} == {n: m["value"] for n, m in expected.items()}
+
+
+def evaluations(*places: Path) -> dict[str, bytes]:
+    paths = (path for place in places for path in place.glob("*eval*"))
+    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in paths}
+
+
 def test_evaluating_again_gives_the_same_bytes(ladder) -> None:
     for stage in ("pretrain", "reward", "grpo"):
         place = folder(ladder, stage)
-        before = {p.name: p.read_bytes() for p in place.iterdir() if "eval" in p.name}
+        before = evaluations(place)
         for path in place.glob("*eval*"):
             path.unlink()
         evaluation.main([f"run={stage}", f"outputs={ladder}"])
-        after = {p.name: p.read_bytes() for p in place.iterdir() if "eval" in p.name}
-        assert after == before, stage
+        assert evaluations(place) == before, stage
+
+
+def test_a_ladder_of_an_older_suite_becomes_one_of_this(ladder, capsys) -> None:
+    """Evaluated from the bottom up, so that the later stages find rows that they can judge."""
+    places = [folder(ladder, stage) for stage in STAGES]
+    before = evaluations(*places)
+    for place in places:
+        for path in (*place.glob("eval.json"), *place.glob("eval_random.json")):
+            path.write_text(json.dumps({**json.loads(path.read_text()), "suite": "1"}))
+        for path in (*place.glob("eval_items*"), *place.glob("ladder_eval*")):
+            path.write_text("{}")
+    evaluation.main(["run=grpo", "ladder=true", f"outputs={ladder}"])
+    assert evaluations(*places) == before
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in said if line.startswith("evaluated")] == [
+        f"{place.name}:" for place in places
+    ]
+    assert not [line for line in said if "not judged" in line]
 
 
 def test_the_same_command_reuses_everything_and_a_new_setting_its_ancestors(ladder) -> None:

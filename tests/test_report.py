@@ -13,16 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from fourstage.report import MOST_POINTS, compare, main, stage_charts, thinned
-from fourstage.report_html import (
-    Answers,
-    Bullets,
-    Paragraph,
-    Table,
-    line_chart,
-    markdown,
-    page,
-)
+from fourstage.report import main
+from fourstage.report_figures import MOST_POINTS, panels, thinned
+from fourstage.report_html import Answers, Bullets, Paragraph, Table, markdown, page
+from fourstage.report_tables import apart
 
 PRETRAIN, SFT, REWARD, PPO, GRPO = "aaaaaaaaaa", "bbbbbbbbbb", "cccccccccc", "dddddddddd", "e" * 10
 LLM, ADD = "What is an LLM?", "26 + 4 = ?"
@@ -198,7 +192,8 @@ def report(outputs: Path, *arguments: str) -> dict[str, dict]:
     table = json.loads((outputs / "report" / "stages.json").read_text(encoding="utf-8"))
     assert list(table) == ["suite", "rows"] and table["suite"] == "1"
     for row in table["rows"]:
-        assert list(row) == ["stage", "run", "parents", "metrics"]
+        assert list(row) == ["stage", "run", "parents", "metrics", "differences"]
+        assert row["differences"] == {}  # the items of suite 1 are not read
     return {row["stage"]: row for row in table["rows"]}
 
 
@@ -255,8 +250,7 @@ def test_grpo_on_sft_has_no_preference_rows(tmp_path: Path) -> None:
     text = report_md(tmp_path)
     goals = section(text, "Each stage on its own goal")
     assert (
-        "| 50.0 % [45.0, 55.0] (sft) | 70.0 % [65.0, 74.0] | +20.0 points | apart: better |"
-        in goals
+        "| 50.0 % [45.0, 55.0] (sft) | 70.0 % [65.0, 74.0] | +20.0 points; apart: better |" in goals
     )
     assert f"Other ladders found (run=NAME reports on one): reward-{REWARD}." in text
 
@@ -295,7 +289,7 @@ def test_debug_runs_count_only_where_nothing_else_is(outputs: Path, tmp_path: Pa
     ("arguments", "line"),
     [
         (["outputs={}/none"], "error: no finished run under {}/none/runs: train one first"),
-        (["outputs={}/outputs", "run=zzz"], "error: run=zzz: no such finished run under"),
+        (["outputs={}/outputs", "run=zzz"], "error: zzz: no such finished run under"),
         (["ouputs=x"], "error: unknown argument 'ouputs=x'; usage:"),
         (["run"], "error: unknown argument 'run'; usage:"),
     ],
@@ -328,22 +322,24 @@ def test_stage_table(full: Path) -> None:
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| {s}" for s in ("random", *LADDER)]
     assert "| pretrain | 2.500 [2.400, 2.600], n 50 | 2.0 % [1.0, 4.0], n 400 |" in table[3]
     assert table[5] == "| reward | – | – | – | – | – | 78.0 % [73.0, 82.0], n 300 |"
-    assert "| 60.0 % [53.0, 67.0], n 200 |" in section(text, "More of the suite")
+    assert "| – | 0.0 % [0.0, 2.0] | 60.0 % [53.0, 67.0] |" in section(
+        text, "By task and by difficulty"
+    )
 
 
 def test_each_stage_on_its_own_goal(full: Path) -> None:
     text = section(report_md(full), "Each stage on its own goal")
     expected = [
         "| pretrain | bits per character (lower is better) | 6.700 [6.600, 6.800] (random) "
-        "| 2.500 [2.400, 2.600] | -4.200 | apart: better |",
+        "| 2.500 [2.400, 2.600] | -4.200; apart: better |",
         "| sft | well-formed answers | 2.0 % [1.0, 4.0] (pretrain) | 90.0 % [87.0, 93.0] "
-        "| +88.0 points | apart: better |",
+        "| +88.0 points; apart: better |",
         "| reward | held-out pairs ordered right | 50.0 % (a coin) | 78.0 % [73.0, 82.0] "
-        "| +28.0 points | apart: better |",
+        "| +28.0 points; apart: better |",
         "| ppo | true preference score | 0.800 [0.700, 0.900] (sft) | 1.900 [1.800, 2.000] "
-        "| +1.100 | apart: better |",
+        "| +1.100; apart: better |",
         "| grpo | reasoning accuracy | 48.0 % [43.0, 53.0] (ppo) | 70.0 % [65.0, 74.0] "
-        "| +22.0 points | apart: better |",
+        "| +22.0 points; apart: better |",
     ]
     for line in expected:
         assert line in text
@@ -361,8 +357,8 @@ def test_each_stage_on_its_own_goal(full: Path) -> None:
         ("bits_per_char", null("no text"), cell(5, 4, 6), "not measured"),
     ],
 )
-def test_compare(name: str, before: dict, after: dict, verdict: str) -> None:
-    assert compare(name, before, after)[1] == verdict
+def test_intervals_apart(name: str, before: dict, after: dict, verdict: str) -> None:
+    assert apart(name, before, after) == verdict
 
 
 def test_answers_stand_side_by_side(full: Path) -> None:
@@ -400,8 +396,9 @@ def test_tiny_values_are_not_minus_zero(outputs: Path) -> None:
 def test_costs(full: Path) -> None:
     text = report_md(full)
     costs = section(text, "What it cost")
-    assert f"| pretrain | pretrain-{PRETRAIN} | 1 min 01 s | – | – | 12,345 | 900 |" in costs
-    assert "| together |  | 5 min 06 s | – | – | 61,725 | 900 |" in costs
+    assert f"| pretrain | pretrain-{PRETRAIN} | 1 min 01 s | 12,345 | 900 |" in costs
+    assert "Not in these runs' records: of it training; of it evaluation; steps;" in costs
+    assert "| together |  | 5 min 06 s | 61,725 | 900 |" in costs
     assert "- sft: dropped 7" in section(text, "What went into training")
 
 
@@ -417,7 +414,8 @@ def test_costs(full: Path) -> None:
         ("eval.json", '{"suite": "1"}', "eval.json holds no metrics"),
         ("samples.jsonl", None, "samples.jsonl is missing"),
         ("metrics.csv", None, "metrics.csv is missing"),
-        ("metrics.csv", "step,train/loss\n1,2.0\nx,y\n", "metrics.csv cannot be read"),
+        ("metrics.csv", "step,train/loss\n1,2.0\nx,y\n", "metrics.csv line 3 is broken"),
+        ("metrics.csv", "", "metrics.csv has no column step"),
         ("metrics.csv", "\xff\x00", "metrics.csv cannot be read"),
         ("ladder_eval.json", "{", "ladder_eval.json cannot be read"),
     ],
@@ -437,7 +435,7 @@ def test_a_broken_file_is_named_and_costs_only_its_own(
     if file == "eval.json":
         assert rows["sft"]["metrics"]["well_formed"] == null(f"not in sft-{SFT}/eval.json")
         assert rows["sft"]["metrics"]["reward_model_score"] == cell(0.1, 0.0, 0.2)
-        assert "| not measured |" in section(text, "Each stage on its own goal")
+        assert "–; not measured |" in section(text, "Each stage on its own goal")
     else:
         assert rows["sft"]["metrics"]["well_formed"] == LADDER["sft"][3]["well_formed"]
 
@@ -536,8 +534,10 @@ def test_the_page_is_well_formed_and_stands_alone(full: Path) -> None:
     for way in ("color-scheme: light dark", 'name="viewport"', "@media print"):
         assert way in text
     assert any(NASTY in part for part in html.texts)  # what a reader sees is what the model said
-    titles = re.findall("<figcaption>(.*)</figcaption>", text)
+    titles = re.findall("<figcaption><strong>(.*?)</strong>", text)
     assert titles == [
+        "The ladder",  # across, and downwards for a phone
+        "The ladder",
         "pretrain: loss",
         "sft: loss",
         "reward: loss",
@@ -547,6 +547,7 @@ def test_the_page_is_well_formed_and_stands_alone(full: Path) -> None:
         "grpo: accuracy",
         "grpo: reward",
         "grpo: KL to the reference",
+        "Learned reward and true score",
     ]
     assert len(re.findall("<svg ", text)) == len(titles)
 
@@ -613,14 +614,6 @@ def test_html_escapes_everything() -> None:
     assert "<pre>\n\nfirst line empty</pre>" in text
 
 
-def test_a_chart_takes_the_colours_of_the_page() -> None:
-    svg = line_chart("a <title>", "nats", {"train/loss": [(1, 2.0), (2, 1.0)]}, "p-")
-    assert svg.startswith('<svg role="img" aria-label="a &lt;title&gt;"')
-    assert "currentColor" in svg and "#010203" not in svg
-    assert "<metadata" not in svg and "train/loss" in svg
-    assert svg == line_chart("a <title>", "nats", {"train/loss": [(1, 2.0), (2, 1.0)]}, "p-")
-
-
 def test_curves_are_thinned_by_means() -> None:
     points = [(float(x), float(x % 2)) for x in range(2 * MOST_POINTS)]
     few = thinned(points)
@@ -632,7 +625,7 @@ def test_curves_are_thinned_by_means() -> None:
 def test_charts_are_drawn_for_the_columns_that_are_there() -> None:
     points = [(1.0, 1.0)]
     names = ["train/loss", "val/loss", "train/policy_loss", "train/kl", "train/kl_coef"]
-    charts = stage_charts("sft", {name: points for name in names})
+    charts = panels("sft", {name: points for name in names})
     assert [(title, list(series)) for title, _, series in charts] == [
         ("sft: loss", ["train/loss", "val/loss"]),
         ("sft: KL to the reference", ["train/kl"]),

@@ -139,7 +139,8 @@ def stage_job(plan: Plan, run: PlannedRun) -> StageJob:
     command, store = plan.command, plan.store
     ancestors: dict[str, Path] = {}
     for folder in run.parent_folders.values():
-        ancestors |= {**store.ancestors(folder), read_record(folder)["stage"]: folder}
+        stage = read_record(folder)["stage"]
+        ancestors = {**store.ancestors(folder), stage: folder, **ancestors}  # the policy's first
     later = plan.runs[plan.runs.index(run) + 1 :]
     config = json.loads(json.dumps(asdict(command)))  # tuples as lists, as they are read back
     config["stage"] = run.stage

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from fourstage.data.datamodule import (
     reward_data,
     sft_data,
 )
-from fourstage.job import StageJob, read_jsonl, write_atomic, write_record
+from fourstage.job import StageJob, read_jsonl, write_jsonl, write_record
 from fourstage.model import ScalarModel, Transformer
 from fourstage.rl.rewards import true_score
 from fourstage.rl.rollout import fitted_prompt
@@ -230,11 +229,6 @@ PREPARE: dict[str, Callable[[StageJob], Prepared]] = {
     "ppo": prepare_ppo,
     "grpo": prepare_grpo,
 }
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line, atomically."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def has_true_score(config: data.DataConfig) -> bool:

@@ -6,12 +6,9 @@ Text in the blocks is plain text: both writers escape it. The same blocks give t
 from __future__ import annotations
 
 import html
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -31,9 +28,25 @@ class Bullets:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """A table cell of (text, tone) parts; tone: "", "small", "better", "worse" or "unclear".
+
+    The tone is only a colour: what it means must stand in the text too.
+    """
+
+    parts: Sequence[tuple[str, str]]
+
+    @property
+    def text(self) -> str:
+        """All parts on one line."""
+        parts = (text if tone == "small" else f"; {text}" for text, tone in self.parts)
+        return " ".join(parts).replace(" ; ", "; ").removeprefix("; ")
+
+
+@dataclass(frozen=True)
 class Table:
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str | Cell]]
 
 
 @dataclass(frozen=True)
@@ -45,13 +58,23 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Charts:
-    """Line charts over training steps: (title, unit, series). Only the HTML page draws them."""
+class Figure:
+    """A drawing: a whole inline <svg>, and one line that says how to read it."""
 
-    charts: Sequence[tuple[str, str, dict[str, Points]]]
+    title: str
+    svg: str
+    caption: str = ""
 
 
-Block = Heading | Paragraph | Bullets | Table | Answers | Charts
+@dataclass(frozen=True)
+class Figures:
+    """Drawings side by side, which only the HTML page shows; `kind` is a class of its style."""
+
+    figures: Sequence[Figure]
+    kind: str = "charts"
+
+
+Block = Heading | Paragraph | Bullets | Table | Answers | Figures
 
 
 # --- Markdown
@@ -71,13 +94,9 @@ def _markdown_block(block: Block) -> str:
         case Bullets(items):
             return "\n".join(f"- {_line(item)}" for item in items)
         case Table(header, rows):
-            lines = [header, ["---"] * len(header), *rows]
-            return "\n".join(
-                "| "
-                + " | ".join(cell if line is lines[1] else _inline(cell) for cell in line)
-                + " |"
-                for line in lines
-            )
+            lines = [[*map(_inline, header)], ["---"] * len(header)]
+            lines += [[_inline(_plain(cell)) for cell in row] for row in rows]
+            return "\n".join(f"| {' | '.join(line)} |" for line in lines)
         case Answers(prompt, by_stage):
             parts = [f"### {_inline(prompt)}"]
             for stage, answer, remark in by_stage:
@@ -85,8 +104,13 @@ def _markdown_block(block: Block) -> str:
                 if answer is not None:
                     parts.append(_fenced(answer))
             return "\n\n".join(parts)
-        case Charts():
-            return "The curves are drawn in report.html."
+        case Figures(figures):
+            titles = dict.fromkeys(figure.title for figure in figures)
+            return f"Drawn in the HTML page: {_inline('; '.join(titles))}."
+
+
+def _plain(cell: str | Cell) -> str:
+    return cell.text if isinstance(cell, Cell) else cell
 
 
 def _line(text: str) -> str:
@@ -116,16 +140,27 @@ def _visible(text: str) -> str:
 # --- HTML
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #8886; --soft: #8881; --link: #2a6fb8; }
+:root { color-scheme: light dark; --line: #8886; --soft: #8881; --better: #0b6b39;
+  --worse: #a8201a; --quiet: #5c5c5c; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --better: #63d297; --worse: #ff9a8f; --quiet: #a9a9a9; }
+}
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 80rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
-h3 { font-size: 1rem; margin-bottom: .4rem; overflow-wrap: anywhere; }
+h3 { font-size: 1rem; margin-bottom: .4rem; }
+p, li, h1, h2, h3 { overflow-wrap: anywhere; } p, li { max-width: 60rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .7rem; text-align: left;
   vertical-align: top; }
-th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; }
+td { font-size: .92rem; } td span { display: block; white-space: nowrap; }
+th { font-size: .85rem; vertical-align: bottom; }
+th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; min-width: 6.5rem;
+  max-width: 11rem; font-weight: 600; }
+.small, .unclear { font-size: .8rem; color: var(--quiet); }
+.better, .worse { font-size: .8rem; font-weight: 600; }
+.better { color: var(--better); } .worse { color: var(--worse); }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(11.5rem, 100%), 1fr));
   gap: .6rem; }
 .answers > div { background: var(--soft); border: 1px solid var(--line); border-radius: .4rem;
@@ -133,13 +168,28 @@ th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; 
 .answers small { opacity: .75; }
 pre { margin: .3rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere;
   font: .85rem/1.4 ui-monospace, monospace; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
-  gap: 1rem; }
-figure { margin: 0; } figcaption { font-weight: 600; font-size: .9rem; }
-svg { width: 100%; height: auto; } svg * { stroke-linejoin: round; stroke-linecap: butt; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr));
+  gap: 1.2rem 1rem; margin-bottom: 1.2rem; }
+.large { max-width: 38rem; }
+.ladder figure:last-child { max-width: 24rem; margin: 0 auto; }
+nav { font-size: .9rem; }
+nav a { color: inherit; display: inline-block; padding: .2rem .8rem .2rem 0; }
+figure { margin: 0; } figcaption { font-size: .85rem; } figcaption strong { font-size: .95rem; }
+svg { display: block; width: 100%; height: auto; fill: currentColor; }
+svg * { stroke-linejoin: round; stroke-linecap: butt; }
+@media (min-width: 48rem) { .ladder figure:last-child { display: none; } }
+@media (max-width: 47.99rem) { .ladder figure:first-child { display: none; } }
+@page { size: A4; margin: 12mm; }
 @media print {
-  body { font-size: 10pt; max-width: none; padding: 0; }
-  .wide { overflow: visible; } th, td { padding: .2rem .4rem; }
+  :root { color-scheme: light; }
+  body { font-size: 9pt; max-width: none; padding: 0; }
+  nav { display: none; }
+  .ladder figure:first-child { display: block; } .ladder figure:last-child { display: none; }
+  .wide { overflow: visible; } table { width: 100%; }
+  th, td { padding: .15rem .3rem; font-size: 7.5pt; }
+  th:first-child, td:first-child { position: static; min-width: 0; }
+  .small, .unclear, .better, .worse { font-size: 6.5pt; }
+  .charts { grid-template-columns: 1fr 1fr; }
   figure, tr, .answers > div { break-inside: avoid; } h2, h3 { break-after: avoid; }
 }
 """
@@ -147,7 +197,15 @@ svg { width: 100%; height: auto; } svg * { stroke-linejoin: round; stroke-lineca
 
 def page(title: str, blocks: Sequence[Block]) -> str:
     """The blocks as one HTML page: no script, nothing loaded, light and dark, phone and print."""
-    body = "\n".join(_html_block(block, n) for n, block in enumerate(blocks))
+    parts = [_html_block(block, n) for n, block in enumerate(blocks)]
+    links = [
+        f'<a href="#s{n}">{_text(block.text)}</a>'
+        for n, block in enumerate(blocks)
+        if isinstance(block, Heading) and block.level == 2
+    ]
+    if links:
+        parts.insert(1, "<nav>\n" + "\n".join(links) + "\n</nav>")
+    body = "\n".join(parts)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -163,7 +221,7 @@ def _text(text: str) -> str:
 def _html_block(block: Block, number: int) -> str:
     match block:
         case Heading(text, level):
-            return f"<h{level}>{_text(text)}</h{level}>"
+            return f'<h{level} id="s{number}">{_text(text)}</h{level}>'
         case Paragraph(text):
             return f"<p>{_text(text)}</p>"
         case Bullets(items):
@@ -172,25 +230,25 @@ def _html_block(block: Block, number: int) -> str:
             head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
             lines = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
             return (
-                f'<div class="wide">\n<table>\n<thead><tr>{head}</tr></thead>\n'
+                f'<div class="wide" tabindex="0">\n<table>\n<thead><tr>{head}</tr></thead>\n'
                 f"<tbody>\n{lines}\n</tbody>\n</table>\n</div>"
             )
         case Answers(prompt, by_stage):
             cells = "\n".join(_answer(*item) for item in by_stage)
             return f'<h3>{_text(prompt)}</h3>\n<div class="answers">\n{cells}\n</div>'
-        case Charts(charts):
-            figures = "\n".join(
-                f"<figure>\n<figcaption>{_text(title)}</figcaption>\n"
-                f"{line_chart(title, unit, series, f'c{number}-{n}-')}\n</figure>"
-                for n, (title, unit, series) in enumerate(charts)
-            )
-            return f'<div class="charts">\n{figures}\n</div>'
+        case Figures(figures, kind):
+            drawn = "\n".join(_figure(f, f"c{number}-{n}-") for n, f in enumerate(figures))
+            return f'<div class="{kind}">\n{drawn}\n</div>'
 
 
-def _cell(text: str) -> str:
-    """A cell that breaks before an interval and not within it."""
-    text = re.sub(r"\[[^\]]*\]| %|n \d+", lambda m: m.group().replace(" ", "\xa0"), text)
-    return f"<td>{_text(text)}</td>"
+def _cell(cell: str | Cell) -> str:
+    if isinstance(cell, Cell):
+        parts = (
+            f'<span class="{tone}">{_text(text)}</span>' if tone else f"<span>{_text(text)}</span>"
+            for text, tone in cell.parts
+        )
+        return f"<td>{''.join(parts)}</td>"
+    return f"<td>{_text(cell)}</td>"
 
 
 def _answer(stage: str, answer: str | None, remark: str) -> str:
@@ -200,42 +258,11 @@ def _answer(stage: str, answer: str | None, remark: str) -> str:
     return f"<div><strong>{_text(stage)}</strong>{small}{body}</div>"
 
 
-_INK = "#010203"  # stands for the page's own text colour until the SVG is text
-_COLOURS = ("#3a85d0", "#e0762f", "#2e9e6b", "#b05cc8", "#c8434f", "#8a7a2e")
-
-
-def line_chart(title: str, unit: str, series: dict[str, Points], prefix: str) -> str:
-    """An inline SVG of the series against training steps; `prefix` keeps its ids apart.
-
-    Text and axes take the page's colour, so that the chart is readable in light and dark.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's own style would change the bytes
-        matplotlib.rcParams.update(
-            {"svg.hashsalt": prefix, "svg.fonttype": "none", "font.size": 9}
-            | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), _INK)
-            | dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), _INK)
-        )
-        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
-        axes = figure.add_subplot()
-        for (name, points), colour in zip(series.items(), _COLOURS * len(series), strict=False):
-            marker = "." if len(points) < 20 else None
-            axes.plot(*zip(*points, strict=True), label=name, color=colour, lw=1.4, marker=marker)
-        axes.set_xlabel("step")
-        axes.set_ylabel(unit)
-        axes.grid(alpha=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.S)
-    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}", svg)
-    label = html.escape(_visible(title), quote=True)
+def _figure(figure: Figure, prefix: str) -> str:
+    """The drawing with its ids kept apart from those of the others on the page."""
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", figure.svg)
+    label = html.escape(_visible(figure.title), quote=True)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-    return re.sub(r"\s*\n\s*", "\n", svg).strip().replace(_INK, "currentColor")
+    caption = f" {_text(figure.caption)}" if figure.caption else ""
+    title = f"<strong>{_text(figure.title)}</strong>"
+    return f"<figure>\n<figcaption>{title}{caption}</figcaption>\n{svg}\n</figure>"

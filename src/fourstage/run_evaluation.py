@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,18 @@ import torch
 from torch import nn
 
 from fourstage import data, evaluation
+from fourstage.batch import PairBatch
 from fourstage.checkpoint import load_policy, load_scalar
 from fourstage.data.datamodule import reward_data
 from fourstage.errors import UserError
-from fourstage.job import LoggerConfig, StageJob, TrainerConfig, read_record, write_atomic
+from fourstage.evaluation import BY_REWARD, BY_SFT
+from fourstage.job import LoggerConfig, StageJob, TrainerConfig, read_record
+from fourstage.judges import BATCH, NO_SFT, Judges
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.prepare import has_true_score, stored_pairs
 from fourstage.settings import build
 from fourstage.stages import SETTINGS
+from fourstage.suite import Item
 from fourstage.tokenizer import Tokenizer, TokenizerConfig
 
 
@@ -27,7 +31,7 @@ def heldout_sets(config: data.DataConfig) -> evaluation.HeldOut:
 
     def side(load: Callable[[data.DataConfig], Any]) -> Any:
         try:
-            return load(config).heldout
+            return load(config).heldout or "nothing is held out"
         except UserError as error:
             return str(error)
 
@@ -36,6 +40,7 @@ def heldout_sets(config: data.DataConfig) -> evaluation.HeldOut:
         chats=side(chat_prompts),
         problems=side(data.load_reasoning),
         has_true_score=has_true_score(config),
+        references=references(config),
     )
 
 
@@ -47,41 +52,96 @@ def chat_prompts(config: data.DataConfig) -> data.Chats:
         return data.load_prompts(config)
 
 
+def references(config: data.DataConfig) -> dict[str, list[str]]:
+    """All held-out answers to each of these prompts, by the prompt's id; of pairs the chosen."""
+    try:
+        said = [(c.id, c.answer) for c in data.load_chat(config).heldout if c.kind == "chat"]
+    except UserError:
+        try:
+            pairs = data.load_preference(config)
+        except UserError:
+            return {}
+        said = [(pair.id, pair.chosen) for pair in pairs.heldout] if pairs else []
+    found: dict[str, list[str]] = {}
+    for prompt, answer in said:
+        found.setdefault(prompt, []).append(answer)
+    return found
+
+
+def random_weights(job: StageJob, tokenizer: Tokenizer) -> Transformer:
+    """The weights that the ladder's pre-training starts from, again from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.seed)
+        return Transformer(job.model, tokenizer.vocab_size)
+
+
+def device_of(job: StageJob) -> torch.device:
+    """The kind of device that the run trains on, where it is here; on another one the last digits
+    of an evaluation may differ."""
+    kind = "cuda" if job.trainer.accelerator == "gpu" else job.trainer.accelerator
+    return torch.device(kind if torch.get_device_module(kind).is_available() else "cpu")
+
+
 def evaluate_random(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> None:
     """The row of random weights, measured before the first step of pre-training."""
     print("  random weights: evaluating")
-    metrics, items = evaluation.evaluate_policy(
+    policy.to(device_of(job))
+    table, items = evaluation.evaluate_policy(
         policy, tokenizer, heldout_sets(job.data), job.evaluation
     )
-    evaluation.write_evaluation(job.folder, metrics, items, job.evaluation.seed, "_random")
+    policy.cpu()  # where training takes it from
+    evaluation.write_evaluation(job.folder, table, items, job.evaluation.seed, "_random")
 
 
 def evaluate_run(job: StageJob, result: nn.Module, tokenizer: Tokenizer) -> None:
     """eval.json and eval_items.jsonl of the run, from it and its ancestors only; and, where the
-    run makes earlier rows measurable, ladder_eval.json."""
+    run makes earlier rows measurable, ladder_eval.json and ladder_eval_items.jsonl."""
     if isinstance(result, ScalarModel):
-        pairs = data.load_preference(job.data) or stored_pairs(job.folder)
-        batches = reward_data(
-            pairs.heldout[: job.evaluation.max_pairs],
-            pairs.heldout[: job.evaluation.max_pairs],
-            tokenizer,
-            max_tokens=job.settings.max_tokens,
-            batch_size=evaluation.BATCH,
-            n_batches=1,
-            seed=0,
-        ).val
-        metrics, items = evaluation.evaluate_reward_model(result, list(batches), job.evaluation)
+        judges = Judges(reward=result, sft_chats=sft_chats(job))
+        table, items = evaluation.evaluate_reward_model(
+            result, heldout_pairs(job, tokenizer), job.evaluation
+        )
     else:
         assert isinstance(result, Transformer)
-        metrics, items = evaluation.evaluate_policy(
-            result, tokenizer, heldout_sets(job.data), job.evaluation, **known_models(job, result)
+        judges = known_judges(job, result)
+        table, items = evaluation.evaluate_policy(
+            result,
+            tokenizer,
+            heldout_sets(job.data),
+            job.evaluation,
+            judges,
+            parent_policy(job, tokenizer, next(result.parameters()).device),
         )
-    evaluation.write_evaluation(job.folder, metrics, items, job.evaluation.seed)
-    if job.stage in ("sft", "reward"):
-        earlier = earlier_rows(job)
-        judge = {"reference" if job.stage == "sft" else "reward": result}
-        found = evaluation.evaluate_ancestors(earlier, tokenizer, job.evaluation.seed, **judge)
-        write_atomic(job.folder / "ladder_eval.json", json.dumps(found, indent=1) + "\n")
+    evaluation.write_evaluation(job.folder, table, items, job.evaluation.seed)
+    if job.stage == "sft":
+        judge_earlier_rows(job, tokenizer, replace(judges, sft_chats=sft_chats(job)), BY_SFT)
+    elif job.stage == "reward":
+        judge_earlier_rows(job, tokenizer, judges, BY_REWARD)
+
+
+def judge_earlier_rows(
+    job: StageJob, tokenizer: Tokenizer, judges: Judges, names: Sequence[str]
+) -> None:
+    """What this run makes measurable in the rows below it."""
+    seed = job.evaluation.seed
+    found, late = evaluation.evaluate_ancestors(earlier_rows(job), tokenizer, seed, judges, names)
+    evaluation.write_ladder_evaluation(job.folder, found, late)
+
+
+def heldout_pairs(job: StageJob, tokenizer: Tokenizer) -> list[PairBatch]:
+    """The held-out pairs of a reward run, max_pairs at most."""
+    pairs = (data.load_preference(job.data) or stored_pairs(job.folder)).heldout
+    some = pairs[: job.evaluation.max_pairs]
+    loaders = reward_data(
+        some,
+        some,
+        tokenizer,
+        max_tokens=job.settings.max_tokens,
+        batch_size=BATCH,
+        n_batches=1,
+        seed=0,
+    )
+    return list(loaders.val)
 
 
 def evaluate_again(folder: Path, ancestors: dict[str, Path], outputs: Path) -> None:
@@ -97,32 +157,51 @@ def evaluate_again(folder: Path, ancestors: dict[str, Path], outputs: Path) -> N
         model=build(ModelConfig, config["model"], "model"),
         tokenizer=build(TokenizerConfig, config["tokenizer"], "tokenizer"),
         data=build(data.DataConfig, config["data"], "data"),
-        trainer=build(TrainerConfig, config["trainer"], "trainer").resolved(),
+        trainer=build(TrainerConfig, config["trainer"], "trainer"),
         logger=LoggerConfig(name="none"),
         evaluation=build(evaluation.EvaluationConfig, config["evaluation"], "evaluation"),
         seed=record["config"]["seed"],
+        parents={
+            role: path
+            for role, parent in record["parents"].items()
+            for path in folder.parent.glob(f"*-{parent}")
+        },
         ancestors=ancestors,
         group=record["group"],
     )
     if stage == "pretrain":
-        torch.manual_seed(job.seed)
         tokenizer = Tokenizer.from_config(job.tokenizer)
-        evaluate_random(job, Transformer(job.model, tokenizer.vocab_size), tokenizer)
+        evaluate_random(job, random_weights(job, tokenizer), tokenizer)
     network, tokenizer = (load_scalar if stage == "reward" else load_policy)(folder)
-    evaluate_run(job, network, tokenizer)
+    evaluate_run(job, network.to(device_of(job)), tokenizer)
 
 
-def known_models(job: StageJob, policy: Transformer) -> dict[str, Any]:
-    """The reward model and the sft policy of this ladder, as far as it has come."""
+def known_judges(job: StageJob, policy: Transformer) -> Judges:
+    """The reward model, the sft policy and its answers, as far as this ladder has come."""
     device = next(policy.parameters()).device
-    known: dict[str, Any] = {}
+    reward = reference = None
     if "reward" in job.ancestors:
-        known["reward"] = load_scalar(job.ancestors["reward"])[0].to(device)
+        reward = load_scalar(job.ancestors["reward"])[0].to(device)
     if job.stage == "sft":
-        known["reference"] = policy
-    elif "sft" in job.ancestors:
-        known["reference"] = load_policy(job.ancestors["sft"])[0].to(device)
-    return known
+        return Judges(reward, reference=policy)
+    if "sft" in job.ancestors:
+        reference = load_policy(job.ancestors["sft"])[0].to(device)
+    return Judges(reward, reference, sft_chats(job))
+
+
+def sft_chats(job: StageJob) -> list[Item] | str:
+    """What the ladder's sft policy answered, or why that is not known."""
+    folder = job.folder if job.stage == "sft" else job.ancestors.get("sft")
+    return NO_SFT if folder is None else evaluation.stored_chats(folder)
+
+
+def parent_policy(job: StageJob, tokenizer: Tokenizer, device: torch.device) -> Transformer | str:
+    """The policy that the run started from, or why there is none."""
+    if job.stage == "pretrain":
+        return random_weights(job, tokenizer).to(device)
+    if "policy" not in job.parents:
+        return "the parent run is not there any more"
+    return load_policy(job.parents["policy"])[0].to(device)
 
 
 def earlier_rows(job: StageJob) -> dict[str, tuple[Path, str]]:

@@ -1,0 +1,133 @@
+"""What a ladder's other models say of stored answers: the reward model, the sft policy and what the
+sft policy itself answered. Reward models are judged by held-out pairs.
+
+A row of the table can be older than its judges, so they read the answers from the items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourstage.batch import PairBatch, Rollout
+from fourstage.model import ScalarModel, Transformer
+from fourstage.rl.rollout import final_scores, pack, score_tokens
+from fourstage.suite import Item
+from fourstage.tokenizer import Tokenizer
+
+BATCH = 128  # rows of a forward
+NO_REWARD = "no reward model on this ladder yet"
+NO_SFT = "no sft policy on this ladder yet"
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What a ladder has come to; sft_chats are the chat items of its sft policy, or why not."""
+
+    reward: ScalarModel | None = None
+    reference: Transformer | None = None  # the sft policy
+    sft_chats: list[Item] | str = NO_SFT
+
+
+def judged(chats: list[Item], tokenizer: Tokenizer, judges: Judges) -> list[Item]:
+    """{"set", "id"} of each chat item, and of these what the judges can say:
+
+    kl_to_sft            log p(answer) - log p_sft(answer), nats
+    reward_model_score   of the reward model
+    win, win_learned     1, 0.5 (a tie) or 0 against the sft answer to the same prompt, by the true
+                         hidden rule and by the reward model; the sft answers tie with themselves
+    """
+    said: list[Item] = [{"set": "chat", "id": item["id"]} for item in chats]
+
+    def note(name: str, values: Sequence[float | None]) -> None:
+        for item, value in zip(said, values, strict=True):
+            item[name] = value
+
+    if judges.reference is not None:
+        note("kl_to_sft", kl_estimates(judges.reference, chats, tokenizer))
+    scores = None
+    if judges.reward is not None:
+        scores = reward_scores(judges.reward, chats, tokenizer)
+        note("reward_model_score", scores)
+    if isinstance(judges.sft_chats, str):
+        return said
+    rival = {item["id"]: item for item in judges.sft_chats}
+    note("win", [win(item, rival.get(item["id"]), "preference_score") for item in chats])
+    if judges.reward is not None and scores is not None:
+        rival_scores = reward_scores(judges.reward, judges.sft_chats, tokenizer)
+        rival = {
+            item["id"]: {**item, "score": score}
+            for item, score in zip(judges.sft_chats, rival_scores, strict=True)
+        }
+        own = [{**item, "score": score} for item, score in zip(chats, scores, strict=True)]
+        note("win_learned", [win(item, rival.get(item["id"]), "score") for item in own])
+    return said
+
+
+def win(own: Item, other: Item | None, score: str) -> float | None:
+    """1 where the own answer scores higher, 0.5 for equal scores or the same answer, else 0; None
+    where there is nothing to compare."""
+    if other is None or own[score] is None or other[score] is None:
+        return None
+    if own["ids"] == other["ids"] or own[score] == other[score]:
+        return 0.5  # in another batch the same answer's score may differ in its last digit
+    return float(own[score] > other[score])
+
+
+def reward_scores(reward: ScalarModel, chats: list[Item], tokenizer: Tokenizer) -> list[float]:
+    """The reward model's score of each stored answer."""
+    parts = (_no_grad(final_scores, reward, part) for part in rollouts(chats, tokenizer))
+    return [round(score, 4) for part in parts for score in part.tolist()]
+
+
+def kl_estimates(reference: Transformer, chats: list[Item], tokenizer: Tokenizer) -> list[float]:
+    """log p(answer) - log p_reference(answer) of each stored answer, in nats; its mean over the
+    policy's own answers is KL(policy || reference)."""
+    kls = []
+    for part in rollouts(chats, tokenizer):
+        logp_BA = _no_grad(score_tokens, reference, part).logprobs
+        kls += (part.logprobs.sum(1) - (logp_BA * part.mask).sum(1).cpu()).tolist()
+    return [round(kl, 4) for kl in kls]
+
+
+@torch.no_grad()
+def _no_grad(function: Any, network: Any, rollout: Rollout) -> Any:
+    network.eval()
+    return function(network, rollout.to(next(network.parameters()).device))
+
+
+def rollouts(chats: list[Item], tokenizer: Tokenizer) -> list[Rollout]:
+    """The stored answers as rollouts; the stored sum of log-probabilities is put on one token."""
+    parts = []
+    for at in range(0, len(chats), BATCH):
+        rows = chats[at : at + BATCH]
+        logprobs = [[row["logprob"]] + [0.0] * (len(row["ids"]) - 1) for row in rows]
+        prompts, ids = [r["prompt_ids"] for r in rows], [r["ids"] for r in rows]
+        stopped = [r["stopped"] for r in rows]
+        parts.append(pack(prompts, ids, logprobs, stopped, tokenizer.pad_id))
+    return parts
+
+
+@torch.no_grad()
+def pair_items(reward: ScalarModel, pairs: Sequence[PairBatch]) -> list[Item]:
+    """A reward model's scores of the two answers of each held-out pair."""
+    reward.eval()
+    items: list[Item] = []
+    for batch in pairs:
+        chosen = _score_rows(reward, batch.chosen_ids, batch.chosen_len)
+        rejected = _score_rows(reward, batch.rejected_ids, batch.rejected_len)
+        for c, r in zip(chosen, rejected, strict=True):
+            items.append({"set": "pairs", "id": len(items), "chosen": c, "rejected": r})
+    return items
+
+
+def _score_rows(reward: ScalarModel, ids_BT: Tensor, length_B: Tensor) -> list[float]:
+    device = next(reward.parameters()).device
+    ids_BT, length_B = ids_BT.to(device), length_B.to(device)
+    valid_BT = torch.arange(ids_BT.shape[1], device=device) < length_B[:, None]
+    scores_BT = reward(ids_BT, valid_BT=valid_BT).float()
+    return scores_BT.gather(1, length_B[:, None] - 1).squeeze(1).tolist()

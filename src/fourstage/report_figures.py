@@ -1,0 +1,201 @@
+"""Which drawings the report shows, and what they are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from fourstage import suite
+from fourstage.report_charts import intervals, lines, neighbours, over_optimisation
+from fourstage.report_drawings import Node, heat_map, lineage
+from fourstage.report_files import Item, Points
+from fourstage.report_html import Block, Cell, Figure, Figures, Heading, Paragraph, Table
+from fourstage.report_ladder import Row
+from fourstage.report_tables import GOALS, NONE, change, duration, measured, measured_cell
+
+Curves = dict[str, dict[str, Points]]  # stage -> column of metrics.csv -> points
+
+# the learning curves: title, unit, and how the names of their metrics.csv columns end
+PANELS = (
+    ("loss", "nats", ("loss", "pair_nll")),
+    ("accuracy", "share", ("accuracy", "pass_at_1")),
+    ("reward", "reward", ("score", "gold_score", "reward")),
+    ("KL to the reference", "nats an answer", ("kl",)),
+    ("answer length", "tokens", ("answer_length",)),
+    ("router balance", "share", ("load_entropy", "drift")),
+    ("busiest expert", "times the mean", ("max_over_mean",)),
+)
+MOST_POINTS = 300  # a longer curve is drawn as means of neighbouring points
+BINS = 24  # of KL, where the scores of PPO's rollouts are averaged
+SHORT = {  # of the stages' own goals
+    "bits_per_char": "bits a character",
+    "well_formed": "well-formed",
+    "pair_accuracy": "pairs right",
+    "preference_score": "true score",
+    "reasoning_accuracy": "problems right",
+}
+SCORES = {"train/score": "learned reward", "train/gold_score": "true score"}
+
+
+def lineage_figures(rows: list[Row]) -> list[Block]:
+    """The ladder as a picture: from left to right, and downwards for a narrow screen."""
+    stage_of = {row.id: row.stage for row in rows}
+    nodes = []
+    for row in rows:
+        if row.run is None:
+            nodes.append(Node("random", ["weights", "before training"], []))
+            continue
+        parents = ["random"] if row.stage == "pretrain" else []
+        parents += [stage_of[parent] for parent in row.parents if parent in stage_of]
+        name = GOALS[row.stage]
+        value = measured(name, row.metrics[name]).split(" [")[0]
+        seconds = row.run.costs().get("seconds", math.nan)
+        time = NONE if math.isnan(seconds) else duration(seconds)
+        nodes.append(Node(row.stage, [row.run.id, f"{value} {SHORT[name]}", time], parents))
+    text = "Each stage with its run, its own goal's value on held-out data, and its time."
+    drawn = [Figure("The ladder", lineage(nodes, across), text) for across in (True, False)]
+    return [Figures(drawn, "ladder")]
+
+
+# --- while training
+
+
+def learning_curves(curves: Curves) -> list[Block]:
+    """The curves of every stage, each stage on a line of its own."""
+    blocks: list[Block] = []
+    for stage, columns in curves.items():
+        figures = [
+            Figure(name, lines("step", unit, series))
+            for name, unit, series in panels(stage, columns)
+        ]
+        if figures:
+            blocks.append(Figures(figures))
+    return [Heading("While training"), *blocks] if blocks else []
+
+
+def panels(stage: str, columns: dict[str, Points]) -> list[tuple[str, str, dict[str, Points]]]:
+    """The charts of one stage: (title, unit, series), for the panels that it has columns for."""
+    found = []
+    for name, unit, endings in PANELS:
+        series = {
+            column: thinned(points)
+            for column, points in columns.items()
+            if column.rsplit("/", 1)[-1] in endings
+        }
+        if series:
+            found.append((f"{stage}: {name}", unit, series))
+    return found
+
+
+def thinned(points: Points, most: int = MOST_POINTS) -> Points:
+    """At most `most` points: means over runs of neighbours, in the order given."""
+    return neighbours(points, max(1, math.ceil(len(points) / most)))
+
+
+def over_optimisation_blocks(columns: dict[str, Points] | None) -> list[Block]:
+    """PPO's learned reward and true score against the KL from its reference (Gao et al. 2022)."""
+    if columns is None:
+        return []
+    heading = Heading("Reward against true score over PPO")
+    kl = dict(columns.get("train/kl", ()))
+    series = {
+        name: [(kl[step], score) for step, score in columns.get(column, ()) if step in kl]
+        for column, name in SCORES.items()
+    }
+    series = {name: points for name, points in series.items() if points}
+    if not series:
+        return [heading, Paragraph("Not drawn: metrics.csv has no KL with scores beside it.")]
+    text = (
+        "Dots are PPO's rollouts, lines their means over neighbours in KL; x is on a square-root "
+        "axis, as in Gao et al. 2022 (arXiv 2210.10760). Over-optimisation is where the learned "
+        "reward still rises and the true score falls."
+    )
+    blocks: list[Block] = [heading]
+    if "true score" not in series:
+        blocks.append(
+            Paragraph(
+                "The true score is not known for this data: only data=embedded "
+                "has the hidden rule that labels its pairs."
+            )
+        )
+    svg = over_optimisation("KL from the sft policy, nats an answer", "score", series)
+    blocks.append(Figures([Figure("Learned reward and true score", svg, text)], "large"))
+    return [*blocks, _score_table(series)]
+
+
+def _score_table(series: dict[str, Points]) -> Table:
+    """The same in figures: quarters of the rollouts, in order of their KL."""
+    some = {name: sorted(points) for name, points in series.items()}
+    count = max(len(points) for points in some.values())
+    means = {name: neighbours(p, math.ceil(count / 4)) for name, p in some.items()}
+    first = next(iter(means.values()))
+    rows = [
+        [f"{x:.2f}", *(f"{m[at][1]:.3f}" if at < len(m) else NONE for m in means.values())]
+        for at, (x, _) in enumerate(first)
+    ]
+    return Table(["mean KL, nats", *means], rows)
+
+
+# --- of the evaluations
+
+
+def difficulty_blocks(rows: list[Row]) -> list[Block]:
+    """Accuracy on easy, medium and hard problems, of every stage; and what grpo changed."""
+    names = [f"reasoning_accuracy/difficulty_{level}" for level in suite.DIFFICULTIES]
+    series = {
+        row.stage: cells for row in rows if any(cells := [_known(row, name) for name in names])
+    }
+    if not series:
+        return []
+    svg = intervals(suite.DIFFICULTIES, "share of problems right", series)
+    text = "Greedy answers to held-out problems, with 95 % intervals."
+    figure = Figures([Figure("Reasoning accuracy by difficulty", svg, text)], "large")
+    grpo = next((row for row in rows if row.stage == "grpo"), None)
+    head = ["problems", *series]
+    lines_: list[list[str | Cell]] = [
+        [level, *(measured_cell(names[0], cells[at]) for cells in series.values())]
+        for at, level in enumerate(suite.DIFFICULTIES)
+    ]
+    if grpo is not None and grpo.parent is not None:
+        head.append(f"grpo − {grpo.parent.stage}")
+        for line, name in zip(lines_, names, strict=True):
+            parts = change(name, grpo.differences.get(name))
+            line.append(Cell(parts) if parts else NONE)
+    heading = "Accuracy by difficulty" if grpo is None else "GRPO accuracy by difficulty"
+    return [Heading(heading), figure, Table(head, lines_)]
+
+
+def _known(row: Row, name: str) -> dict | None:
+    cell = row.metrics.get(name)
+    return None if cell is None or cell["value"] is None else cell
+
+
+def heat_map_blocks(rows: list[Row]) -> list[Block]:
+    """The experts' shares of load, layer by expert, one drawing a stage and one scale for all."""
+    heading = Heading("What the routers do")
+    shares = {row.stage: loads(row.items) for row in rows}
+    known = {stage: share for stage, share in shares.items() if share is not None}
+    if not known:
+        whys = [row.metrics.get("router_entropy", {}).get("why") for row in rows]
+        why = next((why for why in whys if why), "the evaluations hold no router items")
+        return [heading, Paragraph(f"No heat maps: {why}.")]
+    top = max(float(share.max()) for share in known.values())
+    experts = next(iter(known.values())).shape[1]
+    text = (
+        f"Share of the held-out text's tokens that each expert of each layer gets. An even share "
+        f"is {100 / experts:.1f} %; the deepest colour is {100 * top:.1f} % in all drawings."
+    )
+    figures = [Figure(stage, heat_map(share.tolist(), top)) for stage, share in known.items()]
+    return [heading, Paragraph(text), Figures(figures)]
+
+
+def loads(items: Sequence[Item]) -> np.ndarray | None:
+    """Each layer's shares of load [L, E], over the router items; None without any load."""
+    found = [np.asarray(item["load"], dtype=float) for item in items if item["set"] == "router"]
+    if not found or found[0].ndim != 2:
+        return None
+    total = np.sum(found, 0)
+    each = total.sum(1, keepdims=True)
+    return total / each if (each > 0).all() and (total >= 0).all() else None

@@ -1,0 +1,367 @@
+"""The frozen evaluation suite: what every key means, computed from stored items and nothing else.
+
+An item is what one model did with one held-out thing: {"set": WHICH, "id": ..., ...}. A key is a
+`Definition`: it reads an array off each item (or None where the item does not count) and takes a
+statistic of the arrays' sum. A ratio reads (numerator, denominator), a mean (value, 1), the
+routers' health the loads [layers, experts]. So one resampling of the items serves every key:
+
+- 95 % interval: Wilson (1927) where an item is one yes or no, else the seeded percentile bootstrap
+  over items (Efron 1979), stretched to the value where the statistic is biased (router health),
+  and Wilson's again where a share's items are all 0 or all 1, which no resampling can vary.
+- paired difference of two stages: the bootstrap over the items that both of them answered, with
+  the same resampled rows on both sides.
+
+A change of the sets, the prompts or a definition is a new SUITE, and tables say which they used.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+SUITE = "2"
+BOOTSTRAPS = 2000
+PASS_K = (1, 2, 4, 8)
+DIFFICULTIES = ("easy", "medium", "hard")
+
+Metric = dict[str, Any]  # {"value", "n", "low", "high"}, or {"value": None, "why"}
+Item = dict[str, Any]
+Array = np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Definition:
+    """One key of the suite. The array shape [...] is the same for all items of a table row."""
+
+    title: str
+    sets: tuple[str, ...]  # the items it is made of
+    read: Callable[[Item], Any]  # an item's array [...], None where the item does not count
+    statistic: Callable[[Array], Array]  # of sums [N, ...] over items -> [N]
+    unit: str = ""
+    better: Literal["higher", "lower"] | None = None
+    is_share: bool = False  # of [0, 1]: shown in percent
+    yes_no: bool = False  # an item is one yes or no
+    by_problem: bool = False  # also for each task and each difficulty
+
+
+def ratio(sums: Array) -> Array:
+    """[N, 2] -> numerator / denominator [N]."""
+    return sums[:, 0] / sums[:, 1]
+
+
+def load_entropy(sums: Array) -> Array:
+    """[N, L, E] -> mean over layers of the load's entropy, over log E: 1 is perfect balance."""
+    share = sums / sums.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(share > 0, -share * np.log(share), 0.0)
+    return terms.sum(-1).mean(-1) / math.log(sums.shape[-1])
+
+
+def load_max_over_mean(sums: Array) -> Array:
+    """[N, L, E] -> mean over layers of the busiest expert's load over the mean load."""
+    return (sums.max(-1) / sums.mean(-1)).mean(-1)
+
+
+def dead_experts(sums: Array) -> Array:
+    """[N, L, E] -> experts of all layers that no token chose."""
+    return (sums == 0).sum((-2, -1)).astype(float)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that of k answers drawn from n, c of them right, at least one is right.
+
+    1 - C(n - c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv 2107.03374, eq. 1); k <= n.
+    """
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def _mean(field: str, item: Item) -> Any:
+    value = item.get(field)
+    return None if value is None else (float(value), 1.0)
+
+
+def _tie(item: Item) -> Any:
+    win = item.get("win")
+    return None if win is None else (float(win == 0.5), 1.0)
+
+
+def _bits(item: Item) -> Any:
+    return (item["bits"], item["chars"]) if item["chars"] else None
+
+
+def _pass(k: int, item: Item) -> Any:
+    if item["samples"] < k:
+        return None
+    return pass_at_k(item["samples"], item["correct"], k), 1.0
+
+
+def _tokens(item: Item) -> Any:
+    return len(item["ids"]), 1.0
+
+
+def _load(item: Item) -> Any:
+    return item["load"]
+
+
+def _drift(item: Item) -> Any:
+    drift = item["drift"]
+    return None if drift is None else (sum(drift) / len(drift), item["tokens"])
+
+
+def _margin(item: Item) -> Any:
+    return item["chosen"] - item["rejected"], 1.0
+
+
+def _ordered(item: Item) -> Any:
+    return float(item["chosen"] > item["rejected"]), 1.0  # a tie is not right
+
+
+def _share(title: str, sets: Sequence[str], read: Callable[[Item], Any], **more: Any) -> Definition:
+    more = {"better": "higher", "yes_no": True, **more}
+    return Definition(
+        title=title, sets=tuple(sets), read=read, statistic=ratio, is_share=True, **more
+    )
+
+
+def _average(
+    title: str, sets: Sequence[str], read: Callable[[Item], Any], **more: Any
+) -> Definition:
+    return Definition(title=title, sets=tuple(sets), read=read, statistic=ratio, **more)
+
+
+def _router(title: str, statistic: Callable[[Array], Array], **more: Any) -> Definition:
+    return Definition(title=title, sets=("router",), read=_load, statistic=statistic, **more)
+
+
+DEFINITIONS: dict[str, Definition] = {
+    # the held-out corpus
+    "bits_per_char": _average("bits per character", ["corpus"], _bits, unit="bits", better="lower"),
+    # answers: sampled ones to chat prompts, greedy ones to problems
+    "well_formed": _share(
+        "well-formed answers", ["chat", "reasoning"], partial(_mean, "well_formed")
+    ),
+    # problems: one greedy answer; and `samples` answers at temperature 1
+    "reasoning_accuracy": _share(
+        "reasoning accuracy", ["reasoning"], partial(_mean, "correct"), by_problem=True
+    ),
+    **{
+        f"pass_at_{k}": _share(
+            f"pass@{k}", ["reasoning_sampled"], partial(_pass, k), yes_no=False, by_problem=True
+        )
+        for k in PASS_K
+    },
+    # sampled answers to chat prompts
+    "preference_score": _average(
+        "true preference score", ["chat"], partial(_mean, "preference_score"), better="higher"
+    ),
+    "reward_model_score": _average(
+        "reward-model score", ["chat"], partial(_mean, "reward_model_score"), better="higher"
+    ),
+    "win_rate": _share(
+        "wins against sft, true rule", ["chat"], partial(_mean, "win"), yes_no=False
+    ),
+    "win_rate_ties": _share("ties with sft, true rule", ["chat"], _tie, better=None),
+    "win_rate_learned": _share(
+        "wins against sft, reward model", ["chat"], partial(_mean, "win_learned"), yes_no=False
+    ),
+    "kl_to_sft": _average(
+        "KL to sft", ["chat"], partial(_mean, "kl_to_sft"), unit="nats an answer"
+    ),
+    "answer_tokens": _average("answer length", ["chat"], _tokens, unit="tokens"),
+    "chat_stop_rate": _share("chat answers that stop", ["chat"], partial(_mean, "stopped")),
+    "chat_format_rate": _share("well-formed chat answers", ["chat"], partial(_mean, "well_formed")),
+    "distinct_1": _share(
+        "distinct words in an answer", ["chat"], partial(_mean, "distinct_1"), yes_no=False
+    ),
+    "distinct_2": _share(
+        "distinct word pairs in an answer", ["chat"], partial(_mean, "distinct_2"), yes_no=False
+    ),
+    # greedy answers to chat prompts
+    "chat_exact": _share("chat answers as the reference", ["chat_greedy"], partial(_mean, "exact")),
+    "chat_contained": _share(
+        "chat answers with the reference", ["chat_greedy"], partial(_mean, "contained")
+    ),
+    # what the routers do with the held-out corpus
+    "router_entropy": _router("router load entropy (1: balanced)", load_entropy, better="higher"),
+    "router_max_over_mean": _router(
+        "busiest expert over the mean", load_max_over_mean, better="lower"
+    ),
+    "router_dead": _router("dead experts", dead_experts, unit="experts", better="lower"),
+    "router_drift": _share(
+        "tokens with other experts than in the parent",
+        ["router"],
+        _drift,
+        yes_no=False,
+        better=None,
+    ),
+    # reward models: held-out pairs
+    "pair_accuracy": _share("held-out pairs ordered right", ["pairs"], _ordered),
+    "pair_margin": _average("margin of a pair", ["pairs"], _margin, better="higher"),
+}
+
+
+def definition(name: str) -> Definition:
+    """The definition of a key, "reasoning_accuracy/leg_counting" too. KeyError: no such key."""
+    base, _, part = name.partition("/")
+    found = DEFINITIONS[base]
+    return replace(found, title=f"{found.title}: {part.replace('_', ' ')}") if part else found
+
+
+# --- the two tables
+
+
+def metrics(items: Iterable[Item], reasons: Mapping[str, str], seed: int) -> dict[str, Metric]:
+    """Every key that the items define, {name: {"value", "n", "low", "high"}}.
+
+    `reasons` says, by key or by item set, why a key is not measured; such a key is null. One with
+    neither items nor a reason is left out. The order of the items does not matter.
+    """
+    found: dict[str, Metric] = {}
+    by_id = _by_id(items)
+    for name, defined in DEFINITIONS.items():
+        for part, keys in _parts(name, defined, by_id).items():
+            vectors = [defined.read(by_id[key]) for key in keys]
+            vectors = [vector for vector in vectors if vector is not None]
+            if vectors:
+                found[part] = _measured(defined, np.asarray(vectors, dtype=float), seed)
+        whys = [reasons[key] for key in (name, *defined.sets) if key in reasons]
+        if name not in found and whys:
+            found[name] = missing(whys[0])
+    return found
+
+
+def differences(after: Iterable[Item], before: Iterable[Item], seed: int) -> dict[str, Metric]:
+    """after - before for every key that both define, over their common items (n of them)."""
+    found: dict[str, Metric] = {}
+    afters, befores = _by_id(after), _by_id(before)
+    common = {key: item for key, item in afters.items() if key in befores}
+    for name, defined in DEFINITIONS.items():
+        for part, keys in _parts(name, defined, common).items():
+            pairs = [(defined.read(afters[key]), defined.read(befores[key])) for key in keys]
+            pairs = [pair for pair in pairs if pair[0] is not None and pair[1] is not None]
+            if pairs:
+                sides = (np.asarray(side, dtype=float) for side in zip(*pairs, strict=True))
+                found[part] = _difference(defined, *sides, seed)
+    return found
+
+
+def missing(why: str) -> Metric:
+    """A cell that cannot be filled."""
+    return {"value": None, "why": why}
+
+
+def joined(items: Iterable[Item], late: Iterable[Item]) -> list[Item]:
+    """The items with what a later model says of them, {"set", "id", NAME: VALUE...}."""
+    said: dict[tuple[str, str], Item] = {}
+    for item in late:
+        said.setdefault(_key(item), {}).update(item)
+    return [{**item, **said.get(_key(item), {})} for item in items]
+
+
+def difficulties(tasks: Sequence[str], lengths: Sequence[int]) -> list[str]:
+    """easy, medium or hard: terciles, within each task, of the worked solution's length.
+
+    `lengths` are characters of the worked solution, or of the question where a problem has none,
+    and all held-out problems are given, so that a problem's difficulty is a property of the set. A
+    problem's rank is the share of its task's problems that are shorter, counting those of equal
+    length half: problems of equal length are equally difficult, and the thirds need not be equal.
+    """
+    by_task: dict[str, list[int]] = {}
+    for task, length in zip(tasks, lengths, strict=True):
+        by_task.setdefault(task, []).append(length)
+    by_task = {task: sorted(values) for task, values in by_task.items()}
+
+    def difficulty(task: str, length: int) -> str:
+        values = by_task[task]
+        twice = bisect_left(values, length) + bisect_right(values, length)
+        return DIFFICULTIES[min(2, 3 * twice // (2 * len(values)))]
+
+    return [difficulty(task, length) for task, length in zip(tasks, lengths, strict=True)]
+
+
+# --- intervals
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share (Wilson 1927, eq. 4)."""
+    z = 1.959964
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def resampled_sums(vectors: Array, seed: int) -> Array:
+    """Sums [BOOTSTRAPS, ...] of n vectors [n, ...] drawn with replacement; equal seeds and n draw
+    the same rows."""
+    n = len(vectors)
+    rng = np.random.default_rng(seed)
+    at_once = max(1, 2_000_000 // n)  # held-out texts may have many blocks
+    sums = []
+    for at in range(0, BOOTSTRAPS, at_once):
+        rows = rng.integers(0, n, (min(at_once, BOOTSTRAPS - at), n))
+        rows += n * np.arange(len(rows))[:, None]
+        counts = np.bincount(rows.ravel(), minlength=rows.size).reshape(rows.shape)
+        sums.append(np.tensordot(counts.astype(float), vectors, axes=1))
+    return np.concatenate(sums)
+
+
+def _measured(defined: Definition, vectors: Array, seed: int) -> Metric:
+    value = float(defined.statistic(vectors.sum(0)[None])[0])
+    if defined.yes_no or (defined.is_share and value in (0.0, 1.0)):
+        low, high = wilson(value * len(vectors), len(vectors))
+    else:
+        low, high = _percentiles(defined.statistic(resampled_sums(vectors, seed)))
+    return _metric(value, len(vectors), low, high)
+
+
+def _difference(defined: Definition, after: Array, before: Array, seed: int) -> Metric:
+    both = np.stack([after, before], 1)
+    value, drawn = (
+        defined.statistic(sums[:, 0]) - defined.statistic(sums[:, 1])
+        for sums in (both.sum(0)[None], resampled_sums(both, seed))
+    )
+    return _metric(float(value[0]), len(after), *_percentiles(drawn))
+
+
+def _percentiles(values: Array) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _metric(value: float, n: int, low: float, high: float) -> Metric:
+    low, high = min(low, value), max(high, value)
+    return {"value": round(value, 6), "n": n, "low": round(low, 6), "high": round(high, 6)}
+
+
+# --- which items a key is made of
+
+
+def _key(item: Item) -> tuple[str, str]:
+    return item["set"], str(item["id"])
+
+
+def _by_id(items: Iterable[Item]) -> dict[tuple[str, str], Item]:
+    """Sorted, so that the bootstrap does not depend on the order of a file's lines."""
+    return dict(sorted(((_key(item), item) for item in items), key=lambda pair: pair[0]))
+
+
+def _parts(
+    name: str, defined: Definition, by_id: dict[tuple[str, str], Item]
+) -> dict[str, list[tuple[str, str]]]:
+    """{key of the suite: ids of its items}: the whole, then each task, then each difficulty."""
+    keys = [key for key in by_id if key[0] in defined.sets]
+    parts = {name: keys}
+    if defined.by_problem:
+        tasks = sorted({by_id[key]["task"] for key in keys})
+        parts |= {f"{name}/{t}": [k for k in keys if by_id[k]["task"] == t] for t in tasks}
+        for level in DIFFICULTIES:
+            chosen = [k for k in keys if by_id[k]["difficulty"] == level]
+            parts[f"{name}/difficulty_{level}"] = chosen
+    return parts

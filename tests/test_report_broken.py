@@ -1,0 +1,161 @@
+"""Broken files: each is named in the report, and nothing else is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fourstage import suite
+from fourstage.report import main
+from fourstage.report_files import Files
+from tests.ladders import (
+    folder,
+    read_items,
+    section,
+    stages,
+    write_ladder,
+    write_lines,
+)
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    outputs = tmp_path_factory.mktemp("ladder")
+    write_ladder(outputs, n=6, steps=0)
+    return outputs
+
+
+@pytest.fixture
+def outputs(ladder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to break; fast, since neither intervals nor drawings matter here."""
+    monkeypatch.setattr(suite, "BOOTSTRAPS", 10)
+    monkeypatch.setattr("fourstage.report_figures.intervals", lambda *_: "<svg></svg>")
+    shutil.copytree(ladder / "runs", tmp_path / "runs")
+    return tmp_path
+
+
+def report(outputs: Path) -> str:
+    assert main([f"outputs={outputs}"]) == 0
+    return section(outputs, "What is missing")
+
+
+GARBAGE = [
+    None,
+    "",
+    "\xff\x00\xfe",
+    "[]",
+    "7",
+    '{"a": ',
+    '{"suite": "2"}',
+    "[" * 100_000,
+    '{"set": "corpus", "id": 1, "bits": NaN, "chars": 3}',
+    '{"set": "router", "id": 1, "tokens": 1, "load": [[1], [1, 2]], "drift": null}',
+    '{"set": "chat", "id": [], "ids": "x"}',
+    'step\n1\n"',
+    "step,train/kl\n1,1e999\nnan,2\n",
+]
+FILES = [
+    ("grpo", "run.json"),
+    ("ppo", "metrics.csv"),
+    ("ppo", "eval.json"),
+    ("ppo", "eval_items.jsonl"),
+    ("ppo", "samples.jsonl"),
+    ("reward", "ladder_eval.json"),
+    ("reward", "ladder_eval_items.jsonl"),
+    ("pretrain", "eval_random.json"),
+    ("pretrain", "eval_items_random.jsonl"),
+]
+
+
+@pytest.mark.parametrize("first", range(len(GARBAGE)))
+def test_no_content_of_a_file_breaks_the_report(outputs: Path, first: int) -> None:
+    """All files are broken at once, each in another way, so that every file meets every way."""
+    contents = [GARBAGE[(first + at) % len(GARBAGE)] for at in range(len(FILES))]
+    for (stage, file), content in zip(FILES, contents, strict=True):
+        path = folder(outputs, stage) / file
+        path.unlink()
+        if content is not None:
+            path.write_text(content, encoding="latin-1")
+    missing = report(outputs)
+    for (stage, file), content in zip(FILES, contents, strict=True):
+        if not may_pass(file, content):
+            assert f"- {folder(outputs, stage).name}/{file} " in missing, content
+    rows = stages(outputs)
+    assert list(rows)[:5] == ["random", "pretrain", "sft", "reward", "ppo"]
+    assert rows["sft"]["metrics"]["bits_per_char"]["value"] is not None
+    assert "bits_per_char" in rows["sft"]["differences"]
+
+
+def may_pass(file: str, content: str | None) -> bool:
+    """Contents that say nothing and are not wrong."""
+    if file == "ladder_eval_items.jsonl" and content is None:
+        return True  # suite 1 had none
+    if file == "ladder_eval.json" and content is not None and content.startswith('{"s'):
+        return True  # an object without this ladder's rows
+    if file == "metrics.csv":
+        return content is not None and content.startswith("step")
+    return content == "" and file.endswith(".jsonl")
+
+
+def test_broken_items_cost_only_themselves(outputs: Path) -> None:
+    path = folder(outputs, "sft") / "eval_items.jsonl"
+    rows = list(read_items(path).values())
+    corpus = [at for at, row in enumerate(rows) if row["set"] == "corpus"]
+    rows[corpus[0]]["bits"] = "many"
+    rows[corpus[1]]["bits"] = 10**400
+    routers = [at for at, row in enumerate(rows) if row["set"] == "router"]
+    rows[routers[0]]["load"] = [[1, 2, 3]]
+    write_lines(path, rows)
+    missing = report(outputs)
+    name = path.parent.name
+    lines_ = f"lines {corpus[0] + 1}, {corpus[1] + 1} are broken"
+    assert f"- {name}/eval_items.jsonl {lines_}" in missing
+    assert f"- {name}/eval_items.jsonl has 1 router items of another shape" in missing
+    found = stages(outputs)["sft"]["differences"]
+    assert found["bits_per_char"]["n"] == 4 and found["router_entropy"]["n"] == 5
+    assert found["preference_score"]["n"] == 6
+
+
+def test_loads_that_make_no_sense_together_are_named(outputs: Path) -> None:
+    path = folder(outputs, "sft") / "eval_items.jsonl"
+    rows = read_items(path).values()
+    write_lines(path, [r | {"load": [[1, 2]]} if r["set"] == "router" else r for r in rows])
+    assert f"- {path.parent.name}/eval_items.jsonl cannot be compared with" in report(outputs)
+    write_lines(path, [r | {"load": [[0] * 4] * 2} if r["set"] == "router" else r for r in rows])
+    assert "eval_items.jsonl has no value, n, low and high for router_" in report(outputs)
+
+
+def test_nonsense_in_a_record_leaves_the_rest(outputs: Path) -> None:
+    path = folder(outputs, "ppo") / "run.json"
+    record = json.loads(path.read_text())
+    nonsense = {"cost": {"seconds": "long", "tokens": None, "flops": 1e400}, "config": 7}
+    text = json.dumps(record | nonsense | {"device": [], "finished": {}})
+    path.write_text(text)
+    report(outputs)
+    assert f"| ppo | {path.parent.name} | – | – |" in section(outputs, "What it cost")
+
+
+def test_a_copy_of_a_run_is_named(outputs: Path) -> None:
+    shutil.copytree(folder(outputs, "sft"), outputs / "runs" / "sft-copy")
+    missing = report(outputs)
+    assert "is a copy of" in missing and list(stages(outputs))[2] == "sft"
+
+
+def test_cells_of_other_types_are_refused(tmp_path: Path) -> None:
+    files = Files()
+    good = {"value": 1, "n": 2, "low": 0.5, "high": 1.5}
+    cells = {
+        "good": good,
+        "empty": {"value": None, "why": "no data"},
+        "text": good | {"value": "1"},
+        "yes": good | {"value": True},
+        "huge": good | {"high": 10**400},
+        "nan": good | {"low": float("nan")},
+        "list": [],
+        "no reason": {"value": None},
+    }
+    assert list(files.cells(tmp_path / "eval.json", cells)) == ["good", "empty"]
+    assert len(files.problems) == 1

@@ -1,0 +1,166 @@
+"""Several ladders in one table."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from fourstage import suite
+from fourstage.report import main
+from tests.ladders import run_id, stages, write_json, write_ladder
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three ladders that differ in their seed, and the comparison of all."""
+    outputs = tmp_path_factory.mktemp("seeds")
+    for seed in range(3):
+        write_ladder(outputs, seed, n=12, steps=0, config={"seed": seed})
+    compare(outputs, "all")
+    return outputs
+
+
+def compare(outputs: Path, *names: str) -> dict:
+    assert main(["compare", *names, f"outputs={outputs}"]) == 0
+    return json.loads((outputs / "report" / "compare.json").read_text())
+
+
+def line(found: dict, stage: str, key: str, table: str = "metrics") -> dict:
+    return next(row for row in found[table] if (row["stage"], row["key"]) == (stage, key))
+
+
+def compare_md(outputs: Path) -> str:
+    return (outputs / "report" / "compare.md").read_text()
+
+
+def test_mean_and_spread_of_every_key(seeds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "BOOTSTRAPS", 10)
+    monkeypatch.setattr("fourstage.report_figures.intervals", lambda *_: "<svg></svg>")
+    found = json.loads((seeds / "report" / "compare.json").read_text())
+    assert [ladder["label"] for ladder in found["ladders"]] == ["seed 0", "seed 1", "seed 2"]
+    values = []
+    for seed in range(3):
+        assert main([f"outputs={seeds}", f"run={run_id('grpo', seed)}"]) == 0
+        rows = stages(seeds)
+        values.append(rows["grpo"]["metrics"]["reasoning_accuracy"]["value"])
+        assert found["ladders"][seed]["runs"] == {s: row["run"] for s, row in rows.items()}
+    assert line(found, "grpo", "reasoning_accuracy") == {
+        "stage": "grpo",
+        "key": "reasoning_accuracy",
+        "n": 3,
+        "mean": round(statistics.fmean(values), 6),
+        "sd": round(statistics.stdev(values), 6),
+        "min": min(values),
+        "max": max(values),
+        "values": values,
+    }
+    assert {row["stage"] for row in found["metrics"]} == {
+        *("random", "pretrain", "sft", "reward", "ppo", "grpo")
+    }
+    assert line(found, "reward", "pair_accuracy")["n"] == 3
+    assert line(found, "ppo", "seconds", "costs")["values"] == [61.2, 62.2, 63.2]
+    assert line(found, "ppo", "seconds", "costs")["sd"] == 1.0
+
+
+def test_seeds_are_said_to_be_seeds(seeds: Path) -> None:
+    text = compare_md(seeds)
+    assert "3 seeds: they share all else that their records hold." in text
+    assert "| stage: key | mean | sd | min to max | n | seed 0 | seed 1 | seed 2 |" in text
+    assert "| sft: well-formed answers | " in text and "| ppo: time | 1 min 02 s | 1.0 s |" in text
+    goals = text.split("## Each stage on its own goal\n")[1].split("\n## ")[0]
+    assert "| pretrain | bits per character (lower is better) | -5." in goals
+    assert goals.splitlines()[3].endswith("| 3 of 3 |")
+    html = (seeds / "report" / "compare.html").read_text()
+    assert html.count("<table>") == text.count("| --- |\n")
+
+
+def test_the_same_runs_give_the_same_bytes(seeds: Path) -> None:
+    names = ("compare.json", "compare.md", "compare.html")
+    first = [(seeds / "report" / name).read_bytes() for name in names]
+    for name in names:
+        (seeds / "report" / name).unlink()
+    compare(seeds, "all")
+    assert first == [(seeds / "report" / name).read_bytes() for name in names]
+    compare(seeds, *(run_id("grpo", seed) for seed in range(3)))
+    assert first == [(seeds / "report" / name).read_bytes() for name in names]
+
+
+def test_settings_that_differ_are_listed(tmp_path: Path) -> None:
+    write_ladder(tmp_path, 0, n=6, steps=0, config={"stages": {"sft": {"lr": 0.001}}})
+    config = {"model": {"name": "dense_tiny"}, "stages": {"sft": {"lr": 0.01}}}
+    write_ladder(tmp_path, 1, n=6, steps=0, config=config, experts=1, stages=("pretrain", "sft"))
+    found = compare(tmp_path, "grpo", f"sft-{run_id('sft', 1)}")
+    grpo, sft = f"grpo-{run_id('grpo', 0)}", f"sft-{run_id('sft', 1)}"
+    assert found["differs"] == {
+        "seed": ["0", "1"],
+        "model.name": ["moe_tiny", "dense_tiny"],
+        "stages.sft.lr": ["0.001", "0.01"],
+    }
+    text = compare_md(tmp_path)
+    assert "They differ in 3 settings, listed below; all others are the same." in text
+    assert "| model.name | moe_tiny | dense_tiny |" in text
+    assert f"- random ({sft}): " in text and ": a dense model has no routers" in text
+    only_one = line(found, "grpo", "reasoning_accuracy")
+    assert (only_one["n"], only_one["sd"]) == (1, None)
+    assert only_one["values"][1] is None
+    assert f"| {grpo} | {sft} |" in text
+
+
+def test_a_run_that_ladders_share_counts_once(tmp_path: Path) -> None:
+    write_ladder(tmp_path, 0, n=6, steps=0)
+    found = compare(tmp_path, "sft", "grpo")
+    shared = line(found, "sft", "well_formed")
+    assert shared["n"] == 1 and shared["sd"] is None
+    assert shared["values"][0] == shared["values"][1] == shared["mean"]
+    assert line(found, "random", "bits_per_char")["n"] == 1
+    assert (
+        "They share all settings, versions and the commit that their records hold."
+        in compare_md(tmp_path)
+    )
+
+
+def test_a_broken_file_is_named_and_the_rest_compared(tmp_path: Path) -> None:
+    folders = [write_ladder(tmp_path, s, n=6, steps=0, stages=("pretrain", "sft")) for s in (0, 1)]
+    (folders[1] / "eval.json").write_text("{")
+    found = compare(tmp_path, "all")
+    assert f"- {folders[1].name}/eval.json cannot be read" in compare_md(tmp_path)
+    assert line(found, "sft", "bits_per_char")["n"] == 1
+    assert line(found, "pretrain", "bits_per_char")["n"] == 2
+
+
+def test_debug_ladders_are_compared_only_where_nothing_else_is(tmp_path: Path) -> None:
+    folders = [write_ladder(tmp_path, s, n=6, steps=0, stages=("pretrain",)) for s in (0, 1, 2)]
+    record = json.loads((folders[2] / "run.json").read_text())
+    write_json(folders[2] / "run.json", record | {"debug": "fast"})
+    assert len(compare(tmp_path, "all")["ladders"]) == 2
+    assert len(compare(tmp_path, run_id("pretrain", 0), run_id("pretrain", 2))["ladders"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["zzz", "grpo"], "error: zzz: no such finished run under"),
+        (["grpo", "grpo"], "error: compare: grpo is grpo-{} twice: name each ladder once"),
+        (["{}", "grpo-{}"], "error: compare: {} and grpo-{} is grpo-{} twice: name each"),
+        (["grpo"], "error: compare needs two finished ladders or more: 1 named"),
+        ([], "error: compare needs two finished ladders or more: 0 named"),
+        (["run=sft", "grpo"], "error: run=sft: no such finished run under"),
+    ],
+)
+def test_mistakes_are_one_line(
+    seeds: Path, capsys: pytest.CaptureFixture, names: list[str], said: str
+) -> None:
+    tip = run_id("grpo", 2)
+    names = [name.replace("{}", tip) for name in names]
+    assert main(["compare", *names, f"outputs={seeds}"]) == 1
+    found = capsys.readouterr()
+    assert found.out == "" and found.err.count("\n") == 1
+    assert found.err.startswith(said.replace("{}", tip))
+
+
+def test_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["compare", "all", f"outputs={tmp_path}"]) == 1
+    assert capsys.readouterr().err == "error: compare needs two finished ladders or more: 0 found\n"

@@ -1,0 +1,341 @@
+"""What the report makes of items, curves and costs: differences, heat maps, over-optimisation."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fourstage import suite
+from fourstage.report import main
+from fourstage.report_charts import lines, neighbours, over_optimisation
+from fourstage.report_drawings import Node, heat_map, lineage
+from fourstage.report_figures import loads, over_optimisation_blocks
+from fourstage.report_html import Cell, Figures, Paragraph, Table, markdown, page
+from fourstage.report_tables import change, duration, verdict
+from tests.ladders import (
+    folder,
+    items,
+    read_items,
+    run_id,
+    section,
+    stages,
+    write_json,
+    write_ladder,
+    write_lines,
+)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole ladder of suite 2 and its report, for tests that change nothing."""
+    outputs = tmp_path_factory.mktemp("full")
+    write_ladder(outputs)
+    assert main([f"outputs={outputs}"]) == 0
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    outputs = tmp_path_factory.mktemp("ladder")
+    write_ladder(outputs, n=30, steps=0)
+    return outputs
+
+
+@pytest.fixture
+def outputs(ladder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to change; fast, since neither intervals nor drawings matter here."""
+    monkeypatch.setattr(suite, "BOOTSTRAPS", 10)
+    monkeypatch.setattr("fourstage.report_figures.intervals", lambda *_: "<svg></svg>")
+    shutil.copytree(ladder / "runs", tmp_path / "runs")
+    return tmp_path
+
+
+def report(outputs: Path) -> str:
+    assert main([f"outputs={outputs}"]) == 0
+    return section(outputs, "What is missing")
+
+
+# --- paired differences
+
+
+def test_differences_are_paired_over_the_items_of_both_rows(full: Path) -> None:
+    """Against a paired bootstrap written out here, with the suite's seed and draws."""
+    before = read_items(folder(full, "ppo") / "eval_items.jsonl")
+    after = read_items(folder(full, "grpo") / "eval_items.jsonl")
+    ids = sorted((key for key in after if key[0] == "chat"), key=lambda key: str(key[1]))
+    gains = np.array([after[i]["preference_score"] - before[i]["preference_score"] for i in ids])
+    drawn = np.random.default_rng(0).integers(0, len(gains), (suite.BOOTSTRAPS, len(gains)))
+    low, high = np.quantile(gains[drawn].mean(1), [0.025, 0.975])
+    found = stages(full)["grpo"]["differences"]["preference_score"]
+    assert found["n"] == 30
+    assert found["value"] == pytest.approx(gains.mean(), abs=1e-6)
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_each_row_is_held_against_the_policy_that_it_started_from(full: Path) -> None:
+    rows = stages(full)
+    assert rows["random"]["differences"] == {} and rows["reward"]["differences"] == {}
+    for stage, parent in {"pretrain": "random", "sft": "pretrain", "ppo": "sft"}.items():
+        for name in ("bits_per_char", "well_formed", "router_entropy"):
+            gain = rows[stage]["metrics"][name]["value"] - rows[parent]["metrics"][name]["value"]
+            assert rows[stage]["differences"][name]["value"] == pytest.approx(gain, abs=2e-6)
+
+
+def test_what_later_models_said_is_compared_too(full: Path) -> None:
+    """The reward model scored sft's answers later: ladder_eval_items.jsonl is joined in."""
+    assert (
+        "reward_model_score"
+        not in read_items(folder(full, "sft") / "eval_items.jsonl").popitem()[1]
+    )
+    rows = stages(full)
+    for name in ("reward_model_score", "win_rate_learned"):
+        after, before = (rows[stage]["metrics"][name]["value"] for stage in ("sft", "pretrain"))
+        found = rows["sft"]["differences"][name]
+        assert found["value"] == pytest.approx(after - before, abs=2e-6)
+
+
+def test_only_common_items_are_compared(outputs: Path) -> None:
+    path = folder(outputs, "sft") / "eval_items.jsonl"
+    rows = [row for key, row in read_items(path).items() if key[0] != "corpus" or key[1] < 10]
+    write_lines(path, rows)
+    report(outputs)
+    assert stages(outputs)["sft"]["differences"]["bits_per_char"]["n"] == 10
+    assert stages(outputs)["sft"]["differences"]["preference_score"]["n"] == 30
+
+
+def test_keys_without_common_items_are_named(outputs: Path) -> None:
+    path = folder(outputs, "grpo") / "eval_items.jsonl"
+    rows = read_items(path).values()
+    write_lines(path, [r | {"id": f"x{r['id']}"} if r["set"] == "corpus" else r for r in rows])
+    missing = report(outputs)
+    assert "- grpo: no difference to ppo for bits_per_char: the two have no items of it" in missing
+    assert "bits_per_char" not in stages(outputs)["grpo"]["differences"]
+
+
+def test_another_suite_is_not_compared(outputs: Path) -> None:
+    path = folder(outputs, "grpo") / "eval.json"
+    write_json(path, json.loads(path.read_text()) | {"suite": "1"})
+    missing = report(outputs)
+    assert "- grpo: no differences to ppo: grpo was evaluated with suite 1" in missing
+    assert stages(outputs)["grpo"]["differences"] == {}
+    assert stages(outputs)["ppo"]["differences"] != {}
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "expected"),
+    [
+        ("well_formed", 0.01, 0.2, "better"),
+        ("well_formed", -0.2, -0.01, "worse"),
+        ("well_formed", -0.01, 0.2, "unclear"),
+        ("well_formed", 0.0, 0.2, "unclear"),
+        ("bits_per_char", 0.1, 0.2, "worse"),
+        ("bits_per_char", -0.2, -0.1, "better"),
+        ("answer_tokens", 1.0, 2.0, "unclear"),  # neither way is better
+        ("of_another_suite", 1.0, 2.0, "unclear"),
+    ],
+)
+def test_verdict(name: str, low: float, high: float, expected: str) -> None:
+    assert verdict(name, {"value": (low + high) / 2, "low": low, "high": high}) == expected
+
+
+def test_a_change_says_in_words_what_its_colour_says() -> None:
+    cell = {"value": -0.062, "n": 9, "low": -0.1, "high": -0.02}
+    parts = change("reasoning_accuracy", cell)
+    assert parts == [("-6.2 points worse", "worse"), ("[-10.0, -2.0]", "small")]
+    assert markdown([Table(["a"], [[Cell([("1", ""), *parts])]])]).splitlines()[-1] == (
+        "| 1; -6.2 points worse [-10.0, -2.0] |"
+    )
+    assert '<span class="worse">-6.2 points worse</span>' in page(
+        "", [Table(["a"], [[Cell(parts)]])]
+    )
+    assert change("bits_per_char", {"value": 0.1, "n": 9, "low": -0.1, "high": 0.3})[0] == (
+        "+0.100",
+        "unclear",
+    )
+    assert change("bits_per_char", None) == []
+
+
+def test_stage_and_tax_tables_show_the_differences(full: Path) -> None:
+    found = stages(full)["grpo"]["differences"]["reasoning_accuracy"]
+    shown = f"{100 * found['value']:+.1f} points"
+    assert shown in section(full, "What each stage did").splitlines()[-1]
+    tax = section(full, "The alignment tax").splitlines()
+    assert tax[3] == "| key | pretrain − random | sft − pretrain | ppo − sft | grpo − ppo |"
+    line = next(line for line in tax if line.startswith("| reasoning accuracy |"))
+    assert shown in line.split(" | ")[-1]
+    assert not [line for line in tax if "difficulty" in line]
+    assert "| reasoning accuracy: difficulty easy |" in section(full, "By task and by difficulty")
+
+
+# --- routers
+
+
+def test_loads_are_shares_of_each_layer() -> None:
+    found = loads(
+        [
+            {"set": "router", "load": [[3, 1], [0, 4]]},
+            {"set": "router", "load": [[1, 3], [0, 4]]},
+            {"set": "chat"},
+        ]
+    )
+    assert found is not None and found.tolist() == [[0.5, 0.5], [0.0, 1.0]]
+    assert loads([{"set": "chat"}]) is None
+    assert loads([{"set": "router", "load": [[0, 0]]}]) is None
+
+
+def test_heat_map_says_in_text_what_it_colours() -> None:
+    svg = heat_map([[0.5, 0.125, 0.375, 0.0], [0.25, 0.25, 0.25, 0.25]], 0.5)
+    texts = re.findall(">([^<>]+)</text>", svg)
+    assert texts[2:] == [
+        *("0", "50", "12", "38", "0", "2.00, 1"),
+        *("1", "25", "25", "25", "25", "1.00, 0"),
+    ]
+    depths = re.findall('fill-opacity="([0-9.]+)"', svg)
+    assert depths == ["0.850", "0.212", "0.637", "0.000", *["0.425"] * 4]
+
+
+def test_heat_map_of_many_experts_keeps_a_summary_of_each_layer() -> None:
+    shares = [[1 / 128] * 128, [2 / 128] * 64 + [0.0] * 64]
+    texts = re.findall(">([^<>]+)</text>", heat_map(shares, 2 / 128))
+    assert texts[2:] == ["0", "1.00, 0", "1", "2.00, 64"]
+
+
+def test_all_stages_have_a_heat_map_of_one_scale(full: Path, tmp_path: Path) -> None:
+    text = (full / "report" / "report.html").read_text()
+    routers = text.split(">What the routers do</h2>")[1].split("<h2")[0]
+    drawn = re.findall("<strong>(.*?)</strong>", routers)
+    assert drawn == ["random", "pretrain", "sft", "ppo", "grpo"]
+    assert "An even share is 25.0 %" in routers
+    depths = [float(x) for x in re.findall('fill-opacity="([0-9.]+)"', routers)]
+    assert max(depths) == 0.85 and len(depths) == 5 * 2 * 4
+    write_ladder(tmp_path, experts=1, stages=("pretrain",))
+    report(tmp_path)
+    said = section(tmp_path, "What the routers do")
+    assert "No heat maps: a dense model has no routers." in said
+
+
+# --- over-optimisation, difficulty, curves
+
+
+def test_scores_are_drawn_against_kl() -> None:
+    columns = {
+        "train/kl": [(1.0, 0.0), (2.0, 4.0), (3.0, 9.0), (4.0, 16.0)],
+        "train/score": [(1.0, 0.1), (2.0, 1.0), (3.0, 2.0), (4.0, 3.0), (5.0, 9.0)],
+        "train/gold_score": [(1.0, 0.5), (2.0, 1.5), (3.0, 1.4), (4.0, 0.2)],
+    }
+    blocks = over_optimisation_blocks(columns)
+    table = blocks[-1]
+    assert isinstance(table, Table)
+    assert [list(row) for row in table.rows] == [
+        ["0.00", "0.100", "0.500"],
+        ["4.00", "1.000", "1.500"],
+        ["9.00", "2.000", "1.400"],
+        ["16.00", "3.000", "0.200"],
+    ]
+    assert isinstance(blocks[1], Figures)
+
+
+def test_no_true_score_and_no_kl_are_said() -> None:
+    columns = {"train/kl": [(1.0, 0.5)], "train/score": [(1.0, 0.1)]}
+    said = over_optimisation_blocks(columns)[1]
+    assert isinstance(said, Paragraph) and said.text.startswith("The true score is not known")
+    said = over_optimisation_blocks({"train/score": [(1.0, 0.1)]})[1]
+    assert isinstance(said, Paragraph) and said.text.startswith("Not drawn: metrics.csv has no KL")
+    assert over_optimisation_blocks(None) == []
+
+
+def test_kl_stands_at_its_square_root() -> None:
+    """On the axis 4 nats are twice as far from 0 as 1 nat is; a negative estimate is at 0."""
+    svg = over_optimisation("KL", "score", {"s": [(-0.1, 0.0), (1.0, 0.0), (4.0, 0.0)]})
+    dots = re.findall(r'<use [^>]*x="([\d.]+)"[^>]*fill-opacity: 0.35', svg)
+    zero, one, four = (float(x) for x in dots)
+    assert four - zero == pytest.approx(2 * (one - zero), abs=1e-4)
+
+
+def test_accuracy_by_difficulty(full: Path) -> None:
+    text = section(full, "GRPO accuracy by difficulty")
+    assert "| problems | random | pretrain | sft | ppo | grpo | grpo − ppo |" in text
+    rows = read_items(folder(full, "grpo") / "eval_items.jsonl").values()
+    easy = [r["correct"] for r in rows if r["set"] == "reasoning" and r["difficulty"] == "easy"]
+    line = next(line for line in text.splitlines() if line.startswith("| easy |"))
+    assert line.split(" | ")[5].startswith(f"{100 * sum(easy) / len(easy):.1f} % [")
+
+
+def test_a_drawing_takes_the_colours_of_the_page() -> None:
+    svg = lines("step", "nats", {"train/loss": [(1, 2.0), (2, 1.0)]})
+    assert svg == lines("step", "nats", {"train/loss": [(1, 2.0), (2, 1.0)]})
+    assert svg.startswith("<svg ") and "currentColor" in svg and "#010203" not in svg
+    assert "<metadata" not in svg and "train/loss" in svg
+
+
+def test_neighbours() -> None:
+    assert neighbours([(1.0, 2.0), (3.0, 4.0), (5.0, 6.0)], 2) == [(2.0, 3.0), (5.0, 6.0)]
+
+
+# --- the ladder as a picture
+
+
+def test_lineage_draws_every_parent_once() -> None:
+    nodes = [
+        Node("sft", ["<id>"], []),
+        Node("reward", ["r"], ["sft"]),
+        Node("ppo", ["p"], ["sft", "reward", "not shown"]),
+    ]
+    for across in (True, False):
+        svg = lineage(nodes, across)
+        paths = re.findall(r'<path d="M([^"]*)" fill="none"', svg)
+        assert len(paths) == 3
+        assert [path.count("L") for path in paths] == [2, 1, 2]  # to the side, straight on, back
+        assert "&lt;id&gt;" in svg
+
+
+def test_lineage_of_the_page(full: Path) -> None:
+    text = (full / "report" / "report.html").read_text()
+    figures = text.split('<div class="ladder">')[1].split("</div>")[0].split("</figure>")
+    assert len(figures) == 3  # across, downwards, and what follows
+    for drawn in figures[:2]:
+        assert drawn.count("<rect") == 6 and drawn.count('marker-end="url(#') == 6
+        assert run_id("ppo", 0) in drawn and "1 min 01 s" in drawn
+
+
+def test_deleted_and_rebuilt_the_report_has_the_same_bytes(full: Path) -> None:
+    first = {path.name: path.read_bytes() for path in (full / "report").iterdir()}
+    shutil.rmtree(full / "report")
+    assert main([f"outputs={full}"]) == 0
+    assert first == {path.name: path.read_bytes() for path in (full / "report").iterdir()}
+    assert sorted(first) == ["report.html", "report.md", "stages.json"]
+
+
+# --- costs
+
+
+def test_costs_and_why_some_are_empty(full: Path) -> None:
+    text = section(full, "What it cost")
+    name = f"ppo-{run_id('ppo', 0)}"
+    cells = "1 min 01 s | 50 s | 9.0 s | 30 | 123,456 | 4,321 | 1.25e+12 | 2,464 | 900 |"
+    assert f"| ppo | {name} | {cells}" in text
+    total = "5 min 06 s | 4 min 10 s | 45 s | 150 | 617,280 | 8,642 | 6.25e+12 | – | 900 |"
+    assert f"| together |  | {total}" in text
+    assert "Not in these runs' records: MFU (the device's peak FLOP/s is not known)" in text
+    assert "tokens generated: only ppo and grpo generate; tokens/s have no sum" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (59.6, "1 min 00 s"), (12, "12 s")]
+)
+def test_duration(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
+
+
+# --- the invented items
+
+
+def test_items_are_what_the_suite_reads() -> None:
+    """The invented items define every key that they should."""
+    found = suite.metrics(items("sft", 0, 12), {}, 0)
+    assert {"bits_per_char", "pass_at_4", "router_entropy", "chat_exact"} <= set(found)
