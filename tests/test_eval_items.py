@@ -188,7 +188,7 @@ def test_the_stored_log_probability_is_the_policys(chats):
 
 
 def test_an_answer_does_not_depend_on_what_is_asked_beside(chats, monkeypatch):
-    monkeypatch.setattr(module, "GENERATED_AT_ONCE", 1)  # one prompt a batch
+    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 1)  # one prompt a batch
     turned = replace(HELDOUT, chats=CHATS[::-1])
     alone = chat_items(make_policy(), TOKENIZER, turned, CONFIG)[::-1]
     few = chat_items(make_policy(), TOKENIZER, HELDOUT, changed(max_prompts=2))
@@ -197,7 +197,7 @@ def test_an_answer_does_not_depend_on_what_is_asked_beside(chats, monkeypatch):
 
 
 def test_prompts_of_like_length_go_together(monkeypatch):
-    monkeypatch.setattr(module, "GENERATED_AT_ONCE", 100)
+    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 100)
     lengths = [90, 20, 30, 25, 200, 20]
     assert list(batches(lengths)) == [[1, 5, 3], [2], [0], [4]]  # 3 * 25 fit, 4 * 30 do not
     assert list(batches([])) == []

@@ -36,7 +36,7 @@ from fourstage.tokenizer import Tokenizer
 from fourstage.verify import verify
 
 BLOCK = 256  # tokens of text that are read at once
-GENERATED_AT_ONCE = 32_768  # tokens, prompts and padding included: the KV cache's size
+TOKENS_AT_ONCE = 32_768  # prompts, answers and padding of a batch: what its KV cache holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,10 +232,10 @@ def answers(
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Rows in order of length, as many at once as fit padded into GENERATED_AT_ONCE tokens."""
+    """Rows in order of length, as many at once as fit padded into TOKENS_AT_ONCE tokens."""
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if batch and (len(batch) + 1) * lengths[row] > GENERATED_AT_ONCE:
+        if batch and (len(batch) + 1) * lengths[row] > TOKENS_AT_ONCE:
             yield batch
             batch = []
         batch.append(row)

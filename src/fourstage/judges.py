@@ -6,20 +6,19 @@ A row of the table can be older than its judges, so they read the answers from t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fourstage.batch import PairBatch, Rollout
+from fourstage.eval_items import batches
 from fourstage.model import ScalarModel, Transformer
 from fourstage.rl.rollout import final_scores, pack, score_tokens
 from fourstage.suite import Item
 from fourstage.tokenizer import Tokenizer
 
-BATCH = 128  # rows of a forward
 NO_REWARD = "no reward model on this ladder yet"
 NO_SFT = "no sft policy on this ladder yet"
 
@@ -80,36 +79,39 @@ def win(own: Item, other: Item | None, score: str) -> float | None:
 
 def reward_scores(reward: ScalarModel, chats: list[Item], tokenizer: Tokenizer) -> list[float]:
     """The reward model's score of each stored answer."""
-    parts = (_no_grad(final_scores, reward, part) for part in rollouts(chats, tokenizer))
-    return [round(score, 4) for part in parts for score in part.tolist()]
+    return _of_each(chats, tokenizer, reward, lambda part: final_scores(reward, part))
 
 
 def kl_estimates(reference: Transformer, chats: list[Item], tokenizer: Tokenizer) -> list[float]:
     """log p(answer) - log p_reference(answer) of each stored answer, in nats; its mean over the
     policy's own answers is KL(policy || reference)."""
-    kls = []
-    for part in rollouts(chats, tokenizer):
-        logp_BA = _no_grad(score_tokens, reference, part).logprobs
-        kls += (part.logprobs.sum(1) - (logp_BA * part.mask).sum(1).cpu()).tolist()
-    return [round(kl, 4) for kl in kls]
+
+    def kl(part: Rollout) -> Tensor:
+        logp_BA = score_tokens(reference, part).logprobs * part.mask
+        return part.logprobs.sum(1) - logp_BA.sum(1)
+
+    return _of_each(chats, tokenizer, reference, kl)
 
 
 @torch.no_grad()
-def _no_grad(function: Any, network: Any, rollout: Rollout) -> Any:
+def _of_each(
+    chats: list[Item], tokenizer: Tokenizer, network: nn.Module, judge: Callable[[Rollout], Tensor]
+) -> list[float]:
+    """judge() of the stored answers, in their order; it is given those of like length together."""
     network.eval()
-    return function(network, rollout.to(next(network.parameters()).device))
+    device = next(network.parameters()).device
+    found: dict[int, float] = {}
+    for rows in batches([len(item["prompt_ids"]) + len(item["ids"]) for item in chats]):
+        values = judge(rollout([chats[row] for row in rows], tokenizer).to(device)).tolist()
+        found |= dict(zip(rows, values, strict=True))
+    return [round(found[row], 4) for row in range(len(chats))]
 
 
-def rollouts(chats: list[Item], tokenizer: Tokenizer) -> list[Rollout]:
-    """The stored answers as rollouts; the stored sum of log-probabilities is put on one token."""
-    parts = []
-    for at in range(0, len(chats), BATCH):
-        rows = chats[at : at + BATCH]
-        logprobs = [[row["logprob"]] + [0.0] * (len(row["ids"]) - 1) for row in rows]
-        prompts, ids = [r["prompt_ids"] for r in rows], [r["ids"] for r in rows]
-        stopped = [r["stopped"] for r in rows]
-        parts.append(pack(prompts, ids, logprobs, stopped, tokenizer.pad_id))
-    return parts
+def rollout(chats: list[Item], tokenizer: Tokenizer) -> Rollout:
+    """The stored answers; the stored sum of log-probabilities is put on the first token."""
+    logprobs = [[item["logprob"]] + [0.0] * (len(item["ids"]) - 1) for item in chats]
+    prompts, answers = [i["prompt_ids"] for i in chats], [i["ids"] for i in chats]
+    return pack(prompts, answers, logprobs, [i["stopped"] for i in chats], tokenizer.pad_id)
 
 
 @torch.no_grad()

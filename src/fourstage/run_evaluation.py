@@ -17,13 +17,15 @@ from fourstage.data.datamodule import reward_data
 from fourstage.errors import UserError
 from fourstage.evaluation import BY_REWARD, BY_SFT
 from fourstage.job import LoggerConfig, StageJob, TrainerConfig, read_record
-from fourstage.judges import BATCH, NO_SFT, Judges
+from fourstage.judges import NO_SFT, Judges
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.prepare import has_true_score, stored_pairs
 from fourstage.settings import build
 from fourstage.stages import SETTINGS
 from fourstage.suite import Item
 from fourstage.tokenizer import Tokenizer, TokenizerConfig
+
+PAIRS_AT_ONCE = 128
 
 
 def heldout_sets(config: data.DataConfig) -> evaluation.HeldOut:
@@ -137,7 +139,7 @@ def heldout_pairs(job: StageJob, tokenizer: Tokenizer) -> list[PairBatch]:
         some,
         tokenizer,
         max_tokens=job.settings.max_tokens,
-        batch_size=BATCH,
+        batch_size=PAIRS_AT_ONCE,
         n_batches=1,
         seed=0,
     )
@@ -146,6 +148,7 @@ def heldout_pairs(job: StageJob, tokenizer: Tokenizer) -> list[PairBatch]:
 
 def evaluate_again(folder: Path, ancestors: dict[str, Path], outputs: Path) -> None:
     """Evaluate a finished run with the config in its record: eval.json gets the same bytes."""
+    torch.set_flush_denormal(True)  # as in training: it is faster, and the digits are the same
     record = read_record(folder)
     config, stage = record["config"], record["stage"]
     job = StageJob(

@@ -271,6 +271,8 @@ def difficulties(tasks: Sequence[str], lengths: Sequence[int]) -> list[str]:
     and all held-out problems are given, so that a problem's difficulty is a property of the set. A
     problem's rank is the share of its task's problems that are shorter, counting those of equal
     length half: problems of equal length are equally difficult, and the thirds need not be equal.
+    So a third may hold more of one task than of another: compare stages at one difficulty, rather
+    than the difficulties of one stage.
     """
     by_task: dict[str, list[int]] = {}
     for task, length in zip(tasks, lengths, strict=True):
