@@ -33,7 +33,7 @@ ARROWS = {
     "generate": {"model"},
     "checkpoint": {"model"},
     "dashboard": {"dashboard_spec", "loggers", "runs"},
-    "dashboard_spec": set(),
+    "dashboard_spec": {"suite"},
     "loggers": set(),
     "cost": set(),
     "runs": set(),

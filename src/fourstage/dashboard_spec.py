@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from fourstage.suite import PASS_K
+
 STEP = "trainer/global_step"  # the x axis that loggers.start_wandb defines
-PASS_K = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
