@@ -13,9 +13,9 @@ import json
 import sys
 from pathlib import Path
 
-from fourstage.report_files import Files
-from fourstage.report_ladder import ladder, read_rows, read_runs
-from fourstage.report_tables import GOALS, goals
+from fourstage.report.files import Files
+from fourstage.report.ladder import ladder, read_rows, read_runs
+from fourstage.report.tables import GOALS, goals
 
 NAMES = {
     "bits_per_char": "bits per character",

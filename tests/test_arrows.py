@@ -39,19 +39,11 @@ ARROWS = {
     "runs": set(),
     "data": set(),
     "model": set(),
-    "report": {"report_compare", "report_figures"},
-    "report_compare": {"report_tables"},
-    "report_figures": {"report_tables", "report_charts", "report_drawings"},
-    "report_tables": {"report_ladder", "report_html"},
-    "report_ladder": {"report_files"},
-    "report_charts": {"report_files"},
-    "report_drawings": set(),
-    "report_files": {"suite"},
-    "report_html": set(),
+    "report": {"suite"},
 }
 SHARED = {"batch", "tokenizer", "errors", "settings", "job", "verify"}  # everything may import them
 # they import nothing else of ours
-ALONE = {name for name in ARROWS if name.startswith("report")} | {"suite"}
+ALONE = {"report", "suite"}
 # packages that only these units may import
 FOREIGN = {
     "hydra": {"train"},
@@ -59,7 +51,7 @@ FOREIGN = {
     "lightning": {"stages", "callbacks", "cost", "loggers", "prepare", "runner", "lineage"},
     "wandb": {"loggers", "callbacks", "runner", "dashboard"},
     "wandb_workspaces": {"dashboard"},
-    "matplotlib": {"report_charts"},
+    "matplotlib": {"report"},
     "reasoning_gym": {"data", "verify"},
     "datasets": {"data"},
 }

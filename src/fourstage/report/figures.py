@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from fourstage import suite
-from fourstage.report_charts import intervals, lines, neighbours, over_optimisation
-from fourstage.report_drawings import Node, heat_map, lineage
-from fourstage.report_files import Item, Points
-from fourstage.report_html import Block, Cell, Figure, Figures, Heading, Paragraph, Table
-from fourstage.report_ladder import Row
-from fourstage.report_tables import GOALS, NONE, change, duration, measured, measured_cell
+from fourstage.report.charts import intervals, lines, neighbours, over_optimisation
+from fourstage.report.drawings import Node, heat_map, lineage
+from fourstage.report.files import Item, Points
+from fourstage.report.html import Block, Cell, Figure, Figures, Heading, Paragraph, Table
+from fourstage.report.ladder import Row
+from fourstage.report.tables import GOALS, NONE, change, duration, measured, measured_cell
 
 Curves = dict[str, dict[str, Points]]  # stage -> column of metrics.csv -> points
 

@@ -6,7 +6,7 @@
 The first picks the latest finished run that no other finished run started from (`run=` picks
 another: an id, <stage>-<id>, a folder, or a stage's name), joins its row with those of its
 ancestors and of the random weights, and writes outputs/report/{report.md, report.html,
-stages.json}. The second puts several ladders side by side (report_compare.py). The same runs give
+stages.json}. The second puts several ladders side by side (compare.py). The same runs give
 the same bytes: no time of day stands in them.
 """
 
@@ -16,8 +16,8 @@ import json
 import sys
 from pathlib import Path
 
-from fourstage.report_compare import write_comparison
-from fourstage.report_figures import (
+from fourstage.report.compare import write_comparison
+from fourstage.report.figures import (
     Curves,
     difficulty_blocks,
     heat_map_blocks,
@@ -25,9 +25,9 @@ from fourstage.report_figures import (
     lineage_figures,
     over_optimisation_blocks,
 )
-from fourstage.report_files import Files, ReportError
-from fourstage.report_html import Answers, Block, Bullets, Heading, Paragraph, markdown, page
-from fourstage.report_ladder import (
+from fourstage.report.files import Files, ReportError
+from fourstage.report.html import Answers, Block, Bullets, Heading, Paragraph, markdown, page
+from fourstage.report.ladder import (
     Row,
     Run,
     choose,
@@ -37,7 +37,7 @@ from fourstage.report_ladder import (
     read_runs,
     with_differences,
 )
-from fourstage.report_tables import (
+from fourstage.report.tables import (
     NONE,
     cost_table,
     data_notes,
@@ -217,7 +217,3 @@ def main(arguments: list[str]) -> int:
         return 1
     print(f"report: {folder / 'report.html'} (the same as {folder / 'report.md'}, with plots)")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fourstage.report_files import Files, ReportError
-from fourstage.report_html import Block, Bullets, Cell, Heading, Paragraph, Table, markdown, page
-from fourstage.report_ladder import STAGES, Row, Run, choose, ladder, read_rows, read_runs, tips
-from fourstage.report_tables import COSTS, NONE, Goal, goals, is_share, keys, number, title
+from fourstage.report.files import Files, ReportError
+from fourstage.report.html import Block, Bullets, Cell, Heading, Paragraph, Table, markdown, page
+from fourstage.report.ladder import STAGES, Row, Run, choose, ladder, read_rows, read_runs, tips
+from fourstage.report.tables import COSTS, NONE, Goal, goals, is_share, keys, number, title
 
 Shown = tuple[str, Callable[[float], str]]  # a figure's title, and how its values are written
 # what of a run's config may change its figures

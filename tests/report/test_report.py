@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from fourstage.report import main
-from fourstage.report_figures import MOST_POINTS, panels, thinned
-from fourstage.report_html import Answers, Bullets, Paragraph, Table, markdown, page
-from fourstage.report_tables import apart
+from fourstage.report.figures import MOST_POINTS, panels, thinned
+from fourstage.report.html import Answers, Bullets, Paragraph, Table, markdown, page
+from fourstage.report.tables import apart
 
 PRETRAIN, SFT, REWARD, PPO, GRPO = "aaaaaaaaaa", "bbbbbbbbbb", "cccccccccc", "dddddddddd", "e" * 10
 LLM, ADD = "What is an LLM?", "26 + 4 = ?"
@@ -558,7 +558,7 @@ def test_the_same_runs_give_the_same_bytes(full: Path, tmp_path: Path) -> None:
         write_run(tmp_path / "again", stage, curves=True)
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-m", "fourstage.report", f"outputs={tmp_path / 'again'}"]
-    source = str(Path(__file__).parent.parent / "src")
+    source = str(Path(__file__).parents[2] / "src")
     environment["PYTHONPATH"] = source
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert str(tmp_path / "again" / "report" / "report.html") in done.stdout
@@ -573,7 +573,7 @@ def test_the_same_runs_give_the_same_bytes(full: Path, tmp_path: Path) -> None:
 def test_the_report_needs_no_heavy_import() -> None:
     """It reads files only, so torch and the rest stay out."""
     code = "import sys, fourstage.report; print(sorted(m for m in sys.modules if '.' not in m))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert not {"torch", "lightning", "hydra", "matplotlib"} & set(re.findall(r"\w+", done.stdout))

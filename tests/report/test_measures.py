@@ -12,11 +12,11 @@ import pytest
 
 from fourstage import suite
 from fourstage.report import main
-from fourstage.report_charts import lines, neighbours, over_optimisation
-from fourstage.report_drawings import Node, heat_map, lineage
-from fourstage.report_figures import loads, over_optimisation_blocks
-from fourstage.report_html import Cell, Figures, Paragraph, Table, markdown, page
-from fourstage.report_tables import change, duration, verdict
+from fourstage.report.charts import lines, neighbours, over_optimisation
+from fourstage.report.drawings import Node, heat_map, lineage
+from fourstage.report.figures import loads, over_optimisation_blocks
+from fourstage.report.html import Cell, Figures, Paragraph, Table, markdown, page
+from fourstage.report.tables import change, duration, verdict
 from tests.ladders import (
     folder,
     items,
@@ -50,7 +50,7 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outputs(ladder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy to change; fast, since neither intervals nor drawings matter here."""
     monkeypatch.setattr(suite, "BOOTSTRAPS", 10)
-    monkeypatch.setattr("fourstage.report_figures.intervals", lambda *_: "<svg></svg>")
+    monkeypatch.setattr("fourstage.report.figures.intervals", lambda *_: "<svg></svg>")
     shutil.copytree(ladder / "runs", tmp_path / "runs")
     return tmp_path
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fourstage import suite
-from fourstage.report_files import Files, Item, Metric, ReportError, is_number
+from fourstage.report.files import Files, Item, Metric, ReportError, is_number
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "grpo")
 POLICY_METRICS = (

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from fourstage import suite
-from fourstage.report_files import Metric
-from fourstage.report_html import Cell, Paragraph, Table
-from fourstage.report_ladder import Row
+from fourstage.report.files import Metric
+from fourstage.report.html import Cell, Paragraph, Table
+from fourstage.report.ladder import Row
 
 NONE = "–"
 # the columns of the stage table; the rest of the suite has a table of its own

@@ -38,7 +38,7 @@ def compare_md(outputs: Path) -> str:
 
 def test_mean_and_spread_of_every_key(seeds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "BOOTSTRAPS", 10)
-    monkeypatch.setattr("fourstage.report_figures.intervals", lambda *_: "<svg></svg>")
+    monkeypatch.setattr("fourstage.report.figures.intervals", lambda *_: "<svg></svg>")
     found = json.loads((seeds / "report" / "compare.json").read_text())
     assert [ladder["label"] for ladder in found["ladders"]] == ["seed 0", "seed 1", "seed 2"]
     values = []

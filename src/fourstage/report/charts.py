@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fourstage.report_files import Metric, Points
+from fourstage.report.files import Metric, Points
 
 INK = "#010203"  # stands for the page's own text colour until the SVG is text
 COLOURS = ("#3a85d0", "#e0762f", "#2e9e6b", "#b05cc8", "#c8434f", "#8a7a2e")
