@@ -72,6 +72,17 @@ def test_no_such_run_in_one_line(store, tmp_path) -> None:
         find_run(store.outputs, "x")
 
 
+def test_where_two_lines_meet_the_policys_counts(store) -> None:
+    """A reward model of another ladder: what is compared with sft is the policy's own sft run."""
+    own, pretrain = store.find("sft"), read_record(store.find("pretrain"))["id"]
+    add(store, "sft", "s", parents={"policy": pretrain})
+    add(store, "reward", "r", parents={"policy": "s" * 10})
+    parents = {"policy": read_record(own)["id"], "reward": "r" * 10}
+    ppo = add(store, "ppo", "p", parents=parents)
+    found = store.ancestors(ppo)
+    assert (found["sft"], found["reward"].name) == (own, "reward-rrrrrrrrrr")
+
+
 def test_ancestors_and_children(store) -> None:
     assert list(store.ancestors(store.find("ppo"))) == ["pretrain", "sft", "reward"]
     names = [f.name.split("-")[0] for f in store.children(read_record(store.find("sft"))["id"])]
