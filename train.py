@@ -11,10 +11,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-# Waiting threads spin for a moment, then sleep. Endless spinning (libgomp's default) makes PyTorch
-# 20 times slower where other programs use the cores too; no spinning costs 40 % (docs/LOG.md).
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-
 CONF = str(Path(__file__).resolve().parent / "conf")
 
 
