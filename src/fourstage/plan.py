@@ -21,9 +21,11 @@ from fourstage.errors import UserError
 from fourstage.evaluation import EvaluationConfig
 from fourstage.job import STAGES, LoggerConfig, TrainerConfig, read_record
 from fourstage.model import ModelConfig
+from fourstage.rl.rewards import RULE_VERSION
 from fourstage.runs import Record, RunStore
 from fourstage.settings import build
 from fourstage.stages import SETTINGS, StageSettings
+from fourstage.stages.reward import PAIRS_VERSION
 from fourstage.tokenizer import Tokenizer, TokenizerConfig
 
 LADDER = {"sft": "pretrain", "reward": "sft", "ppo": "sft", "grpo": "ppo"}  # the usual parents
@@ -189,6 +191,8 @@ def plan_run(plan: Plan, stage: str, settings: StageSettings) -> PlannedRun:
         "data": digest,
         "debug": command.debug,
     }
+    if stage == "reward" and command.data.has_hidden_rule:
+        identity["pairs"] = [PAIRS_VERSION, RULE_VERSION]
     run_id = letters(identity)
     forced = command.force and stage == command.stage
     folder = (store.retrain_folder if forced else store.folder)(stage, run_id)

@@ -152,7 +152,12 @@ def stored_pairs(folder: Path) -> data.Pairs:
     sides = []
     for name in PAIR_FILES:
         rows = read_jsonl(folder / name)
-        sides.append([data.Pair(r["prompt"], r["chosen"], r["rejected"]) for r in rows])
+        sides.append(
+            [
+                data.Pair(r["prompt"], r["chosen"], r["rejected"], tuple(r.get("unfinished", ())))
+                for r in rows
+            ]
+        )
     return data.Pairs(*sides, digest="", notes={})
 
 
@@ -167,7 +172,7 @@ def prepare_ppo(job: StageJob) -> Prepared:
         tokenizer=tokenizer,
         settings=job.settings,
         seed=job.seed,
-        judge=true_score if has_true_score(job.data) else None,
+        judge=true_score if job.data.has_hidden_rule else None,
     )
     prompts = data.load_prompts(job.data)
     loaders = prompt_loaders(job, prompts.train, tokenizer)
@@ -229,8 +234,3 @@ PREPARE: dict[str, Callable[[StageJob], Prepared]] = {
     "ppo": prepare_ppo,
     "grpo": prepare_grpo,
 }
-
-
-def has_true_score(config: data.DataConfig) -> bool:
-    """Whether preferences come from the hidden rule; a user's own pairs have no known rule."""
-    return config.embedded and config.preference.path is None

@@ -19,7 +19,7 @@ from fourstage.evaluation import BY_REWARD, BY_SFT
 from fourstage.job import LoggerConfig, StageJob, TrainerConfig, read_record
 from fourstage.judges import NO_SFT, Judges
 from fourstage.model import ModelConfig, ScalarModel, Transformer
-from fourstage.prepare import has_true_score, stored_pairs
+from fourstage.prepare import stored_pairs
 from fourstage.settings import build
 from fourstage.stages import SETTINGS
 from fourstage.suite import Item
@@ -41,7 +41,7 @@ def heldout_sets(config: data.DataConfig) -> evaluation.HeldOut:
         corpus=side(data.load_corpus),
         chats=side(chat_prompts),
         problems=side(data.load_reasoning),
-        has_true_score=has_true_score(config),
+        has_true_score=config.has_hidden_rule,
         references=references(config),
     )
 

@@ -11,6 +11,7 @@ from fourstage.data.datamodule import (
     _loaders,
     blocks,
     fit_conversation,
+    fit_pair,
     join,
     pretrain_data,
     prompt_data,
@@ -237,6 +238,19 @@ def test_pairs_share_the_prompt_and_end_their_turn():
     assert rows == ["<bos><user>q<eot><assistant>good<eot>", "<bos><user>q<eot><assistant>b<eot>"]
     assert batch.chosen_ids.shape == batch.rejected_ids.shape
     assert (batch.rejected_ids[0, int(batch.rejected_len) :] == TOK.pad_id).all()
+
+
+@pytest.mark.parametrize(
+    ("unfinished", "answers"),
+    [(("rejected",), ["good<eot>", "b"]), (("chosen", "rejected"), ["good", "b"])],
+)
+def test_an_answer_that_was_cut_off_has_no_end_of_turn(unfinished, answers):
+    pair = Pair([{"role": "user", "content": "q"}], "good", "b", unfinished)
+    (chosen, rejected), _ = fit_pair(pair, TOK, 32)
+    prompt = "<bos><user>q<eot><assistant>"
+    assert [TOK.decode(ids, keep_special=True) for ids in (chosen, rejected)] == [
+        prompt + answer for answer in answers
+    ]
 
 
 def test_long_pairs_are_cut_alike_or_dropped():

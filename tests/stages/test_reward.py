@@ -255,6 +255,11 @@ def test_ties_are_sampled_once_more_and_then_skipped_and_counted(monkeypatch):
     assert [options["seed"] for options in answers.options] == [6, 7]  # another draw
 
 
+def test_an_answer_that_was_cut_off_is_marked(monkeypatch):
+    rows, _ = make_pairs(monkeypatch, Answers(["longest…", "short", "a…", "bcd…"]), 2)
+    assert [row.get("unfinished") for row in rows] == [["chosen"], ["chosen", "rejected"]]
+
+
 def test_a_prompt_may_give_several_pairs(monkeypatch):
     answers = Answers(["a", "bb", "ccc", "d", "ee", "f", "g", "hh"])
     rows, _ = make_pairs(monkeypatch, answers, 2, pairs_per_prompt=2)
@@ -265,7 +270,9 @@ def test_a_prompt_may_give_several_pairs(monkeypatch):
 def test_the_judge_hears_whether_an_answer_stopped(monkeypatch):
     answers = Answers(["same", "same…"])
     rows, _ = make_pairs(monkeypatch, answers, 1, judge=lambda text, stopped: float(stopped))
-    assert rows == [{"prompt": 0, "chosen": "same", "rejected": "same."}]
+    assert rows == [
+        {"prompt": 0, "chosen": "same", "rejected": "same.", "unfinished": ["rejected"]}
+    ]
 
 
 def test_real_pairs_are_seeded_and_in_the_judges_order():

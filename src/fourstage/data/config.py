@@ -107,6 +107,11 @@ class DataConfig:
         """True if sources without a path come from installed packages."""
         return self.name == "embedded"
 
+    @property
+    def has_hidden_rule(self) -> bool:
+        """True if preferences come from the hidden rule; of a user's own pairs no rule is known."""
+        return self.embedded and self.preference.path is None
+
     def fingerprint(self, *names: str) -> tuple[Any, ...]:
         """Equal as long as the settings of the named sources and their files are the same."""
         sources = {

@@ -324,9 +324,15 @@ def reward_data(
 def fit_pair(
     pair: Pair, tokenizer: Tokenizer, max_tokens: int
 ) -> tuple[tuple[list[int], list[int]] | None, bool]:
-    """Chosen and rejected ids of at most `max_tokens`, and whether the prompt was cut."""
+    """Chosen and rejected ids of at most `max_tokens`, and whether the prompt was cut.
+
+    An answer that was cut off has no end of turn, as none will when ppo has it scored.
+    """
     prompt = tokenizer.prompt(pair.messages)
-    answers = [[*tokenizer.encode(text), tokenizer.eot_id] for text in (pair.chosen, pair.rejected)]
+    answers = [
+        [*tokenizer.encode(text), *([] if side in pair.unfinished else [tokenizer.eot_id])]
+        for side, text in (("chosen", pair.chosen), ("rejected", pair.rejected))
+    ]
     room = max_tokens - max(map(len, answers))
     cut = len(prompt) > room
     if cut:

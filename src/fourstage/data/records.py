@@ -47,6 +47,7 @@ class Pair:
     messages: list[Message]  # the prompt, ending with the user
     chosen: str
     rejected: str
+    unfinished: tuple[str, ...] = ()  # "chosen", "rejected": cut off before its end of turn
 
     @property
     def prompt_messages(self) -> list[Message]:

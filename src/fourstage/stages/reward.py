@@ -119,6 +119,9 @@ class RewardModule(StageModule):
             metric.reset()
 
 
+PAIRS_VERSION = 2  # of how pairs are sampled and stored; 1 forgot which answers were cut off
+
+
 def sample_pairs(
     policy: Transformer,
     tokenizer: Tokenizer,
@@ -130,8 +133,8 @@ def sample_pairs(
     """Make preference pairs as a human labeller would see them: two answers, one preferred.
 
     Each prompt is answered twice, `pairs_per_prompt` times over; a pair of equal score is sampled
-    once more, then skipped. Returns rows {"prompt": index, "chosen", "rejected"} and the number
-    that was skipped.
+    once more, then skipped. Returns rows {"prompt": index, "chosen", "rejected"}, with
+    "unfinished": [side, ...] where an answer was cut off, and the number that was skipped.
     """
     wanted = [index for index in range(len(prompts)) for _ in range(settings.pairs_per_prompt)]
     rows: list[dict[str, Any]] = []
@@ -147,7 +150,7 @@ def sample_pairs(
             seed=2 * seed + attempt,
         )
         judged = [
-            (judge(text, stopped), text)
+            (judge(text, stopped), text, stopped)
             for text, stopped in zip(
                 answer_texts(rollout, tokenizer), rollout.stopped.tolist(), strict=True
             )
@@ -158,6 +161,10 @@ def sample_pairs(
                 tied.append(index)
                 continue
             worse, better = sorted([first, second])
-            rows.append({"prompt": index, "chosen": better[1], "rejected": worse[1]})
+            row = {"prompt": index, "chosen": better[1], "rejected": worse[1]}
+            sides = {"chosen": better[2], "rejected": worse[2]}
+            if unfinished := [side for side, stopped in sides.items() if not stopped]:
+                row["unfinished"] = unfinished
+            rows.append(row)
         wanted = tied
     return rows, len(wanted)
