@@ -13,9 +13,9 @@ from tests.stages.tiny import settings
 
 pytest.importorskip("trl", reason="needs trl (make setup-dev)")
 
-from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
-from trl.trainer.reward_trainer import RewardTrainer  # noqa: E402
-from trl.trainer.utils import entropy_from_logits, selective_log_softmax  # noqa: E402
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.reward_trainer import RewardTrainer
+from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 MAX_LENGTH = 16
 PROMPTS, GROUP, LENGTH = 3, 4, 9
