@@ -142,6 +142,8 @@ def test_gsm8k_schema():
     assert has_form(problem.worked) and verify(problem, problem.worked) == 1.0
     assert verify(problem, "#### 1024") == 1.0 and verify(problem, "#### 24") == 0.0
     bare = problem_from(record(question="q", answer="7"))
+    tight = problem_from(record(question="q", answer="so\n####7"))
+    assert (tight.worked, tight.answer) == ("so\n#### 7", "7")
     assert bare.worked == "#### 7" and verify(bare, "#### 7.0") == 1.0
 
 

@@ -24,6 +24,7 @@ class Unusable(UserError):
 CHAT_SCHEMAS = '"instruction" and "output", "messages", "conversations", or "prompt" and "response"'
 PAIR_SCHEMAS = '"chosen" and "rejected", with "prompt" or "instruction" or as dialogues'
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+TIGHT_MARK = re.compile(r"####[ \t]*(?=\S)")  # "####42" is meant as "#### 42"
 CALCULATOR = re.compile(r"<<.*?>>")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half an emoji, as JSON may escape it
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")
@@ -96,6 +97,7 @@ def problem_from(record: Record) -> Problem:
     if "question" not in record.values or "answer" not in record.values:
         raise _unknown(record, '"question" and "answer"')
     question, solution = _text(record, "question"), _text(record, "answer")
+    solution = TIGHT_MARK.sub(MARK, solution)
     final = extract(f"{solution} ")  # the space completes a mark at the very end
     if final is None:
         return Problem(question, solution, FROM_FILE, f"{MARK}{solution}", {"answer": solution})
