@@ -131,6 +131,7 @@ def test_unknown_characters_are_counted() -> None:
         ("temperature=hot", "temperature: expected a number, got 'hot'"),
         ("seed=1.5", "seed: expected a whole number, got '1.5'"),
         ("max_new_tokens=0", "max_new_tokens: must be at least 1, got 0"),
+        ("seed=-1", "seed: must be between 0 and 4294967295, got -1"),
         ("prompt= ", "prompt: it is empty"),
         ("sft", "'sft': expected key=value, such as run=sft"),
     ],

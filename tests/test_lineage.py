@@ -273,12 +273,20 @@ MISTAKES = [
     ("stage=foo", "stage: expected one of pretrain, sft, reward, ppo, grpo, got 'foo'"),
     ("seed=1.5", "seed: expected a whole number, got 1.5"),
     ("seed=abc", "seed: expected a whole number, got 'abc'"),
-    ("seed=-1", "seed: must not be negative, got -1"),
+    ("seed=-1", "seed: must be between 0 and 4294967295, got -1"),
+    ("seed=99999999999999999999", "seed: must be between 0 and 4294967295, got 9999"),
+    ("evaluation.seed=-1", "evaluation.seed: must be between 0 and 4294967295, got -1"),
+    ("evaluation.max_new_tokens=505", "505 tokens leave no room for a prompt in model.max_seq_len"),
+    ("stages.sft.max_tokens=10", "no train record fits into stages.sft.max_tokens=10"),
+    ("stages.reward.max_tokens=8", "no train record fits into stages.reward.max_tokens=8"),
+    ("stages.ppo.max_prompt_tokens=3", "stages.ppo.max_prompt_tokens: none of"),
+    ("stages.grpo.max_prompt_tokens=3", "stages.grpo.max_prompt_tokens: none of"),
     ("ancestors=no", "ancestors: expected one of train, require, got"),
     ("model.num_experts=0", "model.num_experts: must be at least 1, got 0"),
     ("+model.width=3", "model.width: unknown key"),
     ("trainer.devices=0", "trainer.devices: must be at least 1"),
     ("trainer.devices=3", "rows cannot be shared evenly by 3"),
+    ("trainer.precision=16-mixed", "trainer.precision: no 16-mixed on a CPU: take 32-true"),
     ("trainer.accelerator=tpu", "trainer.accelerator: expected one of"),
     ("evaluation.max_pairs=0", "evaluation.max_pairs: must be at least 1"),
     ("stages.grpo.group_size=1", "stages.grpo.group_size: must be at least 2, got 1"),
@@ -308,6 +316,13 @@ def test_a_mistake_is_one_line_before_anything_trains(base, tmp_path, override, 
         climb(config(*base, *stage, override), train=train)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert train.jobs == [] and not (tmp_path / "outputs" / "runs").exists()
+
+
+def test_sampled_pairs_need_room_for_a_prompt(base) -> None:
+    embedded = [o for o in base if not o.startswith("data")]
+    with pytest.raises(UserError, match="^stages.reward.max_new_tokens: 60 tokens leave no room"):
+        run([*embedded, "debug=fast", "stages.reward.max_new_tokens=60"], "reward")
+    run([*base, "stages.reward.max_new_tokens=250"], "reward")  # pairs of a file are not sampled
 
 
 def test_a_mistake_in_a_stage_that_is_not_needed_is_one_too(base) -> None:

@@ -100,6 +100,7 @@ def test_unknown_characters_count_one_each(tok):
     assert len(ids) == 7 and tok.count_unknown(ids) == 5
     assert tok.decode(ids) == "a\ufffd\ufffd\ufffd\ufffdb\ufffd"
     assert tok.encode(tok.decode(ids)) == ids
+    assert tok.encode("half \ud83d of one") == tok.encode("half 日 of one")
 
 
 def test_long_text_is_encoded_piecewise_without_a_seam(tok):

@@ -47,6 +47,8 @@ class ChatSettings:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens: must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed: must be between 0 and {2**32 - 1}, got {self.seed}")
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt: it is empty: leave prompt= out to talk, or ask something")
 

@@ -43,7 +43,7 @@ class TrainerConfig:
     def resolved(self) -> TrainerConfig:
         """The same with no "auto" left in accelerator and precision (imports torch).
 
-        Raises UserError for a GPU that is not there.
+        Raises UserError for a GPU that is not there, and a precision that a CPU has not.
         """
         import torch
 
@@ -62,6 +62,8 @@ class TrainerConfig:
         precision = self.precision
         if precision == "auto":
             precision = "bf16-mixed" if accelerator == "gpu" else "32-true"
+        if precision == "16-mixed" and accelerator == "cpu":  # Lightning would take bf16-mixed
+            raise UserError("trainer.precision: no 16-mixed on a CPU: take 32-true or bf16-mixed")
         return TrainerConfig(
             accelerator=accelerator,
             devices=self.devices,

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fourstage import data
 from fourstage.callbacks import clock
+from fourstage.data.fits import LEAST_PROMPT, check_records
 from fourstage.errors import UserError
 from fourstage.evaluation import EvaluationConfig
 from fourstage.job import STAGES, LoggerConfig, TrainerConfig, read_record
@@ -52,8 +53,15 @@ class Command:
     evaluation: EvaluationConfig
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise UserError(f"seed: must not be negative, got {self.seed}")
+        for name, seed in (("seed", self.seed), ("evaluation.seed", self.evaluation.seed)):
+            if not 0 <= seed < 2**32:  # they are multiplied into the seeds of steps and rows
+                raise UserError(f"{name}: must be between 0 and {2**32 - 1}, got {seed}")
+        room = self.model.max_seq_len - self.evaluation.max_new_tokens
+        if room < LEAST_PROMPT:
+            raise UserError(
+                f"evaluation.max_new_tokens: {self.evaluation.max_new_tokens} tokens leave no room "
+                f"for a prompt in model.max_seq_len={self.model.max_seq_len}: lower it"
+            )
 
 
 @dataclass(kw_only=True)
@@ -109,8 +117,10 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
     for run in plan.runs[:-1]:
         if target.status == "found" and run.status != "found":
             run.status = "not needed"
+    tokenizer = Tokenizer.from_config(command.tokenizer)
     for run in plan.runs:
         if run.to_do:
+            check_records(command.data, run.stage, run.settings, tokenizer)
             run.estimate = estimate(command, store, run)
     return plan
 

@@ -48,7 +48,7 @@ def train_stage(job: StageJob) -> dict[str, Any]:
     if job.stage == "pretrain" and not (job.folder / "eval_random.json").exists():
         with meter.evaluating():
             evaluate_random(job, prepared.result, prepared.tokenizer)
-    notes = prepared.loaders.notes
+    notes = {**data.left_out(job.data, job.stage), **prepared.loaders.notes}
     print("  data: " + ", ".join(f"{n.replace('_', ' ')} {count:,}" for n, count in notes.items()))
     cost = None  # where the stage fails
     try:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,6 +61,7 @@ LOOK_ALIKES = {
     "\u00d7": "*",  # ×
 }
 UNKNOWN_SHOWN_AS = "\ufffd"
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # no character at all: `tokenizers` refuses it
 CHUNK = 4096  # encoding a long text in pieces is several times faster, and exact for characters
 
 CHAT_TEMPLATE = (
@@ -174,6 +176,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, one a character; unknown characters are `unk_id`."""
+        text = LONE_SURROGATE.sub(UNKNOWN_SHOWN_AS, text)
         pieces = [text[i : i + CHUNK] for i in range(0, len(text), CHUNK)]
         encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
         return [i for encoding in encodings for i in encoding.ids]

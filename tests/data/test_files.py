@@ -85,6 +85,7 @@ def write(tmp_path):
         ),
         ({"prompt": "a", "response": "b"}, [user("a"), assistant("b")]),
         ({"prompt": "a", "completion": " b "}, [user("a"), assistant("b")]),
+        ({"prompt": "a\ud83d", "response": "\ude00b"}, [user("a\ufffd"), assistant("\ufffdb")]),
     ],
 )
 def test_chat_schemas(values, messages):
@@ -141,6 +142,8 @@ def test_gsm8k_schema():
     assert has_form(problem.worked) and verify(problem, problem.worked) == 1.0
     assert verify(problem, "#### 1024") == 1.0 and verify(problem, "#### 24") == 0.0
     bare = problem_from(record(question="q", answer="7"))
+    tight = problem_from(record(question="q", answer="so\n####7"))
+    assert (tight.worked, tight.answer) == ("so\n#### 7", "7")
     assert bare.worked == "#### 7" and verify(bare, "#### 7.0") == 1.0
 
 
@@ -271,6 +274,27 @@ def test_unusable_records_are_counted_and_left_out(write, files):
     assert len(chats.train) + len(chats.heldout) == 59
     with pytest.raises(UserError, match='record 1: "output" is empty'):
         data.load_chat(files(chat={"path": write("b.json", rows[:1])}))
+
+
+def test_an_unanswered_dialogue_or_problem_is_no_reason_to_stop(write, files):
+    hh = "\n\nHuman: q{}\n\nAssistant: {}"
+    rows = [{"chosen": hh.format(i, "a"), "rejected": hh.format(i, "b")} for i in range(60)]
+    rows[3]["rejected"] = hh.format(3, "").strip(" ")
+    config = files(preference={"path": write("hh.jsonl", rows)})
+    assert data.load_preference(config).notes["unusable_records"] == 1
+    assert data.left_out(config, "reward") == {"unusable_records": 1}
+
+    rows = [{"question": f"q{i}", "answer": f"so\n#### {i if i else ''}"} for i in range(60)]
+    paths = {"path": write("a.jsonl", rows), "heldout_path": write("b.jsonl", rows[:2])}
+    problems = data.load_reasoning(files(reasoning=paths))
+    assert problems.notes["unusable_records"] == 2
+    assert (len(problems.train), len(problems.heldout)) == (58, 1)
+
+
+def test_worked_problems_without_a_reasoning_source_say_what_to_do(write, files):
+    config = files(corpus={"path": write("a.txt", "some text " * 90), "problems": 5})
+    with pytest.raises(UserError, match="give data.reasoning.path=FILE .* or set both to 0"):
+        data.load_corpus(config)
 
 
 def test_answers_over_the_limit_are_counted_and_left_out(write, files):

@@ -12,7 +12,7 @@ from fourstage.data.corpus import load_corpus
 from fourstage.data.preference import load_preference, load_prompts
 from fourstage.data.reasoning import load_reasoning
 from fourstage.data.records import Chats, Conversation, Corpus, Pair, Pairs, Problem, Problems
-from fourstage.data.sources import digest, sample_prompts, source_of_stage
+from fourstage.data.sources import digest, left_out, sample_prompts, source_of_stage
 
 __all__ = [
     "ChatConfig",
@@ -28,6 +28,7 @@ __all__ = [
     "Problems",
     "ReasoningConfig",
     "digest",
+    "left_out",
     "load_chat",
     "load_corpus",
     "load_preference",

@@ -219,7 +219,7 @@ def sft_data(
         notes[f"{name}_rows"] = len(rows)
         notes[f"{name}_answer_tokens"] = sum(sum(mask) for _, mask in rows)
         notes[f"{name}_unknown_characters"] = sum(tokenizer.count_unknown(ids) for ids, _ in rows)
-        _some_left("data.chat", "stages.sft.max_tokens", name, rows, max_tokens)
+        some_left("data.chat", "stages.sft.max_tokens", name, rows, max_tokens)
         sides.append(rows)
     rows, val_rows = sides
 
@@ -303,7 +303,7 @@ def reward_data(
         notes[f"{name}_unknown_characters"] = sum(
             tokenizer.count_unknown(ids) for row in rows for ids in row
         )
-        _some_left("data.preference", "stages.reward.max_tokens", name, rows, max_tokens)
+        some_left("data.preference", "stages.reward.max_tokens", name, rows, max_tokens)
         sides.append(rows)
     rows, val_rows = sides
 
@@ -393,8 +393,9 @@ def prompt_data(
     )
 
 
-def _some_left(source: str, limit: str, side: str, rows: Sequence[object], max_tokens: int) -> None:
-    if not rows:
+def some_left(source: str, limit: str, side: str, some: object, max_tokens: int) -> None:
+    """Raise UserError where nothing of a side of a source fits into a limit."""
+    if not some:
         raise UserError(
             f"{source}: no {side} record fits into {limit}={max_tokens}: raise it or give "
             "shorter records"

@@ -115,9 +115,10 @@ def _parsed(line: str, where: str) -> Any:
 
 def _parquet(path: str) -> list[Record]:
     file = _existing(path)
-    from datasets import load_dataset  # slow to import
+    from datasets import load_dataset, logging  # slow to import
     from pyarrow import ArrowException
 
+    logging.set_verbosity(logging.CRITICAL)  # what is wrong with the file is said below, once
     try:
         # streamed, so that nothing is copied to a cache
         rows = list(load_dataset("parquet", data_files=str(file), split="train", streaming=True))

@@ -10,7 +10,7 @@ from typing import Any
 from fourstage.data.config import DataConfig, cached
 from fourstage.data.files import read_records
 from fourstage.data.records import Problem, Problems, content_digest
-from fourstage.data.schemas import problem_from
+from fourstage.data.schemas import problem_from, usable
 from fourstage.data.split import expressions, is_heldout, normalise, short_hash, whole_expressions
 from fourstage.data.tasks import short_question, worked_solution
 from fourstage.errors import UserError
@@ -65,6 +65,11 @@ def worked_train_problems(config: DataConfig, count: int) -> list[Problem]:
     """The first `count` train problems that have a worked solution."""
     if count == 0:
         return []
+    if config.reasoning.path is None and not config.reasoning.tasks:
+        raise UserError(
+            "data.corpus.problems and data.chat.demonstrations take problems from the reasoning "
+            "source: give data.reasoning.path=FILE (a file in gsm8k's schema), or set both to 0"
+        )
     return list(islice((p for p in load_reasoning(config).train if p.worked), count))
 
 
@@ -75,14 +80,15 @@ def _content(problem: Problem) -> str:
 def _from_file(config: DataConfig) -> tuple[list[Problem], list[Problem], dict[str, int]]:
     reasoning = config.reasoning
     assert reasoning.path is not None
-    problems = [problem_from(record) for record in read_records(reasoning.path)]
+    problems, unusable = usable(read_records(reasoning.path), problem_from)
+    notes = {"unusable_records": unusable}
     if reasoning.heldout_path is None:
         heldout = [p for p in problems if is_heldout(p.question, config.heldout)]
     else:
-        heldout = [problem_from(record) for record in read_records(reasoning.heldout_path)]
+        heldout, unusable = usable(read_records(reasoning.heldout_path), problem_from)
+        notes["unusable_records"] += unusable
     keys = {normalise(p.question) for p in heldout}
     train = [p for p in problems if normalise(p.question) not in keys]
-    notes = {}
     if reasoning.heldout_path is not None:
         notes["dropped_from_train_as_heldout"] = len(problems) - len(train)
     return train, heldout, notes

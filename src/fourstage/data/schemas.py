@@ -24,7 +24,9 @@ class Unusable(UserError):
 CHAT_SCHEMAS = '"instruction" and "output", "messages", "conversations", or "prompt" and "response"'
 PAIR_SCHEMAS = '"chosen" and "rejected", with "prompt" or "instruction" or as dialogues'
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+TIGHT_MARK = re.compile(r"####[ \t]*(?=\S)")  # "####42" is meant as "#### 42"
 CALCULATOR = re.compile(r"<<.*?>>")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half an emoji, as JSON may escape it
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")
 
 
@@ -71,14 +73,11 @@ def pair_from(record: Record) -> Pair:
     if "chosen" not in fields or "rejected" not in fields:
         raise _unknown(record, PAIR_SCHEMAS)
     if "prompt" in fields:
-        prompt = fields["prompt"]
-        asked = (
-            _messages(record, "prompt")
-            if isinstance(prompt, list)
-            else _split_turns(prompt) or [_user(_text(record, "prompt"))]
-            if isinstance(prompt, str)
-            else [_user(_text(record, "prompt"))]
-        )
+        if isinstance(fields["prompt"], list):
+            asked = _messages(record, "prompt")
+        else:
+            text = _text(record, "prompt")
+            asked = _split_turns(text) or [_user(text)]
         return _pair(record, asked, _answer(record, "chosen"), _answer(record, "rejected"))
     if "instruction" in fields:
         asked = [_user(_instruction(record))]
@@ -98,6 +97,7 @@ def problem_from(record: Record) -> Problem:
     if "question" not in record.values or "answer" not in record.values:
         raise _unknown(record, '"question" and "answer"')
     question, solution = _text(record, "question"), _text(record, "answer")
+    solution = TIGHT_MARK.sub(MARK, solution)
     final = extract(f"{solution} ")  # the space completes a mark at the very end
     if final is None:
         return Problem(question, solution, FROM_FILE, f"{MARK}{solution}", {"answer": solution})
@@ -152,7 +152,7 @@ def _whole_dialogue(record: Record, name: str) -> list[Message]:
         messages = _messages(record, name)
     else:
         messages = _split_turns(_text(record, name)) or []
-    if len(messages) < 2:
+    if not messages or messages[0]["role"] == "assistant":
         raise UserError(
             f'{record.where}: {name} has no prompt in it: give "prompt", or a whole dialogue '
             "(\\n\\nHuman: ...\\n\\nAssistant: ...)"
@@ -226,7 +226,7 @@ def _text(record: Record, name: str) -> str:
 
 
 def _clean(text: str) -> str:
-    return text.replace("\r\n", "\n").strip()
+    return LONE_SURROGATE.sub("\ufffd", text.replace("\r\n", "\n")).strip()
 
 
 def _kind(value: Any) -> str:

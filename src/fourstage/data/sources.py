@@ -26,6 +26,15 @@ QUESTIONS = (
     "My internet is not working.",
 )
 PROBLEMS = 3
+# notes of a source that say how much it holds; the others say what was left out
+KEPT = {
+    "train",
+    "heldout",
+    "train_characters",
+    "heldout_characters",
+    "problems",
+    "demonstrations",
+}
 
 
 def digest(config: DataConfig, stage: str) -> str:
@@ -47,6 +56,21 @@ def digest(config: DataConfig, stage: str) -> str:
     if stage == "reward" and pairs is not None:
         return pairs.digest
     return load_prompts(config).digest
+
+
+def left_out(config: DataConfig, stage: str) -> dict[str, int]:
+    """What of a stage's source was left out when it was read, and why: {reason: records}."""
+    source = source_of_stage[stage]
+    if source == "corpus":
+        notes = load_corpus(config).notes
+    elif source == "chat":
+        notes = load_chat(config).notes
+    elif source == "reasoning":
+        notes = load_reasoning(config).notes
+    else:
+        pairs = load_preference(config)
+        notes = {} if pairs is None else pairs.notes
+    return {name: count for name, count in notes.items() if count and name not in KEPT}
 
 
 def sample_prompts(config: DataConfig) -> list[dict[str, Any]]:
