@@ -77,6 +77,14 @@ def test_group_advantages_by_hand():
     )
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_tied_group_has_no_advantage_at_all(scaled):
+    """The float32 mean of eight times 0.1 is not 0.1."""
+    rewards = T([[0.1] * 8, [0.7] * 8, [1.1] * 8])
+    assert (rewards.mean(1) != rewards[:, 0]).any()
+    assert (group_advantages(rewards, scaled) == 0).all()
+
+
 def test_the_eps_of_group_advantages():
     got = group_advantages(T([[2e-4, 0.0]]), scaled=True)  # std is sqrt(2) x 1e-4
     close(got, [[1 / (2**0.5 + 1), -1 / (2**0.5 + 1)]], atol=1e-5)

@@ -49,6 +49,8 @@ class GRPOSettings(OnPolicySettings):
 def group_advantages(rewards_GK: Tensor, scaled: bool) -> Tensor:
     """(r - mean) / (std + 1e-4) in each group, unbiased std; only r - mean if not scaled."""
     centred_GK = rewards_GK - rewards_GK.mean(1, keepdim=True)
+    tied_G1 = (rewards_GK == rewards_GK[:, :1]).all(1, keepdim=True)
+    centred_GK = centred_GK.masked_fill(tied_G1, 0)  # the mean of equal numbers may be rounded
     if not scaled:
         return centred_GK
     return centred_GK / (rewards_GK.std(1, keepdim=True) + 1e-4)
