@@ -301,6 +301,8 @@ def test_lineage_of_the_page(full: Path) -> None:
     for drawn in figures[:2]:
         assert drawn.count("<rect") == 6 and drawn.count('marker-end="url(#') == 6
         assert run_id("ppo", 0) in drawn and "1 min 01 s" in drawn
+        assert re.search(r">\d\.\d{3} → \d\.\d{3}</text>", drawn)  # bits a character
+        assert re.search(r">50\.0 → \d\d\.\d %</text>", drawn)  # the reward model, from a coin
 
 
 def test_deleted_and_rebuilt_the_report_has_the_same_bytes(full: Path) -> None:

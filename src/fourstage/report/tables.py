@@ -172,6 +172,15 @@ class Goal:
         return word if word in ("better", "worse") else "unclear"
 
     @property
+    def step(self) -> str:
+        """before → after, in short; of what was not measured a mark, or only the value after."""
+        if self.after["value"] is None:
+            return NONE
+        cells = [cell for cell in (self.before, self.after) if cell["value"] is not None]
+        values = [number(self.name, cell["value"]) for cell in cells]
+        return " → ".join(values) + " %" * is_share(self.name)
+
+    @property
     def gain(self) -> str:
         """after - before, for readers."""
         if self.before["value"] is None or self.after["value"] is None:
@@ -252,6 +261,12 @@ COSTS: dict[str, tuple[str, Callable[[float], str], Callable[..., float] | None,
     "peak GPU memory, MiB": ("peak_gpu_memory_mib", _whole, max, "no GPU was used"),
 }
 
+COST_TEXT = (
+    "The time that is neither training nor evaluation went into reading the data, sampling "
+    "(reward: its pairs) and saving. Peak memory is the process's: stages that one command trains "
+    "one after another include the earlier ones."
+)
+
 
 def cost_table(rows: list[Row]) -> list[Table | Paragraph]:
     """Time, work and memory of each stage, and all together; and what was not measured."""
@@ -285,7 +300,7 @@ def cost_table(rows: list[Row]) -> list[Table | Paragraph]:
         some.append(f"{' and '.join(rates)} have no sum")
     if some:
         notes.append(f"Where a cell is empty, the record has no such figure ({'; '.join(some)}).")
-    return [table, Paragraph(" ".join(notes))] if notes else [table]
+    return [Paragraph(COST_TEXT), table, *([Paragraph(" ".join(notes))] if notes else [])]
 
 
 # --- what is missing
