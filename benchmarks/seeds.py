@@ -22,6 +22,7 @@ NAMES = {
     "well_formed": "well-formed answers",
     "pair_accuracy": "held-out pairs",
     "preference_score": "true preference score",
+    "reward_model_score": "reward-model score",
     "reasoning_accuracy": "held-out problems",
 }
 

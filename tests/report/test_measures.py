@@ -341,3 +341,22 @@ def test_items_are_what_the_suite_reads() -> None:
     """The invented items define every key that they should."""
     found = suite.metrics(items("sft", 0, 12), {}, 0)
     assert {"bits_per_char", "pass_at_4", "router_entropy", "chat_exact"} <= set(found)
+
+
+# --- own goals
+
+
+def test_without_a_true_score_ppo_is_held_against_the_learned_one(outputs: Path) -> None:
+    """A user's own data has no hidden rule; the learned score is what ppo raises there."""
+    why = "the true score is known for data=embedded only"
+    for stage in ("sft", "ppo"):
+        path = folder(outputs, stage) / "eval.json"
+        content = json.loads(path.read_text())
+        content["metrics"]["preference_score"] = suite.missing(why)
+        write_json(path, content)
+    assert "- ppo: true preference score: " + why in report(outputs)
+    lines_ = section(outputs, "Each stage on its own goal").splitlines()
+    row = next(line for line in lines_ if line.startswith("| ppo"))
+    before, after = (stages(outputs)[x]["metrics"]["reward_model_score"] for x in ("sft", "ppo"))
+    assert row.startswith(f"| ppo | reward-model score | {before['value']:.3f} [")
+    assert f" | {after['value']:.3f} [" in row

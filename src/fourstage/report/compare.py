@@ -275,20 +275,18 @@ def _introduction(ladders: Sequence[Ladder], labels: Sequence[str], suite: str) 
 
 def _goal_table(ladders: Sequence[Ladder], labels: Sequence[str]) -> Table:
     """Gains on the stages' own goals, and in how many ladders the intervals are apart."""
-    by_stage: dict[str, list[Goal | None]] = {}
-    for ladder_ in ladders:
-        found = {goal.stage: goal for goal in goals(ladder_.rows)}
-        for stage in STAGES:
-            by_stage.setdefault(stage, []).append(found.get(stage))
+    each = [{(goal.stage, goal.name): goal for goal in goals(ladder.rows)} for ladder in ladders]
     rows: list[list[str | Cell]] = []
-    for stage, each in by_stage.items():
-        known = [goal for goal in each if goal is not None]
-        if known:
-            name = known[0].name
-            better = sum(goal.verdict == "apart: better" for goal in known)
-            cells = [NONE if goal is None else _gain(goal) for goal in each]
-            rows.append([stage, title(name), *cells, f"{better} of {len(known)}"])
+    for stage, name in sorted({key for found in each for key in found}, key=_by_stage):
+        known = [found[stage, name] for found in each if (stage, name) in found]
+        better = sum(goal.verdict == "apart: better" for goal in known)
+        cells = [_gain(f[stage, name]) if (stage, name) in f else NONE for f in each]
+        rows.append([stage, title(name), *cells, f"{better} of {len(known)}"])
     return Table(["stage", "goal", *labels, "apart: better"], rows)
+
+
+def _by_stage(key: tuple[str, str]) -> tuple[int, str]:
+    return STAGES.index(key[0]), key[1]
 
 
 def _gain(goal: Goal) -> Cell:

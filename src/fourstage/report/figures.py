@@ -36,6 +36,7 @@ SHORT = {  # of the stages' own goals
     "well_formed": "well-formed",
     "pair_accuracy": "pairs right",
     "preference_score": "true score",
+    "reward_model_score": "learned score",
     "reasoning_accuracy": "problems right",
 }
 SCORES = {"train/score": "learned reward", "train/gold_score": "true score"}

@@ -28,6 +28,8 @@ GOALS = {
     "ppo": "preference_score",
     "grpo": "reasoning_accuracy",
 }
+# the learned score, which ppo raises, where no hidden rule gives a true one (a user's own data)
+LEARNED = "reward_model_score"
 COIN = {"value": 0.5, "low": 0.5, "high": 0.5}
 
 
@@ -196,6 +198,8 @@ def goals(rows: list[Row]) -> list[Goal]:
         if row.run is None:
             continue
         name = GOALS[row.stage]
+        if row.stage == "ppo" and row.metrics[name]["value"] is None:
+            name = LEARNED if row.metrics[LEARNED]["value"] is not None else name
         if row.stage == "reward":
             start, before = "a coin", COIN
         elif row.parent is not None:
