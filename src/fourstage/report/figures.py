@@ -75,7 +75,11 @@ def learning_curves(curves: Curves) -> list[Block]:
         ]
         if figures:
             blocks.append(Figures(figures))
-    return [Heading("While training"), *blocks] if blocks else []
+    text = (
+        "Lines are named as the columns of metrics.csv (train/score: the learned reward; "
+        "train/gold_score: the true score)."
+    )
+    return [Heading("While training"), Paragraph(text), *blocks] if blocks else []
 
 
 def panels(stage: str, columns: dict[str, Points]) -> list[tuple[str, str, dict[str, Points]]]:
