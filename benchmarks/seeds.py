@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fourstage.report.files import Files
 from fourstage.report.ladder import ladder, read_rows, read_runs
-from fourstage.report.tables import GOALS, goals
+from fourstage.report.tables import GOALS, NONE, goals
 
 NAMES = {
     "bits_per_char": "bits per character",
@@ -28,7 +28,9 @@ NAMES = {
 
 
 def cell(metric: dict) -> str:
-    """value [low, high]"""
+    """value [low, high]; a mark where it is not measured"""
+    if metric["value"] is None:
+        return NONE
     return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**metric)
 
 
@@ -45,24 +47,38 @@ def entries(outputs: Path) -> list[dict]:
             row = rows[goal.stage]
             kl = row.metrics.get("kl_to_sft", {}).get("value")
             seconds = row.run.costs().get("seconds")
-            found.append({"seed": tip.config["seed"], "goal": goal, "kl": kl, "seconds": seconds})
+            found.append(
+                {
+                    "seed": tip.config["seed"],
+                    "device": row.run.record["device"],
+                    "goal": goal,
+                    "kl": kl if goal.stage == "ppo" else None,
+                    "seconds": seconds,
+                }
+            )
     return sorted(found, key=lambda e: (list(GOALS).index(e["goal"].stage), e["seed"]))
 
 
 def main(arguments: list[str]) -> None:
     values = dict(argument.partition("=")[::2] for argument in arguments)
-    found = entries(Path(values.get("outputs", "outputs")))
+    if unknown := set(values) - {"outputs"}:
+        sys.exit(f"unknown argument {min(unknown)!r}: python -m benchmarks.seeds [outputs=outputs]")
+    outputs = Path(values.get("outputs", "outputs"))
+    found = entries(outputs)
+    if not found:
+        sys.exit(f"no finished grpo run under {outputs / 'runs'}: python train.py stage=grpo")
     print("| stage | its goal | seed | before | after | 95 % intervals | time |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for e in found:
         goal = e["goal"]
-        name = NAMES[goal.name] + (f" (KL {e['kl']:.1f} nats)" if goal.stage == "ppo" else "")
+        name = NAMES[goal.name] + ("" if e["kl"] is None else f" (KL {e['kl']:.1f} nats)")
         print(
             f"| {goal.stage} | {name} | {e['seed']} | {cell(goal.before)} | {cell(goal.after)} "
             f"| {goal.verdict} | {e['seconds']:.0f} s |"
         )
     figures = {f"{e['goal'].stage}_seed{e['seed']}": e["goal"].after["value"] for e in found}
-    print(json.dumps({"benchmark": "seeds", "device": "cpu", "ratios": {}, "figures": figures}))
+    device = ", ".join(dict.fromkeys(e["device"] for e in found))
+    print(json.dumps({"benchmark": "seeds", "device": device, "ratios": {}, "figures": figures}))
 
 
 if __name__ == "__main__":

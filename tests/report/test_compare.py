@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.seeds import main as seeds_table
 from fourstage import suite
 from fourstage.report import main
 from tests.ladders import run_id, stages, write_json, write_ladder
@@ -164,3 +165,30 @@ def test_mistakes_are_one_line(
 def test_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["compare", "all", f"outputs={tmp_path}"]) == 1
     assert capsys.readouterr().err == "error: compare needs two finished ladders or more: 0 found\n"
+
+
+# --- benchmarks/seeds.py
+
+
+def test_the_table_of_seeds(seeds: Path, capsys: pytest.CaptureFixture) -> None:
+    seeds_table([f"outputs={seeds}"])
+    *table, last = capsys.readouterr().out.splitlines()
+    figures = json.loads(last)["figures"]
+    assert json.loads(last)["device"] == "cpu"
+    assert len(table) == 2 + len(figures) == 2 + 5 * 3
+    for seed in (0, 1, 2):
+        path = seeds / "runs" / f"grpo-{run_id('grpo', seed)}" / "eval.json"
+        cell = json.loads(path.read_text())["metrics"]["reasoning_accuracy"]
+        assert figures[f"grpo_seed{seed}"] == cell["value"]
+        after = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**cell)
+        [row] = [x for x in table if x.startswith(f"| grpo | held-out problems | {seed} |")]
+        assert f" | {after} | " in row
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [("outputs={}", "no finished grpo run under"), ("x=1", "unknown argument")],
+)
+def test_no_seeds_to_tabulate(tmp_path: Path, argument: str, says: str) -> None:
+    with pytest.raises(SystemExit, match=says):
+        seeds_table([argument.format(tmp_path)])
