@@ -3,8 +3,8 @@
     python train.py -m stage=grpo seed=0,1,2
     python -m benchmarks.seeds [outputs=outputs]
 
-Reads the finished, non-debug grpo runs of one outputs folder and what their reports read; trains
-nothing. The last line is one JSON object with the figures.
+Reads the latest finished, non-debug grpo run of each seed in one outputs folder and what their
+reports read; trains nothing. The last line is one JSON object with the figures.
 """
 
 from __future__ import annotations
@@ -38,10 +38,13 @@ def entries(outputs: Path) -> list[dict]:
     """One for each seed and stage: the goal before and after, and whether they are apart."""
     files = Files()
     runs = read_runs(outputs, files)
+    tips = {
+        tip.config["seed"]: tip
+        for tip in sorted(runs.values(), key=lambda run: run.rank)
+        if tip.stage == "grpo" and tip.is_finished and not tip.is_debug
+    }
     found = []
-    for tip in runs.values():
-        if tip.stage != "grpo" or tip.is_debug or not tip.is_finished:
-            continue
+    for tip in tips.values():
         rows = {row.stage: row for row in read_rows(ladder(tip, runs, files), files)}
         for goal in goals(list(rows.values())):
             row = rows[goal.stage]

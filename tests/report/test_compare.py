@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 
@@ -171,7 +172,12 @@ def test_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 
 
 def test_the_table_of_seeds(seeds: Path, capsys: pytest.CaptureFixture) -> None:
+    """The latest run of a seed counts: an older ladder of it is not shown."""
+    other = seeds / "runs" / f"grpo-{run_id('grpo', 3)}"
+    record = json.loads((seeds / "runs" / f"grpo-{run_id('grpo', 0)}" / "run.json").read_text())
+    write_json(other / "run.json", record | {"id": run_id("grpo", 3), "finished": "2025-01-01"})
     seeds_table([f"outputs={seeds}"])
+    shutil.rmtree(other)
     *table, last = capsys.readouterr().out.splitlines()
     figures = json.loads(last)["figures"]
     assert json.loads(last)["device"] == "cpu"
