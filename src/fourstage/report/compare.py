@@ -139,8 +139,12 @@ def differing(ladders: Sequence[Ladder]) -> dict[str, list[str]]:
 
 
 def ladder_labels(ladders: Sequence[Ladder]) -> list[str]:
-    """ "seed 0" where seeds tell the ladders apart, else the names of their last runs."""
+    """The models' names where all are different, "seed 0" where only seeds tell the ladders apart,
+    else the names of their last runs."""
     differs = differing(ladders)
+    models = differs.get("model.name", [])
+    if len(set(models)) == len(ladders):
+        return models
     seeds = differs.get("seed", [])
     if set(differs) == {"seed"} and len(set(seeds)) == len(ladders):
         return [f"seed {seed}" for seed in seeds]
