@@ -110,6 +110,17 @@ def test_settings_that_differ_are_listed(tmp_path: Path) -> None:
     assert "| stage | goal | moe_tiny | dense_tiny |" in text
 
 
+def test_seeds_of_two_commits_are_called_by_their_seed(tmp_path: Path) -> None:
+    for seed, commit in ((0, "abc"), (1, "def")):
+        last = write_ladder(tmp_path, seed, n=6, steps=0, stages=("pretrain",))
+        record = json.loads((last / "run.json").read_text())
+        record["config"] |= {"seed": seed}
+        write_json(last / "run.json", record | {"git": {"commit": commit}})
+    found = compare(tmp_path, "all")
+    assert [ladder["label"] for ladder in found["ladders"]] == ["seed 0", "seed 1"]
+    assert found["differs"]["git.commit"] == ["abc", "def"]
+
+
 def test_a_run_that_ladders_share_counts_once(tmp_path: Path) -> None:
     write_ladder(tmp_path, 0, n=6, steps=0)
     found = compare(tmp_path, "sft", "grpo")

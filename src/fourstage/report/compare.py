@@ -139,14 +139,15 @@ def differing(ladders: Sequence[Ladder]) -> dict[str, list[str]]:
 
 
 def ladder_labels(ladders: Sequence[Ladder]) -> list[str]:
-    """The models' names where all are different, "seed 0" where only seeds tell the ladders apart,
-    else the names of their last runs."""
+    """The models' names where all are different, "seed 0" where of the settings only seeds tell the
+    ladders apart, else the names of their last runs."""
     differs = differing(ladders)
     models = differs.get("model.name", [])
     if len(set(models)) == len(ladders):
         return models
     seeds = differs.get("seed", [])
-    if set(differs) == {"seed"} and len(set(seeds)) == len(ladders):
+    others = {name for name in differs if not name.startswith(("git.", "versions."))}
+    if others == {"seed"} and len(set(seeds)) == len(ladders):
         return [f"seed {seed}" for seed in seeds]
     return [ladder.tip.name for ladder in ladders]
 
