@@ -3,8 +3,8 @@
     python train.py -m stage=grpo seed=0,1,2
     python -m benchmarks.seeds [outputs=outputs]
 
-Reads the finished, non-debug grpo runs of one outputs folder and what their reports read; trains
-nothing. The last line is one JSON object with the figures.
+Reads the latest finished, non-debug grpo run of each seed in one outputs folder and what their
+reports read; trains nothing. The last line is one JSON object with the figures.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from pathlib import Path
 
 from fourstage.report.files import Files
 from fourstage.report.ladder import ladder, read_rows, read_runs
-from fourstage.report.tables import GOALS, goals
+from fourstage.report.tables import GOALS, NONE, goals
 
 NAMES = {
     "bits_per_char": "bits per character",
     "well_formed": "well-formed answers",
     "pair_accuracy": "held-out pairs",
     "preference_score": "true preference score",
+    "reward_model_score": "reward-model score",
     "reasoning_accuracy": "held-out problems",
 }
 
 
 def cell(metric: dict) -> str:
-    """value [low, high]"""
+    """value [low, high]; a mark where it is not measured"""
+    if metric["value"] is None:
+        return NONE
     return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**metric)
 
 
@@ -35,33 +38,50 @@ def entries(outputs: Path) -> list[dict]:
     """One for each seed and stage: the goal before and after, and whether they are apart."""
     files = Files()
     runs = read_runs(outputs, files)
+    tips = {
+        tip.config["seed"]: tip
+        for tip in sorted(runs.values(), key=lambda run: run.rank)
+        if tip.stage == "grpo" and tip.is_finished and not tip.is_debug
+    }
     found = []
-    for tip in runs.values():
-        if tip.stage != "grpo" or tip.is_debug or not tip.is_finished:
-            continue
+    for tip in tips.values():
         rows = {row.stage: row for row in read_rows(ladder(tip, runs, files), files)}
         for goal in goals(list(rows.values())):
             row = rows[goal.stage]
             kl = row.metrics.get("kl_to_sft", {}).get("value")
             seconds = row.run.costs().get("seconds")
-            found.append({"seed": tip.config["seed"], "goal": goal, "kl": kl, "seconds": seconds})
+            found.append(
+                {
+                    "seed": tip.config["seed"],
+                    "device": row.run.record["device"],
+                    "goal": goal,
+                    "kl": kl if goal.stage == "ppo" else None,
+                    "seconds": seconds,
+                }
+            )
     return sorted(found, key=lambda e: (list(GOALS).index(e["goal"].stage), e["seed"]))
 
 
 def main(arguments: list[str]) -> None:
     values = dict(argument.partition("=")[::2] for argument in arguments)
-    found = entries(Path(values.get("outputs", "outputs")))
+    if unknown := set(values) - {"outputs"}:
+        sys.exit(f"unknown argument {min(unknown)!r}: python -m benchmarks.seeds [outputs=outputs]")
+    outputs = Path(values.get("outputs", "outputs"))
+    found = entries(outputs)
+    if not found:
+        sys.exit(f"no finished grpo run under {outputs / 'runs'}: python train.py stage=grpo")
     print("| stage | its goal | seed | before | after | 95 % intervals | time |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for e in found:
         goal = e["goal"]
-        name = NAMES[goal.name] + (f" (KL {e['kl']:.1f} nats)" if goal.stage == "ppo" else "")
+        name = NAMES[goal.name] + ("" if e["kl"] is None else f" (KL {e['kl']:.1f} nats)")
         print(
             f"| {goal.stage} | {name} | {e['seed']} | {cell(goal.before)} | {cell(goal.after)} "
             f"| {goal.verdict} | {e['seconds']:.0f} s |"
         )
     figures = {f"{e['goal'].stage}_seed{e['seed']}": e["goal"].after["value"] for e in found}
-    print(json.dumps({"benchmark": "seeds", "device": "cpu", "ratios": {}, "figures": figures}))
+    device = ", ".join(dict.fromkeys(e["device"] for e in found))
+    print(json.dumps({"benchmark": "seeds", "device": device, "ratios": {}, "figures": figures}))
 
 
 if __name__ == "__main__":

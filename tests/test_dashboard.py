@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from fnmatch import fnmatchcase
 from types import SimpleNamespace
 
@@ -42,7 +43,7 @@ def logged(ladder) -> set[str]:
     for path in (ladder / "runs").glob("*/metrics.csv"):
         with open(path, newline="") as file:
             keys |= set(next(csv.reader(file)))
-    keys |= dashboard.known_keys(ladder)
+    keys |= dashboard.known_keys(ladder)[0]
     return {key for key in keys if not key.startswith(("eval_low/", "eval_high/"))} - {"step"}
 
 
@@ -178,6 +179,29 @@ def test_it_needs_no_run_and_leaves_out_the_panels_that_need_one(no_key, tmp_pat
     text = (tmp_path / "dashboard" / "workspace.json").read_text()
     assert json.loads(text)["project"] == "other"
     assert "eval/bits_per_char" in text and "by task" not in text
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("run.json", "{"), ("run.json", "[]"), ("run.json", "{}"), ("run.json", None)]
+    + [("eval.json", text) for text in ("{", "[]", '{"metrics": {"x": 3}}')],
+)
+def test_a_broken_run_is_named_and_skipped(no_key, ladder, tmp_path, capsys, file, text) -> None:
+    (tmp_path / "runs").mkdir()
+    for folder in (ladder / "runs").iterdir():
+        (tmp_path / "runs" / folder.name).mkdir()
+        for name in ("run.json", "eval.json"):
+            shutil.copy(folder / name, tmp_path / "runs" / folder.name)
+    bad = next((tmp_path / "runs").glob("sft-*"))
+    (bad / file).unlink()
+    if text is not None:
+        (bad / file).write_text(text)
+    dashboard.main([f"outputs={tmp_path}"])
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and said.err.startswith(f"skipped: {bad}")
+    assert (
+        "eval/reasoning_accuracy/chain_sum" in (tmp_path / "dashboard/workspace.json").read_text()
+    )
 
 
 @pytest.mark.parametrize(

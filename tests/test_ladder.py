@@ -212,7 +212,9 @@ def test_evaluating_again_gives_the_same_bytes(ladder) -> None:
         before = evaluations(place)
         for path in place.glob("*eval*"):
             path.unlink()
+        torch.set_num_threads(2)  # the run had one, which the evaluation takes from its record
         evaluation.main([f"run={stage}", f"outputs={ladder}"])
+        assert torch.get_num_threads() == 1
         assert evaluations(place) == before, stage
 
 

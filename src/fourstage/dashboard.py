@@ -34,15 +34,23 @@ USAGE = (
 )
 
 
-def known_keys(outputs: Path) -> set[str]:
-    """The summary keys of the finished runs under `outputs`."""
+def known_keys(outputs: Path) -> tuple[set[str], list[str]]:
+    """The summary keys of the finished runs under `outputs`; and a line for each folder that cannot
+    be read, whose keys are left out."""
     from fourstage.loggers import summary
-    from fourstage.runs import RunStore
 
-    folders = RunStore(outputs).folders()
-    runs = [(folder, read_record(folder)) for folder in folders]
-    finished = [(folder, record) for folder, record in runs if record["status"] == "finished"]
-    return {key for folder, record in finished for key in summary(folder, record["cost"])}
+    keys: set[str] = set()
+    broken: list[str] = []
+    for folder in sorted(path for path in (outputs / "runs").glob("*") if path.is_dir()):
+        try:
+            record = read_record(folder)
+            if record["status"] == "finished":
+                keys |= summary(folder, record["cost"]).keys()
+        except UserError as error:
+            broken.append(str(error))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            broken.append(f"{folder}: its record or evaluation is broken ({error!r})")
+    return keys, broken
 
 
 # --- W&B's objects
@@ -193,7 +201,10 @@ def main(arguments: list[str]) -> None:
     mode, why = wandb_mode(LoggerConfig(mode=options["mode"]))
     if why and options["mode"] == "online":
         raise UserError(f"mode=online: {why}: run `wandb login` or set WANDB_API_KEY")
-    sections = resolved(SECTIONS, known_keys(outputs))
+    keys, broken = known_keys(outputs)
+    for line in broken:
+        print(f"skipped: {line}", file=sys.stderr)
+    sections = resolved(SECTIONS, keys)
     folder = write(outputs, project, sections)
     if mode != "online":
         print(

@@ -116,6 +116,7 @@ def train_and_record(plan: Plan, run: PlannedRun, train: Train) -> None:
         git=git_state(),
         versions=versions(),
         device=device(job.trainer.accelerator),
+        threads=threads(),
         config=job.config,
     )
     verb = "resuming" if job.resume else "training"
@@ -289,6 +290,13 @@ def versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
+
+
+def threads() -> int:
+    """CPU threads of PyTorch; with other ones the last digits of sums differ."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def device(accelerator: str) -> str:

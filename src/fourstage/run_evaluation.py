@@ -150,6 +150,8 @@ def evaluate_again(folder: Path, ancestors: dict[str, Path], outputs: Path) -> N
     """Evaluate a finished run with the config in its record: eval.json gets the same bytes."""
     torch.set_flush_denormal(True)  # as in training: it is faster, and the digits are the same
     record = read_record(folder)
+    # other threads give sums other last digits; older records do not say how many there were
+    torch.set_num_threads(record.get("threads", torch.get_num_threads()))
     config, stage = record["config"], record["stage"]
     job = StageJob(
         stage=stage,

@@ -91,13 +91,9 @@ def test_no_content_of_a_file_breaks_the_report(outputs: Path, first: int) -> No
 
 def may_pass(file: str, content: str | None) -> bool:
     """Contents that say nothing and are not wrong."""
-    if file == "ladder_eval_items.jsonl" and content is None:
-        return True  # suite 1 had none
     if file == "ladder_eval.json" and content is not None and content.startswith('{"s'):
         return True  # an object without this ladder's rows
-    if file == "metrics.csv":
-        return content is not None and content.startswith("step")
-    return content == "" and file.endswith(".jsonl")
+    return file == "metrics.csv" and content is not None and content.endswith("\n")
 
 
 def test_broken_items_cost_only_themselves(outputs: Path) -> None:
@@ -159,3 +155,14 @@ def test_cells_of_other_types_are_refused(tmp_path: Path) -> None:
     }
     assert list(files.cells(tmp_path / "eval.json", cells)) == ["good", "empty"]
     assert len(files.problems) == 1
+
+
+def test_what_a_kill_left_is_named(outputs: Path) -> None:
+    """Half a line of metrics.csv, which would be read as another number, and an empty file."""
+    curves = folder(outputs, "ppo") / "metrics.csv"
+    curves.write_text("step,train/kl\n1,0.25\n2,0.2")
+    assert Files().curves(curves) == {"train/kl": [(1.0, 0.25)]}
+    (folder(outputs, "sft") / "samples.jsonl").write_text("")
+    missing = report(outputs)
+    assert f"- {curves.parent.name}/metrics.csv ends within a line" in missing
+    assert f"- {folder(outputs, 'sft').name}/samples.jsonl is empty" in missing

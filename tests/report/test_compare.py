@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 
 import pytest
 
+from benchmarks.seeds import main as seeds_table
 from fourstage import suite
 from fourstage.report import main
 from tests.ladders import run_id, stages, write_json, write_ladder
@@ -93,7 +95,6 @@ def test_settings_that_differ_are_listed(tmp_path: Path) -> None:
     config = {"model": {"name": "dense_tiny"}, "stages": {"sft": {"lr": 0.01}}}
     write_ladder(tmp_path, 1, n=6, steps=0, config=config, experts=1, stages=("pretrain", "sft"))
     found = compare(tmp_path, "grpo", f"sft-{run_id('sft', 1)}")
-    grpo, sft = f"grpo-{run_id('grpo', 0)}", f"sft-{run_id('sft', 1)}"
     assert found["differs"] == {
         "seed": ["0", "1"],
         "model.name": ["moe_tiny", "dense_tiny"],
@@ -102,11 +103,22 @@ def test_settings_that_differ_are_listed(tmp_path: Path) -> None:
     text = compare_md(tmp_path)
     assert "They differ in 3 settings, listed below; all others are the same." in text
     assert "| model.name | moe_tiny | dense_tiny |" in text
-    assert f"- random ({sft}): " in text and ": a dense model has no routers" in text
+    assert "- random (dense_tiny): " in text and ": a dense model has no routers" in text
     only_one = line(found, "grpo", "reasoning_accuracy")
     assert (only_one["n"], only_one["sd"]) == (1, None)
     assert only_one["values"][1] is None
-    assert f"| {grpo} | {sft} |" in text
+    assert "| stage | goal | moe_tiny | dense_tiny |" in text
+
+
+def test_seeds_of_two_commits_are_called_by_their_seed(tmp_path: Path) -> None:
+    for seed, commit in ((0, "abc"), (1, "def")):
+        last = write_ladder(tmp_path, seed, n=6, steps=0, stages=("pretrain",))
+        record = json.loads((last / "run.json").read_text())
+        record["config"] |= {"seed": seed}
+        write_json(last / "run.json", record | {"git": {"commit": commit}})
+    found = compare(tmp_path, "all")
+    assert [ladder["label"] for ladder in found["ladders"]] == ["seed 0", "seed 1"]
+    assert found["differs"]["git.commit"] == ["abc", "def"]
 
 
 def test_a_run_that_ladders_share_counts_once(tmp_path: Path) -> None:
@@ -164,3 +176,35 @@ def test_mistakes_are_one_line(
 def test_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["compare", "all", f"outputs={tmp_path}"]) == 1
     assert capsys.readouterr().err == "error: compare needs two finished ladders or more: 0 found\n"
+
+
+# --- benchmarks/seeds.py
+
+
+def test_the_table_of_seeds(seeds: Path, capsys: pytest.CaptureFixture) -> None:
+    """The latest run of a seed counts: an older ladder of it is not shown."""
+    other = seeds / "runs" / f"grpo-{run_id('grpo', 3)}"
+    record = json.loads((seeds / "runs" / f"grpo-{run_id('grpo', 0)}" / "run.json").read_text())
+    write_json(other / "run.json", record | {"id": run_id("grpo", 3), "finished": "2025-01-01"})
+    seeds_table([f"outputs={seeds}"])
+    shutil.rmtree(other)
+    *table, last = capsys.readouterr().out.splitlines()
+    figures = json.loads(last)["figures"]
+    assert json.loads(last)["device"] == "cpu"
+    assert len(table) == 2 + len(figures) == 2 + 5 * 3
+    for seed in (0, 1, 2):
+        path = seeds / "runs" / f"grpo-{run_id('grpo', seed)}" / "eval.json"
+        cell = json.loads(path.read_text())["metrics"]["reasoning_accuracy"]
+        assert figures[f"grpo_seed{seed}"] == cell["value"]
+        after = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**cell)
+        [row] = [x for x in table if x.startswith(f"| grpo | held-out problems | {seed} |")]
+        assert f" | {after} | " in row
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [("outputs={}", "no finished grpo run under"), ("x=1", "unknown argument")],
+)
+def test_no_seeds_to_tabulate(tmp_path: Path, argument: str, says: str) -> None:
+    with pytest.raises(SystemExit, match=says):
+        seeds_table([argument.format(tmp_path)])

@@ -301,6 +301,8 @@ def test_lineage_of_the_page(full: Path) -> None:
     for drawn in figures[:2]:
         assert drawn.count("<rect") == 6 and drawn.count('marker-end="url(#') == 6
         assert run_id("ppo", 0) in drawn and "1 min 01 s" in drawn
+        assert re.search(r">\d\.\d{3} → \d\.\d{3}</text>", drawn)  # bits a character
+        assert re.search(r">50\.0 → \d\d\.\d %</text>", drawn)  # the reward model, from a coin
 
 
 def test_deleted_and_rebuilt_the_report_has_the_same_bytes(full: Path) -> None:
@@ -339,3 +341,22 @@ def test_items_are_what_the_suite_reads() -> None:
     """The invented items define every key that they should."""
     found = suite.metrics(items("sft", 0, 12), {}, 0)
     assert {"bits_per_char", "pass_at_4", "router_entropy", "chat_exact"} <= set(found)
+
+
+# --- own goals
+
+
+def test_without_a_true_score_ppo_is_held_against_the_learned_one(outputs: Path) -> None:
+    """A user's own data has no hidden rule; the learned score is what ppo raises there."""
+    why = "the true score is known for data=embedded only"
+    for stage in ("sft", "ppo"):
+        path = folder(outputs, stage) / "eval.json"
+        content = json.loads(path.read_text())
+        content["metrics"]["preference_score"] = suite.missing(why)
+        write_json(path, content)
+    assert "- ppo: true preference score: " + why in report(outputs)
+    lines_ = section(outputs, "Each stage on its own goal").splitlines()
+    row = next(line for line in lines_ if line.startswith("| ppo"))
+    before, after = (stages(outputs)[x]["metrics"]["reward_model_score"] for x in ("sft", "ppo"))
+    assert row.startswith(f"| ppo | reward-model score | {before['value']:.3f} [")
+    assert f" | {after['value']:.3f} [" in row

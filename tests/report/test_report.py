@@ -630,3 +630,5 @@ def test_charts_are_drawn_for_the_columns_that_are_there() -> None:
         ("sft: loss", ["train/loss", "val/loss"]),
         ("sft: KL to the reference", ["train/kl"]),
     ]
+    units = [panels(stage, {"train/kl": points})[0][1] for stage in ("ppo", "grpo")]
+    assert units == ["nats an answer", "nats a token"]  # as stages/ppo.py and grpo.py log it

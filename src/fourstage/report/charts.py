@@ -78,10 +78,10 @@ def intervals(
                 [x for x, _ in known], y, [below, above], label=name, ms=5, capsize=2, **style
             )
         axes.set_xticks(range(len(groups)), groups)
-        axes.set_xlim(-0.5, len(groups) - 0.5)
+        axes.set_xlim(-0.5, len(groups) + 0.15)  # the legend stands beside the last group
         axes.set_title(ylabel, loc="left", fontsize="medium")
 
-    return _svg(draw, (5.0, 3.0))
+    return _svg(draw, (5.0, 3.0), legend="right")
 
 
 def neighbours(points: Points, width: int) -> Points:
@@ -114,7 +114,7 @@ def _nth(values: Sequence[str], n: int) -> str:
     return values[n % len(values)]
 
 
-def _svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
+def _svg(draw: Callable[[Any], None], size: tuple[float, float], legend: str = "best") -> str:
     """The axes that `draw` fills, as inline SVG without sizes, times or styles of its own."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -135,7 +135,7 @@ def _svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
         axes.grid(alpha=0.15)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, loc=legend)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()

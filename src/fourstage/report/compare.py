@@ -139,10 +139,15 @@ def differing(ladders: Sequence[Ladder]) -> dict[str, list[str]]:
 
 
 def ladder_labels(ladders: Sequence[Ladder]) -> list[str]:
-    """ "seed 0" where seeds tell the ladders apart, else the names of their last runs."""
+    """The models' names where all are different, "seed 0" where of the settings only seeds tell the
+    ladders apart, else the names of their last runs."""
     differs = differing(ladders)
+    models = differs.get("model.name", [])
+    if len(set(models)) == len(ladders):
+        return models
     seeds = differs.get("seed", [])
-    if set(differs) == {"seed"} and len(set(seeds)) == len(ladders):
+    others = {name for name in differs if not name.startswith(("git.", "versions."))}
+    if others == {"seed"} and len(set(seeds)) == len(ladders):
         return [f"seed {seed}" for seed in seeds]
     return [ladder.tip.name for ladder in ladders]
 
@@ -275,20 +280,18 @@ def _introduction(ladders: Sequence[Ladder], labels: Sequence[str], suite: str) 
 
 def _goal_table(ladders: Sequence[Ladder], labels: Sequence[str]) -> Table:
     """Gains on the stages' own goals, and in how many ladders the intervals are apart."""
-    by_stage: dict[str, list[Goal | None]] = {}
-    for ladder_ in ladders:
-        found = {goal.stage: goal for goal in goals(ladder_.rows)}
-        for stage in STAGES:
-            by_stage.setdefault(stage, []).append(found.get(stage))
+    each = [{(goal.stage, goal.name): goal for goal in goals(ladder.rows)} for ladder in ladders]
     rows: list[list[str | Cell]] = []
-    for stage, each in by_stage.items():
-        known = [goal for goal in each if goal is not None]
-        if known:
-            name = known[0].name
-            better = sum(goal.verdict == "apart: better" for goal in known)
-            cells = [NONE if goal is None else _gain(goal) for goal in each]
-            rows.append([stage, title(name), *cells, f"{better} of {len(known)}"])
+    for stage, name in sorted({key for found in each for key in found}, key=_by_stage):
+        known = [found[stage, name] for found in each if (stage, name) in found]
+        better = sum(goal.verdict == "apart: better" for goal in known)
+        cells = [_gain(f[stage, name]) if (stage, name) in f else NONE for f in each]
+        rows.append([stage, title(name), *cells, f"{better} of {len(known)}"])
     return Table(["stage", "goal", *labels, "apart: better"], rows)
+
+
+def _by_stage(key: tuple[str, str]) -> tuple[int, str]:
+    return STAGES.index(key[0]), key[1]
 
 
 def _gain(goal: Goal) -> Cell:

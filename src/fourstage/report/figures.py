@@ -13,7 +13,7 @@ from fourstage.report.drawings import Node, heat_map, lineage
 from fourstage.report.files import Item, Points
 from fourstage.report.html import Block, Cell, Figure, Figures, Heading, Paragraph, Table
 from fourstage.report.ladder import Row
-from fourstage.report.tables import GOALS, NONE, change, duration, measured, measured_cell
+from fourstage.report.tables import NONE, change, duration, goals, measured_cell
 
 Curves = dict[str, dict[str, Points]]  # stage -> column of metrics.csv -> points
 
@@ -27,6 +27,8 @@ PANELS = (
     ("router balance", "share", ("load_entropy", "drift")),
     ("busiest expert", "times the mean", ("max_over_mean",)),
 )
+# ppo's reward holds the KL of a whole answer, grpo's loss that of a token
+UNITS = {("grpo", "KL to the reference"): "nats a token"}
 MOST_POINTS = 300  # a longer curve is drawn as means of neighbouring points
 BINS = 24  # of KL, where the scores of PPO's rollouts are averaged
 SHORT = {  # of the stages' own goals
@@ -34,6 +36,7 @@ SHORT = {  # of the stages' own goals
     "well_formed": "well-formed",
     "pair_accuracy": "pairs right",
     "preference_score": "true score",
+    "reward_model_score": "learned score",
     "reasoning_accuracy": "problems right",
 }
 SCORES = {"train/score": "learned reward", "train/gold_score": "true score"}
@@ -42,6 +45,7 @@ SCORES = {"train/score": "learned reward", "train/gold_score": "true score"}
 def lineage_figures(rows: list[Row]) -> list[Block]:
     """The ladder as a picture: from left to right, and downwards for a narrow screen."""
     stage_of = {row.id: row.stage for row in rows}
+    own = {goal.stage: goal for goal in goals(rows)}
     nodes = []
     for row in rows:
         if row.run is None:
@@ -49,12 +53,11 @@ def lineage_figures(rows: list[Row]) -> list[Block]:
             continue
         parents = ["random"] if row.stage == "pretrain" else []
         parents += [stage_of[parent] for parent in row.parents if parent in stage_of]
-        name = GOALS[row.stage]
-        value = measured(name, row.metrics[name]).split(" [")[0]
+        goal = own[row.stage]
         seconds = row.run.costs().get("seconds", math.nan)
         time = NONE if math.isnan(seconds) else duration(seconds)
-        nodes.append(Node(row.stage, [row.run.id, f"{value} {SHORT[name]}", time], parents))
-    text = "Each stage with its run, its own goal's value on held-out data, and its time."
+        nodes.append(Node(row.stage, [row.run.id, SHORT[goal.name], goal.step, time], parents))
+    text = "Each stage with its run, its own goal on held-out data before and after, and its time."
     drawn = [Figure("The ladder", lineage(nodes, across), text) for across in (True, False)]
     return [Figures(drawn, "ladder")]
 
@@ -72,7 +75,11 @@ def learning_curves(curves: Curves) -> list[Block]:
         ]
         if figures:
             blocks.append(Figures(figures))
-    return [Heading("While training"), *blocks] if blocks else []
+    text = (
+        "Lines are named as the columns of metrics.csv (train/score: the learned reward; "
+        "train/gold_score: the true score)."
+    )
+    return [Heading("While training"), Paragraph(text), *blocks] if blocks else []
 
 
 def panels(stage: str, columns: dict[str, Points]) -> list[tuple[str, str, dict[str, Points]]]:
@@ -85,7 +92,7 @@ def panels(stage: str, columns: dict[str, Points]) -> list[tuple[str, str, dict[
             if column.rsplit("/", 1)[-1] in endings
         }
         if series:
-            found.append((f"{stage}: {name}", unit, series))
+            found.append((f"{stage}: {name}", UNITS.get((stage, name), unit), series))
     return found
 
 
@@ -150,7 +157,11 @@ def difficulty_blocks(rows: list[Row]) -> list[Block]:
     if not series:
         return []
     svg = intervals(suite.DIFFICULTIES, "share of problems right", series)
-    text = "Greedy answers to held-out problems, with 95 % intervals."
+    text = (
+        "Greedy answers to held-out problems, with 95 % intervals. Difficulty is a third, within "
+        "each task, by the length of the worked solution, and the thirds hold other shares of the "
+        "tasks: compare stages at one difficulty."
+    )
     figure = Figures([Figure("Reasoning accuracy by difficulty", svg, text)], "large")
     grpo = next((row for row in rows if row.stage == "grpo"), None)
     head = ["problems", *series]

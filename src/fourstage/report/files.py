@@ -113,7 +113,10 @@ class Files:
         text = self._text(path)
         if text is None:
             return curves
-        lines = csv.DictReader(text.splitlines(), restkey="", restval="")
+        whole, _, rest = text.rpartition("\n")
+        if rest:
+            self.lost(path, "ends within a line")
+        lines = csv.DictReader(whole.splitlines(), restkey="", restval="")
         if "step" not in (lines.fieldnames or ()):
             self.lost(path, "has no column step")
             return curves
@@ -149,6 +152,8 @@ class Files:
         """What `read` makes of each line; lines that it cannot read are named together."""
         rows: list[dict[str, Any]] = []
         text = self._text(path)
+        if text == "":
+            self.lost(path, "is empty")
         broken = []
         # not splitlines(), which also splits at the line separators that text may hold
         for number, line in enumerate(text.rstrip("\n").split("\n") if text else (), 1):

@@ -178,7 +178,10 @@ figure { margin: 0; } figcaption { font-size: .85rem; } figcaption strong { font
 svg { display: block; width: 100%; height: auto; fill: currentColor; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 @media (min-width: 48rem) { .ladder figure:last-child { display: none; } }
-@media (max-width: 47.99rem) { .ladder figure:first-child { display: none; } }
+@media (max-width: 47.99rem) {
+  .ladder figure:first-child { display: none; }
+  nav { overflow-x: auto; white-space: nowrap; }
+}
 @page { size: A4; margin: 12mm; }
 @media print {
   :root { color-scheme: light; }
@@ -190,6 +193,8 @@ svg * { stroke-linejoin: round; stroke-linecap: butt; }
   th:first-child, td:first-child { position: static; min-width: 0; }
   .small, .unclear, .better, .worse { font-size: 6.5pt; }
   .charts { grid-template-columns: 1fr 1fr; }
+  .answers { grid-template-columns: repeat(auto-fit, minmax(6.8rem, 1fr)); gap: .3rem; }
+  .answers > div { padding: .2rem .3rem; } pre { font-size: 6.5pt; }
   figure, tr, .answers > div { break-inside: avoid; } h2, h3 { break-after: avoid; }
 }
 """

@@ -222,9 +222,7 @@ class _Late:
     def __init__(self, run: Run, files: Files) -> None:
         self.path = run.folder / "ladder_eval.json"
         self.cells = files.json(self.path) or {}
-        path = run.folder / "ladder_eval_items.jsonl"
-        # suite 1 had no such file
-        self.items = files.judgements(path) if path.exists() else []
+        self.items = files.judgements(run.folder / "ladder_eval_items.jsonl")
 
     def metrics(self, key: str, files: Files) -> dict[str, Metric]:
         return files.cells(self.path, self.cells.get(key, {}))

@@ -28,6 +28,8 @@ GOALS = {
     "ppo": "preference_score",
     "grpo": "reasoning_accuracy",
 }
+# the learned score, which ppo raises, where no hidden rule gives a true one (a user's own data)
+LEARNED = "reward_model_score"
 COIN = {"value": 0.5, "low": 0.5, "high": 0.5}
 
 
@@ -172,6 +174,15 @@ class Goal:
         return word if word in ("better", "worse") else "unclear"
 
     @property
+    def step(self) -> str:
+        """before → after, in short; of what was not measured a mark, or only the value after."""
+        if self.after["value"] is None:
+            return NONE
+        cells = [cell for cell in (self.before, self.after) if cell["value"] is not None]
+        values = [number(self.name, cell["value"]) for cell in cells]
+        return " → ".join(values) + " %" * is_share(self.name)
+
+    @property
     def gain(self) -> str:
         """after - before, for readers."""
         if self.before["value"] is None or self.after["value"] is None:
@@ -187,6 +198,8 @@ def goals(rows: list[Row]) -> list[Goal]:
         if row.run is None:
             continue
         name = GOALS[row.stage]
+        if row.stage == "ppo" and row.metrics[name]["value"] is None:
+            name = LEARNED if row.metrics[LEARNED]["value"] is not None else name
         if row.stage == "reward":
             start, before = "a coin", COIN
         elif row.parent is not None:
@@ -252,6 +265,12 @@ COSTS: dict[str, tuple[str, Callable[[float], str], Callable[..., float] | None,
     "peak GPU memory, MiB": ("peak_gpu_memory_mib", _whole, max, "no GPU was used"),
 }
 
+COST_TEXT = (
+    "The time that is neither training nor evaluation went into reading the data, sampling "
+    "(reward: its pairs) and saving. Peak memory is the process's: stages that one command trains "
+    "one after another include the earlier ones."
+)
+
 
 def cost_table(rows: list[Row]) -> list[Table | Paragraph]:
     """Time, work and memory of each stage, and all together; and what was not measured."""
@@ -285,7 +304,7 @@ def cost_table(rows: list[Row]) -> list[Table | Paragraph]:
         some.append(f"{' and '.join(rates)} have no sum")
     if some:
         notes.append(f"Where a cell is empty, the record has no such figure ({'; '.join(some)}).")
-    return [table, Paragraph(" ".join(notes))] if notes else [table]
+    return [Paragraph(COST_TEXT), table, *([Paragraph(" ".join(notes))] if notes else [])]
 
 
 # --- what is missing
