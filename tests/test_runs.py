@@ -67,9 +67,21 @@ def test_no_such_run_in_one_line(store, tmp_path) -> None:
         add(store, "sft", letter)
     with pytest.raises(UserError, match=r"and 5 more \(python -m fourstage.runs\)"):
         find_run(store.outputs, "x")
-    (unfinished / "run.json").write_text("{")
-    with pytest.raises(UserError, match="run.json: broken"):
-        find_run(store.outputs, "x")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"id": "a", "stage": "sft"}'])
+def test_a_broken_record_is_named_and_can_be_removed(store, text, capsys) -> None:
+    whole = store.folders()
+    broken = add(store, "sft", "b")
+    (broken / "run.json").write_text(text)
+    with pytest.raises(UserError, match=r"sft-bbbbbbbbbb/run\.json: broken \(.*remove the folder"):
+        find_run(store.outputs, broken.name)
+    assert store.folders() == whole and find_run(store.outputs, "sft") in whole
+    main(["list", f"outputs={store.outputs}"])
+    shown = capsys.readouterr()
+    assert "sft-bbbbbbbbbb/run.json: broken" in shown.err and whole[0].name in shown.out
+    main(["rm", broken.name, f"outputs={store.outputs}"])
+    assert store.folders() == whole and store.broken() == []
 
 
 def test_where_two_lines_meet_the_policys_counts(store) -> None:
@@ -147,7 +159,8 @@ def test_wrong_arguments(store) -> None:
 def test_record_is_merged_and_written_whole(tmp_path, monkeypatch) -> None:
     write_record(tmp_path, status="running", cost={"seconds": 1.0})
     write_record(tmp_path, cost={"tokens": 5})
-    assert read_record(tmp_path) == {"status": "running", "cost": {"seconds": 1.0, "tokens": 5}}
+    stored = json.loads((tmp_path / "run.json").read_text())
+    assert stored == {"status": "running", "cost": {"seconds": 1.0, "tokens": 5}}
 
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -155,7 +168,7 @@ def test_record_is_merged_and_written_whole(tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr("os.fsync", full_disk)
         write_record(tmp_path, status="finished")
-    assert read_record(tmp_path)["status"] == "running"
+    assert json.loads((tmp_path / "run.json").read_text()) == stored
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # types only: the record is read by programs that never need 
     from fourstage.tokenizer import TokenizerConfig
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "grpo")
+RECORDED = ("id", "stage", "parents", "group", "status", "debug", "started", "config", "cost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,19 +120,34 @@ class StageJob:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The run.json of a run's folder. Raises UserError when it is missing or no JSON."""
+    """The run.json of a run's folder. Raises UserError when it is missing or broken."""
+    record = _stored(folder)
+    missing = [key for key in RECORDED if key not in record]
+    if missing:
+        lacks = f"it has no {', '.join(missing)}"
+        raise UserError(
+            f"{folder / 'run.json'}: broken ({lacks}): remove the folder and train again"
+        )
+    return record
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """The object in run.json, whatever it holds."""
     path = folder / "run.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: not a run (it has no run.json)") from None
     except ValueError as error:
         raise UserError(f"{path}: broken ({error}): remove the folder and train again") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: broken (no JSON object): remove the folder and train again")
+    return record
 
 
 def write_record(folder: Path, **changes: Any) -> dict[str, Any]:
     """Merge the changes into run.json (a dict key by key) and return the whole record."""
-    record = read_record(folder) if (folder / "run.json").exists() else {}
+    record = _stored(folder) if (folder / "run.json").exists() else {}
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(record.get(key), dict):
             value = {**record[key], **value}

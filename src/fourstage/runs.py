@@ -43,9 +43,15 @@ class RunStore:
         return self.outputs / "retrain" / f"{stage}-{run_id}"
 
     def folders(self) -> list[Path]:
-        """Every run, finished or not, in order of stage and start."""
-        found = [path.parent for path in self.root.glob("*/run.json")]
-        return sorted(found, key=lambda f: _order(read_record(f)))
+        """Every run, finished or not, in order of stage and start; broken ones are left out."""
+        found = {path.parent: _read(path.parent) for path in self.root.glob("*/run.json")}
+        readable = {f: record for f, record in found.items() if not isinstance(record, str)}
+        return sorted(readable, key=lambda f: _order(readable[f]))
+
+    def broken(self) -> list[str]:
+        """What is wrong with each run whose record cannot be read."""
+        found = (_read(path.parent) for path in sorted(self.root.glob("*/run.json")))
+        return [record for record in found if isinstance(record, str)]
 
     def find(self, name: str, *, finished: bool = True) -> Path:
         """The folder of the run that `name` means. Raises UserError where there is none."""
@@ -118,13 +124,13 @@ class RunStore:
 
     def remove(self, folder: Path, *, force: bool) -> None:
         """Remove a run. Raises UserError while it is trained, or where others descend from it."""
-        record = read_record(folder)
-        children = ", ".join(f.name for f in self.children(record["id"]))
+        run_id = folder.name.partition("-")[2]  # its record may be broken
+        children = ", ".join(f.name for f in self.children(run_id))
         if children and not force:
             raise UserError(
                 f"{folder.name}: {children} descend from it: remove them first, or add force=true"
             )
-        if self.is_busy(record["id"]):
+        if self.is_busy(run_id):
             raise UserError(f"{folder.name}: a process is training it now: stop that first")
         trash = self.outputs / "trash" / f"{folder.name}.{os.getpid()}"
         trash.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +148,14 @@ def find_run(outputs: Path, name: str) -> Path:
 def disk_use(path: Path) -> int:
     """Bytes on disk under a folder."""
     return sum(file.lstat().st_blocks * 512 for file in path.rglob("*"))
+
+
+def _read(folder: Path) -> Record | str:
+    """The record of a run, or what is wrong with it."""
+    try:
+        return read_record(folder)
+    except UserError as error:
+        return str(error)
 
 
 def _order(record: Record) -> tuple[int, str]:
@@ -173,6 +187,8 @@ def _list(store: RunStore) -> None:
             f"{disk_use(folder) / 1e6:.1f}",
         )
     console = Console(width=None if sys.stdout.isatty() else 140)
+    for line in store.broken():
+        print(line, file=sys.stderr)
     if not table.row_count:
         print(f"{store.root} has no runs yet: python train.py stage=pretrain")
         return
