@@ -61,6 +61,7 @@ class Tiny(LightningModule):
         self.automatic_optimization = False
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.steps_of_this_process: list[int] = []
+        self.skipped_in_a_row = 0
 
     def progress(self) -> float:
         return (self.trainer.fit_loop.epoch_loop.batch_progress.total.ready) / N_STEPS

@@ -11,12 +11,14 @@ import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-from fourstage import lineage
+from fourstage import lineage, ranks
 from fourstage.errors import UserError
 from fourstage.job import STAGES, read_record, write_record
-from fourstage.lineage import Ranks, climb, one_line
+from fourstage.lineage import climb, one_line
 from fourstage.plan import SETTINGS, make_plan
+from fourstage.ranks import Ranks
 from fourstage.runs import RunStore
 from tests.fakes import FakeTrain, config, own_files
 
@@ -373,28 +375,69 @@ def test_two_processes_train_a_shared_ancestor_once(base, capsys) -> None:
     assert slow.stages == ["pretrain"] and second.stages == []
 
 
-def test_other_ranks_follow_the_first(base, tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def launch(base, tmp_path, monkeypatch) -> Path:
+    """What is left of a launch whose first rank trained up to sft: the files of its first job."""
     monkeypatch.setattr(Ranks, "_key", "launch")
-    monkeypatch.setattr(Ranks, "_jobs", iter([0, 0, 0, 1]))
+    monkeypatch.setattr(Ranks, "_jobs", iter([1, 0]))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     run([*base], "sft", FakeTrain())
-    decisions = tmp_path / "outputs" / "locks" / "launch.0.decisions"
-    of = ids(base, "sft")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # from here on
+    return tmp_path / "outputs" / "locks" / "launch.0.decisions"
 
-    monkeypatch.setenv("LOCAL_RANK", "1")
+
+def unfinish(outputs: Path, stage: str) -> str:
+    """Make a run one that still has to be trained; its id."""
+    folder = RunStore(outputs).find(stage)
+    write_record(folder, status="running")
+    return read_record(folder)["id"]
+
+
+def test_other_ranks_follow_the_first(base, tmp_path, launch) -> None:
+    sft = unfinish(tmp_path / "outputs", "sft")
     follower = FakeTrain()
-    told = {of["pretrain"]: "found", of["sft"]: "resume"}
-    decisions.write_text(json.dumps(told))
+    launch.write_text(json.dumps({sft: "resume"}))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    run(base, "sft", follower)
+    with FileLock(launch.with_suffix(".lock")):
+        run(base, "sft", follower)
     assert [(job.stage, job.resume) for job in follower.jobs] == [("sft", True)]
-    weights = RunStore(tmp_path / "outputs").find("sft") / "model.safetensors"
-    assert weights.exists()
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
 
-    decisions.write_text(json.dumps({of["pretrain"]: "found", "end": "failed"}))
-    with pytest.raises(SystemExit):  # the first process died
-        run(base, "sft", follower)
+
+def test_other_ranks_need_nobody_where_nothing_is_to_do(base, launch) -> None:
+    assert run(base, "sft").stages == []
+
+
+def test_decisions_of_an_earlier_launch_do_not_count(base, tmp_path, launch, monkeypatch) -> None:
+    launch.write_text(json.dumps({unfinish(tmp_path / "outputs", "sft"): "train"}))
+    monkeypatch.setattr(ranks, "PATIENCE", 0.5)
+    with pytest.raises(UserError, match="no word from the first process of this job in 0 s: do"):
+        run(base, "sft")
+
+
+@pytest.mark.parametrize("left", ["failed", "killed", "finished"])
+def test_the_first_rank_ends_while_another_waits(base, tmp_path, launch, left) -> None:
+    sft = unfinish(tmp_path / "outputs", "sft")
+    launch.write_text("{}")
+    lock = FileLock(launch.with_suffix(".lock"), thread_local=False)
+    lock.acquire()
+
+    def end() -> None:
+        if left == "failed":
+            launch.write_text(json.dumps({"end": "failed"}))
+        elif left == "finished":
+            launch.unlink()
+        lock.release()  # as the system does for a killed process
+
+    timer = threading.Timer(0.5, end)
+    timer.start()
+    if left == "finished":  # by then another job had trained it
+        assert run(base, "sft").stages == []
+    else:
+        with pytest.raises(UserError, match="the first process of this job has ended"):
+            run(base, "sft")
+    timer.join()
+    assert read_record(RunStore(tmp_path / "outputs").find(sft, finished=False))["id"] == sft
 
 
 def test_the_first_rank_tells_what_it_does_and_that_it_failed(base, tmp_path, monkeypatch) -> None:
@@ -404,8 +447,28 @@ def test_the_first_rank_tells_what_it_does_and_that_it_failed(base, tmp_path, mo
     with pytest.raises(RuntimeError):
         run(base, "sft", FakeTrain("sft"))
     told = json.loads((tmp_path / "outputs" / "locks" / "launch.1.decisions").read_text())
-    of = ids(base, "sft")
-    assert told == {of["pretrain"]: "found", of["sft"]: "train", "end": "failed"}
+    assert told == {ids(base, "sft")["sft"]: "train", "end": "failed"}
+
+
+def test_a_second_job_of_one_name_is_refused(base, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Ranks, "_key", "launch")
+    monkeypatch.setattr(Ranks, "_jobs", iter([0]))
+    monkeypatch.setattr(ranks, "PATIENCE", 0.1)
+    (tmp_path / "outputs" / "locks").mkdir(parents=True)
+    with (
+        FileLock(tmp_path / "outputs" / "locks" / "launch.0.lock"),
+        pytest.raises(UserError, match="held by another job of this name: .* another --rdzv-id"),
+    ):
+        run(base, "pretrain")
+
+
+TORCHRUN = {
+    "LOCAL_RANK": "0",
+    "TORCHELASTIC_RUN_ID": "a",
+    "MASTER_ADDR": "b",
+    "MASTER_PORT": "1",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+}
 
 
 @pytest.mark.parametrize(
@@ -414,28 +477,20 @@ def test_the_first_rank_tells_what_it_does_and_that_it_failed(base, tmp_path, mo
         ({}, True, str(os.getpid())),
         ({"LOCAL_RANK": "1", "FOURSTAGE_JOB": "77"}, False, "77"),
         ({"NODE_RANK": "1", "FOURSTAGE_JOB": "77"}, False, "77"),
-        (
-            {"RANK": "8", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1"},
-            False,
-            "a-1",
-        ),
-        (
-            {"RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1"},
-            True,
-            "a-1",
-        ),
+        ({"RANK": "8", **TORCHRUN}, False, "a-b-1-0"),
+        ({"RANK": "0", **TORCHRUN}, True, "a-b-1-0"),
         ({"SLURM_PROCID": "2", "SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0"}, False, "5-0"),
     ],
 )
 def test_ranks_of_every_launcher(tmp_path, monkeypatch, env, first, key) -> None:
-    names = "RANK LOCAL_RANK NODE_RANK SLURM_PROCID SLURM_JOB_ID SLURM_STEP_ID MASTER_PORT"
-    for name in [*names.split(), "TORCHELASTIC_RUN_ID", "FOURSTAGE_JOB"]:
+    names = "RANK NODE_RANK SLURM_PROCID SLURM_JOB_ID SLURM_STEP_ID FOURSTAGE_JOB"
+    for name in [*names.split(), *TORCHRUN]:
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(Ranks, "_key", None)
-    ranks = Ranks(tmp_path)
-    assert (ranks.is_first, Ranks._key) == (first, key)
+    found = Ranks(tmp_path)
+    assert (found.is_first, Ranks._key) == (first, key)
 
 
 # --- estimates

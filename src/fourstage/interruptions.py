@@ -92,10 +92,11 @@ def advice(error: BaseException, where: str, settings: Mapping[str, Any]) -> str
             f"out of memory: lower {', '.join(free)} and run the same command again: it resumes; "
             f"or lower {', '.join(others)}, which makes a new run"
         )
-    if any(words in text for words in NO_PEER):
+    lost = [words for words in NO_PEER if words in text]
+    if lost:
         return (
-            f"lost another process of this job, whose own output says why "
-            f"({text.strip().splitlines()[0]}): run the same command again: it resumes"
+            f"lost another process of this job, whose own output says why ({lost[0]}): "
+            "run the same command again: it resumes"
         )
     return None
 

@@ -49,7 +49,7 @@ class StageSettings:
     log_every: int
     sample_every: int  # steps between logged sample answers; 0: only after the last
     checkpoint_every: int
-    max_skipped: int = 5  # optimizer steps without a finite gradient, in a row, that end the run
+    max_skipped: int = 5  # optimizer steps in a row without a finite gradient that end the run
 
     # fmt: off
     NOT_HASHED: ClassVar[frozenset[str]] = frozenset((
