@@ -63,22 +63,13 @@ class Attempt:
         return re.findall(r"^(?:training|resuming) (\S+) in ", self.log.read_text(), re.M)
 
     def begun(self) -> bool:
-        """Wait for the first stage; False where the command ended without one."""
+        """Wait for the first stage; False where the command ends without one."""
         while self.process.poll() is None and not self.stages():
             time.sleep(0.005)
         return bool(self.stages())
 
     def alive(self) -> list[int]:
-        """Its processes, those that lost their parent included."""
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, _, group = stat.read_text().rsplit(")", 1)[1].split()[:3]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if int(group) == self.process.pid and state != "Z":
-                found.append(int(stat.parent.name))
-        return sorted(found)
+        return processes(self.process.pid)
 
     def wait(self, seconds: float) -> bool:
         """Whether all its processes end within the time."""
@@ -95,7 +86,21 @@ class Attempt:
             os.kill(pid, signal.SIGKILL)
 
 
+def processes(session: int) -> list[int]:
+    """The living processes of a session, those that lost their parent included (Linux)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, of = stat.read_text().rsplit(")", 1)[1].split()[:4]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(of) == session and state != "Z":
+            found.append(int(stat.parent.name))
+    return sorted(found)
+
+
 def weights(outputs: Path) -> dict[str, bytes]:
+    """The final weights of each run."""
     return {path.parent.name: path.read_bytes() for path in outputs.glob("runs/*/*.safetensors")}
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import fcntl
 import json
 import os
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from fourstage import lineage, ranks
 from fourstage.errors import UserError
@@ -386,6 +388,14 @@ def launch(base, tmp_path, monkeypatch) -> Path:
     return tmp_path / "outputs" / "locks" / "launch.0.decisions"
 
 
+@contextmanager
+def holding(lock: Path) -> Iterator[None]:
+    """What the first process of a launch does while it lives."""
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def unfinish(outputs: Path, stage: str) -> str:
     """Make a run one that still has to be trained; its id."""
     folder = RunStore(outputs).find(stage)
@@ -398,7 +408,7 @@ def test_other_ranks_follow_the_first(base, tmp_path, launch) -> None:
     follower = FakeTrain()
     launch.write_text(json.dumps({sft: "resume"}))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    with FileLock(launch.with_suffix(".lock")):
+    with holding(launch.with_suffix(".lock")):
         run(base, "sft", follower)
     assert [(job.stage, job.resume) for job in follower.jobs] == [("sft", True)]
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
@@ -419,15 +429,15 @@ def test_decisions_of_an_earlier_launch_do_not_count(base, tmp_path, launch, mon
 def test_the_first_rank_ends_while_another_waits(base, tmp_path, launch, left) -> None:
     sft = unfinish(tmp_path / "outputs", "sft")
     launch.write_text("{}")
-    lock = FileLock(launch.with_suffix(".lock"), thread_local=False)
-    lock.acquire()
+    held = holding(launch.with_suffix(".lock"))
+    held.__enter__()
 
     def end() -> None:
         if left == "failed":
             launch.write_text(json.dumps({"end": "failed"}))
         elif left == "finished":
             launch.unlink()
-        lock.release()  # as the system does for a killed process
+        held.__exit__(None, None, None)  # as the system does for a killed process
 
     timer = threading.Timer(0.5, end)
     timer.start()
@@ -456,7 +466,7 @@ def test_a_second_job_of_one_name_is_refused(base, tmp_path, monkeypatch) -> Non
     monkeypatch.setattr(ranks, "PATIENCE", 0.1)
     (tmp_path / "outputs" / "locks").mkdir(parents=True)
     with (
-        FileLock(tmp_path / "outputs" / "locks" / "launch.0.lock"),
+        holding(tmp_path / "outputs" / "locks" / "launch.0.lock"),
         pytest.raises(UserError, match="held by another job of this name: .* another --rdzv-id"),
     ):
         run(base, "pretrain")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
+from typing import IO, Any
 
 from fourstage.errors import UserError
 from fourstage.job import write_atomic
 
 PATIENCE = 600.0  # seconds in which the first process must show itself
+GRACE = 20.0  # seconds in which a process must notice by itself that the first one has ended
+ENDED = "the first process of this job has ended: its own output says why"
 
 
 class Ranks:
@@ -24,8 +27,8 @@ class Ranks:
 
     They talk through a file under outputs/locks/, because they do so before they have met in
     torch.distributed: Lightning starts the others in the middle of the first stage that trains.
-    What the file says counts while the first process holds a lock beside it, which ends with the
-    process: so nobody follows, or waits for, a process that was killed.
+    What the file says counts while the first process holds a lock beside it (flock), which ends
+    with the process: so nobody follows, or waits for, a process that was killed.
     """
 
     _jobs = itertools.count()  # a multirun climbs several times in one process
@@ -38,7 +41,7 @@ class Ranks:
         if Ranks._key is None:
             Ranks._key = self._name_of_launch()
         self.path = outputs / "locks" / f"{Ranks._key}.{next(self._jobs)}.decisions"
-        self.lock = FileLock(self.path.with_suffix(".lock"))
+        self.lock = self.path.with_suffix(".lock")
         self.decisions: dict[str, str] = {}
 
     def _name_of_launch(self) -> str:
@@ -57,31 +60,57 @@ class Ranks:
 
     @contextmanager
     def job(self) -> Iterator[None]:
-        """The others are told when the first one ends, in whatever way."""
-        if not self.is_first:
+        """The first process decides inside, and the others do not outlive it."""
+        with self._first() if self.is_first else self._follower():
             yield
-            return
+
+    @contextmanager
+    def _first(self) -> Iterator[None]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.unlink(missing_ok=True)  # of an earlier launch of this name
-        try:
-            self.lock.acquire(timeout=PATIENCE)
-        except Timeout:
-            raise UserError(
-                f"{self.lock.lock_file}: held by another job of this name: end it, or give "
-                "torchrun another --rdzv-id"
-            ) from None
-        try:
+        with open(self.lock, "a") as file:
+            self._hold(file)
             write_atomic(self.path, "{}")
-            yield
-        except BaseException:
-            with suppress(OSError):
-                self.tell("end", "failed")
-            raise
-        else:
+            try:
+                yield
+            except BaseException:
+                with suppress(OSError):
+                    self.tell("end", "failed")
+                raise
             self.path.unlink(missing_ok=True)
-            Path(self.lock.lock_file).unlink(missing_ok=True)
+            self.lock.unlink(missing_ok=True)
+
+    def _hold(self, file: IO[str]) -> None:
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"{self.lock}: held by another job of this name: end it, or give torchrun "
+                        "another --rdzv-id"
+                    ) from None
+            time.sleep(0.05)
+
+    @contextmanager
+    def _follower(self) -> Iterator[None]:
+        ended = threading.Event()
+        threading.Thread(target=self._watch, args=(ended,), daemon=True).start()
+        try:
+            yield
         finally:
-            self.lock.release()
+            ended.set()
+
+    def _watch(self, ended: threading.Event) -> None:
+        """Ends this process where it waits, inside PyTorch, for a first process that is gone."""
+        met = False
+        while not ended.wait(1.0):
+            is_there = self._first_is_there()
+            if met and not is_there and not ended.wait(GRACE):
+                print(ENDED, file=sys.stderr, flush=True)
+                os._exit(1)
+            met = met or is_there
 
     def tell(self, run_id: str, decision: str) -> None:
         self.decisions[run_id] = decision
@@ -110,11 +139,14 @@ class Ranks:
                     "do all nodes see one outputs folder?"
                 )
             time.sleep(0.2)
-        raise UserError("the first process of this job has ended: its own output says why")
+        raise UserError(ENDED)
 
     def _first_is_there(self) -> bool:
         try:
-            with self.lock.acquire(timeout=0):
-                return False
-        except Timeout:
+            with open(self.lock) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # which the others may do at once
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
             return True
+        return False
