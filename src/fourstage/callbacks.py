@@ -160,6 +160,7 @@ class Checkpointer(Checkpoint):
         self.path, self.every = path, every
         self.due = False
         self.signum = 0  # of the signal that asked to stop
+        self.stopped: Stopped | None = None  # by then the state is saved
         self.saved_at: int | None = None  # steps; None before training starts
 
     @property
@@ -198,7 +199,7 @@ class Checkpointer(Checkpoint):
         self.due = step % self.every == 0 or (is_last and step > self.every)
         validates = trainer.enable_validation and (is_last or step % trainer.val_check_batch == 0)
         if not validates:
-            self.save_and_stop(trainer, pl_module)
+            self.save_if_due(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
@@ -206,17 +207,25 @@ class Checkpointer(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
-            self.save_and_stop(trainer, pl_module)
+            self.save_if_due(trainer, pl_module)
 
-    def save_and_stop(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save where it is time to, and end the run where a process of the job was asked to."""
+    def save_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save where it is time to, and where a process of the job was asked to stop."""
         asked = torch.tensor(self.signum, device=pl_module.device)
         signum = int(trainer.strategy.reduce(asked, reduce_op="max"))
         if (self.due or signum) and not pl_module.skipped_in_a_row:
             self.save(trainer)
         if signum:
             where = f"{self.run}, step {steps_done(trainer)}"
-            raise Stopped(signum, where, f"it goes on from step {self.saved_at}")
+            self.stopped = Stopped(signum, where, f"it goes on from step {self.saved_at}")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.stopped:  # only now, since Lightning logs a step after on_train_batch_end
+            raise self.stopped
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.stopped:
+            raise self.stopped
 
     def save(self, trainer: Trainer) -> None:
         self.due = False
