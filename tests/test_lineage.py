@@ -382,6 +382,7 @@ def launch(base, tmp_path, monkeypatch) -> Path:
     """What is left of a launch whose first rank trained up to sft: the files of its first job."""
     monkeypatch.setattr(Ranks, "_key", "launch")
     monkeypatch.setattr(Ranks, "_jobs", iter([1, 0]))
+    monkeypatch.setattr(Ranks, "_parent", os.getppid(), raising=False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     run([*base], "sft", FakeTrain())
     monkeypatch.setenv("LOCAL_RANK", "1")  # from here on
@@ -422,6 +423,13 @@ def test_decisions_of_an_earlier_launch_do_not_count(base, tmp_path, launch, mon
     launch.write_text(json.dumps({unfinish(tmp_path / "outputs", "sft"): "train"}))
     monkeypatch.setattr(ranks, "PATIENCE", 0.5)
     with pytest.raises(UserError, match="no word from the first process of this job in 0 s: do"):
+        run(base, "sft")
+
+
+def test_a_parent_that_died_before_its_child_began(base, tmp_path, launch, monkeypatch) -> None:
+    unfinish(tmp_path / "outputs", "sft")
+    monkeypatch.setattr(Ranks, "_parent", 99999999)
+    with pytest.raises(UserError, match="the first process of this job has ended"):
         run(base, "sft")
 
 
@@ -494,13 +502,16 @@ TORCHRUN = {
 )
 def test_ranks_of_every_launcher(tmp_path, monkeypatch, env, first, key) -> None:
     names = "RANK NODE_RANK SLURM_PROCID SLURM_JOB_ID SLURM_STEP_ID FOURSTAGE_JOB"
+    monkeypatch.setenv("FOURSTAGE_PARENT", "5")
     for name in [*names.split(), *TORCHRUN]:
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(Ranks, "_key", None)
+    monkeypatch.setattr(Ranks, "_parent", None, raising=False)
     found = Ranks(tmp_path)
-    assert (found.is_first, Ranks._key) == (first, key)
+    assert (found.is_first, Ranks._key, Ranks._parent) == (first, key, 5)
+    assert os.environ["FOURSTAGE_PARENT"] == str(os.getpid())
 
 
 # --- estimates

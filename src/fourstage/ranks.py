@@ -33,6 +33,7 @@ class Ranks:
 
     _jobs = itertools.count()  # a multirun climbs several times in one process
     _key: str | None = None
+    _parent: int  # the process that started this one, which may be gone already
 
     def __init__(self, outputs: Path) -> None:
         env = os.environ
@@ -40,6 +41,8 @@ class Ranks:
         self.is_first = int(env.get("NODE_RANK", 0)) == 0 and (ranks or [0])[0] == 0
         if Ranks._key is None:
             Ranks._key = self._name_of_launch()
+            Ranks._parent = int(env.get("FOURSTAGE_PARENT", os.getppid()))
+            env["FOURSTAGE_PARENT"] = str(os.getpid())  # Lightning's children inherit it
         self.path = outputs / "locks" / f"{Ranks._key}.{next(self._jobs)}.decisions"
         self.lock = self.path.with_suffix(".lock")
         self.decisions: dict[str, str] = {}
@@ -107,7 +110,8 @@ class Ranks:
         met = False
         while not ended.wait(1.0):
             is_there = self._first_is_there()
-            if met and not is_there and not ended.wait(GRACE):
+            is_gone = os.getppid() != self._parent or (met and not is_there)
+            if is_gone and not ended.wait(GRACE):
                 print(ENDED, file=sys.stderr, flush=True)
                 os._exit(1)
             met = met or is_there
@@ -118,8 +122,8 @@ class Ranks:
 
     def wait_for(self, run_id: str) -> Any:
         """The first process' decision on a run. Raises UserError when that process has failed."""
-        parent, start, met = os.getppid(), time.monotonic(), False
-        while os.getppid() == parent:
+        start, met = time.monotonic(), False
+        while os.getppid() == self._parent:
             is_there = self._first_is_there()
             met = met or is_there
             if met:
