@@ -41,7 +41,8 @@ class Ranks:
         self.is_first = int(env.get("NODE_RANK", 0)) == 0 and (ranks or [0])[0] == 0
         if Ranks._key is None:
             Ranks._key = self._name_of_launch()
-            Ranks._parent = int(env.get("FOURSTAGE_PARENT", os.getppid()))
+            is_child = Ranks._key == env.get("FOURSTAGE_JOB") and "LOCAL_RANK" in env
+            Ranks._parent = int(env["FOURSTAGE_PARENT"]) if is_child else os.getppid()
             env["FOURSTAGE_PARENT"] = str(os.getpid())  # Lightning's children inherit it
         self.path = outputs / "locks" / f"{Ranks._key}.{next(self._jobs)}.decisions"
         self.lock = self.path.with_suffix(".lock")
