@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -478,6 +479,21 @@ def test_a_second_job_of_one_name_is_refused(base, tmp_path, monkeypatch) -> Non
         pytest.raises(UserError, match="held by another job of this name: .* another --rdzv-id"),
     ):
         run(base, "pretrain")
+
+
+def test_a_file_system_without_locks(base, launch, tmp_path, monkeypatch) -> None:
+    def flock(file, kind) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    sft = unfinish(tmp_path / "outputs", "sft")
+    launch.write_text(json.dumps({sft: "train"}))
+    launch.with_suffix(".lock").touch()
+    assert Ranks(tmp_path / "outputs").wait_for(sft) == "train"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(Ranks, "_jobs", iter([0]))
+    with Ranks(tmp_path / "outputs").job():
+        pass
 
 
 TORCHRUN = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import json
@@ -19,6 +20,7 @@ from fourstage.job import write_atomic
 
 PATIENCE = 600.0  # seconds in which the first process must show itself
 GRACE = 20.0  # seconds in which a process must notice by itself that the first one has ended
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without flock
 ENDED = "the first process of this job has ended: its own output says why"
 
 
@@ -88,13 +90,18 @@ class Ranks:
         end = time.monotonic() + PATIENCE
         while True:
             try:
-                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
             except BlockingIOError:
                 if time.monotonic() > end:
                     raise UserError(
                         f"{self.lock}: held by another job of this name: end it, or give torchrun "
                         "another --rdzv-id"
                     ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                return
             time.sleep(0.05)
 
     @contextmanager
@@ -154,4 +161,8 @@ class Ranks:
             return False
         except BlockingIOError:
             return True
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return True  # for all that can be known
         return False
