@@ -159,6 +159,7 @@ class Checkpointer(Checkpoint):
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
         self.due = False
+        self.written = False  # to .part.ckpt, which takes its place once the step is logged
         self.signum = 0  # of the signal that asked to stop
         self.stopped: Stopped | None = None  # by then the state is saved
         self.saved_at: int | None = None  # steps; None before training starts
@@ -220,10 +221,18 @@ class Checkpointer(Checkpoint):
             self.stopped = Stopped(signum, where, f"it goes on from step {self.saved_at}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self.stopped:  # only now, since Lightning logs a step after on_train_batch_end
-            raise self.stopped
+        self.swap_in_and_stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.swap_in_and_stop(trainer)
+
+    def swap_in_and_stop(self, trainer: Trainer) -> None:
+        """Only now, since Lightning logs a step after on_train_batch_end: no row may be lost."""
+        if self.written:
+            self.written = False
+            if trainer.is_global_zero:
+                swap_in(self.path.with_name(".part.ckpt"), self.path)
+            trainer.strategy.barrier()
         if self.stopped:
             raise self.stopped
 
@@ -235,9 +244,7 @@ class Checkpointer(Checkpoint):
         except Exception:
             part.unlink(missing_ok=True)  # on a full disk, half of it would keep it full
             raise
-        if trainer.is_global_zero:
-            swap_in(part, self.path)
-        trainer.strategy.barrier()
+        self.written = True
         self.saved_at = steps_done(trainer)
 
 
