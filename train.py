@@ -16,13 +16,19 @@ CONF = str(Path(__file__).resolve().parent / "conf")
 
 @hydra.main(config_path=CONF, config_name="config", version_base="1.3")
 def main(config: DictConfig) -> None:
-    from fourstage.lineage import climb, one_line  # after Hydra, so that --help is fast
+    from fourstage.interruptions import Stopped, handle_stops, one_line, stop_now
+
+    handle_stops(stop_now)
+    from fourstage.lineage import climb  # after Hydra, so that --help is fast
 
     hydra_config = HydraConfig.get()
     try:
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         climb(tree, overrides=hydra_config.overrides.task)
-    except (KeyboardInterrupt, SystemExit):  # Ctrl-C; Lightning turns it and SIGTERM into an exit
+    except Stopped as stopped:
+        print(stopped.line, file=sys.stderr)
+        sys.exit(stopped.code)
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, which Lightning turns into an exit
         print("stopped: the same command resumes", file=sys.stderr)
         sys.exit(130)
     except Exception as error:

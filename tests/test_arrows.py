@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "fourstage"
 # unit (a file or a folder of the package) -> what it stands on; and so on down
 ARROWS = {
     "train": {"lineage"},
-    "lineage": {"plan", "runs", "runner"},
+    "lineage": {"plan", "ranks", "runs", "runner"},
     "plan": {"runs", "stages", "data", "callbacks", "evaluation"},
     "runner": {"callbacks", "cost", "prepare", "run_evaluation"},
     "run_evaluation": {"evaluation", "prepare"},
@@ -36,12 +36,21 @@ ARROWS = {
     "dashboard_spec": {"suite"},
     "loggers": set(),
     "cost": set(),
+    "ranks": set(),
     "runs": set(),
     "data": set(),
     "model": set(),
     "report": {"suite"},
 }
-SHARED = {"batch", "tokenizer", "errors", "settings", "job", "verify"}  # everything may import them
+SHARED = {
+    "batch",
+    "tokenizer",
+    "errors",
+    "interruptions",
+    "settings",
+    "job",
+    "verify",
+}  # everything may import them
 # they import nothing else of ours
 ALONE = {"report", "suite"}
 # packages that only these units may import

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -27,6 +26,7 @@ from fourstage.callbacks import (
     step_seed,
     time_left,
 )
+from fourstage.interruptions import STOPS, Stopped
 from fourstage.loggers import MetricsCSV
 
 N_STEPS, VAL_EVERY = 12, 4
@@ -61,6 +61,7 @@ class Tiny(LightningModule):
         self.automatic_optimization = False
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.steps_of_this_process: list[int] = []
+        self.skipped_in_a_row = 0
 
     def progress(self) -> float:
         return (self.trainer.fit_loop.epoch_loop.batch_progress.total.ready) / N_STEPS
@@ -165,7 +166,7 @@ def test_samples_of_a_run(whole) -> None:
     ("die", "every", "first"),
     [
         (Die(step=5), 3, 4),  # between checkpoints
-        (Die(step=4), 3, 4),  # right after one
+        (Die(step=4), 3, 1),  # before its row and state are in place
         (Die(step=10), 4, 9),  # the checkpoint was saved after a validation
         (Die(in_validation_of=4), 2, 3),  # its step has a checkpoint due
         (Die(in_validation_of=12), 3, 10),  # in the last validation
@@ -176,7 +177,6 @@ def test_resume_is_bit_identical_and_loses_no_row(
 ) -> None:
     with pytest.raises(RuntimeError, match="killed"):
         fit(tmp_path, die, every=every)
-    assert (tmp_path / "checkpoints" / "last.ckpt").exists()
     resumed = fit(tmp_path, every=every)
     assert resumed.steps_of_this_process == list(range(first, N_STEPS + 1))
     assert torch.equal(resumed.weight, whole[1].weight)
@@ -185,17 +185,75 @@ def test_resume_is_bit_identical_and_loses_no_row(
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["last.ckpt"]
 
 
-def test_sigterm_saves_at_once(tmp_path, whole) -> None:
-    class Terminate(Callback):
-        def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-            if batch_idx == 6:
-                os.kill(os.getpid(), signal.SIGTERM)
+class Signal(Callback):
+    """A signal arrives before a step, or in the validation after one."""
 
-    with pytest.raises(SIGTERMException):
-        fit(tmp_path, Terminate(), every=100)
-    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)
-    assert state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] == 7
+    def __init__(self, signum: int, step: int = 0, in_validation_of: int = 0) -> None:
+        self.signum, self.step, self.in_validation_of = signum, step, in_validation_of
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        if batch_idx + 1 == self.step:
+            os.kill(os.getpid(), self.signum)
+
+    def on_validation_start(self, trainer, module) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.processed == self.in_validation_of:
+            os.kill(os.getpid(), self.signum)
+
+
+@pytest.fixture
+def handlers():
+    """Whoever handled the signals gets them back when training ends."""
+    before = [signal.getsignal(signum) for signum in STOPS]
+    yield
+    assert [signal.getsignal(signum) for signum in STOPS] == before
+
+
+@pytest.mark.parametrize(
+    ("sent", "done"),
+    [
+        (Signal(signal.SIGTERM, step=7), 7),
+        (Signal(signal.SIGUSR1, step=7), 7),
+        (Signal(signal.SIGTERM, step=8), 8),  # a validation follows, and is not lost
+        (Signal(signal.SIGUSR1, in_validation_of=4), 4),
+    ],
+)
+def test_a_signal_saves_after_the_step_and_stops(tmp_path, whole, handlers, sent, done) -> None:
+    with pytest.raises(Stopped) as caught:
+        fit(tmp_path, sent, every=100)
+    assert caught.value.code == 128 + sent.signum
+    assert caught.value.line == (
+        f"{tmp_path.name}, step {done}: stopped by {signal.Signals(sent.signum).name}: "
+        f"run the same command again: it goes on from step {done}"
+    )
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] == done
     assert torch.equal(fit(tmp_path).weight, whole[1].weight)
+    assert read(tmp_path) == read(whole[0])
+
+
+def test_a_second_signal_does_not_wait(tmp_path, handlers) -> None:
+    with pytest.raises(Stopped, match="138"):
+        fit(tmp_path, Signal(signal.SIGTERM, step=8), Signal(signal.SIGUSR1, step=8))
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] == 6
+
+
+def test_the_last_state_is_that_before_the_first_skipped_step(tmp_path) -> None:
+    class Skip(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+            module.skipped_in_a_row = max(0, batch_idx + 1 - 4)  # from step 5 on
+
+    with pytest.raises(Stopped) as caught:
+        fit(tmp_path, Skip(), Signal(signal.SIGTERM, step=9), every=1)
+    assert caught.value.line.endswith("it goes on from step 4")
+
+
+def test_the_end_of_training_is_saved_too(tmp_path) -> None:
+    """A kill in the evaluation that follows costs no step."""
+    fit(tmp_path, every=5)
+    assert fit(tmp_path, every=5).steps_of_this_process == []
+    fit(tmp_path / "short", every=1000)  # states are not wanted
+    assert not (tmp_path / "short" / "checkpoints" / "last.ckpt").exists()
 
 
 def test_a_failed_save_leaves_the_old_state(tmp_path, monkeypatch) -> None:

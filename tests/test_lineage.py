@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from fourstage import lineage
+from fourstage import lineage, ranks
 from fourstage.errors import UserError
 from fourstage.job import STAGES, read_record, write_record
-from fourstage.lineage import Ranks, climb, one_line
+from fourstage.lineage import climb, one_line
 from fourstage.plan import SETTINGS, make_plan
+from fourstage.ranks import Ranks
 from fourstage.runs import RunStore
 from tests.fakes import FakeTrain, config, own_files
 
@@ -388,28 +393,85 @@ def test_two_processes_train_a_shared_ancestor_once(base, capsys) -> None:
     assert slow.stages == ["pretrain"] and second.stages == []
 
 
-def test_other_ranks_follow_the_first(base, tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def launch(base, tmp_path, monkeypatch) -> Path:
+    """What is left of a launch whose first rank trained up to sft: the files of its first job."""
     monkeypatch.setattr(Ranks, "_key", "launch")
-    monkeypatch.setattr(Ranks, "_jobs", iter([0, 0, 0, 1]))
+    monkeypatch.setattr(Ranks, "_jobs", iter([1, 0]))
+    monkeypatch.setattr(Ranks, "_parent", os.getppid(), raising=False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     run([*base], "sft", FakeTrain())
-    decisions = tmp_path / "outputs" / "locks" / "launch.0.decisions"
-    of = ids(base, "sft")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # from here on
+    return tmp_path / "outputs" / "locks" / "launch.0.decisions"
 
-    monkeypatch.setenv("LOCAL_RANK", "1")
+
+@contextmanager
+def holding(lock: Path) -> Iterator[None]:
+    """What the first process of a launch does while it lives."""
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def unfinish(outputs: Path, stage: str) -> str:
+    """Make a run one that still has to be trained; its id."""
+    folder = RunStore(outputs).find(stage)
+    write_record(folder, status="running")
+    return read_record(folder)["id"]
+
+
+def test_other_ranks_follow_the_first(base, tmp_path, launch) -> None:
+    sft = unfinish(tmp_path / "outputs", "sft")
     follower = FakeTrain()
-    told = {of["pretrain"]: "found", of["sft"]: "resume"}
-    decisions.write_text(json.dumps(told))
+    launch.write_text(json.dumps({sft: "resume"}))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    run(base, "sft", follower)
+    with holding(launch.with_suffix(".lock")):
+        run(base, "sft", follower)
     assert [(job.stage, job.resume) for job in follower.jobs] == [("sft", True)]
-    weights = RunStore(tmp_path / "outputs").find("sft") / "model.safetensors"
-    assert weights.exists()
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
 
-    decisions.write_text(json.dumps({of["pretrain"]: "found", "end": "failed"}))
-    with pytest.raises(SystemExit):  # the first process died
-        run(base, "sft", follower)
+
+def test_other_ranks_need_nobody_where_nothing_is_to_do(base, launch) -> None:
+    assert run(base, "sft").stages == []
+
+
+def test_decisions_of_an_earlier_launch_do_not_count(base, tmp_path, launch, monkeypatch) -> None:
+    launch.write_text(json.dumps({unfinish(tmp_path / "outputs", "sft"): "train"}))
+    monkeypatch.setattr(ranks, "PATIENCE", 0.5)
+    with pytest.raises(UserError, match="no word from the first process of this job in 0 s: do"):
+        run(base, "sft")
+
+
+def test_a_parent_that_died_before_its_child_began(base, tmp_path, launch, monkeypatch) -> None:
+    unfinish(tmp_path / "outputs", "sft")
+    monkeypatch.setattr(Ranks, "_parent", 99999999)
+    with pytest.raises(UserError, match="the first process of this job has ended"):
+        run(base, "sft")
+
+
+@pytest.mark.parametrize("left", ["failed", "killed", "finished"])
+def test_the_first_rank_ends_while_another_waits(base, tmp_path, launch, left) -> None:
+    sft = unfinish(tmp_path / "outputs", "sft")
+    launch.write_text("{}")
+    held = holding(launch.with_suffix(".lock"))
+    held.__enter__()
+
+    def end() -> None:
+        if left == "failed":
+            launch.write_text(json.dumps({"end": "failed"}))
+        elif left == "finished":
+            launch.unlink()
+        held.__exit__(None, None, None)  # as the system does for a killed process
+
+    timer = threading.Timer(0.5, end)
+    timer.start()
+    if left == "finished":  # by then another job had trained it
+        assert run(base, "sft").stages == []
+    else:
+        with pytest.raises(UserError, match="the first process of this job has ended"):
+            run(base, "sft")
+    timer.join()
+    assert read_record(RunStore(tmp_path / "outputs").find(sft, finished=False))["id"] == sft
 
 
 def test_the_first_rank_tells_what_it_does_and_that_it_failed(base, tmp_path, monkeypatch) -> None:
@@ -419,8 +481,43 @@ def test_the_first_rank_tells_what_it_does_and_that_it_failed(base, tmp_path, mo
     with pytest.raises(RuntimeError):
         run(base, "sft", FakeTrain("sft"))
     told = json.loads((tmp_path / "outputs" / "locks" / "launch.1.decisions").read_text())
-    of = ids(base, "sft")
-    assert told == {of["pretrain"]: "found", of["sft"]: "train", "end": "failed"}
+    assert told == {ids(base, "sft")["sft"]: "train", "end": "failed"}
+
+
+def test_a_second_job_of_one_name_is_refused(base, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Ranks, "_key", "launch")
+    monkeypatch.setattr(Ranks, "_jobs", iter([0]))
+    monkeypatch.setattr(ranks, "PATIENCE", 0.1)
+    (tmp_path / "outputs" / "locks").mkdir(parents=True)
+    with (
+        holding(tmp_path / "outputs" / "locks" / "launch.0.lock"),
+        pytest.raises(UserError, match="held by another job of this name: .* another --rdzv-id"),
+    ):
+        run(base, "pretrain")
+
+
+def test_a_file_system_without_locks(base, launch, tmp_path, monkeypatch) -> None:
+    def flock(file, kind) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    sft = unfinish(tmp_path / "outputs", "sft")
+    launch.write_text(json.dumps({sft: "train"}))
+    launch.with_suffix(".lock").touch()
+    assert Ranks(tmp_path / "outputs").wait_for(sft) == "train"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(Ranks, "_jobs", iter([0]))
+    with Ranks(tmp_path / "outputs").job():
+        pass
+
+
+TORCHRUN = {
+    "LOCAL_RANK": "0",
+    "TORCHELASTIC_RUN_ID": "a",
+    "MASTER_ADDR": "b",
+    "MASTER_PORT": "1",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+}
 
 
 @pytest.mark.parametrize(
@@ -429,28 +526,25 @@ def test_the_first_rank_tells_what_it_does_and_that_it_failed(base, tmp_path, mo
         ({}, True, str(os.getpid())),
         ({"LOCAL_RANK": "1", "FOURSTAGE_JOB": "77"}, False, "77"),
         ({"NODE_RANK": "1", "FOURSTAGE_JOB": "77"}, False, "77"),
-        (
-            {"RANK": "8", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1"},
-            False,
-            "a-1",
-        ),
-        (
-            {"RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1"},
-            True,
-            "a-1",
-        ),
+        ({"RANK": "8", **TORCHRUN}, False, "a-b-1-0"),
+        ({"RANK": "0", **TORCHRUN}, True, "a-b-1-0"),
         ({"SLURM_PROCID": "2", "SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0"}, False, "5-0"),
     ],
 )
 def test_ranks_of_every_launcher(tmp_path, monkeypatch, env, first, key) -> None:
-    names = "RANK LOCAL_RANK NODE_RANK SLURM_PROCID SLURM_JOB_ID SLURM_STEP_ID MASTER_PORT"
-    for name in [*names.split(), "TORCHELASTIC_RUN_ID", "FOURSTAGE_JOB"]:
+    names = "RANK NODE_RANK SLURM_PROCID SLURM_JOB_ID SLURM_STEP_ID FOURSTAGE_JOB"
+    monkeypatch.setenv("FOURSTAGE_PARENT", "5")
+    for name in [*names.split(), *TORCHRUN]:
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(Ranks, "_key", None)
-    ranks = Ranks(tmp_path)
-    assert (ranks.is_first, Ranks._key) == (first, key)
+    monkeypatch.setattr(Ranks, "_parent", None, raising=False)
+    found = Ranks(tmp_path)
+    assert (found.is_first, Ranks._key) == (first, key)
+    is_child_of_lightning = env == {"LOCAL_RANK": "1", "FOURSTAGE_JOB": "77"}
+    assert Ranks._parent == (5 if is_child_of_lightning else os.getppid())
+    assert os.environ["FOURSTAGE_PARENT"] == str(os.getpid())
 
 
 # --- estimates

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -14,6 +16,7 @@ from omegaconf import DictConfig
 
 import fourstage.runner
 import train
+from fourstage.interruptions import STOPS
 from fourstage.job import STAGES
 from fourstage.plan import SETTINGS, make_plan
 from tests.fakes import CONF, FakeTrain, composed, config, own_files
@@ -120,6 +123,23 @@ def test_stopping_says_how_to_go_on(call, capsys, stop) -> None:
     code, _ = call("stage=sft", fake=FakeTrain("pretrain", stop))
     assert (code, capsys.readouterr().err) == (130, "stopped: the same command resumes\n")
     assert call("stage=sft")[1].stages == ["pretrain", "sft"]
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_ends_in_one_line(call, capsys, signum, code) -> None:
+    class Signalled(FakeTrain):
+        def __call__(self, job):
+            os.kill(os.getpid(), signum)
+            return super().__call__(job)
+
+    before = [signal.getsignal(s) for s in STOPS]
+    try:
+        assert call("stage=sft", fake=Signalled())[0] == code
+    finally:
+        for s, handler in zip(STOPS, before, strict=True):
+            signal.signal(s, handler)
+    line = f"stopped by {signum.name}: run the same command again: it resumes\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_bug_and_full_error_show_a_traceback(call, capsys, monkeypatch) -> None:

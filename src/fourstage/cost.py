@@ -4,6 +4,7 @@
     train_seconds     of that, inside training steps (rollouts and their scoring included)
     eval_seconds      of that, validation and the held-out suite
     steps             training steps (rollouts in ppo and grpo)
+    skipped_steps     optimizer steps that had no finite loss and gradient, and were not taken
     tokens            read by the updates: text, or prompt and answer, without padding, counted
                       each time that an update reads them
     tokens_generated  answer tokens that the policy sampled in training steps (ppo and grpo)

@@ -100,6 +100,7 @@ SECTIONS = (
             lines("loss of held-out pairs", "val/pair_nll"),
             lines("gradient norm", "train/grad_norm"),
             lines("learning rate", "train/lr"),
+            lines("skipped optimizer steps", "train/skipped_steps"),
         ),
     ),
     Section(
@@ -178,7 +179,7 @@ SECTIONS = (
             lines("TFLOP/s", "speed/tflops"),
             lines("model FLOP utilisation", "speed/mfu"),
             bars("seconds", "cost/seconds", "cost/train_seconds", "cost/eval_seconds"),
-            bars("steps", "cost/steps"),
+            bars("steps", "cost/steps", "cost/skipped_steps"),
             bars("tokens", "cost/tokens", "cost/tokens_generated"),
             bars("FLOPs", "cost/flops"),
             bars("tokens per second, whole stage", "cost/tokens_per_s"),

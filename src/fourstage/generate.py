@@ -77,7 +77,8 @@ class Sampling:
             return log_probs_BV.argmax(-1)
         cdf_BV = log_probs_BV.exp().cumsum(-1)
         below_total_B = uniform_B.clamp(max=1 - 2**-20) * cdf_BV[:, -1]
-        return torch.searchsorted(cdf_BV, below_total_B[:, None], right=True).squeeze(1)
+        drawn_B = torch.searchsorted(cdf_BV, below_total_B[:, None], right=True).squeeze(1)
+        return drawn_B.clamp(max=cdf_BV.shape[1] - 1)  # past the end where nothing is a number
 
 
 def generate(

@@ -7,16 +7,13 @@ the old run stays where it is, and usable, until the new one is finished and tak
 
 from __future__ import annotations
 
-import errno
-import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
@@ -27,7 +24,9 @@ from rich.console import Console
 
 from fourstage import __version__
 from fourstage.errors import UserError
-from fourstage.job import StageJob, read_record, swap_in, write_atomic, write_record
+from fourstage.interruptions import one_line
+from fourstage.job import StageJob, read_record, swap_in, write_record
+from fourstage.ranks import Ranks
 from fourstage.runs import find_run
 
 if TYPE_CHECKING:  # plan imports PyTorch
@@ -68,14 +67,13 @@ def complete(plan: Plan, run: PlannedRun, train: Train, ranks: Ranks) -> None:
     """Make sure that one run is finished; whatever another process did meanwhile is found."""
     from fourstage.plan import find_status
 
+    place = plan.store.folder(run.stage, run.id)
+    if not run.to_do and run.folder == place:  # and so it stays, for every rank
+        return
     if not ranks.is_first:
         run.status = ranks.wait_for(run.id)
         if run.to_do:
             train(stage_job(plan, run))
-        return
-    place = plan.store.folder(run.stage, run.id)
-    if not run.to_do and run.folder == place:
-        ranks.tell(run.id, run.status)
         return
     with plan.store.locked(run.name, run.id):
         run.status, run.record = find_status(run.folder)
@@ -182,89 +180,6 @@ def require_ancestors(plan: Plan, overrides: Sequence[str]) -> None:
         )
 
 
-class Ranks:
-    """One plan per job: the first process decides and holds the locks, the others follow it.
-
-    They talk through a file under outputs/locks/, because they do so before they have met in
-    torch.distributed: Lightning starts the others in the middle of the first stage that trains.
-    """
-
-    _jobs = itertools.count()  # a multirun climbs several times in one process
-    _key: str | None = None
-
-    def __init__(self, outputs: Path) -> None:
-        env = os.environ
-        ranks = [int(env[key]) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in env]
-        self.is_first = int(env.get("NODE_RANK", 0)) == 0 and (ranks or [0])[0] == 0
-        if Ranks._key is None:
-            Ranks._key = self._name_of_launch()
-        self.path = outputs / "locks" / f"{Ranks._key}.{next(self._jobs)}.decisions"
-        self.decisions: dict[str, str] = {}
-
-    def _name_of_launch(self) -> str:
-        """The same in every process of a launch by torchrun, by srun or by Lightning."""
-        env = os.environ
-        for first, second in (
-            ("TORCHELASTIC_RUN_ID", "MASTER_PORT"),
-            ("SLURM_JOB_ID", "SLURM_STEP_ID"),
-        ):
-            if first in env and second in env:
-                return f"{env[first]}-{env[second]}"
-        if self.is_first:
-            env["FOURSTAGE_JOB"] = str(os.getpid())  # Lightning's children inherit it
-        return env["FOURSTAGE_JOB"]
-
-    @contextmanager
-    def job(self) -> Iterator[None]:
-        """The others are told when the first one ends, in whatever way."""
-        if self.is_first:
-            write_atomic(self.path, "{}")
-        try:
-            yield
-        except BaseException:
-            if self.is_first:
-                with suppress(OSError):
-                    self.tell("end", "failed")
-            raise
-        else:
-            if self.is_first:
-                self.path.unlink(missing_ok=True)
-
-    def tell(self, run_id: str, decision: str) -> None:
-        self.decisions[run_id] = decision
-        write_atomic(self.path, json.dumps(self.decisions))
-
-    def wait_for(self, run_id: str) -> Any:
-        """The first process' decision on a run. Ends this process when the first one ended."""
-        parent = os.getppid()
-        while os.getppid() == parent:
-            with suppress(FileNotFoundError):
-                decisions = json.loads(self.path.read_text(encoding="utf-8"))
-                if run_id in decisions:
-                    return decisions[run_id]
-                if "end" in decisions:
-                    break
-            time.sleep(0.2)
-        raise SystemExit(1)
-
-
-def one_line(error: BaseException) -> str | None:
-    """What to tell the user instead of a traceback; None where a traceback is the right thing."""
-    chain: BaseException | None = error
-    while chain is not None:
-        is_full = isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT)
-        if is_full or "No space left on device" in str(chain):  # safetensors has its own class
-            path = isinstance(chain, OSError) and (chain.filename2 or chain.filename)
-            where = f" at {path}" if path else ""
-            return f"disk full{where}: free space and run the same command again: it resumes"
-        chain = chain.__cause__ or chain.__context__
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
-        return f"{error.filename}: {error.strerror}: choose another outputs=FOLDER"
-    return None
-
-
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
@@ -307,5 +222,6 @@ def device(accelerator: str) -> str:
 
     if accelerator == "gpu":
         return torch.cuda.get_device_name()
-    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"{platform.processor() or platform.machine()}, {threads} thread{'s' * (threads > 1)}"
     return f"{accelerator} ({cpu})"

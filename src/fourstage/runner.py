@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -17,15 +18,19 @@ from fourstage import data
 from fourstage.callbacks import (
     Checkpointer,
     PlanProgress,
+    ResumeIO,
     RouterHealth,
     Sample,
     SampleLog,
     StepAxis,
     StepSeed,
+    steps_done,
 )
 from fourstage.checkpoint import save_weights
 from fourstage.cost import CostMeter, peak_flops
+from fourstage.errors import UserError
 from fourstage.generate import generate
+from fourstage.interruptions import advice, explained
 from fourstage.job import StageJob
 from fourstage.loggers import build_loggers, finish_wandb
 from fourstage.model import ScalarModel, Transformer
@@ -38,29 +43,35 @@ from fourstage.tokenizer import Tokenizer
 def train_stage(job: StageJob) -> dict[str, Any]:
     """Train, save and evaluate one stage in `job.folder`; returns its cost.
 
-    Resumes from the job's checkpoint where `job.resume` says so.
+    Resumes from the job's checkpoint where `job.resume` says so. Raises UserError, one line that
+    names the run and the step, for whatever ends it that is no bug.
     """
     meter = CostMeter()
-    torch.set_flush_denormal(True)  # denormal floats make a CPU step 4 to 10 times slower
-    torch.manual_seed(job.seed)
-    quieten()
-    prepared = PREPARE[job.stage](job)
-    if job.stage == "pretrain" and not (job.folder / "eval_random.json").exists():
-        with meter.evaluating():
-            evaluate_random(job, prepared.result, prepared.tokenizer)
-    notes = {**data.left_out(job.data, job.stage), **prepared.loaders.notes}
-    print("  data: " + ", ".join(f"{n.replace('_', ' ')} {count:,}" for n, count in notes.items()))
-    cost = None  # where the stage fails
-    try:
-        trainer = build_trainer(job, prepared, meter)
-        meter.peak = device_peak(trainer.strategy.root_device, job.trainer.precision)
-        fit(trainer, job, prepared)
-        with meter.evaluating():
-            finish(job, prepared, trainer)
-        cost = meter.cost(prepared.module.steps_done, trainer.world_size)
-        cost |= {f"data_{name}": count for name, count in notes.items()}
-    finally:
-        finish_wandb(job, cost)
+    trainer = None
+    settings = asdict(job.settings)
+    with explained(job.name, job.stage, settings, lambda: steps_done(trainer) if trainer else 0):
+        torch.set_flush_denormal(True)  # denormal floats make a CPU step 4 to 10 times slower
+        torch.manual_seed(job.seed)
+        quieten()
+        prepared = PREPARE[job.stage](job)
+        if job.stage == "pretrain" and not (job.folder / "eval_random.json").exists():
+            with meter.evaluating():
+                evaluate_random(job, prepared.result, prepared.tokenizer)
+        notes = {**data.left_out(job.data, job.stage), **prepared.loaders.notes}
+        words = (f"{name.replace('_', ' ')} {count:,}" for name, count in notes.items())
+        print("  data: " + ", ".join(words))
+        cost = None  # where the stage fails
+        try:
+            trainer = build_trainer(job, prepared, meter)
+            meter.peak = device_peak(trainer.strategy.root_device, job.trainer.precision)
+            fit(trainer, job, prepared)
+            with meter.evaluating():
+                finish(job, prepared, trainer)
+            cost = meter.cost(prepared.module.steps_done, trainer.world_size)
+            cost |= {f"data_{name}": count for name, count in notes.items()}
+            cost["skipped_steps"] = prepared.module.skipped_steps
+        finally:
+            finish_wandb(job, cost)
     return cost
 
 
@@ -92,7 +103,17 @@ def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
     if job.settings.max_steps != 0 or job.settings.max_time:
         checkpoint = str(job.checkpoint) if job.resume else None
         during = loaders.val if job.settings.val_every else None
-        trainer.fit(module, loaders.train, during, ckpt_path=checkpoint, weights_only=True)
+        try:
+            trainer.fit(module, loaders.train, during, ckpt_path=checkpoint, weights_only=True)
+        except Exception as error:
+            started = trainer.checkpoint_callback.saved_at is not None
+            known = isinstance(error, UserError) or advice(error, "", asdict(job.settings))
+            if checkpoint is None or started or known:
+                raise
+            raise UserError(
+                f"{checkpoint}: broken, or not of this run and version: remove it to train the "
+                f"stage from its start: rm '{checkpoint}'"
+            ) from error
     if loaders.val is not None and module.validated_at != module.steps_done:
         trainer.validate(module, loaders.val, verbose=False)
 
@@ -129,6 +150,7 @@ def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trai
         log_every_n_steps=settings.log_every,
         logger=build_loggers(job),
         callbacks=callbacks,
+        plugins=[ResumeIO()],
         default_root_dir=str(job.folder),
         num_sanity_val_steps=0,
         enable_progress_bar=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import lightning as L
@@ -79,6 +80,7 @@ EVERY_STAGE = [
     ("log_every", 0, "must be at least 1, got 0"),
     ("sample_every", -1, "must be at least 0, got -1"),
     ("checkpoint_every", 0, "must be at least 1, got 0"),
+    ("max_skipped", 0, "must be at least 1, got 0"),
     ("parent", 3, "expected text or null, got 3"),
 ]
 ON_POLICY = [
@@ -273,17 +275,67 @@ def test_a_step_starts_without_the_last_steps_gradient(monkeypatch):
     assert distance(weights(together), weights(apart)) == 0
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_in_one_line():
-    policy = make_policy()
-    module = SFTModule(policy, steady("sft", lr=0.01, max_steps=2), 0)
-    before = weights(policy)
-    with torch.no_grad():
-        policy.norm.weight[0] = float("nan")
-    with pytest.raises(UserError, match=r"^step 1: the gradient is not finite; .* lower lr") as e:
-        fit(module, token_batches(2))
-    assert "\n" not in str(e.value)
-    after = weights(policy)
-    assert all(after[name].equal(before[name]) for name in before if name != "norm.weight")
+class Poisoned(SFTModule):
+    """Its loss is no number, or its gradient, in the steps that `bad` names (from 1)."""
+
+    def __init__(self, policy, settings, bad: dict[int, str]) -> None:
+        super().__init__(policy, settings, 0)
+        self.bad = bad
+
+    def piece_loss(self, batch, n_targets):
+        loss, nll = super().piece_loss(batch, n_targets)
+        kind = self.bad.get(self.steps_done + 1)
+        if kind == "gradient":  # of a finite loss: d sqrt(x) / dx at 0
+            loss = loss + (self.policy.norm.weight[0] * 0).sqrt()
+        elif kind == "loss":  # of finite gradients
+            loss = loss + math.inf
+        return loss, nll
+
+
+def without(step: int, batches: list) -> list:
+    return batches[: step - 1] + batches[step:]
+
+
+@pytest.mark.parametrize("kind", ["gradient", "loss"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(kind):
+    """The weights, the optimizer and the routers' biases are those of a run without its batch."""
+    s, batches = steady("sft", lr=0.01, max_steps=4, balance_router=True), token_batches(4)
+    module = Poisoned(make_policy(), s, {2: kind})
+    trainer = fit(module, batches)
+    assert (module.skipped_steps, module.skipped_in_a_row) == (1, 0)
+    assert trainer.callback_metrics["train/skipped_steps"] == 1
+    expected = Poisoned(make_policy(), s, {})
+    other = fit(expected, without(2, batches))
+    assert distance(weights(module), weights(expected)) == 0
+    states = [t.optimizers[0].state_dict()["state"] for t in (trainer, other)]
+    assert states[0].keys() == states[1].keys()
+    for one, two in zip(states[0].values(), states[1].values(), strict=True):
+        assert all(one[name].equal(two[name]) for name in two)
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run_in_one_line():
+    s = steady("sft", lr=0.01, max_steps=9, max_skipped=3)
+    bad = dict.fromkeys((2, 3, 5, 6, 7), "gradient")  # 4 is well again
+    module = Poisoned(make_policy(), s, bad)
+    message = (
+        "step 7: 3 optimizer steps in a row had no finite loss and gradient: "
+        "a lower lr than 0.01 makes a new run; the same command goes on from the checkpoint before "
+        "them, with a higher max_skipped past them"
+    )
+    with pytest.raises(UserError) as error:
+        fit(module, token_batches(9))
+    assert str(error.value) == message
+    assert module.skipped_steps == 5
+
+
+def test_the_count_of_skipped_steps_is_part_of_the_resume_state():
+    module = Poisoned(make_policy(), steady("sft", max_steps=1), {})
+    module.skipped_steps = 7
+    checkpoint: dict = {}
+    module.on_save_checkpoint(checkpoint)
+    resumed = Poisoned(make_policy(), steady("sft", max_steps=1), {})
+    resumed.on_load_checkpoint(checkpoint)
+    assert resumed.skipped_steps == 7
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")

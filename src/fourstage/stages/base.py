@@ -49,17 +49,19 @@ class StageSettings:
     log_every: int
     sample_every: int  # steps between logged sample answers; 0: only after the last
     checkpoint_every: int
+    max_skipped: int = 5  # optimizer steps in a row without a finite gradient that end the run
 
     # fmt: off
     NOT_HASHED: ClassVar[frozenset[str]] = frozenset((
         "parent", "reward_parent", "micro_batch_size", "val_every", "log_every", "sample_every",
-        "checkpoint_every",
+        "checkpoint_every", "max_skipped",
     ))
     # fmt: on
 
     def __post_init__(self) -> None:
         check_range(self, -1, "max_steps")
         check_range(self, 1, "batch_size", "micro_batch_size", "log_every", "checkpoint_every")
+        check_range(self, 1, "max_skipped")
         check_range(self, 0, "val_every", "sample_every", "clip_norm", "weight_decay")
         check_range(self, 0, "min_lr", "warmup", "beta1", "beta2", most=1)
         check_positive(self, "lr")
@@ -136,6 +138,8 @@ class StageModule(L.LightningModule):
         self.tokens_generated = 0
         self.load_LE: Tensor | None = None  # of the policy, over all ranks, since the last take
         self.validated_at = -1  # steps_done at the last validation
+        self.skipped_steps = 0  # optimizer steps that were not taken, so far and in a row until now
+        self.skipped_in_a_row = 0
 
     def transformers(self) -> list[Transformer]:
         """Every trained transformer; first the one that is the stage's result."""
@@ -204,24 +208,48 @@ class StageModule(L.LightningModule):
 
         `piece(rows)` is the share of the loss of these rows: their sum divided by the total over
         all pieces and ranks, so that the shares add up to the batch's loss.
-        Returns the norm of the gradient before clipping.
+        A step whose loss or gradient is not finite, on any rank, is skipped on all of them.
+        Returns the norm of the gradient before clipping. Raises UserError after max_skipped steps
+        in a row.
         """
         optimizer = self.optimizers()
         optimizer.zero_grad()
+        loss = torch.zeros((), device=self.device)
         for start in range(0, n_rows, self.settings.micro_batch_size):
             rows = slice(start, min(start + self.settings.micro_batch_size, n_rows))
             # DDP averages gradients over ranks, where the shares need their sum
-            self.manual_backward(piece(rows) * self.trainer.world_size)
+            share = piece(rows)
+            self.manual_backward(share * self.trainer.world_size)
+            loss += share.detach()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm or math.inf)
-        if not torch.isfinite(norm):
-            raise UserError(
-                f"step {self.steps_done + 1}: the gradient is not finite; the same command goes on "
-                f"from the last checkpoint, a lower lr than {self.settings.lr:g} may be needed"
-            )
+        if not torch.isfinite(self.sum_over_ranks(norm + loss)):
+            self.skip()
+            return norm
+        self.skipped_in_a_row = 0
         optimizer.step()
         self.balance()
         return norm
+
+    def skip(self) -> None:
+        """Leave weights, optimizer and router biases as they are, up to a limit."""
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        for transformer in self.transformers():
+            transformer.take_load()
+        if self.skipped_in_a_row >= self.settings.max_skipped:
+            raise UserError(
+                f"step {self.steps_done + 1}: {self.skipped_in_a_row} optimizer steps in a row had "
+                f"no finite loss and gradient: a lower lr than {self.settings.lr:g} makes a new "
+                f"run; the same command goes on from the checkpoint before them, with a higher "
+                f"max_skipped past them"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["skipped_steps"] = self.skipped_steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.skipped_steps = checkpoint["skipped_steps"]
 
     # --- the routers
 
@@ -248,6 +276,8 @@ class StageModule(L.LightningModule):
         """Log `<prefix>/<name>` for this training step, averaged over ranks."""
         named = {f"{prefix}/{name}": float(value) for name, value in metrics.items()}
         self.log_dict(named, on_step=True, on_epoch=False, batch_size=1, sync_dist=True)
+        skipped = float(self.skipped_steps)  # the same on every rank
+        self.log(f"{prefix}/skipped_steps", skipped, on_step=True, on_epoch=False, batch_size=1)
 
     def learning_rate(self) -> float:
         return self.optimizers().param_groups[0]["lr"]

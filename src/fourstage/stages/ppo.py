@@ -97,8 +97,11 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def adapted_kl_coef(coef: Tensor, kl: Tensor, target: float, n: int, horizon: int) -> Tensor:
-    """coef (1 + clip(kl / target - 1, +-0.2) n / horizon) (arXiv 1909.08593, eq. in 2.2)."""
-    return coef * (1 + (kl / target - 1).clamp(-0.2, 0.2) * n / horizon)
+    """coef (1 + clip(kl / target - 1, +-0.2) n / horizon) (arXiv 1909.08593, eq. in 2.2).
+
+    A KL that is no number leaves it: its updates are skipped too.
+    """
+    return coef * (1 + (kl / target - 1).nan_to_num(0.0).clamp(-0.2, 0.2) * n / horizon)
 
 
 # --- the stage

@@ -1,0 +1,123 @@
+"""What ends a command before its time: signals, a full disk, too little memory, a lost process.
+
+Each ends in one line that says what to do (docs/interruptions.md). Needs no PyTorch, so that a
+signal is understood from the first moment.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fourstage.errors import UserError
+
+STOPS = (signal.SIGTERM, signal.SIGUSR1)  # the end, and a scheduler's warning that it comes
+NO_MEMORY = (
+    "out of memory",  # CUDA
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "not enough memory",  # PyTorch's CPU allocator
+    "can't allocate memory",
+)
+NO_PEER = (  # what gloo and NCCL say when another process is gone
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Timed out waiting",
+    "NCCL",
+)
+FREE_SETTINGS = ("micro_batch_size",)  # the run's weights do not depend on them
+SIZES = ("batch_size", "minibatch_size", "group_size", "max_new_tokens", "max_tokens", "block_size")
+
+
+class Stopped(SystemExit):
+    """A signal ended the command in good order; the exit code is the shell's, 128 + signal."""
+
+    def __init__(self, signum: int, where: str = "", then: str = "it resumes") -> None:
+        super().__init__(128 + signum)
+        self.name = signal.Signals(signum).name
+        self.where, self.then = where, then
+
+    @property
+    def line(self) -> str:
+        where = f"{self.where}: " if self.where else ""
+        return f"{where}stopped by {self.name}: run the same command again: {self.then}"
+
+
+def stop_now(signum: int, frame: Any) -> None:
+    """The handler where nothing is lost: all that a stage has made is on the disk."""
+    raise Stopped(signum)
+
+
+def handle_stops(handler: Callable[[int, Any], None]) -> None:
+    """Let `handler` answer the signals that ask for an end."""
+    for signum in STOPS:
+        signal.signal(signum, handler)
+
+
+@contextmanager
+def explained(
+    name: str, stage: str, settings: Mapping[str, Any], steps: Callable[[], int]
+) -> Iterator[None]:
+    """Whatever ends the run inside says which run, at which step, and what to do.
+
+    `steps`: those that are done by then. Raises UserError for what is no bug; others pass.
+    """
+    try:
+        yield
+    except Stopped as stopped:
+        stopped.where = stopped.where or name
+        raise
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    except Exception as error:
+        found = advice(error, f"stages.{stage}", settings)
+        if found is None:
+            raise
+        raise UserError(f"{name}, after step {steps()}: {found}") from error
+
+
+def advice(error: BaseException, where: str, settings: Mapping[str, Any]) -> str | None:
+    """What happened and what to do about it; None for an error that is none of these."""
+    if (full := disk_full(error)) is not None:
+        return full
+    text = str(error)
+    if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
+        free = [f"{where}.{key} (now {settings[key]})" for key in FREE_SETTINGS]
+        others = [key for key in SIZES if key in settings]
+        return (
+            f"out of memory: lower {', '.join(free)} and run the same command again: it resumes; "
+            f"or lower {', '.join(others)}, which makes a new run"
+        )
+    lost = [words for words in NO_PEER if words in text]
+    if lost:
+        return (
+            f"lost another process of this job, whose own output says why ({lost[0]}): "
+            "run the same command again: it resumes"
+        )
+    return None
+
+
+def disk_full(error: BaseException) -> str | None:
+    """The line for a full disk, wherever in the chain of errors it shows."""
+    chain: BaseException | None = error
+    while chain is not None:
+        is_full = isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT)
+        if is_full or "No space left on device" in str(chain):  # safetensors has its own class
+            path = isinstance(chain, OSError) and (chain.filename2 or chain.filename)
+            at = f" at {path}" if path else ""
+            return f"disk full{at}: free space and run the same command again: it resumes"
+        chain = chain.__cause__ or chain.__context__
+    return None
+
+
+def one_line(error: BaseException) -> str | None:
+    """What to tell the user instead of a traceback; None where a traceback is the right thing."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+        return f"{error.filename}: {error.strerror}: choose another outputs=FOLDER"
+    return disk_full(error)

@@ -1,0 +1,185 @@
+"""Signals, full disks, too little memory, broken resume states: one line each, and it goes on."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from fourstage.callbacks import ResumeIO
+from fourstage.errors import UserError
+from fourstage.interruptions import Stopped, advice, explained, one_line, stop_now
+from fourstage.job import read_record
+from fourstage.lineage import climb
+from fourstage.stages import PretrainModule
+from tests.fakes import QUICK, config
+
+SETTINGS = {"micro_batch_size": 8, "batch_size": 16, "max_new_tokens": 64, "lr": 1.0}
+MEMORY = (
+    "out of memory: lower stages.ppo.micro_batch_size (now 8) and run the same command again: it "
+    "resumes; or lower batch_size, max_new_tokens, which makes a new run"
+)
+PEER = (
+    "lost another process of this job, whose own output says why (Connection closed by peer): run "
+    "the same command again: it resumes"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MEMORY),
+        (MemoryError(), MEMORY),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough"), None),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to"), MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), MEMORY),
+        (RuntimeError("[pair.cc:537] Connection closed by peer [127.0.0.1]:5"), PEER),
+        (
+            OSError(28, "No space left on device", "x/last.ckpt"),
+            "disk full at x/last.ckpt: free space and run the same command again: it resumes",
+        ),
+        (TypeError("a bug"), None),
+    ],
+)
+def test_what_happened_and_what_to_do(error: Exception, line: str | None) -> None:
+    assert advice(error, "stages.ppo", SETTINGS) == line
+    name = "ppo-abc, after step 7: "
+    try:
+        with explained("ppo-abc", "ppo", SETTINGS, lambda: 7):
+            raise error
+    except Exception as found:
+        assert one_line(found) == (name + line if line else None)
+        assert found is error or found.__cause__ is error
+
+
+def test_a_stage_that_was_stopped_says_its_name() -> None:
+    line = "run the same command again: it resumes"
+    with pytest.raises(Stopped) as caught, explained("ppo-abc", "ppo", SETTINGS, int):
+        stop_now(signal.SIGUSR1, None)
+    assert (caught.value.code, caught.value.line) == (138, f"ppo-abc: stopped by SIGUSR1: {line}")
+    assert Stopped(signal.SIGTERM).line == f"stopped by SIGTERM: {line}"
+
+
+# --- a real stage
+
+
+def train(outputs: Path, *overrides: str) -> Path:
+    here = [*QUICK, f"outputs={outputs}", "stages.pretrain.checkpoint_every=1", *overrides]
+    return climb(config(*here, "stage=pretrain"))
+
+
+def at_step(step: int, error: Exception):
+    """A training step that fails at `step`, from 1."""
+    training_step = PretrainModule.training_step
+
+    def failing(self: PretrainModule, batch, batch_idx: int) -> None:
+        if batch_idx + 1 == step:
+            raise error
+        training_step(self, batch, batch_idx)
+
+    return failing
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> Path:
+    """The outputs of a run that ended for want of memory in its third step."""
+    outputs = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        error = torch.OutOfMemoryError("CUDA out of memory.")
+        patch.setattr(PretrainModule, "training_step", at_step(3, error))
+        with pytest.raises(UserError, match=r"^pretrain-[a-z]{10}, after step 2: out of memory: "):
+            train(outputs)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory) -> bytes:
+    return (train(tmp_path_factory.mktemp("calm")) / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def outputs(interrupted: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(interrupted, tmp_path / "outputs"))
+
+
+def state(outputs: Path) -> Path:
+    (path,) = outputs.glob("runs/*/checkpoints/last.ckpt")
+    return path
+
+
+def test_it_resumes_with_less_memory_to_the_same_weights(outputs, calm, capsys) -> None:
+    folder = train(outputs)
+    assert f"resuming {folder.name}" in capsys.readouterr().out
+    assert (folder / "model.safetensors").read_bytes() == calm
+    assert read_record(folder)["cost"]["skipped_steps"] == 0
+
+
+def test_a_full_disk_in_a_save_leaves_the_last_state(outputs, calm, monkeypatch) -> None:
+    def full(self: ResumeIO, checkpoint, path, storage_options=None) -> None:
+        Path(path).write_text("half")
+        raise OSError(28, "No space left on device", str(path))
+
+    before = state(outputs).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumeIO, "save_checkpoint", full)
+        with pytest.raises(UserError, match=r", after step 3: disk full at .*\.part\.ckpt: free"):
+            train(outputs)
+    assert state(outputs).read_bytes() == before
+    assert [path.name for path in state(outputs).parent.iterdir()] == ["last.ckpt"]
+    assert (train(outputs) / "model.safetensors").read_bytes() == calm
+
+
+class Executed:
+    """Makes a file when it is unpickled by who does not take care."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "code", "other model", "other run"])
+def test_a_broken_resume_state_is_one_line(outputs: Path, tmp_path: Path, kind: str) -> None:
+    path = state(outputs)
+    content = torch.load(path, weights_only=True)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:100_000])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("hello\n")
+    elif kind == "code":
+        torch.save({**content, "epoch": Executed(tmp_path / "executed")}, path)
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(path, weights_only=True)
+    elif kind == "other model":
+        weights = {name: torch.zeros(3) for name in content["state_dict"]}
+        torch.save({**content, "state_dict": weights}, path)
+    else:
+        content["callbacks"]["Checkpointer"]["run"] = "sft-abcdefghij"
+        torch.save(content, path)
+    before = path.read_bytes()
+    with pytest.raises(UserError) as caught:
+        train(outputs)
+    name, line = path.parts[-3], str(caught.value)
+    what = (
+        f"the state of sft-abcdefghij: remove it to train {name} from its start"
+        if kind == "other run"
+        else "broken, or not of this run and version: remove it to train the stage from its start"
+    )
+    assert line == f"{name}: {path}: {what}: rm '{path}'"
+    assert path.read_bytes() == before and not (tmp_path / "executed").exists()
+    path.unlink()
+    train(outputs)
+
+
+def test_weights_that_are_not_finite_end_in_numbers_too(tmp_path: Path) -> None:
+    """A run that skips to its end is evaluated: the sampler has no token past the vocabulary."""
+    folder = train(tmp_path, "stages.pretrain.lr=1e30", "stages.pretrain.max_skipped=100")
+    assert read_record(folder)["cost"]["skipped_steps"] > 0
