@@ -43,13 +43,16 @@ PAIR_FILES = ("pairs.jsonl", "pairs_heldout.jsonl")  # train and held-out side
 
 @dataclass
 class Prepared:
-    """A stage ready to train: what is trained, on what, and which network is the result."""
+    """A stage ready to train: what is trained, and on what."""
 
     module: StageModule
     loaders: LoaderPair
     heldout_rows: list[list[int]]  # a few, as token ids: the text on which routers are compared
-    result: Transformer | ScalarModel
     tokenizer: Tokenizer
+
+    @property
+    def result(self) -> Transformer | ScalarModel:
+        return self.module.result()
 
 
 def _loader_options(job: StageJob) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def prepare_pretrain(job: StageJob) -> Prepared:
     )
     chars = sum(map(len, corpus.heldout))
     module = PretrainModule(policy, job.settings, job.seed, chars)
-    return Prepared(module, loaders, heldout_rows(loaders), policy, tokenizer)
+    return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
 
 
 def prepare_sft(job: StageJob) -> Prepared:
@@ -106,7 +109,7 @@ def prepare_sft(job: StageJob) -> Prepared:
         **_loader_options(job),
     )
     module = SFTModule(policy, job.settings, job.seed)
-    return Prepared(module, loaders, heldout_rows(loaders), policy, tokenizer)
+    return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
 
 
 def prepare_reward(job: StageJob) -> Prepared:
@@ -121,7 +124,7 @@ def prepare_reward(job: StageJob) -> Prepared:
     )
     reward = ScalarModel(policy)
     module = RewardModule(reward, job.settings, job.seed)
-    return Prepared(module, loaders, heldout_rows(loaders), reward, tokenizer)
+    return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
 
 
 def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> data.Pairs:
@@ -172,7 +175,7 @@ def prepare_ppo(job: StageJob) -> Prepared:
     prompts = data.load_prompts(job.data)
     loaders = prompt_loaders(job, prompts.train, tokenizer)
     rows = heldout_prompts(job, prompts.heldout, tokenizer)
-    return Prepared(module, loaders, rows, policy, tokenizer)
+    return Prepared(module, loaders, rows, tokenizer)
 
 
 def prepare_grpo(job: StageJob) -> Prepared:
@@ -181,7 +184,7 @@ def prepare_grpo(job: StageJob) -> Prepared:
     module = GRPOModule(policy, deepcopy(policy), tokenizer, job.settings, job.seed)
     loaders = prompt_loaders(job, problems.train, tokenizer)
     rows = heldout_prompts(job, problems.heldout, tokenizer)
-    return Prepared(module, loaders, rows, policy, tokenizer)
+    return Prepared(module, loaders, rows, tokenizer)
 
 
 def prompt_loaders(job: StageJob, records: Sequence[Any], tokenizer: Tokenizer) -> LoaderPair:

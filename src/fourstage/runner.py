@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from fourstage import data
+from fourstage import data, strategies
 from fourstage.callbacks import (
     Checkpointer,
     PlanProgress,
@@ -99,7 +99,7 @@ def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
 
 def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trainer:
     """Lightning's Trainer for one pass over a loader that is as long as the budget."""
-    settings, where = job.settings, job.trainer
+    settings = job.settings
     callbacks = [
         StepSeed(job.seed, job.stage),
         meter,
@@ -109,19 +109,20 @@ def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trai
         Checkpointer(job.checkpoint, settings.checkpoint_every),
     ]
     if isinstance(prepared.result, Transformer):
+
+        def answers() -> list[Sample]:
+            with strategies.whole(prepared.result) as policy:
+                return fixed_answers(job, policy, prepared.tokenizer)
+
         samples = SampleLog(
             job.folder / "samples.jsonl",
-            lambda: fixed_answers(job, prepared.result, prepared.tokenizer),
+            answers,
             every=settings.sample_every,
             at_start=job.stage == "pretrain",
         )
         callbacks.append(samples)
     return L.Trainer(
-        accelerator=where.accelerator,
-        devices=where.devices,
-        num_nodes=where.num_nodes,
-        strategy=where.strategy,
-        precision=where.precision,
+        **strategies.trainer_options(job.trainer, settings.clip_norm),
         max_epochs=1,
         max_time=settings.max_time,
         val_check_interval=settings.val_every or None,

@@ -296,7 +296,7 @@ def test_a_budget_of_no_steps_still_validates():
     )
     loaders = LoaderPair(None, DataLoader(token_batches(2), batch_size=None, collate_fn=as_is))
     job = SimpleNamespace(settings=s, resume=False)
-    runner.fit(trainer, job, prepare.Prepared(module, loaders, [], module.policy, TOKENIZER))
+    runner.fit(trainer, job, prepare.Prepared(module, loaders, [], TOKENIZER))
     assert trainer.callback_metrics["val/loss"] > 0
     assert module.steps_done == 0 == module.validated_at
     assert distance(before, weights(module)) == 0

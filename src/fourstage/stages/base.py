@@ -19,8 +19,9 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
+from fourstage import strategies
 from fourstage.errors import UserError
-from fourstage.model import Transformer
+from fourstage.model import ScalarModel, Transformer
 
 _TIME = re.compile(r"\d{1,3}:\d{1,2}:\d{1,2}:\d{1,2}")  # Lightning's DD:HH:MM:SS
 
@@ -110,15 +111,19 @@ def learning_rate_factor(progress: float, warmup: float, min_lr: float) -> float
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two AdamW groups: matrices with weight decay; gains, biases and embeddings without."""
+    """Two AdamW groups: matrices with weight decay; gains and embeddings without.
+
+    By name: under ZeRO-3 a weight has lost its shape by now. A network without weights has none.
+    """
     decayed, plain = [], []
     for name, parameter in network.named_parameters():
-        is_matrix = parameter.ndim >= 2 and "embed" not in name
+        is_matrix = "norm" not in name and "embed" not in name
         (decayed if is_matrix else plain).append(parameter)
-    return [
+    groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]
 
 
 class StageModule(L.LightningModule):
@@ -139,6 +144,10 @@ class StageModule(L.LightningModule):
 
     def transformers(self) -> list[Transformer]:
         """Every trained transformer; first the one that is the stage's result."""
+        raise NotImplementedError
+
+    def result(self) -> Transformer | ScalarModel:
+        """The network that the stage leaves behind."""
         raise NotImplementedError
 
     def networks(self) -> list[nn.Module]:
@@ -189,6 +198,9 @@ class StageModule(L.LightningModule):
     def on_validation_end(self) -> None:
         self.validated_at = self.steps_done
 
+    def on_train_end(self) -> None:
+        strategies.make_plain(self)
+
     # --- one optimizer step
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
@@ -206,22 +218,30 @@ class StageModule(L.LightningModule):
         all pieces and ranks, so that the shares add up to the batch's loss.
         Returns the norm of the gradient before clipping.
         """
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
+        self.optimizers().zero_grad()
         for start in range(0, n_rows, self.settings.micro_batch_size):
-            rows = slice(start, min(start + self.settings.micro_batch_size, n_rows))
-            # DDP averages gradients over ranks, where the shares need their sum
-            self.manual_backward(piece(rows) * self.trainer.world_size)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm or math.inf)
+            end = min(start + self.settings.micro_batch_size, n_rows)
+
+            def share(rows: slice = slice(start, end)) -> Tensor:
+                # gradients are averaged over ranks, where the shares need their sum
+                return piece(rows) * self.trainer.world_size
+
+            strategies.backward(self, share, is_last=end == n_rows)
+        norm = strategies.step(self, self.settings.clip_norm, self.check_gradient)
+        self.balance()
+        return norm
+
+    def forward(self, share: Callable[[], Tensor]) -> Tensor:
+        """A share of the loss, called through what DeepSpeed wraps around the module."""
+        return share()
+
+    def check_gradient(self, norm: Tensor) -> None:
+        """Raise UserError where the norm of a gradient is not finite."""
         if not torch.isfinite(norm):
             raise UserError(
                 f"step {self.steps_done + 1}: the gradient is not finite; the same command goes on "
                 f"from the last checkpoint, a lower lr than {self.settings.lr:g} may be needed"
             )
-        optimizer.step()
-        self.balance()
-        return norm
 
     # --- the routers
 

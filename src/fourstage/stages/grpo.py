@@ -22,6 +22,7 @@ from fourstage.rl.rewards import ReasoningReward, reasoning_reward
 from fourstage.rl.rollout import answer_texts, score_tokens
 from fourstage.stages.base import check_range
 from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings
+from fourstage.strategies import whole
 from fourstage.tokenizer import Tokenizer
 
 
@@ -158,20 +159,21 @@ class GRPOModule(OnPolicyModule):
     def collect(self, batch: PromptBatch) -> Answers:
         """A group of answers to each problem; tied groups may be answered again (dapo)."""
         k = self.settings.group_size
-        answers = self.answer(batch, attempt=0)
-        for attempt in range(1, self.settings.resample_rounds + 1):
-            tied = (answers.total_B.view(-1, k).std(1) == 0).tolist()
-            if not any(tied):
-                break
-            again = self.answer(batch, attempt)
-            answers = choose(answers, again, [t for t in tied for _ in range(k)])
+        with whole(self.policy) as policy:
+            answers = self.answer(policy, batch, attempt=0)
+            for attempt in range(1, self.settings.resample_rounds + 1):
+                tied = (answers.total_B.view(-1, k).std(1) == 0).tolist()
+                if not any(tied):
+                    break
+                again = self.answer(policy, batch, attempt)
+                answers = choose(answers, again, [t for t in tied for _ in range(k)])
         return answers
 
-    def answer(self, batch: PromptBatch, attempt: int) -> Answers:
+    def answer(self, policy: Transformer, batch: PromptBatch, attempt: int) -> Answers:
         s = self.settings
         prompts = [ids for ids in batch.prompt_ids for _ in range(s.group_size)]
         problems = [problem for problem in batch.records for _ in range(s.group_size)]
-        rollout = self.sample_answers(prompts, attempt)
+        rollout = self.sample_answers(policy, prompts, attempt)
         rewards = [
             reasoning_reward(problem, text, stopped)
             for problem, text, stopped in zip(

@@ -56,15 +56,23 @@ class OnPolicyModule(StageModule):
         self.policy = policy
         self.tokenizer = tokenizer
 
+    def result(self) -> Transformer:
+        return self.policy
+
     def networks(self) -> list[nn.Module]:
         return [*super().networks(), *self.frozen.networks.values()]
 
-    def sample_answers(self, prompts: list[list[int]], attempt: int = 0) -> Rollout:
-        """An answer to each prompt; the draw is a function of seed, rank, step and attempt."""
+    def sample_answers(
+        self, policy: Transformer, prompts: list[list[int]], attempt: int = 0
+    ) -> Rollout:
+        """An answer to each prompt; the draw is a function of seed, rank, step and attempt.
+
+        policy: the stage's own, whole (strategies.whole).
+        """
         ranks = self.trainer.world_size
         draw = (self.steps_done * ranks + self.global_rank) * 16 + attempt
         rollout = sample(
-            self.policy,
+            policy,
             prompts,
             self.tokenizer,
             max_new_tokens=self.settings.max_new_tokens,

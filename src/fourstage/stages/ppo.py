@@ -27,6 +27,7 @@ from fourstage.rl.ops import (
 from fourstage.rl.rollout import answer_texts, answer_values, final_scores, score_tokens
 from fourstage.stages.base import check_positive, check_range
 from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings
+from fourstage.strategies import whole
 from fourstage.tokenizer import Tokenizer
 
 
@@ -164,18 +165,23 @@ class PPOModule(OnPolicyModule):
     def collect(self, prompts: list[list[int]]) -> Experience:
         """Answers of the policy, their score, and the advantage of every token."""
         s = self.settings
-        rollout = self.sample_answers(prompts)
-        mask_BA = rollout.mask
 
         def entropy(part: Rollout) -> Tensor:
-            return score_tokens(self.policy, part, s.temperature).entropy
+            return score_tokens(policy, part, s.temperature).entropy
+
+        def values(part: Rollout) -> Tensor:
+            return answer_values(value, part)
 
         def reference(part: Rollout) -> Tensor:
             return score_tokens(self.frozen["reference"], part, s.temperature).logprobs
 
-        logp_BA = rollout.logprobs
+        with whole(self.policy) as policy:
+            rollout = self.sample_answers(policy, prompts)
+            entropy_BA = self.in_pieces(entropy, rollout)
+        with whole(self.value) as value:
+            values_BA = self.in_pieces(values, rollout)
+        mask_BA, logp_BA = rollout.mask, rollout.logprobs
         ref_logp_BA = self.in_pieces(reference, rollout)
-        values_BA = self.in_pieces(lambda part: answer_values(self.value, part), rollout)
         score_B = self.in_pieces(lambda part: final_scores(self.frozen["reward"], part), rollout)
 
         penalised_B = score_B - s.missing_eos_penalty * ~rollout.stopped
@@ -187,7 +193,7 @@ class PPOModule(OnPolicyModule):
             rollout=rollout,
             score_B=score_B,
             kl_BA=kl_k1(logp_BA, ref_logp_BA) * mask_BA,
-            entropy_BA=self.in_pieces(entropy, rollout),
+            entropy_BA=entropy_BA,
             values_BA=values_BA,
             advantages_BA=whiten(advantages_BA, moments) * mask_BA,
             returns_BA=returns_BA,

@@ -71,6 +71,9 @@ class RewardModule(StageModule):
         self.reward = reward
         self.val_accuracy, self.val_nll = MeanMetric(), MeanMetric()
 
+    def result(self) -> ScalarModel:
+        return self.reward
+
     def transformers(self) -> list[Transformer]:
         return [self.reward.backbone]
 

@@ -1,0 +1,193 @@
+"""Lightning's strategies by our names, and all that a stage has to know of DeepSpeed's ZeRO.
+
+ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) keeps each rank's share only: of the optimizer's
+state (zero1), of the gradients too (zero2), of the weights too (zero3). A stage says `backward`,
+`step` and `whole`, and these do what its strategy needs; for all but ZeRO that is plain Lightning.
+
+Weights stay fp32 and forwards run under autocast, as they do without ZeRO: DeepSpeed's own bf16
+mode would keep bf16 weights, and "bf16-mixed" in a run's id would mean two things.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins import DeepSpeedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+
+from fourstage.job import TrainerConfig
+from fourstage.model import ScalarModel, Transformer
+
+ZERO = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}  # our name -> ZeRO stage
+LEAF = "fourstage.model.moe.MoE"  # its router and experts read each other's weights
+
+
+class ZeroPrecision(DeepSpeedPrecision):
+    """fp32 weights; with bf16-mixed forwards are under autocast, as Lightning's own plugin does."""
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.precision == "bf16-mixed")
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """Lightning's own strategy, where a share of a step's loss is one forward of the engine.
+
+    Lightning would wrap a whole training_step in the engine's forward: rollouts, several backward
+    passes and optimizer steps, of which ZeRO-3's bookkeeping makes nothing.
+    """
+
+    def __init__(self, stage: int, clip_norm: float, offload: bool = False) -> None:
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload,
+            offload_parameters=offload,
+            logging_batch_size_per_gpu=1,  # it would look for one in the loader, which has none
+        )
+        assert isinstance(self.config, dict)
+        self.config |= {
+            "gradient_clipping": clip_norm,
+            "bf16": {"enabled": False},
+            "zero_force_ds_cpu_optimizer": False,  # offload with PyTorch's AdamW, as everywhere
+        }
+        self.config["zero_optimization"]["leaf_module"] = {"classes": [LEAF]}
+
+    def setup(self, trainer: L.Trainer) -> None:
+        if self.zero_stage_3 and trainer.training:
+            import deepspeed
+
+            # one parameter after the other: the engine would put all of them on the GPU first
+            self._init_config_if_needed()
+            deepspeed.zero.Init(module=self.model, config_dict_or_path=self.config)
+            self.model.to(self.root_device)  # the buffers
+        super().setup(trainer)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.train_step_context():
+            return self.lightning_module.training_step(*args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.val_step_context():
+            return self.lightning_module.validation_step(*args, **kwargs)
+
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        """After training the networks are plain ones (see `make_plain`)."""
+        self.model = model.to(self.root_device)
+
+
+def trainer_options(where: TrainerConfig, clip_norm: float) -> dict[str, Any]:
+    """What Lightning's Trainer has to know of a trainer config; clip_norm 0 is no clipping."""
+    options: dict[str, Any] = {
+        "accelerator": where.accelerator,
+        "devices": where.devices,
+        "num_nodes": where.num_nodes,
+    }
+    if where.strategy not in ZERO:
+        return {**options, "strategy": where.strategy, "precision": where.precision}
+    strategy = ZeroStrategy(ZERO[where.strategy], clip_norm, where.strategy.endswith("_offload"))
+    return {**options, "strategy": strategy, "plugins": [ZeroPrecision(where.precision)]}
+
+
+# --- one optimizer step
+
+
+def backward(module: L.LightningModule, loss: Callable[[], Tensor], is_last: bool) -> None:
+    """Adds the gradient of `loss()`, of which the ranks' mean is taken; `is_last` of its step."""
+    strategy = module.trainer.strategy
+    if not isinstance(strategy, ZeroStrategy):
+        module.manual_backward(loss())
+        return
+    engine = strategy.deepspeed_engine
+
+    def under_autocast() -> Tensor:
+        with strategy.precision_plugin.forward_context():
+            return loss()
+
+    engine.set_gradient_accumulation_boundary(is_last)
+    with torch.autocast("cuda", enabled=False):  # the engine warns of autocast around it
+        share = engine(under_autocast)
+    engine.backward(share)
+
+
+def step(
+    module: L.LightningModule, clip_norm: float, check: Callable[[Tensor], None]
+) -> Tensor:
+    """Clips the gradient to `clip_norm` (0: not) and takes the optimizer's step.
+
+    Returns the norm before clipping, of all ranks' shares together. `check(norm)` may raise: before
+    the step, but under ZeRO, which clips and steps at once (as its config says), after it.
+    """
+    optimizer, strategy = module.optimizers(), module.trainer.strategy
+    if isinstance(strategy, ZeroStrategy):
+        optimizer.step()
+        norm = torch.as_tensor(strategy.deepspeed_engine.get_global_grad_norm())
+        check(norm)
+        return norm
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
+    check(norm)
+    optimizer.step()
+    return norm
+
+
+# --- networks whose weights are spread over the ranks
+
+
+def is_spread(network: nn.Module) -> bool:
+    """Whether ZeRO-3 keeps a share of each weight on each rank."""
+    return hasattr(next(network.parameters()), "ds_id")
+
+
+@contextmanager
+def whole(network: Transformer | ScalarModel) -> Iterator[Transformer | ScalarModel]:
+    """The network with all of its weights here, to be read; every rank has to enter.
+
+    Under ZeRO-3 that is a copy without ZeRO's hooks, so that inside ranks may run different numbers
+    of forwards: answers of different lengths. Elsewhere it is the network itself.
+    """
+    if not is_spread(network):
+        yield network
+        return
+    copy = plain_copy(network).eval()
+    yield copy
+    for own, other in zip(transformers(network), transformers(copy), strict=True):
+        own.flops += other.flops
+
+
+def transformers(network: nn.Module) -> list[Transformer]:
+    return [module for module in network.modules() if isinstance(module, Transformer)]
+
+
+@torch.no_grad()
+def plain_copy(network: Transformer | ScalarModel) -> Transformer | ScalarModel:
+    """A copy whose weights are gathered one after the other; every rank has to call it."""
+    import deepspeed
+
+    shape = transformers(network)[0]
+    with torch.device("meta"):
+        copy = Transformer(shape.config, shape.vocab_size)
+        copy = ScalarModel(copy) if isinstance(network, ScalarModel) else copy
+    copy.to_empty(device=next(network.parameters()).device)
+    for (_, own), (_, other) in zip(
+        network.named_parameters(), copy.named_parameters(), strict=True
+    ):
+        with deepspeed.zero.GatheredParameters([own]):
+            other.copy_(own)
+    for own, other in zip(network.buffers(), copy.buffers(), strict=True):
+        other.copy_(own)
+    return copy
+
+
+def make_plain(module: L.LightningModule) -> None:
+    """After the last step: the module's own networks, whole on every rank; all have to call it."""
+    for name, network in list(module.named_children()):
+        if isinstance(network, Transformer | ScalarModel) and is_spread(network):
+            setattr(module, name, plain_copy(network))
