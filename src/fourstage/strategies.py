@@ -10,6 +10,7 @@ mode would keep bf16 weights, and "bf16-mixed" in a run's id would mean two thin
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -51,6 +52,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             offload_optimizer=offload,
             offload_parameters=offload,
             logging_batch_size_per_gpu=1,  # it would look for one in the loader, which has none
+            logging_level=logging.ERROR,  # it warns of outputs that are dataclasses
         )
         assert isinstance(self.config, dict)
         self.config |= {
