@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from fourstage.job import TrainerConfig
 from fourstage.model import ScalarModel, Transformer
+from fourstage.model.moe import MoE
 
 ZERO = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}  # our name -> ZeRO stage
-LEAF = "fourstage.model.moe.MoE"  # its router and experts read each other's weights
 
 
 class ZeroPrecision(DeepSpeedPrecision):
@@ -60,7 +60,9 @@ class ZeroStrategy(DeepSpeedStrategy):
             "bf16": {"enabled": False},
             "zero_force_ds_cpu_optimizer": False,  # offload with PyTorch's AdamW, as everywhere
         }
-        self.config["zero_optimization"]["leaf_module"] = {"classes": [LEAF]}
+        self.config["zero_optimization"]["leaf_module"] = {
+            "classes": [f"{MoE.__module__}.{MoE.__qualname__}"]
+        }
 
     def setup(self, trainer: L.Trainer) -> None:
         if self.zero_stage_3 and trainer.training:
@@ -70,6 +72,9 @@ class ZeroStrategy(DeepSpeedStrategy):
             self._init_config_if_needed()
             deepspeed.zero.Init(module=self.model, config_dict_or_path=self.config)
             self.model.to(self.root_device)  # the buffers
+            for layer in self.model.modules():
+                if isinstance(layer, MoE):
+                    reduce_at_last_use(layer)
         super().setup(trainer)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,6 +88,28 @@ class ZeroStrategy(DeepSpeedStrategy):
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         """After training the networks are plain ones (see `make_plain`)."""
         self.model = model.to(self.root_device)
+
+
+def reduce_at_last_use(leaf: nn.Module) -> None:
+    """Lets ZeRO-3 take the gradients of a leaf module that one backward passes several times.
+
+    DeepSpeed takes them whenever the backward leaves the module; the reward stage's loss has two
+    forwards, of chosen and rejected answers. To be called before the engine adds its own hooks.
+    """
+    waiting = 0
+
+    def entered(*_: Any) -> None:
+        nonlocal waiting
+        waiting += torch.is_grad_enabled()
+
+    def left(*_: Any) -> None:
+        nonlocal waiting
+        waiting -= 1
+        for parameter in leaf.parameters():
+            parameter.ds_grad_is_ready = waiting == 0
+
+    leaf.register_forward_hook(entered)
+    leaf.register_full_backward_hook(left)
 
 
 def trainer_options(where: TrainerConfig, clip_norm: float) -> dict[str, Any]:
@@ -176,11 +203,12 @@ def plain_copy(network: Transformer | ScalarModel) -> Transformer | ScalarModel:
     shape = transformers(network)[0]
     with torch.device("meta"):
         copy = Transformer(shape.config, shape.vocab_size)
-        copy = ScalarModel(copy) if isinstance(network, ScalarModel) else copy
+        if shape.head is None:  # tied, or a scalar model's backbone
+            copy.head = None
+        if isinstance(network, ScalarModel):
+            copy = ScalarModel(copy)
     copy.to_empty(device=next(network.parameters()).device)
-    for (_, own), (_, other) in zip(
-        network.named_parameters(), copy.named_parameters(), strict=True
-    ):
+    for own, other in zip(network.parameters(), copy.parameters(), strict=True):
         with deepspeed.zero.GatheredParameters([own]):
             other.copy_(own)
     for own, other in zip(network.buffers(), copy.buffers(), strict=True):
