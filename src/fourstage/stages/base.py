@@ -211,6 +211,15 @@ class StageModule(L.LightningModule):
         """The mean of a tensor over all processes."""
         return self.sum_over_ranks(value) / self.trainer.world_size
 
+    def max_over_ranks(self, value: Tensor) -> Tensor:
+        """The largest of all processes."""
+        return self.trainer.strategy.reduce(value, reduce_op="max")
+
+    def masked_mean(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Mean over the True entries of all processes; 0 where there is none."""
+        total, count = self.sum_over_ranks(torch.stack([(x * mask).sum(), mask.sum()]))
+        return total / count.clamp(min=1)
+
     def update(self, piece: Callable[[slice], Tensor], n_rows: int) -> Tensor:
         """One optimizer step on a batch of `n_rows`, at most `micro_batch_size` rows at a time.
 

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from fourstage.batch import PromptBatch, Rollout
 from fourstage.model import Transformer
-from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k3, masked_mean, ratio_stats
+from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k3, ratio_stats
 from fourstage.rl.rewards import ReasoningReward, reasoning_reward
 from fourstage.rl.rollout import answer_texts, score_tokens
 from fourstage.stages.base import check_range
@@ -215,13 +215,16 @@ class GRPOModule(OnPolicyModule):
                 stats["grad_norm"] = self.update(piece, len(rows))
                 if "sampler_gap" not in stats:  # the weights had not moved yet
                     gap = (logp_BA - old_logp_BA).abs() * rollout.mask
-                    stats["sampler_gap"] = gap[rows].max()
+                    stats["sampler_gap"] = self.max_over_ranks(gap[rows].max())
             # the policy said nothing new of the other rows: their ratio of 1 would dilute the means
             mask_BA = rollout.mask & trained_B[:, None]
-            moved = ratio_stats(logp_BA, old_logp_BA, mask_BA, s.clip_low, s.clip_high)
+            moved = ratio_stats(
+                logp_BA, old_logp_BA, mask_BA, s.clip_low, s.clip_high, self.masked_mean
+            )
             self.tokens_seen += int(rollout.valid[trained_B].sum())
-            if s.max_approx_kl and self.mean_over_ranks(moved["approx_kl"]) > s.max_approx_kl:
+            if s.max_approx_kl and moved["approx_kl"] > s.max_approx_kl:
                 break
+        moved["ratio_max"] = self.max_over_ranks(moved["ratio_max"])
         return {**stats, **moved, "epochs": epoch + 1}
 
     def rows_with_gradient(self, index: Tensor, advantage_B: Tensor) -> Tensor:
@@ -241,7 +244,7 @@ class GRPOModule(OnPolicyModule):
         first_G = torch.arange(0, len(mask_BA), s.group_size, device=self.device)
         firsts = rollout.rows(first_G)  # an answer a group is enough for the logged KL
         ref_logp_GA = self.in_pieces(self.reference_logprobs, firsts)
-        kl = masked_mean(kl_k3(firsts.logprobs, ref_logp_GA), firsts.mask)
+        kl = self.masked_mean(kl_k3(firsts.logprobs, ref_logp_GA), firsts.mask)
         total_GK = answers.total_B.view(-1, s.group_size)
         correct_GK = torch.tensor([r.correct for r in answers.rewards]).view(-1, s.group_size)
         form = sum(r.form for r in answers.rewards) / len(answers.rewards)
@@ -257,7 +260,7 @@ class GRPOModule(OnPolicyModule):
                 "pass_at_1": (correct_GK == 1).float().mean(),
                 f"pass_at_{s.group_size}": (correct_GK == 1).any(1).float().mean(),
                 "kl": kl,  # nats a token, to the policy that the stage started from
-                "entropy": -masked_mean(rollout.logprobs, mask_BA),  # estimated from the samples
+                "entropy": -self.masked_mean(rollout.logprobs, mask_BA),  # estimated from the samples
                 "answer_length": rollout.length.float().mean(),
                 "cut_off": (~rollout.stopped).float().mean(),
                 "lr": self.learning_rate(),

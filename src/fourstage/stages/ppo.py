@@ -19,7 +19,6 @@ from fourstage.rl.ops import (
     KL_ESTIMATORS,
     clipped_surrogate,
     kl_k1,
-    masked_mean,
     masked_moments,
     ratio_stats,
     whiten,
@@ -91,10 +90,18 @@ def clipped_value_loss(
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R) over answer tokens: 1 is a perfect value network, 0 a constant."""
-    kept, error = returns[mask], (returns - values)[mask]
-    return 1 - error.var(correction=0) / kept.var(correction=0).clamp(min=1e-8)
+def explained_variance(error_moments: Tensor, return_moments: Tensor) -> Tensor:
+    """1 - Var(R - V) / Var(R) over answer tokens: 1 is a perfect value network, 0 a constant.
+
+    From the `masked_moments` of R - V and of R, summed over ranks.
+    """
+    return 1 - variance(error_moments) / variance(return_moments).clamp(min=1e-8)
+
+
+def variance(moments: Tensor) -> Tensor:
+    """Of all entries (not an estimate from a sample), from their `masked_moments`."""
+    count, total, squares = moments
+    return (squares / count - (total / count).square()).clamp(min=0)
 
 
 def adapted_kl_coef(coef: Tensor, kl: Tensor, target: float, n: int, horizon: int) -> Tensor:
@@ -226,27 +233,34 @@ class PPOModule(OnPolicyModule):
                 stats["grad_norm"] = self.update(piece, len(index))
                 if "sampler_gap" not in stats:  # the weights had not moved yet
                     gap = (logp_BA - old_logp_BA).abs() * x.rollout.mask
-                    stats["sampler_gap"] = gap[index].max()
-            moved = ratio_stats(logp_BA, old_logp_BA, x.rollout.mask, s.clip_low, s.clip_high)
+                    stats["sampler_gap"] = self.max_over_ranks(gap[index].max())
+            moved = ratio_stats(
+                logp_BA, old_logp_BA, x.rollout.mask, s.clip_low, s.clip_high, self.masked_mean
+            )
             self.tokens_seen += int(x.rollout.valid.sum())
-            if s.max_approx_kl and self.mean_over_ranks(moved["approx_kl"]) > s.max_approx_kl:
+            if s.max_approx_kl and moved["approx_kl"] > s.max_approx_kl:
                 break
         policy_loss_BA = clipped_surrogate(
             logp_BA, old_logp_BA, x.advantages_BA, s.clip_low, s.clip_high
         )
-        stats["policy_loss"] = masked_mean(policy_loss_BA, x.rollout.mask)
-        stats["value_loss"] = masked_mean(value_loss_BA, x.rollout.mask)
+        stats["policy_loss"] = self.masked_mean(policy_loss_BA, x.rollout.mask)
+        stats["value_loss"] = self.masked_mean(value_loss_BA, x.rollout.mask)
+        moved["ratio_max"] = self.max_over_ranks(moved["ratio_max"])
         return {**stats, **moved, "epochs": epoch + 1}
 
     def log_experience(self, x: Experience, losses: dict[str, Tensor | float]) -> None:
         mask_BA = x.rollout.mask
+        error_BA = x.returns_BA - x.values_BA
+        moments = [
+            self.sum_over_ranks(masked_moments(what, mask_BA)) for what in (error_BA, x.returns_BA)
+        ]
         metrics: dict[str, Tensor | float] = {
             **losses,
             "score": x.score_B.mean(),
             "kl": x.kl_BA.sum(1).mean(),  # nats an answer
             "kl_coef": self.kl_coef,
-            "entropy": masked_mean(x.entropy_BA, mask_BA),
-            "explained_variance": explained_variance(x.values_BA, x.returns_BA, mask_BA),
+            "entropy": self.masked_mean(x.entropy_BA, mask_BA),
+            "explained_variance": explained_variance(*moments),
             "answer_length": x.rollout.length.float().mean(),
             "eos_rate": x.rollout.stopped.float().mean(),
             "lr": self.learning_rate(),
