@@ -29,6 +29,7 @@ ARROWS = {
     "eval_items": {"rl", "suite"},
     "judges": {"eval_items"},
     "suite": set(),
+    "scaling": set(),
     "callbacks": {"loggers", "generate", "strategies"},
     "rl": {"generate"},
     "generate": {"model"},

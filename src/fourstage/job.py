@@ -31,7 +31,7 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     devices: int = 1  # -1: all of them
     num_nodes: int = 1
-    strategy: str = "auto"  # a name that Lightning knows: ddp, deepspeed_stage_2, ...
+    strategy: str = "auto"  # zero1, zero2, zero3, zero3_offload, or a name that Lightning knows
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "auto"
 
     def __post_init__(self) -> None:
@@ -62,6 +62,14 @@ class TrainerConfig:
         precision = self.precision
         if precision == "auto":
             precision = "bf16-mixed" if accelerator == "gpu" else "32-true"
+        if self.strategy.startswith("zero"):
+            if accelerator != "gpu":
+                raise UserError(f"trainer.strategy: {self.strategy} needs GPUs: take ddp")
+            if precision not in ("bf16-mixed", "32-true"):
+                raise UserError(
+                    f"trainer.precision: {self.strategy} trains in bf16-mixed or 32-true, "
+                    f"not {precision}"
+                )
         return TrainerConfig(
             accelerator=accelerator,
             devices=self.devices,

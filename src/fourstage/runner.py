@@ -25,6 +25,7 @@ from fourstage.callbacks import (
 )
 from fourstage.checkpoint import save_weights
 from fourstage.cost import CostMeter, peak_flops
+from fourstage.errors import UserError
 from fourstage.generate import generate
 from fourstage.job import StageJob
 from fourstage.loggers import build_loggers, finish_wandb
@@ -81,6 +82,8 @@ def quieten() -> None:
         "Your `IterableDataset` has `__len__` defined",
         "You defined a `validation_step` but have no `val_dataloader`",
         "The '.*_dataloader' does not have many workers",
+        "It is recommended to use `self.log.*sync_dist=True",  # these are synchronised already
+        ".*all_gather_into_tensor. is deprecated",
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -91,10 +94,21 @@ def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
     module.trainer = trainer  # with max_steps=0 nothing else would attach it
     if job.settings.max_steps != 0 or job.settings.max_time:
         checkpoint = str(job.checkpoint) if job.resume else None
+        if checkpoint:
+            check_resumable(job)
         during = loaders.val if job.settings.val_every else None
         trainer.fit(module, loaders.train, during, ckpt_path=checkpoint, weights_only=True)
     if loaders.val is not None and module.validated_at != module.steps_done:
         trainer.validate(module, loaders.val, verbose=False)
+
+
+def check_resumable(job: StageJob) -> None:
+    """Raise UserError where another kind of trainer wrote the resume state: ZeRO's is a folder."""
+    if job.checkpoint.is_dir() != (job.trainer.strategy in strategies.ZERO):
+        kind = "a zero* trainer" if job.checkpoint.is_dir() else "a trainer without ZeRO"
+        raise UserError(
+            f"{job.name} was begun with {kind}: finish it with one, or remove {job.folder}"
+        )
 
 
 def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trainer:

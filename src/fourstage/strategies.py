@@ -146,9 +146,7 @@ def backward(module: L.LightningModule, loss: Callable[[], Tensor], is_last: boo
     engine.backward(share)
 
 
-def step(
-    module: L.LightningModule, clip_norm: float, check: Callable[[Tensor], None]
-) -> Tensor:
+def step(module: L.LightningModule, clip_norm: float, check: Callable[[Tensor], None]) -> Tensor:
     """Clips the gradient to `clip_norm` (0: not) and takes the optimizer's step.
 
     Returns the norm before clipping, of all ranks' shares together. `check(norm)` may raise: before

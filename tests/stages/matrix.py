@@ -134,7 +134,9 @@ def train(name: str, ranks: int, steps: int, folder: Path, stages: list[str]) ->
         if name in strategies.ZERO:
             options["accelerator"] = CPUAsCUDA()
             # else ZeRO-3 would keep all weights of so small a model whole
-            options["strategy"].config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+            options["strategy"].config["zero_optimization"][
+                "stage3_param_persistence_threshold"
+            ] = 0
         keep = Keep(folder / stage)
         trainer = L.Trainer(
             **options,

@@ -132,9 +132,7 @@ def test_clipped_value_loss(value, old, target, loss, slope):
 
 
 def explained_locally(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    return explained_variance(
-        masked_moments(returns - values, mask), masked_moments(returns, mask)
-    )
+    return explained_variance(masked_moments(returns - values, mask), masked_moments(returns, mask))
 
 
 def test_explained_variance():

@@ -138,10 +138,6 @@ class GRPOModule(OnPolicyModule):
     def transformers(self) -> list[Transformer]:
         return [self.policy]
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.frozen.to(self.device)
-
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         s = self.settings
         answers = self.collect(batch)
@@ -149,12 +145,16 @@ class GRPOModule(OnPolicyModule):
         advantage_B = group_advantages(rewards_GK, scaled=s.loss != "dr_grpo").flatten()
         ref_logp_BA = None
         if s.kl_coef:
-            ref_logp_BA = self.in_pieces(self.reference_logprobs, answers.rollout)
+            ref_logp_BA = self.reference_logprobs(answers.rollout)
         losses = self.learn(answers.rollout, advantage_B, ref_logp_BA)
         self.log_answers(answers, losses)
 
-    def reference_logprobs(self, part: Rollout) -> Tensor:
-        return score_tokens(self.frozen["reference"], part, self.settings.temperature).logprobs
+    def reference_logprobs(self, rollout: Rollout) -> Tensor:
+        with self.frozen_network("reference") as reference:
+            return self.in_pieces(
+                lambda part: score_tokens(reference, part, self.settings.temperature).logprobs,
+                rollout,
+            )
 
     def collect(self, batch: PromptBatch) -> Answers:
         """A group of answers to each problem; tied groups may be answered again (dapo)."""
@@ -243,7 +243,7 @@ class GRPOModule(OnPolicyModule):
         s, rollout, mask_BA = self.settings, answers.rollout, answers.rollout.mask
         first_G = torch.arange(0, len(mask_BA), s.group_size, device=self.device)
         firsts = rollout.rows(first_G)  # an answer a group is enough for the logged KL
-        ref_logp_GA = self.in_pieces(self.reference_logprobs, firsts)
+        ref_logp_GA = self.reference_logprobs(firsts)
         kl = self.masked_mean(kl_k3(firsts.logprobs, ref_logp_GA), firsts.mask)
         total_GK = answers.total_B.view(-1, s.group_size)
         correct_GK = torch.tensor([r.correct for r in answers.rewards]).view(-1, s.group_size)
@@ -260,7 +260,9 @@ class GRPOModule(OnPolicyModule):
                 "pass_at_1": (correct_GK == 1).float().mean(),
                 f"pass_at_{s.group_size}": (correct_GK == 1).any(1).float().mean(),
                 "kl": kl,  # nats a token, to the policy that the stage started from
-                "entropy": -self.masked_mean(rollout.logprobs, mask_BA),  # estimated from the samples
+                "entropy": -self.masked_mean(
+                    rollout.logprobs, mask_BA
+                ),  # estimated from the samples
                 "answer_length": rollout.length.float().mean(),
                 "cut_off": (~rollout.stopped).float().mean(),
                 "lr": self.learning_rate(),

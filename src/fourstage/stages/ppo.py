@@ -155,10 +155,6 @@ class PPOModule(OnPolicyModule):
     def transformers(self) -> list[Transformer]:
         return [self.policy, self.value.backbone]
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.frozen.to(self.device)
-
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         experience = self.collect(batch.prompt_ids)
         losses = self.learn(experience)
@@ -172,24 +168,20 @@ class PPOModule(OnPolicyModule):
     def collect(self, prompts: list[list[int]]) -> Experience:
         """Answers of the policy, their score, and the advantage of every token."""
         s = self.settings
-
-        def entropy(part: Rollout) -> Tensor:
-            return score_tokens(policy, part, s.temperature).entropy
-
-        def values(part: Rollout) -> Tensor:
-            return answer_values(value, part)
-
-        def reference(part: Rollout) -> Tensor:
-            return score_tokens(self.frozen["reference"], part, s.temperature).logprobs
-
         with whole(self.policy) as policy:
             rollout = self.sample_answers(policy, prompts)
-            entropy_BA = self.in_pieces(entropy, rollout)
+            entropy_BA = self.in_pieces(
+                lambda part: score_tokens(policy, part, s.temperature).entropy, rollout
+            )
         with whole(self.value) as value:
-            values_BA = self.in_pieces(values, rollout)
+            values_BA = self.in_pieces(lambda part: answer_values(value, part), rollout)
+        with self.frozen_network("reference") as reference:
+            ref_logp_BA = self.in_pieces(
+                lambda part: score_tokens(reference, part, s.temperature).logprobs, rollout
+            )
+        with self.frozen_network("reward") as reward:
+            score_B = self.in_pieces(lambda part: final_scores(reward, part), rollout)
         mask_BA, logp_BA = rollout.mask, rollout.logprobs
-        ref_logp_BA = self.in_pieces(reference, rollout)
-        score_B = self.in_pieces(lambda part: final_scores(self.frozen["reward"], part), rollout)
 
         penalised_B = score_B - s.missing_eos_penalty * ~rollout.stopped
         kl_BA = KL_ESTIMATORS[s.kl_estimator](logp_BA, ref_logp_BA) * mask_BA
