@@ -35,6 +35,12 @@ class CPUAsCUDA(CUDAAccelerator):
         return True
 
 
+def on_cpus(options: dict[str, Any]) -> None:
+    """Changes ZeRO's options for a Trainer; ZeRO-3 would keep the weights of a small model whole."""
+    options["accelerator"] = CPUAsCUDA()
+    options["strategy"].config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+
 def let_deepspeed_use_cpus() -> None:
     """To be called before anything of DeepSpeed is set up; gloo is its backend then."""
     os.environ["DS_ACCELERATOR"] = "cpu"

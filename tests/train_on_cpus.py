@@ -9,17 +9,15 @@ import torch
 
 from fourstage import strategies
 from fourstage.job import TrainerConfig
-from tests.cpu_as_cuda import CPUAsCUDA, let_deepspeed_use_cpus
+from tests.cpu_as_cuda import let_deepspeed_use_cpus, on_cpus
 
 trainer_options = strategies.trainer_options
 
 
-def on_cpus(where: TrainerConfig, clip_norm: float) -> dict[str, Any]:
-    """The options with CPU processes for GPUs; nothing is too small for ZeRO-3 to be spread."""
+def cpu_options(where: TrainerConfig, clip_norm: float) -> dict[str, Any]:
     options = trainer_options(where, clip_norm)
     if where.strategy in strategies.ZERO:
-        options["accelerator"] = CPUAsCUDA()
-        options["strategy"].config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        on_cpus(options)
     return options
 
 
@@ -30,7 +28,7 @@ def resolved(self: TrainerConfig) -> TrainerConfig:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     let_deepspeed_use_cpus()
-    strategies.trainer_options = on_cpus
+    strategies.trainer_options = cpu_options
     TrainerConfig.resolved = resolved
 
     import train

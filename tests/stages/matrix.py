@@ -2,6 +2,7 @@
 
 `python -m tests.stages.matrix TRAINER RANKS STEPS FOLDER STAGE...` writes STAGE-RANK.pt: the loss
 of every optimizer step over all ranks, the metrics of every training step, the weights at the end.
+In ppo and grpo the answers are fixed; the stage "sampled" is grpo with its own sampler.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import torch
 from fourstage import strategies
 from fourstage.batch import Rollout
 from fourstage.job import TrainerConfig
-from fourstage.rl.rollout import pack, score_tokens
+from fourstage.model import Transformer
+from fourstage.rl.rollout import pack, sample, score_tokens
 from fourstage.stages import (
     GRPOModule,
     PPOModule,
@@ -29,12 +32,13 @@ from fourstage.stages import (
     grpo,
     on_policy,
 )
-from tests.cpu_as_cuda import CPUAsCUDA, let_deepspeed_use_cpus
+from tests.cpu_as_cuda import let_deepspeed_use_cpus, on_cpus
 from tests.stages import test_grpo, test_ppo
 from tests.stages.test_ranks import Shards
 from tests.stages.test_reward import pairs
 from tests.stages.test_supervised import ragged
 from tests.stages.tiny import (
+    TINY,
     TOKENIZER,
     make_policy,
     make_scalar,
@@ -43,7 +47,7 @@ from tests.stages.tiny import (
     weights,
 )
 
-STAGES = ("pretrain", "sft", "reward", "ppo", "grpo")
+STAGES = ("pretrain", "sft", "reward", "ppo", "grpo", "tied")  # tied: sft of another model
 # clipping, weight decay, warm-up and the router's bias are all at work
 SHARED = {"lr": 0.003, "micro_batch_size": 2, "clip_norm": 0.5, "weight_decay": 0.1, "warmup": 0.3}
 ALL_ROWS = {"minibatch_size": 16, "balance_router": True}  # ranks draw their own minibatches
@@ -55,8 +59,9 @@ def make(stage: str, steps: int) -> tuple[StageModule, list[Any]]:
     if stage == "pretrain":
         module = PretrainModule(make_policy(), settings(stage, **shared), 0, heldout_chars=10)
         return module, [ragged(8, seed=step) for step in range(steps)]
-    if stage == "sft":
-        module = SFTModule(make_policy(), settings(stage, **shared), 0)
+    if stage in ("sft", "tied"):
+        policy = make_policy() if stage == "sft" else tied_policy()
+        module = SFTModule(policy, settings("sft", **shared), 0)
         return module, [ragged(8, seed=step) for step in range(steps)]
     if stage == "reward":
         module = RewardModule(make_scalar(), settings(stage, **shared), 0)
@@ -66,8 +71,18 @@ def make(stage: str, steps: int) -> tuple[StageModule, list[Any]]:
         networks = {"value": make_scalar(3), "reference": make_policy(4), "reward": make_scalar(5)}
         module = PPOModule(make_policy(), **networks, tokenizer=TOKENIZER, settings=s, seed=0)
         return module, prompt_batches(steps)
-    s = settings(stage, **{**test_grpo.SMALL, **shared, **ALL_ROWS, "epochs": 2, "kl_coef": 0.1})
+    changes = {**test_grpo.SMALL, **shared, **ALL_ROWS, "epochs": 2, "kl_coef": 0.1}
+    if stage == "sampled":
+        changes["resample_rounds"] = 2
+    s = settings("grpo", **changes)
     return GRPOModule(make_policy(), make_policy(7), TOKENIZER, s, 0), prompt_batches(steps)
+
+
+def tied_policy() -> Transformer:
+    """Its head reads the embedding's weight; it has a shared expert, and no query-key norm."""
+    torch.manual_seed(1)
+    shape = replace(TINY, tie_embeddings=True, d_shared=16, qk_norm=False)
+    return Transformer(shape, TOKENIZER.vocab_size)
 
 
 def fixed_answers(policy: Any, prompts: list[list[int]], tokenizer: Any, **_: Any) -> Rollout:
@@ -124,40 +139,35 @@ class Keep(L.Callback):
         torch.save(found, f"{self.path}-{trainer.global_rank}.pt")
 
 
-def train(name: str, ranks: int, steps: int, folder: Path, stages: list[str]) -> None:
+def train(name: str, ranks: int, steps: int, folder: Path, stage: str) -> None:
+    Keep.step = 0
+    module, batches = make(stage, steps)
     where = TrainerConfig(accelerator="cpu", devices=ranks, strategy=name, precision="32-true")
-    folder.mkdir(exist_ok=True)
-    for stage in stages:
-        Keep.step = 0
-        module, batches = make(stage, steps)
-        options = strategies.trainer_options(where, module.settings.clip_norm)
-        if name in strategies.ZERO:
-            options["accelerator"] = CPUAsCUDA()
-            # else ZeRO-3 would keep all weights of so small a model whole
-            options["strategy"].config["zero_optimization"][
-                "stage3_param_persistence_threshold"
-            ] = 0
-        keep = Keep(folder / stage)
-        trainer = L.Trainer(
-            **options,
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            callbacks=[keep],
-        )
-        trainer.fit(module, datamodule=Shards(batches))
-        keep.save(trainer, module)
+    options = strategies.trainer_options(where, module.settings.clip_norm)
+    if name in strategies.ZERO:
+        on_cpus(options)
+    keep = Keep(folder / stage)
+    trainer = L.Trainer(
+        **options,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[keep],
+    )
+    trainer.fit(module, datamodule=Shards(batches))
+    keep.save(trainer, module)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     trainer_name, n_ranks, n_steps, path, *names = sys.argv[1:]
-    on_policy.sample = fixed_answers
     grpo.reasoning_reward = test_grpo.reward_by_text
     if trainer_name in strategies.ZERO:
         let_deepspeed_use_cpus()
-    train(trainer_name, int(n_ranks), int(n_steps), Path(path), names)
+    for stage_name in names:
+        on_policy.sample = sample if stage_name == "sampled" else fixed_answers
+        train(trainer_name, int(n_ranks), int(n_steps), Path(path), stage_name)
