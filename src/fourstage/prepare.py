@@ -72,6 +72,12 @@ def rank() -> int:
     return getattr(rank_zero_only, "rank", 0) or 0
 
 
+def say(text: str) -> None:
+    """Print on the first rank only."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def world_size(job: StageJob) -> int:
     """Processes of this job, over all nodes."""
     devices = job.trainer.devices
@@ -139,12 +145,12 @@ def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> d
         path = job.folder / name
         if path.exists():
             continue
-        print(f"  sampling two answers to each of {len(records):,} prompts for {name}")
+        say(f"  sampling two answers to each of {len(records):,} prompts for {name}")
         room = job.settings.max_tokens - job.settings.max_new_tokens
         ids = [fitted_prompt(tokenizer, record.prompt_messages, room) for record in records]
         seed = 2 * job.seed + draw
         rows, skipped = sample_pairs(policy, tokenizer, ids, true_score, job.settings, seed)
-        print(f"  {len(rows):,} pairs; skipped because both answers are as good: {skipped:,}")
+        say(f"  {len(rows):,} pairs; skipped because both answers are as good: {skipped:,}")
         write_record(job.folder, sampled_pairs={name: {"kept": len(rows), "tied": skipped}})
         write_jsonl(path, ({**r, "prompt": records[r["prompt"]].prompt_messages} for r in rows))
     return stored_pairs(job.folder)

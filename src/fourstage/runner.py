@@ -30,7 +30,7 @@ from fourstage.generate import generate
 from fourstage.job import StageJob
 from fourstage.loggers import build_loggers, finish_wandb
 from fourstage.model import ScalarModel, Transformer
-from fourstage.prepare import PREPARE, Prepared
+from fourstage.prepare import PREPARE, Prepared, say
 from fourstage.rl.rollout import fitted_prompt
 from fourstage.run_evaluation import evaluate_random, evaluate_run
 from fourstage.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ def train_stage(job: StageJob) -> dict[str, Any]:
         with meter.evaluating():
             evaluate_random(job, prepared.result, prepared.tokenizer)
     notes = prepared.loaders.notes
-    print("  data: " + ", ".join(f"{n.replace('_', ' ')} {count:,}" for n, count in notes.items()))
+    say("  data: " + ", ".join(f"{n.replace('_', ' ')} {count:,}" for n, count in notes.items()))
     cost = None  # where the stage fails
     try:
         trainer = build_trainer(job, prepared, meter)
@@ -76,7 +76,8 @@ def device_peak(device: torch.device, precision: str) -> float | None:
 
 def quieten() -> None:
     """No advertisements, and no warnings about what is meant to be so."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
     for message in (
         ".*isinstance.treespec, LeafSpec.*",
         "Your `IterableDataset` has `__len__` defined",
