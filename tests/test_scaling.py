@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fourstage import scaling
 from fourstage.errors import UserError
 from fourstage.job import TrainerConfig
+from fourstage.model.__main__ import CONFIGS, counted
 from fourstage.scaling import STATES, bytes_per_gpu
 from fourstage.strategies import ZERO
 
+ROOT = Path(__file__).parent.parent
 BILLION = 10**9
 
 
@@ -49,6 +53,22 @@ def test_the_command_prints_a_table_a_model(capsys):
     assert "101.5" in text
     with pytest.raises(UserError, match="expected vocab_size=NUMBER, got 'vocab=3'"):
         scaling.main(["vocab=3"])
+
+
+def test_the_documented_table_is_what_the_command_prints():
+    documented = {}
+    for line in (ROOT / "docs" / "scaling.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0].startswith("moe_"):
+            documented[cells[0], cells[1]] = cells[2:]
+    assert len(documented) == 3 * len(STATES)
+    for (model, trainer), cells in documented.items():
+        parameters = counted(CONFIGS / f"{model}.yaml", 32768)[0]
+        assert cells == [
+            f"{bytes_per_gpu(trainer, stage, parameters, n) / scaling.GIB:,.1f}"
+            for stage in ("sft", "grpo", "ppo")
+            for n in (1, 8, 32)
+        ]
 
 
 def test_zero_needs_gpus_and_a_precision_that_it_trains_in(monkeypatch):

@@ -218,4 +218,4 @@ def make_plain(module: L.LightningModule) -> None:
     """After the last step: the module's own networks, whole on every rank; all have to call it."""
     for name, network in list(module.named_children()):
         if isinstance(network, Transformer | ScalarModel) and is_spread(network):
-            setattr(module, name, plain_copy(network))
+            setattr(module, name, plain_copy(network).cpu())  # two would fill a GPU
