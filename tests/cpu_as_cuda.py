@@ -36,8 +36,9 @@ class CPUAsCUDA(CUDAAccelerator):
 
 
 def on_cpus(options: dict[str, Any]) -> None:
-    """Changes ZeRO's options for a Trainer; ZeRO-3 would keep the weights of a small model whole."""
+    """Changes ZeRO's options for a Trainer; ZeRO-3 would keep the weights of a small model."""
     options["accelerator"] = CPUAsCUDA()
+    options["plugins"][0].device = "cpu"
     options["strategy"].config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
 

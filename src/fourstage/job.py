@@ -41,7 +41,7 @@ class TrainerConfig:
             raise UserError(f"num_nodes: must be at least 1, got {self.num_nodes}")
 
     def resolved(self) -> TrainerConfig:
-        """The same with no "auto" left in accelerator and precision (imports torch).
+        """The same with no "auto" left in accelerator and precision, nor -1 in devices.
 
         Raises UserError for a GPU that is not there.
         """
@@ -70,9 +70,12 @@ class TrainerConfig:
                     f"trainer.precision: {self.strategy} trains in bf16-mixed or 32-true, "
                     f"not {precision}"
                 )
+        devices = self.devices
+        if devices == -1:
+            devices = torch.cuda.device_count() if accelerator == "gpu" else 1
         return TrainerConfig(
             accelerator=accelerator,
-            devices=self.devices,
+            devices=devices,
             num_nodes=self.num_nodes,
             strategy=self.strategy,
             precision=precision,
@@ -101,7 +104,7 @@ class StageJob:
     model: ModelConfig
     tokenizer: TokenizerConfig
     data: DataConfig
-    trainer: TrainerConfig  # resolved: no "auto" in accelerator and precision
+    trainer: TrainerConfig  # resolved
     logger: LoggerConfig
     evaluation: EvaluationConfig
     seed: int

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from fourstage import data
@@ -80,10 +79,7 @@ def say(text: str) -> None:
 
 def world_size(job: StageJob) -> int:
     """Processes of this job, over all nodes."""
-    devices = job.trainer.devices
-    if devices == -1:
-        devices = torch.cuda.device_count() if job.trainer.accelerator == "gpu" else 1
-    return devices * job.trainer.num_nodes
+    return job.trainer.devices * job.trainer.num_nodes
 
 
 def parent_policy(job: StageJob) -> tuple[Transformer, Tokenizer]:

@@ -32,8 +32,11 @@ ZERO = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}  # our name -> Z
 class ZeroPrecision(DeepSpeedPrecision):
     """fp32 weights; with bf16-mixed forwards are under autocast, as Lightning's own plugin does."""
 
+    device = "cuda"
+
     def forward_context(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cuda", torch.bfloat16, enabled=self.precision == "bf16-mixed")
+        is_mixed = self.precision == "bf16-mixed"
+        return torch.autocast(self.device, torch.bfloat16, enabled=is_mixed)
 
     def convert_input(self, data: Any) -> Any:
         return data
@@ -141,7 +144,9 @@ def backward(module: L.LightningModule, loss: Callable[[], Tensor], is_last: boo
             return loss()
 
     engine.set_gradient_accumulation_boundary(is_last)
-    with torch.autocast("cuda", enabled=False):  # the engine warns of autocast around it
+    with torch.autocast(
+        strategy.precision_plugin.device, enabled=False
+    ):  # the engine warns of autocast around it
         share = engine(under_autocast)
     engine.backward(share)
 

@@ -187,7 +187,8 @@ class StageModule(L.LightningModule):
         if self.settings.seconds is None:
             return (self.steps_done + 1) / max(1, self.settings.max_steps)
         timers = [c for c in self.trainer.callbacks if isinstance(c, Timer)]
-        return min(1.0, timers[0].time_elapsed("train") / self.settings.seconds)
+        share = min(1.0, timers[0].time_elapsed("train") / self.settings.seconds)
+        return self.trainer.strategy.broadcast(share)  # one clock, so one learning rate
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         s = self.settings
