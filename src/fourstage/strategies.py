@@ -144,9 +144,8 @@ def backward(module: L.LightningModule, loss: Callable[[], Tensor], is_last: boo
             return loss()
 
     engine.set_gradient_accumulation_boundary(is_last)
-    with torch.autocast(
-        strategy.precision_plugin.device, enabled=False
-    ):  # the engine warns of autocast around it
+    # with autocast around it the engine would warn, and turn it off
+    with torch.autocast(strategy.precision_plugin.device, enabled=False):
         share = engine(under_autocast)
     engine.backward(share)
 

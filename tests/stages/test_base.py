@@ -222,8 +222,18 @@ def test_progress_by_the_clock_ends_at_one(elapsed, progress):
             return elapsed
 
     module = PretrainModule(make_policy(), settings("pretrain", max_time="00:00:01:40"), 0, 1)
-    module.trainer = SimpleNamespace(callbacks=[Clock(duration="00:00:01:40")])
+    alone = SimpleNamespace(broadcast=lambda value: value)
+    clock = Clock(duration="00:00:01:40")
+    module.trainer = SimpleNamespace(callbacks=[clock], strategy=alone)
     assert module.progress() == progress
+
+
+def test_ranks_take_the_learning_rate_of_the_first_ones_clock():
+    module = PretrainModule(make_policy(), settings("pretrain", max_time="00:00:01:40"), 0, 1)
+    other = SimpleNamespace(broadcast=lambda value: 0.75)  # what rank 0 says
+    clock = Timer(duration="00:00:01:40")
+    module.trainer = SimpleNamespace(callbacks=[clock], strategy=other)
+    assert module.progress() == 0.75
 
 
 # --- one optimizer step
