@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fourstage.job import TrainerConfig
 from fourstage.model.__main__ import CONFIGS, counted
 from fourstage.scaling import STATES, bytes_per_gpu
 from fourstage.strategies import ZERO
+from tests.fakes import config
 
 ROOT = Path(__file__).parent.parent
 BILLION = 10**9
@@ -69,6 +71,15 @@ def test_the_documented_table_is_what_the_command_prints():
             for stage in ("sft", "grpo", "ppo")
             for n in (1, 8, 32)
         ]
+
+
+def test_the_documented_commands_compose():
+    text = (ROOT / "docs" / "scaling.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^ {4}.*(?:train\.py|slurm\.sbatch) (.*)$", text, flags=re.M)
+    assert len(commands) == 5
+    for command in commands:
+        tree = config(*command.split())
+        assert tree["stage"] == "grpo" and tree["trainer"]["accelerator"] == "gpu"
 
 
 def test_zero_needs_gpus_and_a_precision_that_it_trains_in(monkeypatch):

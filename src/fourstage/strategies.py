@@ -88,6 +88,13 @@ class ZeroStrategy(DeepSpeedStrategy):
         with self.precision_plugin.val_step_context():
             return self.lightning_module.validation_step(*args, **kwargs)
 
+    def teardown(self) -> None:
+        """Lets go of the engine, whose hooks would keep it through the next stages."""
+        super().teardown()
+        if self.model is not self.lightning_module:
+            self.deepspeed_engine.destroy()
+            self.model, self.optimizers = self.lightning_module, []
+
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         """After training the networks are plain ones (see `make_plain`)."""
         self.model = model.to(self.root_device)
