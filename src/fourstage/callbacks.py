@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from fourstage.job import swap_in, write_atomic
 from fourstage.loggers import MetricsCSV
 from fourstage.model import Transformer
 from fourstage.model.health import bias_spread, drift, load_health
+from fourstage.strategies import whole
 
 
 def steps_done(trainer: Trainer) -> int:
@@ -128,12 +130,12 @@ class RouterHealth(Callback):
 
         In eval mode and without gradients: it is no load, and it draws no random number.
         """
-        device = network.embedding.weight.device
-        ids_BT, valid_BT = self.ids_BT.to(device), self.valid_BT.to(device)
         was_training = network.training
         network.eval()
-        with trainer.precision_plugin.forward_context():
-            router = network(ids_BT, valid_BT=valid_BT).router
+        with whole(network) as here, trainer.precision_plugin.forward_context():
+            device = here.embedding.weight.device
+            ids_BT, valid_BT = self.ids_BT.to(device), self.valid_BT.to(device)
+            router = here(ids_BT, valid_BT=valid_BT).router
         network.train(was_training)
         assert router is not None
         return torch.stack(router.experts)[:, valid_BT.flatten()].cpu()
@@ -241,8 +243,10 @@ class Checkpointer(Checkpoint):
         part = self.path.with_name(".part.ckpt")
         try:
             trainer.save_checkpoint(part)  # every rank takes part
-        except Exception:
-            part.unlink(missing_ok=True)  # on a full disk, half of it would keep it full
+        except Exception:  # on a full disk, half of it would keep it full
+            if part.is_dir():  # of ZeRO
+                shutil.rmtree(part, ignore_errors=True)
+            part.unlink(missing_ok=True)
             raise
         self.written = True
         self.saved_at = steps_done(trainer)

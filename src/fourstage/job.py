@@ -32,7 +32,7 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     devices: int = 1  # -1: all of them
     num_nodes: int = 1
-    strategy: str = "auto"  # a name that Lightning knows: ddp, deepspeed_stage_2, ...
+    strategy: str = "auto"  # zero1, zero2, zero3, zero3_offload, or a name that Lightning knows
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "auto"
 
     def __post_init__(self) -> None:
@@ -42,7 +42,7 @@ class TrainerConfig:
             raise UserError(f"num_nodes: must be at least 1, got {self.num_nodes}")
 
     def resolved(self) -> TrainerConfig:
-        """The same with no "auto" left in accelerator and precision (imports torch).
+        """The same with no "auto" left in accelerator and precision, nor -1 in devices.
 
         Raises UserError for a GPU that is not there, and a precision that a CPU has not.
         """
@@ -65,9 +65,20 @@ class TrainerConfig:
             precision = "bf16-mixed" if accelerator == "gpu" else "32-true"
         if precision == "16-mixed" and accelerator == "cpu":  # Lightning would take bf16-mixed
             raise UserError("trainer.precision: no 16-mixed on a CPU: take 32-true or bf16-mixed")
+        if self.strategy.startswith("zero"):
+            if accelerator != "gpu":
+                raise UserError(f"trainer.strategy: {self.strategy} needs GPUs: take ddp")
+            if precision not in ("bf16-mixed", "32-true"):
+                raise UserError(
+                    f"trainer.precision: {self.strategy} trains in bf16-mixed or 32-true, "
+                    f"not {precision}"
+                )
+        devices = self.devices
+        if devices == -1:
+            devices = torch.cuda.device_count() if accelerator == "gpu" else 1
         return TrainerConfig(
             accelerator=accelerator,
-            devices=self.devices,
+            devices=devices,
             num_nodes=self.num_nodes,
             strategy=self.strategy,
             precision=precision,
@@ -96,7 +107,7 @@ class StageJob:
     model: ModelConfig
     tokenizer: TokenizerConfig
     data: DataConfig
-    trainer: TrainerConfig  # resolved: no "auto" in accelerator and precision
+    trainer: TrainerConfig  # resolved
     logger: LoggerConfig
     evaluation: EvaluationConfig
     seed: int

@@ -163,11 +163,11 @@ def check_stage(command: Command, stage: str, settings: StageSettings) -> None:
                 f"{where}.{' + '.join(keys)}: {tokens} tokens do not fit model.max_seq_len={room}"
             )
     processes = command.trainer.devices * command.trainer.num_nodes
-    if processes > 0 and settings.batch_size % processes:
-        raise UserError(
-            f"{where}.batch_size: {settings.batch_size} rows cannot be shared evenly by "
-            f"{processes} devices"
-        )
+    for key in ("batch_size", "minibatch_size"):
+        if (rows := values.get(key, 0)) % processes:
+            raise UserError(
+                f"{where}.{key}: {rows} rows cannot be shared evenly by {processes} devices"
+            )
 
 
 def plan_run(plan: Plan, stage: str, settings: StageSettings) -> PlannedRun:

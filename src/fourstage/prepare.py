@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from fourstage import data
@@ -43,13 +42,16 @@ PAIR_FILES = ("pairs.jsonl", "pairs_heldout.jsonl")  # train and held-out side
 
 @dataclass
 class Prepared:
-    """A stage ready to train: what is trained, on what, and which network is the result."""
+    """A stage ready to train: what is trained, and on what."""
 
     module: StageModule
     loaders: LoaderPair
     heldout_rows: list[list[int]]  # a few, as token ids: the text on which routers are compared
-    result: Transformer | ScalarModel
     tokenizer: Tokenizer
+
+    @property
+    def result(self) -> Transformer | ScalarModel:
+        return self.module.result()
 
 
 def _loader_options(job: StageJob) -> dict[str, Any]:
@@ -69,12 +71,15 @@ def rank() -> int:
     return getattr(rank_zero_only, "rank", 0) or 0
 
 
+def say(text: str) -> None:
+    """Print on the first rank only."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def world_size(job: StageJob) -> int:
     """Processes of this job, over all nodes."""
-    devices = job.trainer.devices
-    if devices == -1:
-        devices = torch.cuda.device_count() if job.trainer.accelerator == "gpu" else 1
-    return devices * job.trainer.num_nodes
+    return job.trainer.devices * job.trainer.num_nodes
 
 
 def parent_policy(job: StageJob) -> tuple[Transformer, Tokenizer]:
@@ -92,7 +97,7 @@ def prepare_pretrain(job: StageJob) -> Prepared:
     )
     chars = sum(map(len, corpus.heldout))
     module = PretrainModule(policy, job.settings, job.seed, chars)
-    return Prepared(module, loaders, heldout_rows(loaders), policy, tokenizer)
+    return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
 
 
 def prepare_sft(job: StageJob) -> Prepared:
@@ -106,7 +111,7 @@ def prepare_sft(job: StageJob) -> Prepared:
         **_loader_options(job),
     )
     module = SFTModule(policy, job.settings, job.seed)
-    return Prepared(module, loaders, heldout_rows(loaders), policy, tokenizer)
+    return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
 
 
 def prepare_reward(job: StageJob) -> Prepared:
@@ -121,7 +126,7 @@ def prepare_reward(job: StageJob) -> Prepared:
     )
     reward = ScalarModel(policy)
     module = RewardModule(reward, job.settings, job.seed)
-    return Prepared(module, loaders, heldout_rows(loaders), reward, tokenizer)
+    return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
 
 
 def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> data.Pairs:
@@ -136,12 +141,12 @@ def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> d
         path = job.folder / name
         if path.exists():
             continue
-        print(f"  sampling two answers to each of {len(records):,} prompts for {name}")
+        say(f"  sampling two answers to each of {len(records):,} prompts for {name}")
         room = job.settings.max_tokens - job.settings.max_new_tokens
         ids = [fitted_prompt(tokenizer, record.prompt_messages, room) for record in records]
         seed = 2 * job.seed + draw
         rows, skipped = sample_pairs(policy, tokenizer, ids, true_score, job.settings, seed)
-        print(f"  {len(rows):,} pairs; skipped because both answers are as good: {skipped:,}")
+        say(f"  {len(rows):,} pairs; skipped because both answers are as good: {skipped:,}")
         write_record(job.folder, sampled_pairs={name: {"kept": len(rows), "tied": skipped}})
         write_jsonl(path, ({**r, "prompt": records[r["prompt"]].prompt_messages} for r in rows))
     return stored_pairs(job.folder)
@@ -177,7 +182,7 @@ def prepare_ppo(job: StageJob) -> Prepared:
     prompts = data.load_prompts(job.data)
     loaders = prompt_loaders(job, prompts.train, tokenizer)
     rows = heldout_prompts(job, prompts.heldout, tokenizer)
-    return Prepared(module, loaders, rows, policy, tokenizer)
+    return Prepared(module, loaders, rows, tokenizer)
 
 
 def prepare_grpo(job: StageJob) -> Prepared:
@@ -186,7 +191,7 @@ def prepare_grpo(job: StageJob) -> Prepared:
     module = GRPOModule(policy, deepcopy(policy), tokenizer, job.settings, job.seed)
     loaders = prompt_loaders(job, problems.train, tokenizer)
     rows = heldout_prompts(job, problems.heldout, tokenizer)
-    return Prepared(module, loaders, rows, policy, tokenizer)
+    return Prepared(module, loaders, rows, tokenizer)
 
 
 def prompt_loaders(job: StageJob, records: Sequence[Any], tokenizer: Tokenizer) -> LoaderPair:

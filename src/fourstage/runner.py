@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from fourstage import data
+from fourstage import data, strategies
 from fourstage.callbacks import (
     Checkpointer,
     PlanProgress,
@@ -34,7 +34,7 @@ from fourstage.interruptions import advice, explained
 from fourstage.job import StageJob
 from fourstage.loggers import build_loggers, finish_wandb
 from fourstage.model import ScalarModel, Transformer
-from fourstage.prepare import PREPARE, Prepared
+from fourstage.prepare import PREPARE, Prepared, say
 from fourstage.rl.rollout import fitted_prompt
 from fourstage.run_evaluation import evaluate_random, evaluate_run
 from fourstage.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ def train_stage(job: StageJob) -> dict[str, Any]:
                 evaluate_random(job, prepared.result, prepared.tokenizer)
         notes = {**data.left_out(job.data, job.stage), **prepared.loaders.notes}
         words = (f"{name.replace('_', ' ')} {count:,}" for name, count in notes.items())
-        print("  data: " + ", ".join(words))
+        say("  data: " + ", ".join(words))
         cost = None  # where the stage fails
         try:
             trainer = build_trainer(job, prepared, meter)
@@ -86,12 +86,15 @@ def device_peak(device: torch.device, precision: str) -> float | None:
 
 def quieten() -> None:
     """No advertisements, and no warnings about what is meant to be so."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
     for message in (
         ".*isinstance.treespec, LeafSpec.*",
         "Your `IterableDataset` has `__len__` defined",
         "You defined a `validation_step` but have no `val_dataloader`",
         "The '.*_dataloader' does not have many workers",
+        "It is recommended to use `self.log.*sync_dist=True",  # these are synchronised already
+        ".*all_gather_into_tensor. is deprecated",
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -102,6 +105,8 @@ def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
     module.trainer = trainer  # with max_steps=0 nothing else would attach it
     if job.settings.max_steps != 0 or job.settings.max_time:
         checkpoint = str(job.checkpoint) if job.resume else None
+        if checkpoint:
+            check_resumable(job)
         during = loaders.val if job.settings.val_every else None
         try:
             trainer.fit(module, loaders.train, during, ckpt_path=checkpoint, weights_only=True)
@@ -118,9 +123,18 @@ def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
         trainer.validate(module, loaders.val, verbose=False)
 
 
+def check_resumable(job: StageJob) -> None:
+    """Raise UserError where another kind of trainer wrote the resume state: ZeRO's is a folder."""
+    if job.checkpoint.is_dir() != (job.trainer.strategy in strategies.ZERO):
+        kind = "a zero* trainer" if job.checkpoint.is_dir() else "a trainer without ZeRO"
+        raise UserError(
+            f"{job.name} was begun with {kind}: finish it with one, or remove {job.folder}"
+        )
+
+
 def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trainer:
     """Lightning's Trainer for one pass over a loader that is as long as the budget."""
-    settings, where = job.settings, job.trainer
+    settings = job.settings
     callbacks = [
         StepSeed(job.seed, job.stage),
         meter,
@@ -130,19 +144,23 @@ def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trai
         Checkpointer(job.checkpoint, settings.checkpoint_every),
     ]
     if isinstance(prepared.result, Transformer):
+
+        def answers() -> list[Sample]:
+            with strategies.whole(prepared.result) as policy:
+                return fixed_answers(job, policy, prepared.tokenizer)
+
         samples = SampleLog(
             job.folder / "samples.jsonl",
-            lambda: fixed_answers(job, prepared.result, prepared.tokenizer),
+            answers,
             every=settings.sample_every,
             at_start=job.stage == "pretrain",
         )
         callbacks.append(samples)
+    options = strategies.trainer_options(job.trainer, settings.clip_norm)
+    if job.trainer.strategy not in strategies.ZERO:  # DeepSpeed writes its own
+        options["plugins"] = [ResumeIO()]
     return L.Trainer(
-        accelerator=where.accelerator,
-        devices=where.devices,
-        num_nodes=where.num_nodes,
-        strategy=where.strategy,
-        precision=where.precision,
+        **options,
         max_epochs=1,
         max_time=settings.max_time,
         val_check_interval=settings.val_every or None,
@@ -150,7 +168,6 @@ def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trai
         log_every_n_steps=settings.log_every,
         logger=build_loggers(job),
         callbacks=callbacks,
-        plugins=[ResumeIO()],
         default_root_dir=str(job.folder),
         num_sanity_val_steps=0,
         enable_progress_bar=False,

@@ -224,8 +224,18 @@ def test_progress_by_the_clock_ends_at_one(elapsed, progress):
             return elapsed
 
     module = PretrainModule(make_policy(), settings("pretrain", max_time="00:00:01:40"), 0, 1)
-    module.trainer = SimpleNamespace(callbacks=[Clock(duration="00:00:01:40")])
+    alone = SimpleNamespace(broadcast=lambda value: value)
+    clock = Clock(duration="00:00:01:40")
+    module.trainer = SimpleNamespace(callbacks=[clock], strategy=alone)
     assert module.progress() == progress
+
+
+def test_ranks_take_the_learning_rate_of_the_first_ones_clock():
+    module = PretrainModule(make_policy(), settings("pretrain", max_time="00:00:01:40"), 0, 1)
+    other = SimpleNamespace(broadcast=lambda value: 0.75)  # what rank 0 says
+    clock = Timer(duration="00:00:01:40")
+    module.trainer = SimpleNamespace(callbacks=[clock], strategy=other)
+    assert module.progress() == 0.75
 
 
 # --- one optimizer step
@@ -348,7 +358,7 @@ def test_a_budget_of_no_steps_still_validates():
     )
     loaders = LoaderPair(None, DataLoader(token_batches(2), batch_size=None, collate_fn=as_is))
     job = SimpleNamespace(settings=s, resume=False)
-    runner.fit(trainer, job, prepare.Prepared(module, loaders, [], module.policy, TOKENIZER))
+    runner.fit(trainer, job, prepare.Prepared(module, loaders, [], TOKENIZER))
     assert trainer.callback_metrics["val/loss"] > 0
     assert module.steps_done == 0 == module.validated_at
     assert distance(before, weights(module)) == 0

@@ -194,7 +194,7 @@ def test_choose_takes_row_by_row_and_widens_to_the_longer():
 class Rounds(GRPOModule):
     """Every round of answers has the listed totals; counts the rounds."""
 
-    def answer(self, batch, attempt: int) -> Answers:
+    def answer(self, policy, batch, attempt: int) -> Answers:
         self.rounds = [*getattr(self, "rounds", []), attempt]
         return some_answers([str(attempt)] * 4, self.totals[attempt], seed=float(attempt))
 

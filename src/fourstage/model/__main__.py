@@ -4,8 +4,41 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fourstage.model import ModelConfig
 
 CONFIGS = Path(__file__).parents[3] / "conf" / "model"
+
+
+def vocab_size_of(arguments: list[str]) -> int:
+    """The number in vocab_size=NUMBER; without an argument characters are the vocabulary."""
+    from fourstage.errors import UserError
+    from fourstage.tokenizer import Tokenizer
+
+    match [argument.split("=", 1) for argument in arguments]:
+        case []:
+            return Tokenizer.char().vocab_size
+        case [["vocab_size", number]] if number.isdecimal() and int(number) > 0:
+            return int(number)
+    raise UserError(f"expected vocab_size=NUMBER, got {' '.join(arguments)!r}")
+
+
+def counted(path: Path, vocab_size: int) -> tuple[int, int, ModelConfig]:
+    """(parameters, those that a token uses, config) of a config file, on the meta device."""
+    import torch
+    import yaml
+
+    from fourstage.errors import UserError
+    from fourstage.model import ModelConfig, Transformer
+
+    if not path.is_file():
+        raise UserError(f"no model config at {path}: run this from a clone of the repository")
+    config = ModelConfig(**yaml.safe_load(path.read_text()))
+    with torch.device("meta"):
+        total = sum(p.numel() for p in Transformer(config, vocab_size).parameters())
+    return total, config.count_params(vocab_size)[1], config
 
 
 def main(arguments: list[str]) -> None:
@@ -14,22 +47,12 @@ def main(arguments: list[str]) -> None:
     Raises:
         UserError: an argument is not vocab_size=NUMBER, or conf/model is not beside src.
     """
-    import torch
-    import yaml
     from rich.console import Console
     from rich.table import Table
 
     from fourstage.errors import UserError
-    from fourstage.model import ModelConfig, Transformer
-    from fourstage.tokenizer import Tokenizer
 
-    match [argument.split("=", 1) for argument in arguments]:
-        case []:
-            vocab_size = Tokenizer.char().vocab_size
-        case [["vocab_size", number]] if number.isdecimal() and int(number) > 0:
-            vocab_size = int(number)
-        case _:
-            raise UserError(f"expected vocab_size=NUMBER, got {' '.join(arguments)!r}")
+    vocab_size = vocab_size_of(arguments)
     if not CONFIGS.is_dir():
         raise UserError(f"no model configs at {CONFIGS}: run this from a clone of the repository")
 
@@ -37,13 +60,8 @@ def main(arguments: list[str]) -> None:
     table.add_column("model")
     for column in ("layers", "width", "experts", "context", "total", "active"):
         table.add_column(column, justify="right")
-    counted = []
-    for path in CONFIGS.glob("*.yaml"):
-        config = ModelConfig(**yaml.safe_load(path.read_text()))
-        with torch.device("meta"):
-            total = sum(p.numel() for p in Transformer(config, vocab_size).parameters())
-        counted.append((total, config.count_params(vocab_size)[1], config))
-    for total, active, config in sorted(counted, key=lambda row: row[:2]):
+    rows = [counted(path, vocab_size) for path in CONFIGS.glob("*.yaml")]
+    for total, active, config in sorted(rows, key=lambda row: row[:2]):
         experts = f"{config.top_k} of {config.num_experts}" + (" + 1" if config.d_shared else "")
         table.add_row(
             config.name,

@@ -31,5 +31,6 @@ class ScalarModel(nn.Module):
     def forward(self, ids_BT: Tensor, *, valid_BT: Tensor | None = None) -> Tensor:
         """int64 [B, T], right-padded -> float [B, T]; what stands on padding means nothing."""
         hidden_BTD = self.backbone(ids_BT, valid_BT=valid_BT).hidden_BTD
-        self.backbone.count_flops(head_flops(hidden_BTD.shape[-1], 1, ids_BT.numel()))
+        flops = head_flops(hidden_BTD.shape[-1], 1, ids_BT.numel())
+        self.backbone.count_flops(flops, has_backward=hidden_BTD.requires_grad)
         return self.head(hidden_BTD)

@@ -107,21 +107,22 @@ class Transformer(nn.Module):
             layer_cache = None if cache is None else cache.layers[i]
             x_BTD, routing = block(x_BTD, rope, valid_BT, layer_cache, attn_mask)
             routings.append(routing)
-        self.count_flops(forward_flops(self.config, ids_BT.numel(), start + T))
+        flops = forward_flops(self.config, ids_BT.numel(), start + T)
+        self.count_flops(flops, has_backward=x_BTD.requires_grad)
         return ModelOutput(self.norm(x_BTD), self._router_stats(routings))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
         d_model = self.config.d_model
-        self.count_flops(head_flops(d_model, self.vocab_size, hidden.numel() // d_model))
+        flops = head_flops(d_model, self.vocab_size, hidden.numel() // d_model)
+        self.count_flops(flops, has_backward=hidden.requires_grad)
         if self.config.tie_embeddings:
             return F.linear(hidden, self.embedding.weight)
         assert self.head is not None, "a scalar model's backbone has no token head"
         return self.head(hidden)
 
-    def count_flops(self, forward: int) -> None:
+    def count_flops(self, forward: int, *, has_backward: bool) -> None:
         """Adds the FLOPs of a forward, with those of its backward where it will have one."""
-        has_backward = torch.is_grad_enabled() and self.embedding.weight.requires_grad
         self.flops += 3 * forward if has_backward else forward
 
     def _router_stats(self, routings: list[Routing | None]) -> RouterStats | None:

@@ -5,6 +5,8 @@ Shape legend: B answers, A answer tokens, V vocabulary. A mask is bool [B, A], T
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -74,18 +76,24 @@ def clipped_surrogate(
 
 
 def ratio_stats(
-    logp: Tensor, logp_old: Tensor, mask: Tensor, clip_low: float, clip_high: float
+    logp: Tensor,
+    logp_old: Tensor,
+    mask: Tensor,
+    clip_low: float,
+    clip_high: float,
+    mean: Callable[[Tensor, Tensor], Tensor] = masked_mean,
 ) -> dict[str, Tensor]:
     """How far the policy moved from the sampler: what makes a run believable, all masked.
 
-    approx_kl is the k3 estimate of KL(old || new) from samples of old.
+    approx_kl is the k3 estimate of KL(old || new) from samples of old. `mean(x, mask)` may take in
+    the other ranks' rows.
     """
     log_ratio = (logp - logp_old).detach()
     ratio = log_ratio.exp()
     return {
-        "approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
-        "ratio_mean": masked_mean(ratio, mask),
+        "approx_kl": mean(ratio - 1 - log_ratio, mask),
+        "ratio_mean": mean(ratio, mask),
         "ratio_max": (ratio * mask).max(),
-        "clip_low": masked_mean((ratio < 1 - clip_low).float(), mask),
-        "clip_high": masked_mean((ratio > 1 + clip_high).float(), mask),
+        "clip_low": mean((ratio < 1 - clip_low).float(), mask),
+        "clip_high": mean((ratio > 1 + clip_high).float(), mask),
     }

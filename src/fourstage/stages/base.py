@@ -19,8 +19,9 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
+from fourstage import strategies
 from fourstage.errors import UserError
-from fourstage.model import Transformer
+from fourstage.model import ScalarModel, Transformer
 
 _TIME = re.compile(r"\d{1,3}:\d{1,2}:\d{1,2}:\d{1,2}")  # Lightning's DD:HH:MM:SS
 
@@ -112,15 +113,19 @@ def learning_rate_factor(progress: float, warmup: float, min_lr: float) -> float
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two AdamW groups: matrices with weight decay; gains, biases and embeddings without."""
+    """Two AdamW groups: matrices with weight decay; gains and embeddings without.
+
+    By name: under ZeRO-3 a weight has lost its shape by now. A network without weights has none.
+    """
     decayed, plain = [], []
     for name, parameter in network.named_parameters():
-        is_matrix = parameter.ndim >= 2 and "embed" not in name
+        is_matrix = "norm" not in name and "embed" not in name
         (decayed if is_matrix else plain).append(parameter)
-    return [
+    groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]
 
 
 class StageModule(L.LightningModule):
@@ -143,6 +148,10 @@ class StageModule(L.LightningModule):
 
     def transformers(self) -> list[Transformer]:
         """Every trained transformer; first the one that is the stage's result."""
+        raise NotImplementedError
+
+    def result(self) -> Transformer | ScalarModel:
+        """The network that the stage leaves behind."""
         raise NotImplementedError
 
     def networks(self) -> list[nn.Module]:
@@ -182,7 +191,8 @@ class StageModule(L.LightningModule):
         if self.settings.seconds is None:
             return (self.steps_done + 1) / max(1, self.settings.max_steps)
         timers = [c for c in self.trainer.callbacks if isinstance(c, Timer)]
-        return min(1.0, timers[0].time_elapsed("train") / self.settings.seconds)
+        share = min(1.0, timers[0].time_elapsed("train") / self.settings.seconds)
+        return self.trainer.strategy.broadcast(share)  # one clock, so one learning rate
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         s = self.settings
@@ -192,6 +202,9 @@ class StageModule(L.LightningModule):
 
     def on_validation_end(self) -> None:
         self.validated_at = self.steps_done
+
+    def on_train_end(self) -> None:
+        strategies.make_plain(self)
 
     # --- one optimizer step
 
@@ -203,6 +216,15 @@ class StageModule(L.LightningModule):
         """The mean of a tensor over all processes."""
         return self.sum_over_ranks(value) / self.trainer.world_size
 
+    def max_over_ranks(self, value: Tensor) -> Tensor:
+        """The largest of all processes."""
+        return self.trainer.strategy.reduce(value, reduce_op="max")
+
+    def masked_mean(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Mean over the True entries of all processes; 0 where there is none."""
+        total, count = self.sum_over_ranks(torch.stack([(x * mask).sum(), mask.sum()]))
+        return total / count.clamp(min=1)
+
     def update(self, piece: Callable[[slice], Tensor], n_rows: int) -> Tensor:
         """One optimizer step on a batch of `n_rows`, at most `micro_batch_size` rows at a time.
 
@@ -212,24 +234,33 @@ class StageModule(L.LightningModule):
         Returns the norm of the gradient before clipping. Raises UserError after max_skipped steps
         in a row.
         """
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        loss = torch.zeros((), device=self.device)
+        self.optimizers().zero_grad()
+        losses: list[Tensor] = []
         for start in range(0, n_rows, self.settings.micro_batch_size):
-            rows = slice(start, min(start + self.settings.micro_batch_size, n_rows))
-            # DDP averages gradients over ranks, where the shares need their sum
-            share = piece(rows)
-            self.manual_backward(share * self.trainer.world_size)
-            loss += share.detach()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm or math.inf)
-        if not torch.isfinite(self.sum_over_ranks(norm + loss)):
+            end = min(start + self.settings.micro_batch_size, n_rows)
+
+            def share(rows: slice = slice(start, end)) -> Tensor:
+                part = piece(rows)
+                losses.append(part.detach())
+                return part * self.trainer.world_size  # the ranks' mean is taken, we need the sum
+
+            strategies.backward(self, share, is_last=end == n_rows)
+        loss = torch.stack(losses).sum()
+
+        def is_finite(norm: Tensor) -> bool:
+            return bool(torch.isfinite(self.sum_over_ranks(norm.to(loss) + loss)))
+
+        norm, taken = strategies.step(self, self.settings.clip_norm, is_finite)
+        if not taken:
             self.skip()
             return norm
         self.skipped_in_a_row = 0
-        optimizer.step()
         self.balance()
         return norm
+
+    def forward(self, share: Callable[[], Tensor]) -> Tensor:
+        """A share of the loss, called through what DeepSpeed wraps around the module."""
+        return share()
 
     def skip(self) -> None:
         """Leave weights, optimizer and router biases as they are, up to a limit."""

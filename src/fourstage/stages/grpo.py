@@ -17,11 +17,12 @@ from torch.nn.functional import pad
 
 from fourstage.batch import PromptBatch, Rollout
 from fourstage.model import Transformer
-from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k3, masked_mean, ratio_stats
+from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k3, ratio_stats
 from fourstage.rl.rewards import ReasoningReward, reasoning_reward
 from fourstage.rl.rollout import answer_texts, score_tokens
 from fourstage.stages.base import check_range
 from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings
+from fourstage.strategies import whole
 from fourstage.tokenizer import Tokenizer
 
 
@@ -139,10 +140,6 @@ class GRPOModule(OnPolicyModule):
     def transformers(self) -> list[Transformer]:
         return [self.policy]
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.frozen.to(self.device)
-
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         s = self.settings
         answers = self.collect(batch)
@@ -150,30 +147,35 @@ class GRPOModule(OnPolicyModule):
         advantage_B = group_advantages(rewards_GK, scaled=s.loss != "dr_grpo").flatten()
         ref_logp_BA = None
         if s.kl_coef:
-            ref_logp_BA = self.in_pieces(self.reference_logprobs, answers.rollout)
+            ref_logp_BA = self.reference_logprobs(answers.rollout)
         losses = self.learn(answers.rollout, advantage_B, ref_logp_BA)
         self.log_answers(answers, losses)
 
-    def reference_logprobs(self, part: Rollout) -> Tensor:
-        return score_tokens(self.frozen["reference"], part, self.settings.temperature).logprobs
+    def reference_logprobs(self, rollout: Rollout) -> Tensor:
+        with self.frozen_network("reference") as reference:
+            return self.in_pieces(
+                lambda part: score_tokens(reference, part, self.settings.temperature).logprobs,
+                rollout,
+            )
 
     def collect(self, batch: PromptBatch) -> Answers:
         """A group of answers to each problem; tied groups may be answered again (dapo)."""
         k = self.settings.group_size
-        answers = self.answer(batch, attempt=0)
-        for attempt in range(1, self.settings.resample_rounds + 1):
-            tied = (answers.total_B.view(-1, k).std(1) == 0).tolist()
-            if not any(tied):
-                break
-            again = self.answer(batch, attempt)
-            answers = choose(answers, again, [t for t in tied for _ in range(k)])
+        with whole(self.policy) as policy:
+            answers = self.answer(policy, batch, attempt=0)
+            for attempt in range(1, self.settings.resample_rounds + 1):
+                tied = (answers.total_B.view(-1, k).std(1) == 0).tolist()
+                if not any(tied):
+                    break
+                again = self.answer(policy, batch, attempt)
+                answers = choose(answers, again, [t for t in tied for _ in range(k)])
         return answers
 
-    def answer(self, batch: PromptBatch, attempt: int) -> Answers:
+    def answer(self, policy: Transformer, batch: PromptBatch, attempt: int) -> Answers:
         s = self.settings
         prompts = [ids for ids in batch.prompt_ids for _ in range(s.group_size)]
         problems = [problem for problem in batch.records for _ in range(s.group_size)]
-        rollout = self.sample_answers(prompts, attempt)
+        rollout = self.sample_answers(policy, prompts, attempt)
         rewards = [
             reasoning_reward(problem, text, stopped)
             for problem, text, stopped in zip(
@@ -215,13 +217,16 @@ class GRPOModule(OnPolicyModule):
                 stats["grad_norm"] = self.update(piece, len(rows))
                 if "sampler_gap" not in stats:  # the weights had not moved yet
                     gap = (logp_BA - old_logp_BA).abs() * rollout.mask
-                    stats["sampler_gap"] = gap[rows].max()
+                    stats["sampler_gap"] = self.max_over_ranks(gap[rows].max())
             # the policy said nothing new of the other rows: their ratio of 1 would dilute the means
             mask_BA = rollout.mask & trained_B[:, None]
-            moved = ratio_stats(logp_BA, old_logp_BA, mask_BA, s.clip_low, s.clip_high)
+            moved = ratio_stats(
+                logp_BA, old_logp_BA, mask_BA, s.clip_low, s.clip_high, self.masked_mean
+            )
             self.tokens_seen += int(rollout.valid[trained_B].sum())
-            if s.max_approx_kl and self.mean_over_ranks(moved["approx_kl"]) > s.max_approx_kl:
+            if s.max_approx_kl and moved["approx_kl"] > s.max_approx_kl:
                 break
+        moved["ratio_max"] = self.max_over_ranks(moved["ratio_max"])
         return {**stats, **moved, "epochs": epoch + 1}
 
     def rows_with_gradient(self, index: Tensor, advantage_B: Tensor) -> Tensor:
@@ -240,8 +245,8 @@ class GRPOModule(OnPolicyModule):
         s, rollout, mask_BA = self.settings, answers.rollout, answers.rollout.mask
         first_G = torch.arange(0, len(mask_BA), s.group_size, device=self.device)
         firsts = rollout.rows(first_G)  # an answer a group is enough for the logged KL
-        ref_logp_GA = self.in_pieces(self.reference_logprobs, firsts)
-        kl = masked_mean(kl_k3(firsts.logprobs, ref_logp_GA), firsts.mask)
+        ref_logp_GA = self.reference_logprobs(firsts)
+        kl = self.masked_mean(kl_k3(firsts.logprobs, ref_logp_GA), firsts.mask)
         total_GK = answers.total_B.view(-1, s.group_size)
         correct_GK = torch.tensor([r.correct for r in answers.rewards]).view(-1, s.group_size)
         form = sum(r.form for r in answers.rewards) / len(answers.rewards)
@@ -257,7 +262,9 @@ class GRPOModule(OnPolicyModule):
                 "pass_at_1": (correct_GK == 1).float().mean(),
                 f"pass_at_{s.group_size}": (correct_GK == 1).any(1).float().mean(),
                 "kl": kl,  # nats a token, to the policy that the stage started from
-                "entropy": -masked_mean(rollout.logprobs, mask_BA),  # estimated from the samples
+                "entropy": -self.masked_mean(
+                    rollout.logprobs, mask_BA
+                ),  # estimated from the samples
                 "answer_length": rollout.length.float().mean(),
                 "cut_off": (~rollout.stopped).float().mean(),
                 "lr": self.learning_rate(),

@@ -7,6 +7,7 @@ and its use, and `max_steps` counts rollouts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from fourstage.batch import Rollout
 from fourstage.model import Transformer
 from fourstage.rl.rollout import sample
 from fourstage.stages.base import StageModule, StageSettings, check_positive, check_range
+from fourstage.strategies import is_spread
 from fourstage.tokenizer import Tokenizer
 
 
@@ -56,15 +58,31 @@ class OnPolicyModule(StageModule):
         self.policy = policy
         self.tokenizer = tokenizer
 
+    def result(self) -> Transformer:
+        return self.policy
+
     def networks(self) -> list[nn.Module]:
         return [*super().networks(), *self.frozen.networks.values()]
 
-    def sample_answers(self, prompts: list[list[int]], attempt: int = 0) -> Rollout:
-        """An answer to each prompt; the draw is a function of seed, rank, step and attempt."""
+    @contextmanager
+    def frozen_network(self, name: str) -> Iterator[Any]:
+        """A frozen network on the device: from then on, but under ZeRO-3 only for this long."""
+        network = self.frozen[name].to(self.device)
+        yield network
+        if is_spread(self.policy):  # where a model is large, whole ones have to take turns
+            network.cpu()
+
+    def sample_answers(
+        self, policy: Transformer, prompts: list[list[int]], attempt: int = 0
+    ) -> Rollout:
+        """An answer to each prompt; the draw is a function of seed, rank, step and attempt.
+
+        policy: the stage's own, whole (strategies.whole).
+        """
         ranks = self.trainer.world_size
         draw = (self.steps_done * ranks + self.global_rank) * 16 + attempt
         rollout = sample(
-            self.policy,
+            policy,
             prompts,
             self.tokenizer,
             max_new_tokens=self.settings.max_new_tokens,
@@ -110,7 +128,3 @@ class Frozen:
 
     def __getitem__(self, name: str) -> Any:
         return self.networks[name]
-
-    def to(self, device: torch.device) -> None:
-        for network in self.networks.values():
-            network.to(device)

@@ -19,7 +19,6 @@ from fourstage.rl.ops import (
     KL_ESTIMATORS,
     clipped_surrogate,
     kl_k1,
-    masked_mean,
     masked_moments,
     ratio_stats,
     whiten,
@@ -27,6 +26,7 @@ from fourstage.rl.ops import (
 from fourstage.rl.rollout import answer_texts, answer_values, final_scores, score_tokens
 from fourstage.stages.base import check_positive, check_range
 from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings
+from fourstage.strategies import whole
 from fourstage.tokenizer import Tokenizer
 
 
@@ -90,10 +90,18 @@ def clipped_value_loss(
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R) over answer tokens: 1 is a perfect value network, 0 a constant."""
-    kept, error = returns[mask], (returns - values)[mask]
-    return 1 - error.var(correction=0) / kept.var(correction=0).clamp(min=1e-8)
+def explained_variance(error_moments: Tensor, return_moments: Tensor) -> Tensor:
+    """1 - Var(R - V) / Var(R) over answer tokens: 1 is a perfect value network, 0 a constant.
+
+    From the `masked_moments` of R - V and of R, summed over ranks.
+    """
+    return 1 - variance(error_moments) / variance(return_moments).clamp(min=1e-8)
+
+
+def variance(moments: Tensor) -> Tensor:
+    """Of all entries (not an estimate from a sample), from their `masked_moments`."""
+    count, total, squares = moments
+    return (squares / count - (total / count).square()).clamp(min=0)
 
 
 def adapted_kl_coef(coef: Tensor, kl: Tensor, target: float, n: int, horizon: int) -> Tensor:
@@ -150,10 +158,6 @@ class PPOModule(OnPolicyModule):
     def transformers(self) -> list[Transformer]:
         return [self.policy, self.value.backbone]
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.frozen.to(self.device)
-
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         experience = self.collect(batch.prompt_ids)
         losses = self.learn(experience)
@@ -167,19 +171,20 @@ class PPOModule(OnPolicyModule):
     def collect(self, prompts: list[list[int]]) -> Experience:
         """Answers of the policy, their score, and the advantage of every token."""
         s = self.settings
-        rollout = self.sample_answers(prompts)
-        mask_BA = rollout.mask
-
-        def entropy(part: Rollout) -> Tensor:
-            return score_tokens(self.policy, part, s.temperature).entropy
-
-        def reference(part: Rollout) -> Tensor:
-            return score_tokens(self.frozen["reference"], part, s.temperature).logprobs
-
-        logp_BA = rollout.logprobs
-        ref_logp_BA = self.in_pieces(reference, rollout)
-        values_BA = self.in_pieces(lambda part: answer_values(self.value, part), rollout)
-        score_B = self.in_pieces(lambda part: final_scores(self.frozen["reward"], part), rollout)
+        with whole(self.policy) as policy:
+            rollout = self.sample_answers(policy, prompts)
+            entropy_BA = self.in_pieces(
+                lambda part: score_tokens(policy, part, s.temperature).entropy, rollout
+            )
+        with whole(self.value) as value:
+            values_BA = self.in_pieces(lambda part: answer_values(value, part), rollout)
+        with self.frozen_network("reference") as reference:
+            ref_logp_BA = self.in_pieces(
+                lambda part: score_tokens(reference, part, s.temperature).logprobs, rollout
+            )
+        with self.frozen_network("reward") as reward:
+            score_B = self.in_pieces(lambda part: final_scores(reward, part), rollout)
+        mask_BA, logp_BA = rollout.mask, rollout.logprobs
 
         penalised_B = score_B - s.missing_eos_penalty * ~rollout.stopped
         kl_BA = KL_ESTIMATORS[s.kl_estimator](logp_BA, ref_logp_BA) * mask_BA
@@ -190,7 +195,7 @@ class PPOModule(OnPolicyModule):
             rollout=rollout,
             score_B=score_B,
             kl_BA=kl_k1(logp_BA, ref_logp_BA) * mask_BA,
-            entropy_BA=self.in_pieces(entropy, rollout),
+            entropy_BA=entropy_BA,
             values_BA=values_BA,
             advantages_BA=whiten(advantages_BA, moments) * mask_BA,
             returns_BA=returns_BA,
@@ -223,27 +228,34 @@ class PPOModule(OnPolicyModule):
                 stats["grad_norm"] = self.update(piece, len(index))
                 if "sampler_gap" not in stats:  # the weights had not moved yet
                     gap = (logp_BA - old_logp_BA).abs() * x.rollout.mask
-                    stats["sampler_gap"] = gap[index].max()
-            moved = ratio_stats(logp_BA, old_logp_BA, x.rollout.mask, s.clip_low, s.clip_high)
+                    stats["sampler_gap"] = self.max_over_ranks(gap[index].max())
+            moved = ratio_stats(
+                logp_BA, old_logp_BA, x.rollout.mask, s.clip_low, s.clip_high, self.masked_mean
+            )
             self.tokens_seen += int(x.rollout.valid.sum())
-            if s.max_approx_kl and self.mean_over_ranks(moved["approx_kl"]) > s.max_approx_kl:
+            if s.max_approx_kl and moved["approx_kl"] > s.max_approx_kl:
                 break
         policy_loss_BA = clipped_surrogate(
             logp_BA, old_logp_BA, x.advantages_BA, s.clip_low, s.clip_high
         )
-        stats["policy_loss"] = masked_mean(policy_loss_BA, x.rollout.mask)
-        stats["value_loss"] = masked_mean(value_loss_BA, x.rollout.mask)
+        stats["policy_loss"] = self.masked_mean(policy_loss_BA, x.rollout.mask)
+        stats["value_loss"] = self.masked_mean(value_loss_BA, x.rollout.mask)
+        moved["ratio_max"] = self.max_over_ranks(moved["ratio_max"])
         return {**stats, **moved, "epochs": epoch + 1}
 
     def log_experience(self, x: Experience, losses: dict[str, Tensor | float]) -> None:
         mask_BA = x.rollout.mask
+        error_BA = x.returns_BA - x.values_BA
+        moments = [
+            self.sum_over_ranks(masked_moments(what, mask_BA)) for what in (error_BA, x.returns_BA)
+        ]
         metrics: dict[str, Tensor | float] = {
             **losses,
             "score": x.score_B.mean(),
             "kl": x.kl_BA.sum(1).mean(),  # nats an answer
             "kl_coef": self.kl_coef,
-            "entropy": masked_mean(x.entropy_BA, mask_BA),
-            "explained_variance": explained_variance(x.values_BA, x.returns_BA, mask_BA),
+            "entropy": self.masked_mean(x.entropy_BA, mask_BA),
+            "explained_variance": explained_variance(*moments),
             "answer_length": x.rollout.length.float().mean(),
             "eos_rate": x.rollout.stopped.float().mean(),
             "lr": self.learning_rate(),

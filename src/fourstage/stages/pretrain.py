@@ -44,5 +44,6 @@ class PretrainModule(NextTokenModule):
         self.heldout_chars = heldout_chars
 
     def validation_metrics(self, nll: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        bits = bits_per_char(nll, self.heldout_chars)
+        # every rank reads the whole split, and nll is summed over them
+        bits = bits_per_char(nll / self.trainer.world_size, self.heldout_chars)
         return {**super().validation_metrics(nll, tokens), "val/bits_per_char": bits}

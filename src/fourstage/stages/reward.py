@@ -71,6 +71,9 @@ class RewardModule(StageModule):
         self.reward = reward
         self.val_accuracy, self.val_nll = MeanMetric(), MeanMetric()
 
+    def result(self) -> ScalarModel:
+        return self.reward
+
     def transformers(self) -> list[Transformer]:
         return [self.reward.backbone]
 
@@ -98,9 +101,9 @@ class RewardModule(StageModule):
                 "loss": bradley_terry_loss(chosen_B, rejected_B, s.margin, s.centre_coef).mean(),
                 "accuracy": (chosen_B > rejected_B).float().mean(),
                 "margin": (chosen_B - rejected_B).mean(),
-                "reward_min": torch.minimum(chosen_B, rejected_B).min(),
+                "reward_min": -self.max_over_ranks(-torch.minimum(chosen_B, rejected_B).min()),
                 "reward_mean": (chosen_B + rejected_B).mean() / 2,
-                "reward_max": torch.maximum(chosen_B, rejected_B).max(),
+                "reward_max": self.max_over_ranks(torch.maximum(chosen_B, rejected_B).max()),
                 "grad_norm": norm,
                 "lr": self.learning_rate(),
             },

@@ -30,6 +30,9 @@ class NextTokenModule(StageModule):
         self.policy = policy
         self.val_nll, self.val_tokens = SumMetric(), SumMetric()
 
+    def result(self) -> Transformer:
+        return self.policy
+
     def transformers(self) -> list[Transformer]:
         return [self.policy]
 

@@ -1,0 +1,173 @@
+"""Trains the stages on one or more CPU processes and keeps what each process saw.
+
+`python -m tests.stages.matrix TRAINER RANKS STEPS FOLDER STAGE...` writes STAGE-RANK.pt: the loss
+of every optimizer step over all ranks, the metrics of every training step, the weights at the end.
+In ppo and grpo the answers are fixed; the stage "sampled" is grpo with its own sampler.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from fourstage import strategies
+from fourstage.batch import Rollout
+from fourstage.job import TrainerConfig
+from fourstage.model import Transformer
+from fourstage.rl.rollout import pack, sample, score_tokens
+from fourstage.stages import (
+    GRPOModule,
+    PPOModule,
+    PretrainModule,
+    RewardModule,
+    SFTModule,
+    StageModule,
+    grpo,
+    on_policy,
+)
+from tests.cpu_as_cuda import let_deepspeed_use_cpus, on_cpus
+from tests.stages import test_grpo, test_ppo
+from tests.stages.test_ranks import Shards
+from tests.stages.test_reward import pairs
+from tests.stages.test_supervised import ragged
+from tests.stages.tiny import (
+    TINY,
+    TOKENIZER,
+    make_policy,
+    make_scalar,
+    prompt_batches,
+    settings,
+    weights,
+)
+
+STAGES = ("pretrain", "sft", "reward", "ppo", "grpo", "tied")  # tied: sft of another model
+# clipping, weight decay, warm-up and the router's bias are all at work
+SHARED = {"lr": 0.003, "micro_batch_size": 2, "clip_norm": 0.5, "weight_decay": 0.1, "warmup": 0.3}
+ALL_ROWS = {"minibatch_size": 16, "balance_router": True}  # ranks draw their own minibatches
+
+
+def make(stage: str, steps: int) -> tuple[StageModule, list[Any]]:
+    """A stage of the tiny model, and batches of eight rows (of four prompts in ppo and grpo)."""
+    shared = {**SHARED, "max_steps": steps, "max_time": None}
+    if stage == "pretrain":
+        module = PretrainModule(make_policy(), settings(stage, **shared), 0, heldout_chars=10)
+        return module, [ragged(8, seed=step) for step in range(steps)]
+    if stage in ("sft", "tied"):
+        policy = make_policy() if stage == "sft" else tied_policy()
+        module = SFTModule(policy, settings("sft", **shared), 0)
+        return module, [ragged(8, seed=step) for step in range(steps)]
+    if stage == "reward":
+        module = RewardModule(make_scalar(), settings(stage, **shared), 0)
+        return module, [pairs(8, seed=step) for step in range(steps)]
+    if stage == "ppo":
+        s = settings(stage, **{**test_ppo.SMALL, **shared, **ALL_ROWS, "kl_target": 1.0})
+        networks = {"value": make_scalar(3), "reference": make_policy(4), "reward": make_scalar(5)}
+        module = PPOModule(make_policy(), **networks, tokenizer=TOKENIZER, settings=s, seed=0)
+        return module, prompt_batches(steps)
+    changes = {**test_grpo.SMALL, **shared, **ALL_ROWS, "epochs": 2, "kl_coef": 0.1}
+    if stage == "sampled":
+        changes["resample_rounds"] = 2
+    s = settings("grpo", **changes)
+    return GRPOModule(make_policy(), make_policy(7), TOKENIZER, s, 0), prompt_batches(steps)
+
+
+def tied_policy() -> Transformer:
+    """Its head reads the embedding's weight; it has a shared expert, and no query-key norm."""
+    torch.manual_seed(1)
+    shape = replace(TINY, tie_embeddings=True, d_shared=16, qk_norm=False)
+    return Transformer(shape, TOKENIZER.vocab_size)
+
+
+def fixed_answers(policy: Any, prompts: list[list[int]], tokenizer: Any, **_: Any) -> Rollout:
+    """Answers that depend on the prompt, its place in its group and the step; not on the rank."""
+    answers = []
+    for row, prompt in enumerate(prompts):
+        draw = 100 * len(prompt) + 10 * prompts[:row].count(prompt) + Keep.step
+        generator = torch.Generator().manual_seed(draw)
+        length = 1 + draw * 7 % 8
+        answers.append(torch.randint(6, 100, (length,), generator=generator).tolist())
+    nothing = [[0.0] * len(answer) for answer in answers]
+    stopped = [len(answer) % 2 == 0 for answer in answers]
+    rollout = pack(prompts, answers, nothing, stopped, TOKENIZER.pad_id)
+    with torch.no_grad():
+        rollout.logprobs = score_tokens(policy, rollout).logprobs * rollout.mask
+    return rollout
+
+
+class Keep(L.Callback):
+    """What happened in a stage; the loss is added up where a share of it is computed."""
+
+    step = 0
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.losses: list[float] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        signal.alarm(90)  # ranks that wait for each other end here
+        update = module.update
+
+        def summed(piece: Any, n_rows: int) -> torch.Tensor:
+            total = torch.zeros(())
+
+            def counted(rows: slice) -> torch.Tensor:
+                share = piece(rows)
+                total.add_(share.detach())
+                return share
+
+            norm = update(counted, n_rows)
+            self.losses.append(module.sum_over_ranks(total).item())
+            return norm
+
+        module.update = summed
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        Keep.step += 1
+        self.metrics.append({k: v.item() for k, v in trainer.callback_metrics.items()})
+
+    def save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        signal.alarm(0)
+        found = {"losses": self.losses, "metrics": self.metrics, "weights": weights(module)}
+        torch.save(found, f"{self.path}-{trainer.global_rank}.pt")
+
+
+def train(name: str, ranks: int, steps: int, folder: Path, stage: str) -> None:
+    Keep.step = 0
+    module, batches = make(stage, steps)
+    where = TrainerConfig(accelerator="cpu", devices=ranks, strategy=name, precision="32-true")
+    options = strategies.trainer_options(where, module.settings.clip_norm)
+    if name in strategies.ZERO:
+        on_cpus(options)
+    keep = Keep(folder / stage)
+    trainer = L.Trainer(
+        **options,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[keep],
+    )
+    trainer.fit(module, datamodule=Shards(batches))
+    keep.save(trainer, module)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    trainer_name, n_ranks, n_steps, path, *names = sys.argv[1:]
+    grpo.reasoning_reward = test_grpo.reward_by_text
+    if trainer_name in strategies.ZERO:
+        let_deepspeed_use_cpus()
+    for stage_name in names:
+        on_policy.sample = sample if stage_name == "sampled" else fixed_answers
+        train(trainer_name, int(n_ranks), int(n_steps), Path(path), stage_name)

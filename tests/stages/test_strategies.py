@@ -1,0 +1,82 @@
+"""Two ranks of four rows take the steps of one rank of eight, under every trainer and stage.
+
+Real processes over gloo, one thread each; DeepSpeed's are CPU processes (tests/cpu_as_cuda.py).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.stages.matrix import STAGES, train
+from tests.stages.tiny import distance, make_policy, weights
+
+ROOT = Path(__file__).parents[2]
+TRAINERS = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
+
+
+def trained(trainer: str, ranks: int, steps: int, folder: Path, *stages: str) -> Path:
+    """The folder with what each process saw (see matrix.py)."""
+    folder.mkdir()
+    numbers = (str(ranks), str(steps))
+    command = [sys.executable, "-m", "tests.stages.matrix", trainer, *numbers, folder, *stages]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def seen(folder: Path, stage: str, rank: int) -> dict[str, Any]:
+    return torch.load(folder / f"{stage}-{rank}.pt")
+
+
+def check(alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+    """The same losses to 1e-4, the same metrics, and equal weights on the ranks."""
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert len(rank["metrics"]) == len(alone["metrics"])
+        for one, two in zip(alone["metrics"], rank["metrics"], strict=True):
+            assert two == pytest.approx(one, rel=2e-3, abs=1e-4)
+    assert distance(ranks[0]["weights"], ranks[1]["weights"]) == 0
+    assert distance(alone["weights"], ranks[0]["weights"]) < 1e-4
+
+
+def test_a_few_steps_of_sft_under_zero2(tmp_path):
+    (tmp_path / "alone").mkdir()
+    train("auto", 1, 2, tmp_path / "alone", "sft")
+    two = trained("zero2", 2, 2, tmp_path / "two", "sft")
+    found = seen(tmp_path / "alone", "sft", 0)
+    check(found, [seen(two, "sft", rank) for rank in (0, 1)])
+    start = {f"policy.{name}": w for name, w in weights(make_policy()).items()}
+    assert distance(start, found["weights"]) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    return trained("auto", 1, 10, tmp_path_factory.mktemp("alone") / "1", *STAGES)
+
+
+@pytest.fixture(scope="module", params=TRAINERS)
+def two_ranks(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two") / request.param
+    return trained(request.param, 2, 10, folder, *STAGES, "sampled")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_take_the_steps_of_one(stage, alone, two_ranks):
+    check(seen(alone, stage, 0), [seen(two_ranks, stage, rank) for rank in (0, 1)])
+
+
+@pytest.mark.slow
+def test_ranks_whose_answers_end_at_different_lengths_stay_in_step(two_ranks):
+    """And that answer tied groups once more, which the other rank may not have."""
+    first, second = (seen(two_ranks, "sampled", rank) for rank in (0, 1))
+    assert distance(first["weights"], second["weights"]) == 0
+    assert first["losses"] == second["losses"] and len(first["losses"]) == 20

@@ -1,0 +1,94 @@
+"""train.py under ZeRO on two CPU processes: what it leaves is plain, and it resumes to the bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fourstage.job import read_record
+from fourstage.runs import RunStore
+
+REPO = Path(__file__).parent.parent
+SMALL = ["model=moe_nano", "debug=fast", "logger=none"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO / 'src'}:{REPO}"}
+
+
+def start(*words: str) -> subprocess.Popen:
+    """train.py where ZeRO takes CPU processes for GPUs; its own process group."""
+    command = [sys.executable, "-m", "tests.train_on_cpus", *SMALL, *words]
+    return subprocess.Popen(command, cwd=REPO, env=ENV, start_new_session=True)
+
+
+def train(*words: str) -> None:
+    assert start(*words).wait(timeout=500) == 0
+
+
+@pytest.fixture(scope="module", params=["zero1", "zero2", "zero3", "zero3_offload"])
+def ladder(request, tmp_path_factory) -> tuple[str, Path]:
+    """A trainer's name and the outputs of a whole ladder that it trained."""
+    outputs = tmp_path_factory.mktemp(request.param) / "outputs"
+    train("stage=grpo", f"outputs={outputs}", f"trainer={request.param}", "trainer.devices=2")
+    return request.param, outputs
+
+
+@pytest.mark.slow
+def test_one_process_evaluates_the_weights_to_the_same_bytes(ladder):
+    _, outputs = ladder
+    store = RunStore(outputs)
+    for stage in ("pretrain", "sft", "reward", "ppo", "grpo"):
+        run = store.find(stage)
+        before = (run / "eval.json").read_bytes()
+        command = [sys.executable, "-m", "fourstage.evaluation", f"run={stage}"]
+        subprocess.run([*command, f"outputs={outputs}"], cwd=REPO, env=ENV, check=True)
+        assert (run / "eval.json").read_bytes() == before
+        assert read_record(run)["cost"]["flops"] > 0
+        assert not list(run.glob("checkpoints"))
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_zero_ended(ladder, tmp_path):
+    _, outputs = ladder
+    store = RunStore(outputs)
+    for stage in ("pretrain", "sft", "reward"):
+        run = store.find(stage)
+        shutil.copytree(run, tmp_path / "runs" / run.name)
+    train("stage=ppo", f"outputs={tmp_path}", "trainer=cpu", "ancestors=require")
+
+
+@pytest.mark.slow
+def test_a_killed_stage_resumes_to_the_same_bits(ladder, tmp_path):
+    trainer, outputs = ladder
+    words = ["stage=ppo", f"trainer={trainer}", "trainer.devices=2", "stages.ppo.max_steps=8"]
+    words += ["stages.ppo.checkpoint_every=3", "stages.ppo.kl_target=1.0"]
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    for place in (calm, killed):
+        for stage in ("pretrain", "sft", "reward"):
+            run = RunStore(outputs).find(stage)
+            shutil.copytree(run, place / "runs" / run.name)
+    train(*words, f"outputs={calm}")
+    expected = RunStore(calm).find("ppo")
+
+    process = start(*words, f"outputs={killed}")
+    found = killed / "runs" / expected.name
+    while not (found / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (found / "model.safetensors").exists(), "too late: it was finished"
+    other = subprocess.run(
+        [sys.executable, "train.py", *SMALL, *words, f"outputs={killed}", "trainer=cpu"],
+        **{"cwd": REPO, "env": ENV, "capture_output": True, "text": True},
+    )
+    assert other.returncode == 1
+    assert "was begun with a zero* trainer: finish it with one" in other.stderr
+    train(*words, f"outputs={killed}")
+    for name in ("model.safetensors", "eval.json", "samples.jsonl"):
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name

@@ -1,0 +1,36 @@
+"""train.py where ZeRO trains on CPU processes: `python -m tests.train_on_cpus trainer=zero2 ...`"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fourstage import strategies
+from fourstage.job import TrainerConfig
+from tests.cpu_as_cuda import let_deepspeed_use_cpus, on_cpus
+
+trainer_options = strategies.trainer_options
+
+
+def cpu_options(where: TrainerConfig, clip_norm: float) -> dict[str, Any]:
+    options = trainer_options(where, clip_norm)
+    if where.strategy in strategies.ZERO:
+        on_cpus(options)
+    return options
+
+
+def resolved(self: TrainerConfig) -> TrainerConfig:
+    return replace(self, accelerator="cpu", precision="32-true")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    let_deepspeed_use_cpus()
+    strategies.trainer_options = cpu_options
+    TrainerConfig.resolved = resolved
+
+    import train
+
+    train.main()
