@@ -244,9 +244,10 @@ class Checkpointer(Checkpoint):
         try:
             trainer.save_checkpoint(part)  # every rank takes part
         except Exception:  # on a full disk, half of it would keep it full
-            if part.is_dir():  # of ZeRO
+            if part.is_dir():  # ZeRO's
                 shutil.rmtree(part, ignore_errors=True)
-            part.unlink(missing_ok=True)
+            else:
+                part.unlink(missing_ok=True)
             raise
         self.written = True
         self.saved_at = steps_done(trainer)

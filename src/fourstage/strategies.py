@@ -170,8 +170,8 @@ def step(
     optimizer, strategy = module.optimizers(), module.trainer.strategy
     if isinstance(strategy, ZeroStrategy):
         stop = UserError(
-            f"step {module.steps_done + 1}: no finite loss and gradient, which ZeRO cannot skip: the "
-            "same command goes on from the last checkpoint, another trainer skips such steps"
+            f"step {module.steps_done + 1}: no finite loss and gradient, which ZeRO cannot skip: "
+            "the same command goes on from the last checkpoint; other trainers skip such steps"
         )
         if not is_finite(torch.zeros(())):
             raise stop
