@@ -32,7 +32,7 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     devices: int = 1  # -1: all of them
     num_nodes: int = 1
-    strategy: str = "auto"  # zero1, zero2, zero3, zero3_offload, or a name that Lightning knows
+    strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3", "zero3_offload"] = "auto"
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "auto"
 
     def __post_init__(self) -> None:
