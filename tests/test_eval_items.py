@@ -10,6 +10,7 @@ import torch
 
 from fourstage import eval_items as module
 from fourstage.eval_items import (
+    Block,
     batches,
     changed_sets,
     chat_items,
@@ -17,6 +18,7 @@ from fourstage.eval_items import (
     corpus_blocks,
     distinct,
     draw_seed,
+    evenly,
     expert_choices,
     expert_loads,
     greedy_chat_items,
@@ -332,3 +334,10 @@ def test_a_question_that_comes_twice_is_asked_once():
     problems = [problem("a", "1"), problem("b", "1"), problem("a", "1")]
     items = problem_items(make_policy(), TOKENIZER, problems, CONFIG)
     assert [item["prompt"] for item in items] == ["a", "b"]
+
+
+def test_a_long_text_is_read_at_equal_distances():
+    blocks = [Block(number, [0, 1], 1) for number in range(10)]
+    assert evenly(blocks, 10) == evenly(blocks, 99) == blocks
+    assert [block.id for block in evenly(blocks, 4)] == [0, 2, 5, 7]
+    assert evenly([], 4) == []

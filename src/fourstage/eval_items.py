@@ -48,8 +48,9 @@ class EvaluationConfig:
     max_problems: int
     max_pairs: int
     max_new_tokens: int
-    samples: int = 8  # answers a problem for pass@k; runs of suite 1 do not name these two
+    samples: int = 8  # answers a problem for pass@k; older runs do not name these three
     max_sampled_problems: int = 100
+    max_blocks: int = 1000  # of held-out text, 256 tokens each, evenly spread over it
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -78,7 +79,8 @@ def policy_items(
     """Everything that is asked of a language model; `parent` is the policy it started from."""
     items: list[Item] = []
     if not isinstance(heldout.corpus, str):
-        items += text_items(policy, corpus_blocks(heldout.corpus, tokenizer, policy), parent)
+        blocks = corpus_blocks(heldout.corpus, tokenizer, policy)
+        items += text_items(policy, evenly(blocks, config.max_blocks), parent)
     elif not isinstance(heldout.chats, str):
         read = text_items(policy, chat_blocks(heldout.chats, tokenizer, policy, config), parent)
         items += [item for item in read if item["set"] == "router"]
@@ -114,6 +116,12 @@ def corpus_blocks(
         block = ids[at : at + size + 1]
         blocks.append(Block(number, block, chars=len(tokenizer.decode(block[1:]))))
     return blocks
+
+
+def evenly(blocks: list[Block], at_most: int) -> list[Block]:
+    """All of them, or so many at equal distances."""
+    n = min(len(blocks), at_most)
+    return [blocks[i * len(blocks) // n] for i in range(n)]
 
 
 def chat_blocks(
