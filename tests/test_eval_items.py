@@ -341,3 +341,14 @@ def test_a_long_text_is_read_at_equal_distances():
     assert evenly(blocks, 10) == evenly(blocks, 99) == blocks
     assert [block.id for block in evenly(blocks, 4)] == [0, 2, 5, 7]
     assert evenly([], 4) == []
+
+
+def test_max_blocks_limits_what_is_read_of_the_corpus():
+    heldout = replace(HELDOUT, corpus=["Some text that is read. " * 200], chats="", problems="")
+    policy = make_policy()
+    blocks = corpus_blocks(heldout.corpus, TOKENIZER, policy)
+    items = policy_items(policy, TOKENIZER, heldout, changed(max_blocks=3), None)
+    wanted = [block.id for block in evenly(blocks, 3)]
+    assert len(blocks) > 3
+    assert [item["id"] for item in of_set(items, "corpus")] == wanted
+    assert [item["id"] for item in of_set(items, "router")] == wanted
