@@ -1,5 +1,6 @@
 """fourstage: one Mixture-of-Experts language model, from random weights to reasoning, in stages."""
 
+import ctypes
 import os
 
 __version__ = "0.1.0"
@@ -8,3 +9,20 @@ __version__ = "0.1.0"
 # 20 times slower where other programs use the cores too; no spinning costs 40 % (docs/LOG.md).
 # It is read once, when PyTorch is loaded: every entry point imports this package first.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large freed blocks; by default it gives them back and asks for them again.
+
+    A training step on a CPU then waits for tens of thousands of page faults (docs/performance.md).
+    Elsewhere (macOS, musl), or where the user tunes malloc, nothing changes.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
+
+
+_keep_freed_memory()

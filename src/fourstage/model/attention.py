@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fourstage.model import fused
 from fourstage.model.config import ModelConfig
 
 
@@ -37,6 +38,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.applies(x):
+            return fused.RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -124,6 +127,10 @@ class Attention(nn.Module):
         """
         B, T, _ = x_BTD.shape
         qkv = self.qkv(x_BTD).view(B, T, -1, self.head_dim)
+        if cache is None and mask is None and self.is_fused(qkv, rope):
+            weights = self.q_norm.weight, self.k_norm.weight
+            y = fused.causal_attention(qkv, *weights, rope, self.heads[0], self.q_norm.eps)
+            return self.out(y)
         q_BTHC, k_BTGC, v_BTGC = qkv.split(self.heads, dim=2)
         q = rotate(self.q_norm(q_BTHC), rope).transpose(1, 2)
         k = rotate(self.k_norm(k_BTGC), rope).transpose(1, 2)
@@ -139,3 +146,10 @@ class Attention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+    def is_fused(self, qkv: Tensor, rope: tuple[Tensor, Tensor]) -> bool:
+        """Whether the hand-written gradient fits; under ZeRO-3 the norms' weights are elsewhere."""
+        has_weights = isinstance(self.q_norm, RMSNorm) and self.q_norm.weight.numel() > 0
+        same_positions = len(rope[0]) == 1
+        fits = has_weights and same_positions and qkv.shape[1] <= fused.LONGEST
+        return fits and fused.applies(qkv)

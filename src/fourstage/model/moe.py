@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fourstage.model import fused
 from fourstage.model.attention import Linear
 from fourstage.model.config import ModelConfig
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of the halves of the last dimension (Shazeer 2020, arXiv 2002.05202)."""
+    if fused.applies(gate_up):
+        return fused.SwiGLU.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
