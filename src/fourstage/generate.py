@@ -157,26 +157,17 @@ def _steps(
         return
     assert all(prompts), "an empty prompt"
     device = model.embedding.weight.device
-    pads = [longest - len(prompt) for prompt in prompts]
-    ids_BT = torch.tensor(
-        [[pad_id] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)], device=device
-    )
-    pad_B = torch.tensor(pads, device=device)
     uniform_BA = _uniforms(row_seeds, max_new_tokens).to(device)
-    place_S = torch.arange(longest + max_new_tokens, device=device)
     row_B = torch.arange(len(prompts), device=device)
     alive_B = torch.ones_like(row_B, dtype=torch.bool)
-    cache = KVCache(model.config.n_layers, capacity=longest + max_new_tokens)
-    # With equal prompts nothing is masked, and attention may take its faster way.
-    real_BS = place_S >= pad_B[:, None] if any(pads) else None
-    mask = None if real_BS is None else _prefill_mask(real_BS[:, :longest])
     was_training = model.training
     model.eval()
     try:
+        cache, real_BS = _prefill(model, prompts, longest + max_new_tokens, pad_id)
+        ids_BT = torch.tensor([prompt[-1:] for prompt in prompts], device=device)
         for step in range(max_new_tokens):
-            end = longest + step
-            positions_BT = place_S[end - ids_BT.shape[1] : end] - pad_B[:, None]
-            out = model(ids_BT, positions_BT=positions_BT.clamp(min=0), cache=cache, attn_mask=mask)
+            mask = None if real_BS is None else real_BS[:, None, None, : longest + step]
+            out = model(ids_BT, cache=cache, attn_mask=mask)
             log_probs_BV = sampling.log_probs(model.logits(out.hidden_BTD[:, -1]))
             token_B = sampling.draw(log_probs_BV, uniform_BA[:, step])
             logprob_B = log_probs_BV.gather(1, token_B[:, None]).squeeze(1)
@@ -189,13 +180,42 @@ def _steps(
             if alive < COMPACT_BELOW * len(alive_B):
                 keep = alive_B.nonzero().squeeze(1)
                 cache.keep(keep)
-                row_B, pad_B, token_B = row_B[keep], pad_B[keep], token_B[keep]
-                uniform_BA, alive_B = uniform_BA[keep], alive_B[keep]
+                row_B, token_B, uniform_BA = row_B[keep], token_B[keep], uniform_BA[keep]
+                alive_B = alive_B[keep]
                 real_BS = None if real_BS is None else real_BS[keep]
             ids_BT = token_B[:, None]
-            mask = None if real_BS is None else real_BS[:, None, None, : end + 1]
     finally:
         model.train(was_training)
+
+
+def _prefill(
+    model: Transformer, prompts: list[list[int]], capacity: int, pad_id: int
+) -> tuple[KVCache, Tensor | None]:
+    """A cache with all but the last token of each prompt, and where its tokens are real [B, S].
+
+    Equal prompts (the answers of a group) are computed once. With prompts of one length nothing is
+    masked, and attention may take its faster way. A padded row's positions start after its padding:
+    rotary attention sees distances only.
+    """
+    device = model.embedding.weight.device
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    longest = max(map(len, distinct))
+    pads = [longest - len(prompt) for prompt in distinct]
+    ids_UP = [[pad_id] * pad + list(p[:-1]) for pad, p in zip(pads, distinct, strict=True)]
+    number = {prompt: i for i, prompt in enumerate(distinct)}
+    prompt_B = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=device)
+    real_US = None
+    if any(pads):
+        real_US = (
+            torch.arange(capacity, device=device) >= torch.tensor(pads, device=device)[:, None]
+        )
+    cache = KVCache(model.config.n_layers, capacity)
+    if longest > 1:
+        mask = None if real_US is None else _prefill_mask(real_US[:, : longest - 1])
+        model.prefill(torch.tensor(ids_UP, device=device), cache, mask)
+        if len(distinct) < len(prompts):
+            cache.keep(prompt_B)
+    return cache, None if real_US is None else real_US[prompt_B]
 
 
 def _prefill_mask(real_BP: Tensor) -> Tensor:

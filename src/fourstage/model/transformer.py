@@ -5,7 +5,7 @@ Shape legend: B rows, T tokens, S cached tokens, D d_model, V vocabulary, L laye
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ class RouterStats:
 @dataclass
 class ModelOutput:
     hidden_BTD: Tensor  # after the final norm; Transformer.logits turns any part of it to logits
-    router: RouterStats | None  # None in a dense model
+    router: RouterStats | None  # None in a dense model, and where a cache was given
 
 
 class Block(nn.Module):
@@ -52,7 +52,7 @@ class Block(nn.Module):
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rope, cache, mask))
         h_BTD = self.mlp_norm(x_BTD)
         if isinstance(self.mlp, MoE):
-            y_BTD, routing = self.mlp(h_BTD, valid_BT)
+            y_BTD, routing = self.mlp(h_BTD, valid_BT, has_stats=cache is None)
         else:
             y_BTD, routing = self.mlp(h_BTD), None
         return x_BTD + self.dropout(y_BTD), routing
@@ -95,21 +95,43 @@ class Transformer(nn.Module):
         positions_BT: int64 [B, T] or [1, T]; from the cache's length on by default.
         attn_mask: bool [B or 1, 1, T, S], True where T may look at S; causal by default.
         """
-        T = ids_BT.shape[1]
+        c, T = self.config, ids_BT.shape[1]
         start = 0 if cache is None else cache.length
-        assert start + T <= self.config.max_seq_len, f"{start + T} tokens exceed max_seq_len"
-        if positions_BT is None:
-            positions_BT = torch.arange(start, start + T, device=ids_BT.device)[None]
-        rope = rope_angles(positions_BT, self.config.head_dim, self.config.rope_theta)
+        assert start + T <= c.max_seq_len, f"{start + T} tokens exceed max_seq_len"
+        if cache is not None and positions_BT is None:
+            rope = cache.rope(start, start + T, c.head_dim, c.rope_theta, ids_BT.device)
+        else:
+            if positions_BT is None:
+                positions_BT = torch.arange(start, start + T, device=ids_BT.device)[None]
+            rope = rope_angles(positions_BT, c.head_dim, c.rope_theta)
         x_BTD = self.embedding(ids_BT)
         routings = []
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[i]
             x_BTD, routing = block(x_BTD, rope, valid_BT, layer_cache, attn_mask)
             routings.append(routing)
-        flops = forward_flops(self.config, ids_BT.numel(), start + T)
+        flops = forward_flops(c, ids_BT.numel(), start + T)
         self.count_flops(flops, has_backward=x_BTD.requires_grad)
-        return ModelOutput(self.norm(x_BTD), self._router_stats(routings))
+        return ModelOutput(
+            self.norm(x_BTD), self._router_stats(routings) if cache is None else None
+        )
+
+    def prefill(self, ids_BT: Tensor, cache: KVCache, attn_mask: Tensor | None) -> None:
+        """Fills an empty cache with the keys and values of these tokens; masks are as in forward.
+
+        They are all that a next token needs, so the last block computes nothing else.
+        """
+        c, (B, T) = self.config, ids_BT.shape
+        rope = cache.rope(0, T, c.head_dim, c.rope_theta, ids_BT.device)
+        x_BTD = self.embedding(ids_BT)
+        *others, last = zip(self.blocks, cache.layers, strict=True)
+        for block, layer in others:
+            x_BTD, _ = block(x_BTD, rope, None, layer, attn_mask)
+        block, layer = last
+        block.attention.store(block.attention_norm(x_BTD), rope, layer)
+        below = forward_flops(replace(c, n_layers=c.n_layers - 1), B * T, T) if others else 0
+        heads = c.n_heads + 2 * c.n_kv_heads
+        self.flops += below + head_flops(c.d_model, heads * c.head_dim, B * T)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
@@ -125,9 +147,7 @@ class Transformer(nn.Module):
         """Adds the FLOPs of a forward, with those of its backward where it will have one."""
         self.flops += 3 * forward if has_backward else forward
 
-    def _router_stats(self, routings: list[Routing | None]) -> RouterStats | None:
-        if self.config.dense:
-            return None
+    def _router_stats(self, routings: list[Routing]) -> RouterStats:
         load_LE = torch.stack([r.load_E for r in routings])
         if self.training and torch.is_grad_enabled():
             self.load_LE = load_LE if self.load_LE is None else self.load_LE + load_LE
