@@ -112,9 +112,8 @@ class Transformer(nn.Module):
             routings.append(routing)
         flops = forward_flops(c, ids_BT.numel(), start + T)
         self.count_flops(flops, has_backward=x_BTD.requires_grad)
-        return ModelOutput(
-            self.norm(x_BTD), self._router_stats(routings) if cache is None else None
-        )
+        has_stats = not c.dense and cache is None
+        return ModelOutput(self.norm(x_BTD), self._router_stats(routings) if has_stats else None)
 
     def prefill(self, ids_BT: Tensor, cache: KVCache, attn_mask: Tensor | None) -> None:
         """Fills an empty cache with the keys and values of these tokens; masks are as in forward.
