@@ -8,6 +8,7 @@ M = N * K token copies sorted by expert.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +93,10 @@ class Router(nn.Module):
         self.register_buffer("expert_bias_E", torch.zeros(config.num_experts))
 
     def forward(self, x_ND: Tensor, valid_N: Tensor | None, has_stats: bool = True) -> Routing:
-        with torch.autocast(x_ND.device.type, enabled=False):  # half precision flips near-ties
+        device = x_ND.device.type
+        has_autocast = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+            # half precision would flip near-ties
             logits_NE = F.linear(x_ND.float(), self.proj.weight.float())
         scores_NE = logits_NE.sigmoid()
         choice_NE = scores_NE.detach() + self.expert_bias_E
@@ -100,7 +104,8 @@ class Router(nn.Module):
         gates_NK = scores_NE.gather(1, experts_NK)
         if self.top_k > 1:
             gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20)
-        gates_NK = gates_NK * self.route_scale
+        if self.route_scale != 1:
+            gates_NK = gates_NK * self.route_scale
         if not has_stats:
             return Routing(experts_NK, gates_NK)
         load_E = count_load(experts_NK, scores_NE.shape[1], valid_N)
@@ -201,7 +206,7 @@ class Experts(nn.Module):
     def padded(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
         """The same with as many rows for each expert as the busiest needs: two batched products.
 
-        A CPU's fastest way for some hundred tokens, as long as padding takes less than three rows of seven.
+        A CPU's fastest way for some hundred tokens, as long as three of seven rows at most are padding.
         (A GPU would have to wait for the number of rows.)
         """
         (N, K), E = experts_NK.shape, len(self.down_EFD)
