@@ -206,7 +206,7 @@ class Experts(nn.Module):
     def padded(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
         """The same with as many rows for each expert as the busiest needs: two batched products.
 
-        A CPU's fastest way for some hundred tokens, as long as three of seven rows at most are padding.
+        A CPU's fastest way for some hundred tokens, with at most three of seven rows padding.
         (A GPU would have to wait for the number of rows.)
         """
         (N, K), E = experts_NK.shape, len(self.down_EFD)
