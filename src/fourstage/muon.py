@@ -6,7 +6,7 @@ decay is decoupled and an update is scaled by 0.2 sqrt(max(rows, columns)), whic
 of AdamW's, so that one learning rate does for both.
 
 What one weight holds of several matrices (queries, keys and values; gates and ups; the experts) is
-taken apart, and matrices of one shape, of all layers and networks, are worked on together.
+taken apart, and matrices of one shape, of all layers of a network, are worked on together.
 
 Shape legend: M matrices, R rows, C columns, R <= C.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,16 +54,17 @@ def hidden_matrices(network: nn.Module) -> list[tuple[nn.Parameter, Split]]:
 
 
 def orthogonalize(x_MRC: Tensor) -> Tensor:
-    """U V^T of each matrix U S V^T, but for singular values between about 0.7 and 1.2.
+    """About U V^T of each matrix U S V^T: most singular values come out between 0.7 and 1.2.
 
-    x <- a x + (b x x^T + c (x x^T)^2) x, whose coefficients (Jordan et al.) grow small singular
-    values fastest. In the dtype of x.
+    x <- a x + (b x x^T + c (x x^T)^2) x, with coefficients (Jordan et al.) that raise small
+    singular values fast. In the dtype of x, also under autocast.
     """
-    x_MRC = x_MRC / x_MRC.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
-    for a, b, c in NEWTON_SCHULZ:
-        gram_MRR = x_MRC @ x_MRC.mT
-        factor_MRR = torch.baddbmm(gram_MRR, gram_MRR, gram_MRR, beta=b, alpha=c)
-        x_MRC = torch.baddbmm(x_MRC, factor_MRR, x_MRC, beta=a)
+    with torch.autocast(x_MRC.device.type, enabled=False):
+        x_MRC = x_MRC / x_MRC.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
+        for a, b, c in NEWTON_SCHULZ:
+            gram_MRR = x_MRC @ x_MRC.mT
+            factor_MRR = torch.baddbmm(gram_MRR, gram_MRR, gram_MRR, beta=b, alpha=c)
+            x_MRC = torch.baddbmm(x_MRC, factor_MRR, x_MRC, beta=a)
     return x_MRC
 
 
@@ -84,23 +85,14 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         eps: float = 1e-8,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "eps": eps,
-            "splits": None,
-            "fused": True,  # load_state_dict then puts AdamW's counts of steps on the device
-        }
-        super().__init__(groups, defaults)
+        own = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "splits": None}
+        # fused: load_state_dict then puts AdamW's counts of steps on the device
+        super().__init__(groups, {**own, "betas": betas, "eps": eps, "fused": True})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if group["splits"] is None:
@@ -133,24 +125,18 @@ class Muon(torch.optim.Optimizer):
 
     def step_adamw(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
         for weight in weights:
-            if not self.state[weight]:
-                self.state[weight] = {
-                    "step": torch.zeros((), device=weight.device),
-                    "exp_avg": torch.zeros_like(weight),
-                    "exp_avg_sq": torch.zeros_like(weight),
-                }
-        states = [self.state[weight] for weight in weights]
-        beta1, beta2 = group["betas"]
-        adamw(
-            weights,
-            [weight.grad for weight in weights],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            **{key: group[key] for key in ("fused", "lr", "weight_decay", "eps")},
-            **{"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False},
+            state = self.state[weight]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+                state |= {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+        kept = [self.state[weight] for weight in weights]
+        first, second, steps = (
+            [s[name] for s in kept] for name in ("exp_avg", "exp_avg_sq", "step")
         )
+        own = {name: group[name] for name in ("lr", "weight_decay", "eps", "fused")}
+        own["beta1"], own["beta2"] = group["betas"]
+        grads = [weight.grad for weight in weights]
+        adamw(weights, grads, first, second, [], steps, **own, amsgrad=False, maximize=False)
 
 
 def lying(x: Tensor) -> Tensor:
@@ -159,9 +145,8 @@ def lying(x: Tensor) -> Tensor:
     return x if x.shape[1] <= x.shape[2] else x.mT
 
 
-def together(parts: list[tuple[Tensor, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
+def together(parts: list[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
     """In order, as many at once as AT_ONCE says, one at least."""
-    first = parts[0][0]
-    most = AT_ONCE["cuda" if first.is_cuda else "cpu"] // max(p[0].numel() for p in parts)
-    for start in range(0, len(parts), max(1, most)):
-        yield parts[start : start + max(1, most)]
+    at_once = AT_ONCE["cuda" if parts[0][0].is_cuda else "cpu"]
+    each = max(1, at_once // max(weight.numel() for weight, _, _ in parts))
+    return [parts[start : start + each] for start in range(0, len(parts), each)]
