@@ -26,9 +26,7 @@ from fourstage.model.attention import Attention
 from fourstage.model.moe import Experts, SwiGLU
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # a, b, c of each iteration
-EPS = 1e-7
 AT_ONCE = {"cpu": 2**19, "cuda": 2**26}  # numbers worked on together: what a cache, a GPU holds
-
 Split = tuple[int | list[int], int]  # sizes and dimension, of Tensor.split
 WHOLE: Split = (2**31, 0)
 
@@ -60,7 +58,7 @@ def orthogonalize(x_MRC: Tensor) -> Tensor:
     singular values fast. In the dtype of x, also under autocast.
     """
     with torch.autocast(x_MRC.device.type, enabled=False):
-        x_MRC = x_MRC / x_MRC.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
+        x_MRC = x_MRC / x_MRC.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
         for a, b, c in NEWTON_SCHULZ:
             gram_MRR = x_MRC @ x_MRC.mT
             factor_MRR = torch.baddbmm(gram_MRR, gram_MRR, gram_MRR, beta=b, alpha=c)
@@ -129,10 +127,8 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
                 state |= {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
-        kept = [self.state[weight] for weight in weights]
-        first, second, steps = (
-            [s[name] for s in kept] for name in ("exp_avg", "exp_avg_sq", "step")
-        )
+        names = ("exp_avg", "exp_avg_sq", "step")
+        first, second, steps = ([self.state[w][name] for w in weights] for name in names)
         own = {name: group[name] for name in ("lr", "weight_decay", "eps", "fused")}
         own["beta1"], own["beta2"] = group["betas"]
         grads = [weight.grad for weight in weights]
