@@ -60,6 +60,7 @@ def test_ids_are_letters_and_do_not_change(base) -> None:
         ("debug=fast", STAGES),
         ("trainer.precision=bf16-mixed", STAGES),
         ("stages.pretrain.lr=0.00123", STAGES),
+        ("stages.pretrain.optimizer=muon", STAGES),
         ("stages.sft.batch_size=16", ("sft", "reward", "ppo", "grpo")),
         ("stages.reward.margin=0.5", ("reward", "ppo", "grpo")),
         ("stages.ppo.kl_coef=0.123", ("ppo", "grpo")),

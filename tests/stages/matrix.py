@@ -2,7 +2,8 @@
 
 `python -m tests.stages.matrix TRAINER RANKS STEPS FOLDER STAGE...` writes STAGE-RANK.pt: the loss
 of every optimizer step over all ranks, the metrics of every training step, the weights at the end.
-In ppo and grpo the answers are fixed; the stage "sampled" is grpo with its own sampler.
+In ppo and grpo the answers are fixed; the stage "sampled" is grpo with its own sampler, and a stage
+of which the name ends in _muon has that optimizer.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ ALL_ROWS = {"minibatch_size": 16, "balance_router": True}  # ranks draw their ow
 def make(stage: str, steps: int) -> tuple[StageModule, list[Any]]:
     """A stage of the tiny model, and batches of eight rows (of four prompts in ppo and grpo)."""
     shared = {**SHARED, "max_steps": steps, "max_time": None}
+    if stage.endswith("_muon"):
+        stage, shared["optimizer"] = stage.removesuffix("_muon"), "muon"
     if stage == "pretrain":
         module = PretrainModule(make_policy(), settings(stage, **shared), 0, heldout_chars=10)
         return module, [ragged(8, seed=step) for step in range(steps)]

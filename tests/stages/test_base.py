@@ -81,6 +81,7 @@ EVERY_STAGE = [
     ("sample_every", -1, "must be at least 0, got -1"),
     ("checkpoint_every", 0, "must be at least 1, got 0"),
     ("max_skipped", 0, "must be at least 1, got 0"),
+    ("optimizer", "sgd", "expected one of adamw, muon, got 'sgd'"),
     ("parent", 3, "expected text or null, got 3"),
 ]
 ON_POLICY = [

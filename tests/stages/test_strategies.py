@@ -81,3 +81,11 @@ def test_ranks_whose_answers_end_at_different_lengths_stay_in_step(two_ranks):
     first, second = (seen(two_ranks, "sampled", rank) for rank in (0, 1))
     assert distance(first["weights"], second["weights"]) == 0
     assert first["losses"] == second["losses"] and len(first["losses"]) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["tied_muon", "ppo_muon"])
+def test_two_ranks_take_muons_steps_of_one(stage, tmp_path):
+    alone = seen(trained("auto", 1, 10, tmp_path / "1", stage), stage, 0)
+    two = trained("ddp", 2, 10, tmp_path / "2", stage)
+    check(alone, [seen(two, stage, rank) for rank in (0, 1)])

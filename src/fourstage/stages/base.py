@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fourstage import strategies
 from fourstage.errors import UserError
 from fourstage.model import ScalarModel, Transformer
+from fourstage.muon import Muon, hidden_matrices
 
 _TIME = re.compile(r"\d{1,3}:\d{1,2}:\d{1,2}:\d{1,2}")  # Lightning's DD:HH:MM:SS
 
@@ -51,6 +52,7 @@ class StageSettings:
     sample_every: int  # steps between logged sample answers; 0: only after the last
     checkpoint_every: int
     max_skipped: int = 5  # optimizer steps in a row without a finite gradient that end the run
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of attention and experts
 
     # fmt: off
     NOT_HASHED: ClassVar[frozenset[str]] = frozenset((
@@ -112,18 +114,23 @@ def learning_rate_factor(progress: float, warmup: float, min_lr: float) -> float
     return min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two AdamW groups: matrices with weight decay; gains and embeddings without.
+def parameter_groups(
+    network: nn.Module, weight_decay: float, optimizer: str = "adamw"
+) -> list[dict[str, Any]]:
+    """AdamW's matrices with weight decay, its gains and embeddings without; Muon's matrices.
 
     By name: under ZeRO-3 a weight has lost its shape by now. A network without weights has none.
     """
+    splits = dict(hidden_matrices(network)) if optimizer == "muon" else {}
     decayed, plain = [], []
     for name, parameter in network.named_parameters():
         is_matrix = "norm" not in name and "embed" not in name
-        (decayed if is_matrix else plain).append(parameter)
-    groups = [
+        if parameter not in splits:
+            (decayed if is_matrix else plain).append(parameter)
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
+        {"params": list(splits), "splits": list(splits.values()), "weight_decay": weight_decay},
     ]
     return [group for group in groups if group["params"]]
 
@@ -171,13 +178,15 @@ class StageModule(L.LightningModule):
                         layer.p = 0.0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        s = self.settings
         groups = [
             group
             for network in self.children()
-            for group in parameter_groups(network, self.settings.weight_decay)
+            for group in parameter_groups(network, s.weight_decay, s.optimizer)
         ]
-        betas = (self.settings.beta1, self.settings.beta2)
-        return torch.optim.AdamW(groups, lr=self.settings.lr, betas=betas, fused=True)
+        if s.optimizer == "muon":
+            return Muon(groups, lr=s.lr, betas=(s.beta1, s.beta2))
+        return torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=True)
 
     # --- the learning rate follows the steps, or the clock where the budget is a time
 

@@ -1,0 +1,148 @@
+"""Muon for the matrices inside the blocks and AdamW for everything else, in one optimizer.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum U S V^T
+of a matrix by about U V^T. As in Moonlight (Liu et al. 2025, arXiv 2502.16982, section 2.2) weight
+decay is decoupled and an update is scaled by 0.2 sqrt(max(rows, columns)), which gives it the size
+of AdamW's, so that one learning rate does for both.
+
+What one weight holds of several matrices (queries, keys and values; gates and ups; the experts) is
+taken apart, and matrices of one shape, of all layers of a network, are worked on together.
+
+Shape legend: M matrices, R rows, C columns, R <= C.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from fourstage.model.attention import Attention
+from fourstage.model.moe import Experts, SwiGLU
+
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # a, b, c of each iteration
+AT_ONCE = {"cpu": 2**19, "cuda": 2**26}  # numbers worked on together: what a cache, a GPU holds
+Split = tuple[int | list[int], int]  # sizes and dimension, of Tensor.split
+WHOLE: Split = (2**31, 0)
+
+
+def hidden_matrices(network: nn.Module) -> list[tuple[nn.Parameter, Split]]:
+    """The weights for Muon: attention and experts, with how to split each into its matrices.
+
+    Embedding, heads, norms and routers are not among them. The last two dimensions of a part are a
+    matrix, one in front counts matrices.
+    """
+    found: list[tuple[nn.Parameter, Split]] = []
+    for layer in network.modules():
+        if isinstance(layer, Attention):
+            rows = [heads * layer.head_dim for heads in layer.heads]
+            found += [(layer.qkv.weight, (rows, 0)), (layer.out.weight, WHOLE)]
+        elif isinstance(layer, SwiGLU):
+            rows = layer.down.in_features
+            found += [(layer.gate_up.weight, (rows, 0)), (layer.down.weight, WHOLE)]
+        elif isinstance(layer, Experts):
+            columns = layer.down_EFD.shape[1]
+            found += [(layer.gate_up_EDF, (columns, 2)), (layer.down_EFD, WHOLE)]
+    return found
+
+
+def orthogonalize(x_MRC: Tensor) -> Tensor:
+    """About U V^T of each matrix U S V^T: most singular values come out between 0.7 and 1.2.
+
+    x <- a x + (b x x^T + c (x x^T)^2) x, with coefficients (Jordan et al.) that raise small
+    singular values fast. In the dtype of x, also under autocast.
+    """
+    with torch.autocast(x_MRC.device.type, enabled=False):
+        x_MRC = x_MRC / x_MRC.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        for a, b, c in NEWTON_SCHULZ:
+            gram_MRR = x_MRC @ x_MRC.mT
+            factor_MRR = torch.baddbmm(gram_MRR, gram_MRR, gram_MRR, beta=b, alpha=c)
+            x_MRC = torch.baddbmm(x_MRC, factor_MRR, x_MRC, beta=a)
+    return x_MRC
+
+
+class Muon(torch.optim.Optimizer):
+    """A group with "splits", one for each of its parameters, is Muon's; any other is AdamW's.
+
+    lr: step size, the root mean square of an update is about 0.2 lr in Muon's groups.
+    weight_decay: decoupled, a share of lr. momentum: Nesterov's, of Muon. betas, eps: AdamW's.
+    Newton-Schulz runs in bf16 on a GPU and in the weights' own dtype elsewhere.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        eps: float = 1e-8,
+    ) -> None:
+        own = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "splits": None}
+        # fused: load_state_dict then puts AdamW's counts of steps on the device
+        super().__init__(groups, {**own, "betas": betas, "eps": eps, "fused": True})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if group["splits"] is None:
+                self.step_adamw(weights, group)
+            else:
+                self.step_muon(weights, group)
+        return loss
+
+    def step_muon(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        splits = dict(zip(group["params"], group["splits"], strict=True))
+        by_shape = defaultdict(list)
+        for weight in weights:
+            state = self.state[weight]
+            if not state:
+                state["momentum"] = torch.zeros_like(weight)
+            state["momentum"].lerp_(weight.grad, 1 - momentum)
+            weight.mul_(1 - lr * group["weight_decay"])
+            each = [x.split(*splits[weight]) for x in (weight, weight.grad, state["momentum"])]
+            for parts in zip(*each, strict=True):
+                part = tuple(lying(x) for x in parts)
+                by_shape[part[0].shape[1:]].append(part)
+        for shape, parts in by_shape.items():
+            for some in together(parts):
+                step_MRC = torch.cat([grad.lerp(average, momentum) for _, grad, average in some])
+                step_MRC = orthogonalize(step_MRC.bfloat16() if step_MRC.is_cuda else step_MRC)
+                steps = step_MRC.split([len(weight) for weight, _, _ in some])
+                for (weight, _, _), step in zip(some, steps, strict=True):
+                    weight.add_(step, alpha=-0.2 * lr * math.sqrt(max(shape)))
+
+    def step_adamw(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
+        for weight in weights:
+            state = self.state[weight]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+                state |= {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+        names = ("exp_avg", "exp_avg_sq", "step")
+        first, second, steps = ([self.state[w][name] for w in weights] for name in names)
+        own = {name: group[name] for name in ("lr", "weight_decay", "eps", "fused")}
+        own["beta1"], own["beta2"] = group["betas"]
+        grads = [weight.grad for weight in weights]
+        adamw(weights, grads, first, second, [], steps, **own, amsgrad=False, maximize=False)
+
+
+def lying(x: Tensor) -> Tensor:
+    """A view [M, R, C] of matrices, or of one, with R <= C."""
+    x = x if x.ndim == 3 else x[None]
+    return x if x.shape[1] <= x.shape[2] else x.mT
+
+
+def together(parts: list[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
+    """In order, as many at once as AT_ONCE says, one at least."""
+    at_once = AT_ONCE["cuda" if parts[0][0].is_cuda else "cpu"]
+    each = max(1, at_once // max(weight.numel() for weight, _, _ in parts))
+    return [parts[start : start + each] for start in range(0, len(parts), each)]
