@@ -1,0 +1,176 @@
+"""The benchmarks on sizes that take no time: what they compare is equal, and what they print."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from benchmarks import common, peers, train
+from benchmarks.common import Seconds, Shape, dense_twin, shipped_model
+from fourstage.errors import UserError
+from fourstage.model import Transformer
+from fourstage.model.flops import forward_flops
+
+
+def needs(library: str) -> pytest.MarkDecorator:
+    missing = importlib.util.find_spec(library) is None
+    return pytest.mark.skipif(missing, reason=f"needs {library} (make setup-dev)")
+
+
+def last_line(text: str, benchmark: str) -> dict:
+    """The JSON of a benchmark's last line, of the right form."""
+    line = json.loads(text.strip().splitlines()[-1])
+    assert line.keys() == {"benchmark", "device", "ratios", "figures"}
+    assert line["benchmark"] == benchmark and isinstance(line["device"], str)
+    for value in (line["ratios"] | line["figures"]).values():
+        assert isinstance(value, float | int) and value >= 0
+    return line
+
+
+# --- common
+
+
+def test_arguments() -> None:
+    read = common.read_arguments(train.Options, ["repeats=2", "shapes=moe_tiny,moe_d256"])
+    assert (read.repeats, read.shapes, read.device) == (2, ("moe_tiny", "moe_d256"), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["repeats"], "expected key=value, got 'repeats'"),
+        (["repeat=2"], "repeat: unknown key, did you mean repeats?"),
+        (["repeats=many"], "repeats: expected a whole number, got 'many'"),
+        (["repeats=0"], "repeats: must be at least 1, got 0"),
+        (["shapes=moe_tiny,huge"], "shapes: no 'huge'; known are moe_tiny, moe_d256"),
+        (["device=tpu"], "device: no 'tpu'; known are cpu, cuda"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        train.main(arguments)
+    assert str(error.value).startswith(message)
+
+
+def test_interleaved_blocks_and_their_median() -> None:
+    called = []
+
+    def block(name: str, seconds: list[float]) -> common.Block:
+        def run(n: int) -> list[float]:
+            called.append((name, n))
+            return [seconds.pop(0) for _ in range(n)]
+
+        return run
+
+    contestants = {"a": block("a", [9, 1, 2, 6, 3]), "b": block("b", [0, 5, 5, 5, 5])}
+    found = common.interleave(contestants, repeats=2, n=2)
+    assert called == [(name, n) for n in (1, 2, 2) for name in "ab"]
+    assert found == {"a": Seconds(2.5, 1, 6), "b": Seconds(5, 5, 5)}
+
+
+def test_batches_are_text_and_its_next_tokens() -> None:
+    shape = Shape(shipped_model("moe_nano"), common.CHARACTERS.vocab_size, 2, 8)
+    first, second = common.token_batches(shape, 2)
+    text = common.CHARACTERS.decode(torch.cat([first.ids.flatten(), first.targets[-1, -1:]]))
+    assert text == common.CHARACTERS.decode(common.reference_ids()[:17])
+    assert (first.targets.flatten()[:-1] == first.ids.flatten()[1:]).all()
+    assert second.ids[0, 0] == common.reference_ids()[17]
+
+
+# --- the peers
+
+
+@needs("transformers")
+@pytest.mark.parametrize("changes", [{}, {"d_shared": 64, "tie_embeddings": True, "top_k": 1}])
+@pytest.mark.parametrize("experts", peers.EXPERTS)
+def test_transformers_model_with_our_weights(experts: str, changes: dict) -> None:
+    config = shipped_model("moe_nano", init_std=0.2, rope_theta=500.0, route_scale=1.5, **changes)
+    torch.manual_seed(1)
+    ours = Transformer(config, 50).eval()
+    for block in ours.blocks:
+        block.mlp.router.expert_bias_E.normal_(std=0.3)
+        block.attention.q_norm.weight.data.uniform_(0.5, 2)
+    theirs = peers.glm4_moe(config, 50).eval()
+    peers.copy_weights(ours, theirs)
+    theirs.set_experts_implementation(experts)
+    ids = torch.randint(50, (3, 40))
+    with torch.no_grad():
+        logits = ours.logits(ours(ids).hidden_BTD)
+        assert logits.std() > 0.5
+        torch.testing.assert_close(theirs(ids).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+@needs("transformers")
+@pytest.mark.parametrize("name", ["moe_tiny", "moe_d256"])
+def test_peers_have_as_many_parameters_and_flops(name: str) -> None:
+    shape = train.shapes()[name]
+    total, _ = shape.config.count_params(shape.vocab_size)
+    for peer in (peers.glm4_moe, peers.qwen3_moe):
+        assert sum(p.numel() for p in peer(shape.config, shape.vocab_size).parameters()) == total
+    with torch.device("meta"):
+        twin = Transformer(dense_twin(shape.config), shape.vocab_size)
+    router = 2 * shape.config.n_layers * shape.config.d_model * shape.config.num_experts
+    assert forward_flops(twin.config, 1, 256) == forward_flops(shape.config, 1, 256) - router
+
+
+@needs("transformers")
+def test_peer_takes_as_many_flops_as_ours() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config, ids = shipped_model("moe_nano"), torch.zeros(2, 32, dtype=torch.int64)
+    ours, theirs = Transformer(config, 50), peers.glm4_moe(config, 50)
+    theirs.set_attn_implementation("eager")  # the counter does not see the CPU's own attention
+    with FlopCounterMode(display=False) as counter:
+        theirs(ids)
+    ours.logits(ours(ids).hidden_BTD)
+    assert counter.get_total_flops() == ours.flops / 3  # a forward with gradients counts thrice
+
+
+def test_a_missing_library_is_named() -> None:
+    with pytest.raises(UserError, match="no_such_peer is not installed: `make setup-dev`"):
+        peers.library("no_such_peer")
+
+
+# --- train
+
+
+@pytest.mark.parametrize("changes", [{}, {"d_shared": 64}, {"num_experts": 1, "top_k": 1}])
+def test_the_limit_is_all_products_of_a_step(changes: dict) -> None:
+    shape = Shape(shipped_model("moe_nano", **changes), 50, 2, 16)
+    products = train.matrix_products(shape, torch.device("cpu"))
+    flops = sum(2 * a.numel() * b.shape[-1] * times for a, b, times in products)
+    assert flops == train.step_flops(shape, keys=8)
+
+
+@needs("transformers")
+def test_train(capsys: pytest.CaptureFixture) -> None:
+    nano = {"nano": Shape(shipped_model("moe_nano"), 103, 2, 16)}
+    train.main(["shapes=nano", "repeats=1", "steps=1"], lambda: nano)
+    line = last_line(capsys.readouterr().out, "train")
+    experts = [f"{m}_moe_{e}" for m in ("glm4", "qwen3") for e in ("eager", "grouped_mm")]
+    assert set(line["ratios"]) == {
+        *(f"nano_vs_transformers_{name}" for name in [*experts, "best"]),
+        "nano_vs_dense_twin",
+        "nano_of_matmul_limit",
+    }
+
+
+@needs("transformers")
+def test_contestants_of_train_take_the_same_steps() -> None:
+    """The same steps from the same weights on the same batches leave the same model."""
+    config = shipped_model("moe_nano", balance="none", init_std=0.2)
+    shape = Shape(config, 103, 2, 16)
+    *seen, unseen = common.token_batches(shape, 5)
+    torch.manual_seed(0)
+    ours, theirs = Transformer(config, 103), peers.glm4_moe(config, 103)
+    peers.copy_weights(ours, theirs)
+    start = ours.logits(ours(unseen.ids).hidden_BTD).detach()
+    train.their_block(theirs, iter(seen), torch.device("cpu"), fuse=False)(3)
+    train.our_block(ours, shape, iter(seen), torch.device("cpu"), fuse=False)(3)
+    with torch.no_grad():
+        end = ours.logits(ours(unseen.ids).hidden_BTD)
+        assert (end - start).abs().max() > 0.1
+        torch.testing.assert_close(theirs(unseen.ids).logits, end, atol=1e-3, rtol=1e-3)
