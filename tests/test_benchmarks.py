@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import common, peers, train
+from benchmarks import common, generate, peers, train
 from benchmarks.common import Seconds, Shape, dense_twin, shipped_model
 from fourstage.errors import UserError
 from fourstage.model import Transformer
@@ -174,3 +174,28 @@ def test_contestants_of_train_take_the_same_steps() -> None:
         end = ours.logits(ours(unseen.ids).hidden_BTD)
         assert (end - start).abs().max() > 0.1
         torch.testing.assert_close(theirs(unseen.ids).logits, end, atol=1e-3, rtol=1e-3)
+
+
+# --- generate
+
+
+@needs("transformers")
+def test_generate(capsys: pytest.CaptureFixture) -> None:
+    generate.main(["model=moe_nano", "batches=1,3", "new_tokens=4", "repeats=1"])
+    line = last_line(capsys.readouterr().out, "generate")
+    for shape in ("moe_nano_batch1_equal", "moe_nano_batch3_equal", "moe_nano_batch3_mixed"):
+        assert f"{shape}_vs_transformers_best" in line["ratios"]
+        assert f"{shape}_vs_transformers_grouped_mm" in line["ratios"]
+        ties = line["figures"][f"{shape}_greedy_ties"]
+        assert line["figures"][f"{shape}_greedy_equal_share"] == 1 or ties
+    assert "moe_nano_batch1_mixed_vs_transformers_best" not in line["ratios"]
+
+
+@needs("transformers")
+def test_another_model_is_no_tie() -> None:
+    pair = generate.Pair(shipped_model("moe_nano", init_std=0.3), torch.device("cpu"))
+    prompts = generate.text_prompts(3, (5, 9))
+    assert pair.compare_greedy(prompts, 4, "eager", "dynamic") == (12, 12, 0)
+    pair.theirs.lm_head.weight.data.neg_()
+    with pytest.raises(UserError, match="greedy answers differ where the gap is"):
+        pair.compare_greedy(prompts, 4, "eager", "dynamic")
