@@ -173,8 +173,10 @@ class Stopwatch(L.Callback):
         self.seconds.append(now() - self.start)
 
 
-def fit(module: StageModule, batches: Sequence[Any], device: torch.device) -> list[float]:
-    """Train on these batches with Lightning; the seconds of each step."""
+def fit(
+    module: StageModule, batches: Sequence[Any], device: torch.device
+) -> tuple[list[float], dict[str, float]]:
+    """Train on these batches with Lightning; the seconds of each step, what the last one logged."""
     stopwatch = Stopwatch()
     trainer = L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -190,7 +192,7 @@ def fit(module: StageModule, batches: Sequence[Any], device: torch.device) -> li
     )
     loader = DataLoader(list(batches), batch_size=None, collate_fn=lambda batch: batch)
     trainer.fit(module, loader)
-    return stopwatch.seconds
+    return stopwatch.seconds, {key: float(x) for key, x in trainer.logged_metrics.items()}
 
 
 # --- time

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import common, generate, peers, train
+from benchmarks import common, generate, grpo, peers, train
 from benchmarks.common import Seconds, Shape, dense_twin, shipped_model
 from fourstage.errors import UserError
 from fourstage.model import Transformer
@@ -199,3 +200,42 @@ def test_another_model_is_no_tie() -> None:
     pair.theirs.lm_head.weight.data.neg_()
     with pytest.raises(UserError, match="greedy answers differ where the gap is"):
         pair.compare_greedy(prompts, 4, "eager", "dynamic")
+
+
+# --- grpo
+
+
+@needs("trl")
+@pytest.mark.parametrize("updates", [1, 2])
+def test_grpo(updates: int, capsys: pytest.CaptureFixture) -> None:
+    sizes = ["prompts=2", "group=4", "prompt_chars=3", "new_tokens=3", f"updates={updates}"]
+    grpo.main([*sizes, "model=moe_nano", "repeats=1", "steps=2", "rewards=spread"])
+    out = capsys.readouterr().out
+    line = last_line(out, "grpo")
+    assert set(line["ratios"]) == {
+        f"moe_nano_vs_trl{name}" for name in ("", "_eager", "_grouped_mm")
+    }
+    assert 0 <= line["figures"]["moe_nano_zero_spread"] <= 1
+
+
+@needs("trl")
+def test_both_trainers_judge_the_same_prompts_and_as_many_answers(tmp_path: Path) -> None:
+    options = grpo.Options(prompts=2, group=3, prompt_chars=4, new_tokens=5, model="moe_nano")
+    config, judged = shipped_model("moe_nano"), []
+
+    def reward(text: str) -> float:
+        judged.append(text)
+        return float(len(text))
+
+    ours = grpo.our_block(config, options, reward, [])
+    assert len(ours(1)) == 1  # after a step that makes the optimizer's state
+    ours_judged = list(judged)
+    judged.clear()
+    assert len(grpo.trl_block(config, options, reward, "eager", 1, tmp_path)(1)) == 1
+    assert len(ours_judged) == len(judged) == 2 * 2 * 3
+    assert all(len(text) <= 5 for text in ours_judged + judged)
+    from transformers import AutoTokenizer
+
+    texts = grpo.texts(options)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)(text=texts)["input_ids"]
+    assert theirs == [common.CHARACTERS.encode(text) for text in texts]
