@@ -30,9 +30,10 @@ from torch.utils.data import DataLoader
 
 from fourstage.batch import TokenBatch
 from fourstage.errors import UserError
-from fourstage.model import ModelConfig
+from fourstage.model import ModelConfig, Transformer
 from fourstage.settings import build
 from fourstage.stages import SETTINGS, StageModule
+from fourstage.stages.pretrain import PretrainModule
 from fourstage.tokenizer import Tokenizer
 
 REPO = Path(__file__).parent.parent
@@ -83,10 +84,15 @@ def on_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def start(main: Callable[[list[str]], None]) -> None:
-    """Run a benchmark's main; what the user did wrong is one line."""
+def quiet() -> None:
+    """Without warnings, and without what Lightning says of every Trainer."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def start(main: Callable[[list[str]], None]) -> None:
+    """Run a benchmark's main; what the user did wrong is one line."""
+    quiet()
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -158,6 +164,20 @@ def stage_settings(stage: str, **changes: Any) -> Any:
     """conf/stages/<stage>.yaml with changes."""
     values = yaml.safe_load((REPO / "conf" / "stages" / f"{stage}.yaml").read_text())
     return build(SETTINGS[stage], {**values, **changes}, f"stages.{stage}")
+
+
+def pretrain_module(model: Transformer, shape: Shape) -> PretrainModule:
+    """The pretrain stage at a constant learning rate, a batch in one forward."""
+    settings = stage_settings(
+        "pretrain",
+        batch_size=shape.rows,
+        micro_batch_size=shape.rows,
+        block_size=shape.tokens,
+        warmup=0.0,
+        min_lr=1.0,
+        weight_decay=0.0,
+    )
+    return PretrainModule(model, settings, seed=0, heldout_chars=1)
 
 
 class Stopwatch(L.Callback):

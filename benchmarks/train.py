@@ -33,11 +33,11 @@ from benchmarks.common import (
     known,
     milliseconds,
     on_device,
+    pretrain_module,
     print_json,
     print_table,
     read_arguments,
     shipped_model,
-    stage_settings,
     start,
     timed,
     token_batches,
@@ -46,7 +46,6 @@ from fourstage.batch import TokenBatch
 from fourstage.cost import mfu, peak_flops
 from fourstage.model import ModelConfig, Transformer
 from fourstage.model.flops import forward_flops, head_flops
-from fourstage.stages.pretrain import PretrainModule
 
 LIMIT = "matrix products"
 OURS = "ours"
@@ -93,16 +92,7 @@ def our_block(
     """The pretrain stage; the first step of a block makes the optimizer's state and is left out."""
     if fuse:
         model.compile()
-    settings = stage_settings(
-        "pretrain",
-        batch_size=shape.rows,
-        micro_batch_size=shape.rows,
-        block_size=shape.tokens,
-        warmup=0.0,
-        min_lr=1.0,
-        weight_decay=0.0,
-    )
-    module = PretrainModule(model, settings, seed=0, heldout_chars=1)
+    module = pretrain_module(model, shape)
 
     def block(n: int) -> list[float]:
         seconds, _ = fit(module, [next(batches) for _ in range(n + 1)], device)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, generate, grpo, peers, train
+from benchmarks import common, generate, grpo, peers, scaling, time_to_loss, train
 from benchmarks.common import Seconds, Shape, dense_twin, shipped_model
 from fourstage.errors import UserError
 from fourstage.model import Transformer
@@ -239,3 +239,97 @@ def test_both_trainers_judge_the_same_prompts_and_as_many_answers(tmp_path: Path
     texts = grpo.texts(options)
     theirs = AutoTokenizer.from_pretrained(tmp_path)(text=texts)["input_ids"]
     assert theirs == [common.CHARACTERS.encode(text) for text in texts]
+
+
+# --- time_to_loss
+
+RUN = """step,train/loss,val/loss
+10,3.5,
+20,3.0,2.75
+30,2.9,
+40,2.5,2.25
+"""
+
+
+def test_curve_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(RUN)
+    cost = {"train_seconds": 80.0, "steps": 40, "tokens_per_s": 1024.0}
+    (tmp_path / "run.json").write_text(json.dumps({"cost": cost}))
+    curve = time_to_loss.read_curve(tmp_path)
+    assert curve == ([(20, 40.0, 2.75), (40, 80.0, 2.25)], 40, 1024.0)
+
+
+def test_final_losses_against_the_dense_twin(capsys: pytest.CaptureFixture) -> None:
+    losses = {"moe_tiny_9s": [1.5, 2.0, 1.0], "dense_tiny_9s": [1.8], "moe_nano_9s": [3.0]}
+    ratios, figures = time_to_loss.print_finals(losses)
+    assert ratios == {"moe_tiny_9s_vs_dense_tiny_9s": pytest.approx(1.2)}
+    assert figures["moe_tiny_9s_loss"] == 1.5
+    assert "| moe_tiny_9s | 1.500 (1.000 .. 2.000) | 3 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "which text file? python -m benchmarks.time_to_loss FILE"),
+        (["seconds=3"], "which text file?"),
+        (["/no/such.txt"], "/no/such.txt: no such file"),
+        ([__file__, "seconds=0"], "seconds: must be at least 1, got 0"),
+        ([__file__, "variants=huge"], "no model 'huge'; known are dense_small"),
+    ],
+)
+def test_wrong_arguments_of_time_to_loss(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        time_to_loss.main(arguments)
+    assert str(error.value).startswith(message)
+
+
+def test_command_with_a_clock_and_an_odd_path(tmp_path: Path) -> None:
+    options = time_to_loss.Options(val_every=7)
+    words = time_to_loss.command(Path("/my texts/a, b.txt"), 93784, options, tmp_path)
+    assert 'data.corpus.path="/my texts/a, b.txt"' in words
+    assert "stages.pretrain.max_time=01:02:03:04" in words
+    assert "stages.pretrain.val_every=7" in words
+
+
+@pytest.mark.slow
+def test_time_to_loss(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text = tmp_path / "my text, a.txt"
+    text.write_text("All the world's a stage, and all the men and women merely players.\n" * 400)
+    variants = "variants=moe_nano,dense_tiny"
+    time_to_loss.main([str(text), "seconds=3", variants, "stages.pretrain.block_size=32"])
+    line = last_line(capsys.readouterr().out, "time_to_loss")
+    assert 0 < line["figures"]["moe_nano_3s_loss"] < 4.6
+    with pytest.raises(UserError, match="^train.py: .*stages.pretrain.lr"):
+        time_to_loss.main([str(text), "seconds=3", variants, "stages.pretrain.lr=-1"])
+
+
+# --- scaling
+
+
+def test_scaling(capsys: pytest.CaptureFixture) -> None:
+    config = shipped_model("moe_nano")
+    points = {"batch": {str(n): Shape(config, 103, n, 8) for n in (1, 3)}}
+    scaling.main(["axes=batch", "steps=1"], lambda device: points, scaling.point)
+    line = last_line(capsys.readouterr().out, "scaling")
+    assert set(line["ratios"]) == {"batch_3_vs_1_tokens_per_s"}
+    assert set(line["figures"]) == {
+        f"batch_{n}_{x}" for n in (1, 3) for x in ("tokens_per_s", "mib")
+    }
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_axis_changes_one_thing(device: str) -> None:
+    for axis, points in scaling.axes(device).items():
+        assert len(points) > 2
+        tokens = {shape.rows * shape.tokens for shape in points.values()}
+        configs = {shape.config for shape in points.values()}
+        grows = tokens if axis in ("batch", "context") else configs
+        same = configs if axis in ("batch", "context") else tokens
+        assert len(grows) == len(points) and len(same) == 1
+
+
+@pytest.mark.slow
+def test_more_rows_take_more_memory() -> None:
+    small, large = (Shape(shipped_model("moe_nano"), 103, n, 256) for n in (1, 64))
+    of_small, of_large = (scaling.in_a_process(s, "cpu", 1).mib for s in (small, large))
+    assert of_large > of_small + 30  # 16,128 more positions, at 2 kB each and more
