@@ -23,8 +23,12 @@ VOCAB = 50
 LOSSES = {
     "moe_tiny": [4.153535, 4.046758, 3.940584, 3.87378, 4.001804, 3.738407, 3.698065, 3.855752],
     "dense_tiny": [4.112638, 4.006063, 4.012729, 3.980736, 4.190702, 3.730718, 3.791292, 3.826489],
+    "muon": [4.153535, 4.019393, 3.992788, 3.978638, 3.934788, 3.617234, 3.839058, 3.807833],
     "padded": [4.162289, 4.066176, 3.965651, 3.941405, 3.99924, 3.711067, 3.841381, 3.941262],
 }
+SHORT = {"max_steps": 8, "warmup": 0.2}
+ADAMW = {"optimizer": "adamw", "lr": 2e-3}
+MUON = {"optimizer": "muon", "lr": 4e-3}
 
 
 class Logged(L.Callback):
@@ -59,7 +63,9 @@ def test_next_token_losses(case):
     model = "dense_tiny" if case == "dense_tiny" else "moe_tiny"
     torch.manual_seed(3)
     policy = Transformer(read_config(model, init_std=0.06), VOCAB)
-    settings = tiny.settings("sft" if case == "padded" else "pretrain", max_steps=8, warmup=0.2)
+    stage = "sft" if case == "padded" else "pretrain"
+    optimizer = ADAMW if case in ("moe_tiny", "dense_tiny") else {} if case == "padded" else MUON
+    settings = tiny.settings(stage, **{**SHORT, **optimizer})
     module = (
         SFTModule(policy, settings, seed=0)
         if case == "padded"

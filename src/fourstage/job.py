@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +34,8 @@ class TrainerConfig:
     num_nodes: int = 1
     strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3", "zero3_offload"] = "auto"
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "auto"
+    compile: bool = False  # torch.compile for the blocks' training forward
+    checkpoint_activations: bool = False  # compute activations again in the backward
 
     def __post_init__(self) -> None:
         if self.devices < 1 and self.devices != -1:
@@ -73,16 +75,18 @@ class TrainerConfig:
                     f"trainer.precision: {self.strategy} trains in bf16-mixed or 32-true, "
                     f"not {precision}"
                 )
+        if self.compile and not precision.startswith("bf16"):
+            raise UserError(
+                f"trainer.compile: torch.compile has no grouped product in {precision}: take "
+                "trainer.precision=bf16-mixed, or compile=false"
+            )
+        for name in ("compile", "checkpoint_activations"):
+            if getattr(self, name) and self.strategy.startswith("zero3"):
+                raise UserError(f"trainer.{name}: not under {self.strategy}: take zero2")
         devices = self.devices
         if devices == -1:
             devices = torch.cuda.device_count() if accelerator == "gpu" else 1
-        return TrainerConfig(
-            accelerator=accelerator,
-            devices=devices,
-            num_nodes=self.num_nodes,
-            strategy=self.strategy,
-            precision=precision,
-        )
+        return replace(self, accelerator=accelerator, devices=devices, precision=precision)
 
 
 @dataclass(frozen=True, kw_only=True)

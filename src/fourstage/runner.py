@@ -54,6 +54,10 @@ def train_stage(job: StageJob) -> dict[str, Any]:
         torch.manual_seed(job.seed)
         quieten()
         prepared = PREPARE[job.stage](job)
+        for transformer in prepared.module.transformers():
+            transformer.checkpoint_activations = job.trainer.checkpoint_activations
+            if job.trainer.compile:
+                transformer.compile_blocks()
         if job.stage == "pretrain" and not (job.folder / "eval_random.json").exists():
             with meter.evaluating():
                 evaluate_random(job, prepared.result, prepared.tokenizer)

@@ -219,3 +219,48 @@ def test_the_same_seed_gives_the_same_loss_and_gradients(build):
         runs.append((loss, [p.grad for p in model.parameters()]))
     assert torch.equal(runs[0][0], runs[1][0])
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+def gradients(model: Transformer, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model.logits(model(ids).hidden_BTD).logsumexp(-1).square().sum().backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("shape", [{}, {"num_experts": 1, "top_k": 1}])
+def test_checkpointed_activations_change_memory_only(build, shape):
+    model, ids = build(**shape), torch.randint(0, VOCAB, (3, 40))
+    found, kept = [], []
+    for model.checkpoint_activations in (False, True):
+        numbers = []
+
+        def keep(x: torch.Tensor, numbers: list[int] = numbers) -> torch.Tensor:
+            numbers.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            output = model.logits(model(ids).hidden_BTD)
+        kept.append(sum(numbers))
+        del output
+        found.append((gradients(model, ids), model.take_load(), model.flops))
+        model.flops = 0
+    assert kept[1] < kept[0] / 3
+    (plain, load, flops), (again, load_again, flops_again) = found
+    assert flops == flops_again
+    assert load is None or torch.equal(load, load_again)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, msg=name)
+
+
+def test_compiled_blocks_take_the_gradients_of_plain_ones(build):
+    """In bf16, as on a GPU; the graph is captured and run without a compiler of machine code."""
+    model = build(d_shared=24)
+    ids = torch.randint(0, VOCAB, (3, 40), generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = gradients(model, ids)
+        model.compile_blocks(backend="aot_eager")
+        compiled = gradients(model, ids)
+    assert model.state_dict().keys() == build(d_shared=24).state_dict().keys()
+    for name, gradient in plain.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(compiled[name], gradient, rtol=0.05, atol=0.02 * scale, msg=name)

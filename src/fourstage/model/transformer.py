@@ -5,11 +5,15 @@ Shape legend: B rows, T tokens, S cached tokens, D d_model, V vocabulary, L laye
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fourstage.model.attention import Attention, KVCache, LayerCache, Linear, RMSNorm, rope_angles
 from fourstage.model.config import ModelConfig
@@ -63,8 +67,10 @@ class Transformer(nn.Module):
 
     load_LE: valid tokens per expert of the training forwards (train mode, with gradients) since
     the last take_load; None before the first, and in a dense model.
+    checkpoint_activations: whether a training forward keeps a block's input only, and the backward
+    computes the rest again: less memory, a third more time.
     flops: FLOPs of every forward so far, on this process; a forward with gradients counts three
-    times, for the backward that follows it (see flops.py).
+    times, for the backward that follows it (see flops.py); what is computed again is not counted.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int):
@@ -72,6 +78,8 @@ class Transformer(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.flops = 0
+        self.checkpoint_activations = False
+        self.training_blocks: list[Callable[..., Any]] = []  # compiled, where that was asked for
         # Not a buffer: DDP would overwrite the ranks' own counts with those of rank 0.
         self.load_LE: Tensor | None = None
         self.embedding = Embedding(vocab_size, config.d_model, config.init_std)
@@ -108,12 +116,28 @@ class Transformer(nn.Module):
         routings = []
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[i]
-            x_BTD, routing = block(x_BTD, rope, valid_BT, layer_cache, attn_mask)
+            run = block
+            if self.training and torch.is_grad_enabled() and cache is None:
+                run = self._training_block(i)
+            x_BTD, routing = run(x_BTD, rope, valid_BT, layer_cache, attn_mask)
             routings.append(routing)
         flops = forward_flops(c, ids_BT.numel(), start + T)
         self.count_flops(flops, has_backward=x_BTD.requires_grad)
         has_stats = not c.dense and cache is None
         return ModelOutput(self.norm(x_BTD), self._router_stats(routings) if has_stats else None)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile what training forwards run, a block at a time (all are alike: one is compiled).
+
+        Only for half precision: torch.compile knows no grouped product in float32.
+        """
+        self.training_blocks = [torch.compile(block, backend=backend) for block in self.blocks]
+
+    def _training_block(self, i: int) -> Callable[..., Any]:
+        block = self.training_blocks[i] if self.training_blocks else self.blocks[i]
+        if self.checkpoint_activations:  # computed again in the backward, not kept
+            return partial(checkpoint, block, use_reentrant=False)
+        return block
 
     def prefill(self, ids_BT: Tensor, cache: KVCache, attn_mask: Tensor | None) -> None:
         """Fills an empty cache with the keys and values of these tokens; masks are as in forward.
