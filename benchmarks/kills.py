@@ -1,13 +1,14 @@
 """Kill -9 at random moments over small ladders: the final weights are those of a calm ladder.
 
-    python -m benchmarks.kills [seed=0] [kills=20] [trainer=cpu|ddp] [outputs=outputs/kills]
+    python -m benchmarks.kills [seed=0] [kills=20] [trainer=cpu] [outputs=outputs/kills]
 
 Each attempt is the same command; it is killed at a moment drawn from the seed, a quarter of them in
 the next save of a state, and started again until the ladder is finished, which is then compared
 with the calm one and removed.
-With trainer=ddp (two processes on the CPU, over gloo) either both are killed or one of the two; the
-other must then end by itself. The last line is one JSON object with the figures; exit code 1 where
-a weight differs or a process stays. Two to ten minutes.
+trainer=ddp, zero1, zero2, zero3 or zero3_offload: two processes on the CPU, over gloo; either both
+are killed or one of the two, and the other must then end by itself. ZeRO, which refuses CPUs, is
+started as in the tests (tests/train_on_cpus.py). The last line is one JSON object with the figures;
+exit code 1 where a weight differs or a process stays. Two to ten minutes; half an hour under ZeRO.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 from fourstage.job import STAGES
 
 REPO = Path(__file__).parent.parent
-SMALL = ["stage=grpo", "model=moe_nano", "debug=fast", "logger=none", "trainer=cpu"]
+SMALL = ["stage=grpo", "model=moe_nano", "debug=fast", "logger=none"]
 SMALL += [
     f"stages.{stage}.{setting}"
     for stage in STAGES
@@ -36,7 +37,9 @@ SMALL += [
 ]
 # random weights solve no problem: what moves the policy is how soon it stops
 SMALL += ["stages.grpo.overlong_window=8", "stages.grpo.group_size=4", "stages.grpo.batch_size=4"]
-DDP = ["trainer.devices=2", "trainer.strategy=ddp"]
+CPU = ["trainer=cpu"]
+DDP = [*CPU, "trainer.devices=2", "trainer.strategy=ddp"]
+ZERO = ("zero1", "zero2", "zero3", "zero3_offload")
 BOUND = 60.0  # seconds in which a process that lost the other one must end
 
 
@@ -45,13 +48,14 @@ class Attempt:
     """One run of the command in a process group of its own, with what it prints in a file."""
 
     outputs: Path
+    program: list[str]
     overrides: list[str]
     log: Path = field(init=False)
     process: subprocess.Popen = field(init=False)
 
     def __post_init__(self) -> None:
         self.log = self.outputs.with_suffix(".log")
-        command = [sys.executable, "train.py", *self.overrides, f"outputs={self.outputs}"]
+        command = [sys.executable, *self.program, *self.overrides, f"outputs={self.outputs}"]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
@@ -104,9 +108,17 @@ def weights(outputs: Path) -> dict[str, bytes]:
     return {path.parent.name: path.read_bytes() for path in outputs.glob("runs/*/*.safetensors")}
 
 
-def calm_ladder(outputs: Path, overrides: list[str]) -> float:
+def command(trainer: str) -> tuple[list[str], list[str]]:
+    """The program and its overrides."""
+    if trainer in ZERO:
+        where = [f"trainer={trainer}", "trainer.devices=2"]
+        return ["-m", "tests.train_on_cpus"], [*SMALL, *where]
+    return ["train.py"], [*SMALL, *(DDP if trainer == "ddp" else CPU)]
+
+
+def calm_ladder(outputs: Path, program: list[str], overrides: list[str]) -> float:
     """Train one that nobody disturbs; the seconds from its first stage to its end."""
-    attempt = Attempt(outputs, overrides)
+    attempt = Attempt(outputs, program, overrides)
     assert attempt.begun(), attempt.log.read_text()
     start = time.monotonic()
     assert attempt.process.wait() == 0, attempt.log.read_text()
@@ -114,8 +126,8 @@ def calm_ladder(outputs: Path, overrides: list[str]) -> float:
 
 
 def saving(outputs: Path) -> list[Path]:
-    """The states that are being written, or were when the process was killed."""
-    return list(outputs.glob("runs/*/checkpoints/.part.ckpt"))
+    """The states that are being written or swapped in, or were when the process was killed."""
+    return list(outputs.glob("runs/*/checkpoints/.part.ckpt*"))
 
 
 def where(outputs: Path, attempt: Attempt) -> tuple[str, str]:
@@ -132,12 +144,12 @@ def where(outputs: Path, attempt: Attempt) -> tuple[str, str]:
 def main(arguments: list[str]) -> None:
     values = dict(argument.partition("=")[::2] for argument in arguments)
     rng = random.Random(int(values.get("seed", 0)))
-    is_ddp = values.get("trainer", "cpu") == "ddp"
-    overrides = SMALL + (DDP if is_ddp else [])
+    trainer = values.get("trainer", "cpu")
+    program, overrides = command(trainer)
     root = Path(values.get("outputs", "outputs/kills")).resolve()
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    longest = calm_ladder(root / "calm", overrides) / 3
+    longest = calm_ladder(root / "calm", program, overrides) / 2
     expected = weights(root / "calm")
     assert len(expected) == len(STAGES)
     print("| kill | ladder | who | s after the start | stage | step | saving | others end after |")
@@ -146,9 +158,9 @@ def main(arguments: list[str]) -> None:
     slowest, wanted = 0.0, int(values.get("kills", 20))
     outputs = root / "killed"
     while kills < wanted or outputs.exists():
-        attempt = Attempt(outputs, overrides)
+        attempt = Attempt(outputs, program, overrides)
         moment = rng.uniform(0, longest)
-        who = rng.choice(["all", "all", "first", "second"]) if is_ddp else "all"
+        who = rng.choice(["all", "all", "first", "second"]) if trainer != "cpu" else "all"
         aims = rng.random() < 0.25
         if attempt.begun() and kills < wanted:
             try:
@@ -188,7 +200,7 @@ def main(arguments: list[str]) -> None:
         "stuck": stuck,
     }
     line = {"benchmark": "kills", "device": "cpu", "ratios": {}, "figures": figures}
-    print(json.dumps({**line, "trainer": values.get("trainer", "cpu")}))
+    print(json.dumps({**line, "trainer": trainer}))
     if identical < ladders or stuck:
         sys.exit(1)
 

@@ -189,14 +189,35 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def swap_in(new: Path, place: Path) -> None:
-    """Move a file or folder to `place`, whose old content goes; a kill loses neither of the two."""
-    if new.is_file():
-        with open(new, "rb+") as file:
-            os.fsync(file.fileno())
+    """Move a file or folder to `place`, whose old content goes; a kill loses neither of the two.
+
+    Where a kill may come between a folder's two renames, `undo_swap` has to be called before
+    `place` is read again.
+    """
+    undo_swap(new, place)
+    for path in [new, *new.rglob("*")]:
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
     if not place.is_dir():  # a rename replaces a file, but not a folder
         os.replace(new, place)
         return
-    old = new.with_name(f"{new.name}.old")
-    os.rename(place, old)
+    os.rename(place, set_aside(new))
     os.rename(new, place)
-    shutil.rmtree(old)
+    shutil.rmtree(set_aside(new))
+
+
+def undo_swap(new: Path, place: Path) -> None:
+    """Put the old folder back that `swap_in` set aside before a kill, or remove it at last."""
+    old = set_aside(new)
+    if not old.exists():
+        return
+    if place.exists():
+        shutil.rmtree(old)
+    else:
+        os.rename(old, place)
+
+
+def set_aside(new: Path) -> Path:
+    """Where the old folder waits while the new one takes its place."""
+    return new.with_name(f"{new.name}.old")

@@ -16,9 +16,7 @@ import torch
 
 from fourstage import data, strategies
 from fourstage.callbacks import (
-    Checkpointer,
     PlanProgress,
-    ResumeIO,
     RouterHealth,
     Sample,
     SampleLog,
@@ -34,7 +32,8 @@ from fourstage.interruptions import advice, explained
 from fourstage.job import StageJob
 from fourstage.loggers import build_loggers, finish_wandb
 from fourstage.model import ScalarModel, Transformer
-from fourstage.prepare import PREPARE, Prepared, say
+from fourstage.prepare import PREPARE, Prepared, say, world_size
+from fourstage.resume import Checkpointer, ResumeIO, began_with, kind_of
 from fourstage.rl.rollout import fitted_prompt
 from fourstage.run_evaluation import evaluate_random, evaluate_run
 from fourstage.tokenizer import Tokenizer
@@ -124,11 +123,12 @@ def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
 
 
 def check_resumable(job: StageJob) -> None:
-    """Raise UserError where another kind of trainer wrote the resume state: ZeRO's is a folder."""
-    if job.checkpoint.is_dir() != (job.trainer.strategy in strategies.ZERO):
-        kind = "a zero* trainer" if job.checkpoint.is_dir() else "a trainer without ZeRO"
+    """Raise UserError where a trainer that this one cannot take over from wrote the state."""
+    began, goes_on = began_with(job.checkpoint), kind_of(job.trainer.strategy, world_size(job))
+    if began not in (None, goes_on):
         raise UserError(
-            f"{job.name} was begun with {kind}: finish it with one, or remove {job.folder}"
+            f"begun with {began}, and goes on with that, not with {goes_on}: or train it from its "
+            f"start: rm -r '{job.folder}'"
         )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -22,7 +23,6 @@ from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
-from fourstage.errors import UserError
 from fourstage.job import TrainerConfig
 from fourstage.model import ScalarModel, Transformer
 from fourstage.model.moe import MoE
@@ -89,6 +89,18 @@ class ZeroStrategy(DeepSpeedStrategy):
         with self.precision_plugin.val_step_context():
             return self.lightning_module.validation_step(*args, **kwargs)
 
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """DeepSpeed's own way, but with weights_only: it would execute what a file holds."""
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # whatever a torch.load asks for
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            return super().load_checkpoint(checkpoint_path, weights_only=True)
+
     def teardown(self) -> None:
         """Lets go of the engine, whose hooks would keep it through the next stages."""
         super().teardown()
@@ -149,7 +161,9 @@ def backward(module: L.LightningModule, loss: Callable[[], Tensor], is_last: boo
 
     def under_autocast() -> Tensor:
         with strategy.precision_plugin.forward_context():
-            return loss()
+            share = loss()
+        # then the gradient is not finite either, which is what the engine looks at
+        return share * torch.where(share.isfinite(), 1.0, torch.nan)
 
     engine.set_gradient_accumulation_boundary(is_last)
     # with autocast around it the engine would warn, and turn it off
@@ -164,22 +178,14 @@ def step(
     """Clips the gradient to `clip_norm` (0: not) and takes the optimizer's step where it is finite.
 
     Returns the norm before clipping, of all ranks' shares together, and whether the step was taken.
-    `is_finite(norm)` is asked of the loss too. ZeRO clips and steps at once (as its config says)
-    and cannot skip: raises UserError.
+    `is_finite(norm)` is asked of the loss too. ZeRO clips, steps and skips by itself (see
+    `backward`), with the clipping of its config.
     """
     optimizer, strategy = module.optimizers(), module.trainer.strategy
     if isinstance(strategy, ZeroStrategy):
-        stop = UserError(
-            f"step {module.steps_done + 1}: no finite loss and gradient, which ZeRO cannot skip: "
-            "the same command goes on from the last checkpoint; other trainers skip such steps"
-        )
-        if not is_finite(torch.zeros(())):
-            raise stop
         optimizer.step()
-        norm = torch.as_tensor(strategy.deepspeed_engine.get_global_grad_norm())
-        if not is_finite(norm):
-            raise stop
-        return norm, True
+        engine = strategy.deepspeed_engine
+        return torch.as_tensor(engine.get_global_grad_norm()), engine.was_step_applied()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
     taken = is_finite(norm)
