@@ -2,9 +2,9 @@
 
     python -m benchmarks.kills [seed=0] [kills=20] [trainer=cpu] [outputs=outputs/kills]
 
-Each attempt is the same command; it is killed at a moment drawn from the seed, a quarter of them in
-the next save of a state, and started again until the ladder is finished, which is then compared
-with the calm one and removed.
+Each attempt is the same command; it is killed at a moment drawn from the seed, in the first to third
+stage that it trains, a quarter of them in the next save of a state; and started again until the
+ladder is finished, which is then compared with the calm one and removed.
 trainer=ddp, zero1, zero2, zero3 or zero3_offload: two processes on the CPU, over gloo; either both
 are killed or one of the two, and the other must then end by itself. ZeRO, which refuses CPUs, is
 started as in the tests (tests/train_on_cpus.py). The last line is one JSON object with the figures;
@@ -66,11 +66,11 @@ class Attempt:
         """The runs that it has begun to train or resume, in order."""
         return re.findall(r"^(?:training|resuming) (\S+) in ", self.log.read_text(), re.M)
 
-    def begun(self) -> bool:
-        """Wait for the first stage; False where the command ends without one."""
-        while self.process.poll() is None and not self.stages():
+    def begun(self, stages: int = 1) -> bool:
+        """Wait for so many stages to begin; False where the command ends before."""
+        while self.process.poll() is None and len(self.stages()) < stages:
             time.sleep(0.005)
-        return bool(self.stages())
+        return len(self.stages()) >= stages
 
     def alive(self) -> list[int]:
         return processes(self.process.pid)
@@ -149,20 +149,20 @@ def main(arguments: list[str]) -> None:
     root = Path(values.get("outputs", "outputs/kills")).resolve()
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    longest = calm_ladder(root / "calm", program, overrides) / 2
+    longest = 1.5 * calm_ladder(root / "calm", program, overrides) / len(STAGES)  # of one stage
     expected = weights(root / "calm")
     assert len(expected) == len(STAGES)
-    print("| kill | ladder | who | s after the start | stage | step | saving | others end after |")
+    print("| kill | ladder | who | s in the stage | stage | step | saving | others end after |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     kills = ladders = identical = saves = stuck = 0
     slowest, wanted = 0.0, int(values.get("kills", 20))
     outputs = root / "killed"
     while kills < wanted or outputs.exists():
         attempt = Attempt(outputs, program, overrides)
-        moment = rng.uniform(0, longest)
+        nth, moment = rng.randint(1, 3), rng.uniform(0, longest)
         who = rng.choice(["all", "all", "first", "second"]) if trainer != "cpu" else "all"
         aims = rng.random() < 0.25
-        if attempt.begun() and kills < wanted:
+        if kills < wanted and attempt.begun(nth):
             try:
                 attempt.process.wait(moment)
             except subprocess.TimeoutExpired:

@@ -11,7 +11,11 @@ import pytest
 
 from benchmarks.kills import Attempt, command, weights
 
-ONE_STAGE = ["stage=pretrain", "stages.pretrain.max_steps=40", "stages.pretrain.checkpoint_every=30"]
+ONE_STAGE = [
+    "stage=pretrain",
+    "stages.pretrain.max_steps=40",
+    "stages.pretrain.checkpoint_every=30",
+]
 
 
 def start(trainer: str, outputs: Path) -> Attempt:

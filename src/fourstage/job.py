@@ -218,6 +218,25 @@ def undo_swap(new: Path, place: Path) -> None:
         os.rename(old, place)
 
 
+def clean_up(state: Path) -> None:
+    """After a kill: the last good resume state in its place, and none half-written beside it."""
+    undo_swap(part_of(state), state)
+    remove(part_of(state))
+
+
+def part_of(state: Path) -> Path:
+    """Where the next resume state is written."""
+    return state.with_name(".part.ckpt")
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def set_aside(new: Path) -> Path:
     """Where the old folder waits while the new one takes its place."""
     return new.with_name(f"{new.name}.old")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from fourstage.callbacks import steps_done
 from fourstage.errors import UserError
 from fourstage.interruptions import Stopped, handle_stops, stop_now
-from fourstage.job import swap_in
+from fourstage.job import part_of, remove, swap_in
 from fourstage.loggers import MetricsCSV
 from fourstage.strategies import ZERO
 
@@ -105,21 +105,18 @@ class Checkpointer(Checkpoint):
         if self.written:
             self.written = False
             if trainer.is_global_zero:
-                swap_in(self.path.with_name(".part.ckpt"), self.path)
+                swap_in(part_of(self.path), self.path)
             trainer.strategy.barrier()
         if self.stopped:
             raise self.stopped
 
     def save(self, trainer: Trainer) -> None:
         self.due = False
-        part = self.path.with_name(".part.ckpt")
         try:
-            trainer.save_checkpoint(part)  # every rank takes part
+            trainer.save_checkpoint(part_of(self.path))  # every rank takes part
         except Exception:  # on a full disk, half of it would keep it full
-            if part.is_dir():  # ZeRO's
-                shutil.rmtree(part, ignore_errors=True)
-            else:
-                part.unlink(missing_ok=True)
+            with suppress(OSError):  # the other processes remove it too
+                remove(part_of(self.path))
             raise
         self.written = True
         self.saved_at = steps_done(trainer)

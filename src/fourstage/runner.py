@@ -6,6 +6,7 @@ its weights are saved, and it is evaluated together with what it makes measurabl
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from dataclasses import asdict
@@ -51,6 +52,7 @@ def train_stage(job: StageJob) -> dict[str, Any]:
     with explained(job.name, job.stage, settings, lambda: steps_done(trainer) if trainer else 0):
         torch.set_flush_denormal(True)  # denormal floats make a CPU step 4 to 10 times slower
         torch.manual_seed(job.seed)
+        gc.collect()  # an earlier stage's networks, which hang in cycles
         quieten()
         prepared = PREPARE[job.stage](job)
         if job.stage == "pretrain" and not (job.folder / "eval_random.json").exists():
@@ -127,8 +129,8 @@ def check_resumable(job: StageJob) -> None:
     began, goes_on = began_with(job.checkpoint), kind_of(job.trainer.strategy, world_size(job))
     if began not in (None, goes_on):
         raise UserError(
-            f"begun with {began}, and goes on with that, not with {goes_on}: or train it from its "
-            f"start: rm -r '{job.folder}'"
+            f"begun with {began}, from which {goes_on} cannot go on: take the former, or train it "
+            f"from its start: rm -r '{job.folder}'"
         )
 
 

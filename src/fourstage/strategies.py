@@ -10,6 +10,8 @@ mode would keep bf16 weights, and "bf16-mixed" in a run's id would mean two thin
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
 import math
 import os
@@ -102,10 +104,11 @@ class ZeroStrategy(DeepSpeedStrategy):
             return super().load_checkpoint(checkpoint_path, weights_only=True)
 
     def teardown(self) -> None:
-        """Lets go of the engine, whose hooks would keep it through the next stages."""
+        """Lets go of the engine, which would keep its networks through the next stages."""
         super().teardown()
         if self.model is not self.lightning_module:
             self.deepspeed_engine.destroy()
+            forget_networks()
             self.model, self.optimizers = self.lightning_module, []
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
@@ -133,6 +136,16 @@ def reduce_at_last_use(leaf: nn.Module) -> None:
 
     leaf.register_forward_hook(entered)
     leaf.register_full_backward_hook(left)
+
+
+def forget_networks() -> None:
+    """Empties what DeepSpeed keeps for the whole process: networks, and caches that hold them."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for found in gc.get_objects():
+        if type(found) is functools._lru_cache_wrapper and found.__module__.startswith("deepspeed"):
+            found.cache_clear()
 
 
 def trainer_options(where: TrainerConfig, clip_norm: float) -> dict[str, Any]:
