@@ -2,9 +2,9 @@
 
     python -m benchmarks.kills [seed=0] [kills=20] [trainer=cpu] [outputs=outputs/kills]
 
-Each attempt is the same command; it is killed at a moment drawn from the seed, in the first to third
-stage that it trains, a quarter of them in the next save of a state; and started again until the
-ladder is finished, which is then compared with the calm one and removed.
+Each attempt is the same command; it is killed at a moment drawn from the seed, in the first to
+third stage that it trains, a quarter of them in the next save of a state; and started again until
+the ladder is finished, which is then compared with the calm one and removed.
 trainer=ddp, zero1, zero2, zero3 or zero3_offload: two processes on the CPU, over gloo; either both
 are killed or one of the two, and the other must then end by itself. ZeRO, which refuses CPUs, is
 started as in the tests (tests/train_on_cpus.py). The last line is one JSON object with the figures;
@@ -41,6 +41,7 @@ CPU = ["trainer=cpu"]
 DDP = [*CPU, "trainer.devices=2", "trainer.strategy=ddp"]
 ZERO = ("zero1", "zero2", "zero3", "zero3_offload")
 BOUND = 60.0  # seconds in which a process that lost the other one must end
+HANGS = 900.0  # seconds in which a stage begins or the command ends
 
 
 @dataclass
@@ -68,7 +69,9 @@ class Attempt:
 
     def begun(self, stages: int = 1) -> bool:
         """Wait for so many stages to begin; False where the command ends before."""
+        end = time.monotonic() + HANGS
         while self.process.poll() is None and len(self.stages()) < stages:
+            assert time.monotonic() < end, f"it hangs: {self.log.read_text()}"
             time.sleep(0.005)
         return len(self.stages()) >= stages
 
@@ -186,7 +189,7 @@ def main(arguments: list[str]) -> None:
                 cells += ["yes" if in_a_save else "", f"{seconds:.1f} s" if ended else "never"]
                 print("| " + " | ".join(map(str, cells)) + " |", flush=True)
                 continue
-        code = attempt.process.wait()
+        code = attempt.process.wait(HANGS)
         assert code == 0, attempt.log.read_text()
         ladders += 1
         identical += weights(outputs) == expected

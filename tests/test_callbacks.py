@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from fourstage.callbacks import (
     PlanProgress,
+    SampleLog,
     step_seed,
     time_left,
 )
@@ -38,6 +40,21 @@ def test_samples_of_a_run(whole) -> None:
     assert [row["step"] for row in rows] == [0, 5, 10, 12]
     assert list(rows[0]) == ["step", "prompt_id", "prompt", "answer", "stopped"]
     assert rows[-1]["answer"] == f"{whole[1].weight.item():.4f}"
+
+
+def test_all_ranks_sample_at_the_end_or_none(tmp_path) -> None:
+    """After a resume the first rank has the rows; the others must not wait for it in a gather."""
+    for is_there, asked in ((True, []), (False, ["asked"])):
+        calls: list[str] = []
+        log = SampleLog(
+            tmp_path / "samples.jsonl", lambda c=calls: c.append("asked") or [], every=0
+        )
+        progress = SimpleNamespace(total=SimpleNamespace(processed=8))
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+        first_says = SimpleNamespace(broadcast=lambda mine, found=is_there: found)
+        trainer = SimpleNamespace(fit_loop=loop, strategy=first_says, is_global_zero=False)
+        log.on_train_end(trainer, None)
+        assert calls == asked
 
 
 def test_step_seed_depends_on_everything() -> None:

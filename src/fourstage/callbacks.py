@@ -188,7 +188,8 @@ class SampleLog(Callback):
             self.take(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.rows or self.rows[-1]["step"] != steps_done(trainer):
+        is_there = bool(self.rows) and self.rows[-1]["step"] == steps_done(trainer)
+        if not trainer.strategy.broadcast(is_there):  # after a resume only the first has rows
             self.take(trainer)
 
     def take(self, trainer: Trainer) -> None:

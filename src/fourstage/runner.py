@@ -182,10 +182,10 @@ def finish(job: StageJob, prepared: Prepared, trainer: L.Trainer) -> None:
     """Plain weights and evaluation: what stays of a stage."""
     result = prepared.result
     kind = "scalar" if isinstance(result, ScalarModel) else "policy"
-    if trainer.is_global_zero:
-        save_weights(job.folder, result.state_dict(), job.model, prepared.tokenizer, kind)
-        evaluate_run(job, result.to(trainer.strategy.root_device), prepared.tokenizer)
-    trainer.strategy.barrier()
+    with strategies.others_wait():
+        if trainer.is_global_zero:
+            save_weights(job.folder, result.state_dict(), job.model, prepared.tokenizer, kind)
+            evaluate_run(job, result.to(trainer.strategy.root_device), prepared.tokenizer)
 
 
 def fixed_answers(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> list[Sample]:

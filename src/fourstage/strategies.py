@@ -17,10 +17,12 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
@@ -159,6 +161,21 @@ def trainer_options(where: TrainerConfig, clip_norm: float) -> dict[str, Any]:
         return {**options, "strategy": where.strategy, "precision": where.precision}
     strategy = ZeroStrategy(ZERO[where.strategy], clip_norm, where.strategy.endswith("_offload"))
     return {**options, "strategy": strategy, "plugins": [ZeroPrecision(where.precision)]}
+
+
+@contextmanager
+def others_wait() -> Iterator[None]:
+    """What the first process does inside may take as long as it likes; every process has to enter.
+
+    A collective of the usual group, on which the others would wait, gives up after 30 minutes.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    yield
+    dist.barrier(group)
+    dist.destroy_process_group(group)
 
 
 # --- one optimizer step

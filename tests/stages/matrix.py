@@ -103,7 +103,7 @@ def fixed_answers(policy: Any, prompts: list[list[int]], tokenizer: Any, **_: An
 
 
 def spoilt(share: torch.Tensor, step: int) -> torch.Tensor:
-    """In the third step an infinite loss, in the fifth a finite one with a gradient that is none."""
+    """In the third step an infinite loss, in the fifth a finite one whose gradient is no number."""
     if step == 2:
         return share + torch.inf
     return share + (0 * share).sqrt() if step == 4 else share
