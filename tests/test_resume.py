@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from fourstage.interruptions import STOPS, Stopped
+from fourstage.job import clean_up
+from fourstage.resume import began_with, kind_of
 from tests.one_weight import N_STEPS, Tiny, fit, read
 
 
@@ -144,3 +146,46 @@ def test_a_failed_save_leaves_the_old_state(tmp_path, monkeypatch) -> None:
         fit(tmp_path)
     assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == before
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def state_of(folder: Path, text: str) -> Path:
+    """A resume state as ZeRO's: a folder."""
+    folder.mkdir(parents=True)
+    (folder / "file").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("there", "left"),
+    [
+        (("last.ckpt", ".part.ckpt"), "last.ckpt"),  # in a save
+        (("last.ckpt.old as .part.ckpt.old", ".part.ckpt"), "last.ckpt.old"),  # between the renames
+        (("last.ckpt", ".part.ckpt.old"), "last.ckpt"),  # after them
+        ((), None),
+    ],
+)
+def test_a_kill_in_a_save_leaves_one_state(tmp_path: Path, there, left) -> None:
+    for name in there:
+        text, _, place = name.rpartition(" as ")
+        state_of(tmp_path / place, text or name)
+    clean_up(tmp_path / "last.ckpt")
+    found = [path.name for path in tmp_path.iterdir()]
+    assert found == (["last.ckpt"] if left else [])
+    assert not left or (tmp_path / "last.ckpt" / "file").read_text() == left
+
+
+def test_who_began_is_seen_from_the_files_of_a_state(tmp_path: Path) -> None:
+    plain = tmp_path / "file.ckpt"
+    plain.write_text("")
+    assert began_with(plain) == kind_of("ddp", 2) == kind_of("auto", 1) == "a trainer without ZeRO"
+    for trainer, model in (("zero1", "mp_rank_00"), ("zero3_offload", "zero_pp_rank_0_mp_rank_00")):
+        state = tmp_path / trainer
+        (state / "checkpoint").mkdir(parents=True)
+        assert began_with(state) is None
+        (state / "checkpoint" / f"{model}_model_states.pt").write_text("")
+        for rank in range(3):
+            name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+            (state / "checkpoint" / name).write_text("")
+        assert began_with(state) == kind_of(trainer, 3)
+    assert kind_of("zero2", 1) == "zero1 or zero2 on 1 process"
+    assert kind_of("zero3", 8) == "zero3 or zero3_offload on 8 processes"
