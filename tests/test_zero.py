@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fourstage.job import read_record
 from fourstage.resume import kind_of
 from fourstage.runs import RunStore
+from tests.test_interruptions import Executed
 
 REPO = Path(__file__).parent.parent
 SMALL = ["model=moe_nano", "debug=fast", "logger=none"]
@@ -106,6 +108,11 @@ def test_a_killed_stage_resumes_to_the_same_bits(ladder, tmp_path):
         assert f" cannot go on: take the former, or train it from its start: rm -r '{found}'" in (
             done.stderr
         )
+    evil = Path(shutil.copytree(killed, tmp_path / "evil"))
+    for path in evil.glob("runs/*/checkpoints/last.ckpt/checkpoint/*model_states.pt"):
+        torch.save({"epoch": Executed(tmp_path / "executed")}, path)
+    assert start(*words, f"outputs={evil}").wait(500) == 1
+    assert not (tmp_path / "executed").exists()
     train(*words, f"outputs={killed}")
     for name in ("model.safetensors", "eval.json", "samples.jsonl"):
         assert (found / name).read_bytes() == (expected / name).read_bytes(), name
