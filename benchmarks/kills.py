@@ -1,13 +1,14 @@
 """Kill -9 at random moments over small ladders: the final weights are those of a calm ladder.
 
-    python -m benchmarks.kills [seed=0] [kills=20] [trainer=cpu|ddp] [outputs=outputs/kills]
+    python -m benchmarks.kills [seed=0] [kills=20] [trainer=cpu] [outputs=outputs/kills]
 
-Each attempt is the same command; it is killed at a moment drawn from the seed, a quarter of them in
-the next save of a state, and started again until the ladder is finished, which is then compared
-with the calm one and removed.
-With trainer=ddp (two processes on the CPU, over gloo) either both are killed or one of the two; the
-other must then end by itself. The last line is one JSON object with the figures; exit code 1 where
-a weight differs or a process stays. Two to ten minutes.
+Each attempt is the same command; it is killed at a moment drawn from the seed, in the first to
+third stage that it trains, a quarter of them in the next save of a state; and started again until
+the ladder is finished, which is then compared with the calm one and removed.
+trainer=ddp, zero1, zero2, zero3 or zero3_offload: two processes on the CPU, over gloo; either both
+are killed or one of the two, and the other must then end by itself. ZeRO, which refuses CPUs, is
+started as in the tests (tests/train_on_cpus.py). The last line is one JSON object with the figures;
+exit code 1 where a weight differs or a process stays. Two to ten minutes; half an hour under ZeRO.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 from fourstage.job import STAGES
 
 REPO = Path(__file__).parent.parent
-SMALL = ["stage=grpo", "model=moe_nano", "debug=fast", "logger=none", "trainer=cpu"]
+SMALL = ["stage=grpo", "model=moe_nano", "debug=fast", "logger=none"]
 SMALL += [
     f"stages.{stage}.{setting}"
     for stage in STAGES
@@ -36,8 +37,11 @@ SMALL += [
 ]
 # random weights solve no problem: what moves the policy is how soon it stops
 SMALL += ["stages.grpo.overlong_window=8", "stages.grpo.group_size=4", "stages.grpo.batch_size=4"]
-DDP = ["trainer.devices=2", "trainer.strategy=ddp"]
+CPU = ["trainer=cpu"]
+DDP = [*CPU, "trainer.devices=2", "trainer.strategy=ddp"]
+ZERO = ("zero1", "zero2", "zero3", "zero3_offload")
 BOUND = 60.0  # seconds in which a process that lost the other one must end
+HANGS = 900.0  # seconds in which a stage begins or the command ends
 
 
 @dataclass
@@ -45,13 +49,14 @@ class Attempt:
     """One run of the command in a process group of its own, with what it prints in a file."""
 
     outputs: Path
+    program: list[str]
     overrides: list[str]
     log: Path = field(init=False)
     process: subprocess.Popen = field(init=False)
 
     def __post_init__(self) -> None:
         self.log = self.outputs.with_suffix(".log")
-        command = [sys.executable, "train.py", *self.overrides, f"outputs={self.outputs}"]
+        command = [sys.executable, *self.program, *self.overrides, f"outputs={self.outputs}"]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
@@ -62,11 +67,13 @@ class Attempt:
         """The runs that it has begun to train or resume, in order."""
         return re.findall(r"^(?:training|resuming) (\S+) in ", self.log.read_text(), re.M)
 
-    def begun(self) -> bool:
-        """Wait for the first stage; False where the command ends without one."""
-        while self.process.poll() is None and not self.stages():
+    def begun(self, stages: int = 1) -> bool:
+        """Wait for so many stages to begin; False where the command ends before."""
+        end = time.monotonic() + HANGS
+        while self.process.poll() is None and len(self.stages()) < stages:
+            assert time.monotonic() < end, f"it hangs: {self.log.read_text()}"
             time.sleep(0.005)
-        return bool(self.stages())
+        return len(self.stages()) >= stages
 
     def alive(self) -> list[int]:
         return processes(self.process.pid)
@@ -104,9 +111,17 @@ def weights(outputs: Path) -> dict[str, bytes]:
     return {path.parent.name: path.read_bytes() for path in outputs.glob("runs/*/*.safetensors")}
 
 
-def calm_ladder(outputs: Path, overrides: list[str]) -> float:
+def command(trainer: str) -> tuple[list[str], list[str]]:
+    """The program and its overrides."""
+    if trainer in ZERO:
+        where = [f"trainer={trainer}", "trainer.devices=2"]
+        return ["-m", "tests.train_on_cpus"], [*SMALL, *where]
+    return ["train.py"], [*SMALL, *(DDP if trainer == "ddp" else CPU)]
+
+
+def calm_ladder(outputs: Path, program: list[str], overrides: list[str]) -> float:
     """Train one that nobody disturbs; the seconds from its first stage to its end."""
-    attempt = Attempt(outputs, overrides)
+    attempt = Attempt(outputs, program, overrides)
     assert attempt.begun(), attempt.log.read_text()
     start = time.monotonic()
     assert attempt.process.wait() == 0, attempt.log.read_text()
@@ -114,8 +129,8 @@ def calm_ladder(outputs: Path, overrides: list[str]) -> float:
 
 
 def saving(outputs: Path) -> list[Path]:
-    """The states that are being written, or were when the process was killed."""
-    return list(outputs.glob("runs/*/checkpoints/.part.ckpt"))
+    """The states that are being written or swapped in, or were when the process was killed."""
+    return list(outputs.glob("runs/*/checkpoints/.part.ckpt*"))
 
 
 def where(outputs: Path, attempt: Attempt) -> tuple[str, str]:
@@ -132,25 +147,25 @@ def where(outputs: Path, attempt: Attempt) -> tuple[str, str]:
 def main(arguments: list[str]) -> None:
     values = dict(argument.partition("=")[::2] for argument in arguments)
     rng = random.Random(int(values.get("seed", 0)))
-    is_ddp = values.get("trainer", "cpu") == "ddp"
-    overrides = SMALL + (DDP if is_ddp else [])
+    trainer = values.get("trainer", "cpu")
+    program, overrides = command(trainer)
     root = Path(values.get("outputs", "outputs/kills")).resolve()
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    longest = calm_ladder(root / "calm", overrides) / 3
+    longest = 1.5 * calm_ladder(root / "calm", program, overrides) / len(STAGES)  # of one stage
     expected = weights(root / "calm")
     assert len(expected) == len(STAGES)
-    print("| kill | ladder | who | s after the start | stage | step | saving | others end after |")
+    print("| kill | ladder | who | s in the stage | stage | step | saving | others end after |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     kills = ladders = identical = saves = stuck = 0
     slowest, wanted = 0.0, int(values.get("kills", 20))
     outputs = root / "killed"
     while kills < wanted or outputs.exists():
-        attempt = Attempt(outputs, overrides)
-        moment = rng.uniform(0, longest)
-        who = rng.choice(["all", "all", "first", "second"]) if is_ddp else "all"
+        attempt = Attempt(outputs, program, overrides)
+        nth, moment = rng.randint(1, 3), rng.uniform(0, longest)
+        who = rng.choice(["all", "all", "first", "second"]) if trainer != "cpu" else "all"
         aims = rng.random() < 0.25
-        if attempt.begun() and kills < wanted:
+        if kills < wanted and attempt.begun(nth):
             try:
                 attempt.process.wait(moment)
             except subprocess.TimeoutExpired:
@@ -174,7 +189,7 @@ def main(arguments: list[str]) -> None:
                 cells += ["yes" if in_a_save else "", f"{seconds:.1f} s" if ended else "never"]
                 print("| " + " | ".join(map(str, cells)) + " |", flush=True)
                 continue
-        code = attempt.process.wait()
+        code = attempt.process.wait(HANGS)
         assert code == 0, attempt.log.read_text()
         ladders += 1
         identical += weights(outputs) == expected
@@ -188,7 +203,7 @@ def main(arguments: list[str]) -> None:
         "stuck": stuck,
     }
     line = {"benchmark": "kills", "device": "cpu", "ratios": {}, "figures": figures}
-    print(json.dumps({**line, "trainer": values.get("trainer", "cpu")}))
+    print(json.dumps({**line, "trainer": trainer}))
     if identical < ladders or stuck:
         sys.exit(1)
 

@@ -19,7 +19,7 @@ ARROWS = {
     "train": {"lineage"},
     "lineage": {"plan", "ranks", "runs", "runner"},
     "plan": {"runs", "stages", "data", "callbacks", "evaluation"},
-    "runner": {"callbacks", "cost", "prepare", "run_evaluation", "strategies"},
+    "runner": {"resume", "cost", "prepare", "run_evaluation", "strategies"},
     "run_evaluation": {"evaluation", "prepare"},
     "prepare": {"stages", "data"},
     "chat": {"runs", "generate", "checkpoint"},
@@ -31,6 +31,7 @@ ARROWS = {
     "judges": {"eval_items"},
     "suite": set(),
     "scaling": set(),
+    "resume": {"callbacks"},
     "callbacks": {"loggers", "generate", "strategies"},
     "rl": {"generate"},
     "generate": {"model"},
@@ -61,7 +62,8 @@ FOREIGN = {
     "hydra": {"train"},
     "omegaconf": {"train"},
     "lightning": {
-        *("stages", "strategies", "callbacks", "cost", "loggers", "prepare", "runner", "lineage")
+        *("stages", "strategies", "callbacks", "resume", "cost", "loggers", "prepare"),
+        *("runner", "lineage"),
     },
     "deepspeed": {"strategies"},
     "wandb": {"loggers", "callbacks", "runner", "dashboard"},

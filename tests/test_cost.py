@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fourstage.batch import TokenBatch
-from fourstage.callbacks import Checkpointer, RouterHealth, StepAxis, StepSeed
+from fourstage.callbacks import RouterHealth, StepAxis, StepSeed
 from fourstage.cost import CostMeter, Spent, mfu, peak_flops
 from fourstage.loggers import MetricsCSV
+from fourstage.resume import Checkpointer
 from fourstage.rl.rewards import ReasoningReward
 from fourstage.stages import (
     GRPOModule,

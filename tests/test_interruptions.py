@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fourstage.callbacks import ResumeIO
 from fourstage.errors import UserError
 from fourstage.interruptions import Stopped, advice, explained, one_line, stop_now
 from fourstage.job import read_record
 from fourstage.lineage import climb
+from fourstage.resume import ResumeIO
 from fourstage.stages import PretrainModule
 from tests.fakes import QUICK, config
 

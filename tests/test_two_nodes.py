@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kills import SMALL, weights
+from benchmarks.kills import CPU, SMALL, weights
 from fourstage.job import STAGES, read_record
 
 REPO = Path(__file__).parent.parent
@@ -67,7 +67,7 @@ def launch(nodes: list[Node], port: int, outputs: Path) -> list[subprocess.Popen
         torchrun += [f"--node-rank={rank}", f"--local-addr={node.address}"]
         torchrun += [f"--master-addr={nodes[0].address}", f"--master-port={port}"]
         trainer = ["trainer.devices=1", "trainer.num_nodes=2", "trainer.strategy=ddp"]
-        command = [*node.prefix, sys.executable, *torchrun, "train.py", *SMALL, *trainer]
+        command = [*node.prefix, sys.executable, *torchrun, "train.py", *SMALL, *CPU, *trainer]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": node.interface}
         with open(outputs.with_suffix(f".{rank}"), "w") as log:
             started.append(

@@ -11,13 +11,27 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fourstage.job import read_record
+from fourstage.resume import kind_of
 from fourstage.runs import RunStore
+from tests.test_interruptions import Executed
 
 REPO = Path(__file__).parent.parent
 SMALL = ["model=moe_nano", "debug=fast", "logger=none"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO / 'src'}:{REPO}"}
+
+
+# trainers that cannot take over: none without ZeRO, of another number of processes or ZeRO stage
+OTHERS = {
+    "zero1 or zero2 on 2 processes": [
+        ["trainer=cpu", "trainer.devices=1"],
+        ["trainer.devices=1"],
+        ["trainer=zero3"],
+    ],
+    "zero3 or zero3_offload on 2 processes": [["trainer.devices=1"], ["trainer=zero2"]],
+}
 
 
 def start(*words: str) -> subprocess.Popen:
@@ -83,12 +97,33 @@ def test_a_killed_stage_resumes_to_the_same_bits(ladder, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (found / "model.safetensors").exists(), "too late: it was finished"
-    other = subprocess.run(
-        [sys.executable, "train.py", *SMALL, *words, f"outputs={killed}", "trainer=cpu"],
-        **{"cwd": REPO, "env": ENV, "capture_output": True, "text": True},
-    )
-    assert other.returncode == 1
-    assert "was begun with a zero* trainer: finish it with one" in other.stderr
+    kind = kind_of(trainer, 2)
+    for other in OTHERS[kind]:
+        command = [sys.executable, "-m", "tests.train_on_cpus", *SMALL, *words, *other]
+        done = subprocess.run(
+            [*command, f"outputs={killed}"], cwd=REPO, env=ENV, capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        assert f"{found.name}: begun with {kind}, from which " in done.stderr
+        assert f" cannot go on: take the former, or train it from its start: rm -r '{found}'" in (
+            done.stderr
+        )
+    evil = Path(shutil.copytree(killed, tmp_path / "evil"))
+    for path in evil.glob("runs/*/checkpoints/last.ckpt/checkpoint/*model_states.pt"):
+        torch.save({"epoch": Executed(tmp_path / "executed")}, path)
+    assert start(*words, f"outputs={evil}").wait(500) == 1
+    assert not (tmp_path / "executed").exists()
     train(*words, f"outputs={killed}")
     for name in ("model.safetensors", "eval.json", "samples.jsonl"):
         assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["zero1", "zero2", "zero3", "zero3_offload"])
+def test_a_stage_leaves_no_network_in_memory(trainer, tmp_path):
+    command = [sys.executable, "-m", "tests.zero_memory", trainer, str(tmp_path)]
+    done = subprocess.run(command, cwd=REPO, env=ENV, capture_output=True, text=True, check=True)
+    left = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("left:")]
+    assert len(left) == 2
+    for parameters, size in left:
+        assert int(parameters) == 0 and int(size) < 10_000  # the model has 350,000

@@ -193,14 +193,54 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def swap_in(new: Path, place: Path) -> None:
-    """Move a file or folder to `place`, whose old content goes; a kill loses neither of the two."""
-    if new.is_file():
-        with open(new, "rb+") as file:
-            os.fsync(file.fileno())
+    """Move a file or folder to `place`, whose old content goes; a kill loses neither of the two.
+
+    Where a kill may come between a folder's two renames, `undo_swap` has to be called before
+    `place` is read again.
+    """
+    undo_swap(new, place)
+    for path in [new, *new.rglob("*")]:
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
     if not place.is_dir():  # a rename replaces a file, but not a folder
         os.replace(new, place)
         return
-    old = new.with_name(f"{new.name}.old")
-    os.rename(place, old)
+    os.rename(place, set_aside(new))
     os.rename(new, place)
-    shutil.rmtree(old)
+    shutil.rmtree(set_aside(new))
+
+
+def undo_swap(new: Path, place: Path) -> None:
+    """Put the old folder back that `swap_in` set aside before a kill, or remove it at last."""
+    old = set_aside(new)
+    if not old.exists():
+        return
+    if place.exists():
+        shutil.rmtree(old)
+    else:
+        os.rename(old, place)
+
+
+def clean_up(state: Path) -> None:
+    """After a kill: the last good resume state in its place, and none half-written beside it."""
+    undo_swap(part_of(state), state)
+    remove(part_of(state))
+
+
+def part_of(state: Path) -> Path:
+    """Where the next resume state is written."""
+    return state.with_name(".part.ckpt")
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def set_aside(new: Path) -> Path:
+    """Where the old folder waits while the new one takes its place."""
+    return new.with_name(f"{new.name}.old")

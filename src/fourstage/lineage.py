@@ -25,7 +25,7 @@ from rich.console import Console
 from fourstage import __version__
 from fourstage.errors import UserError
 from fourstage.interruptions import one_line
-from fourstage.job import StageJob, read_record, swap_in, write_record
+from fourstage.job import StageJob, clean_up, read_record, swap_in, undo_swap, write_record
 from fourstage.ranks import Ranks
 from fourstage.runs import find_run
 
@@ -76,6 +76,8 @@ def complete(plan: Plan, run: PlannedRun, train: Train, ranks: Ranks) -> None:
             train(stage_job(plan, run))
         return
     with plan.store.locked(run.name, run.id):
+        clean_up(run.folder / "checkpoints" / "last.ckpt")
+        undo_swap(plan.store.retrain_folder(run.stage, run.id), place)
         run.status, run.record = find_status(run.folder)
         ranks.tell(run.id, run.status)
         if run.to_do:

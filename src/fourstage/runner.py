@@ -6,6 +6,7 @@ its weights are saved, and it is evaluated together with what it makes measurabl
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from dataclasses import asdict
@@ -16,9 +17,7 @@ import torch
 
 from fourstage import data, strategies
 from fourstage.callbacks import (
-    Checkpointer,
     PlanProgress,
-    ResumeIO,
     RouterHealth,
     Sample,
     SampleLog,
@@ -34,7 +33,8 @@ from fourstage.interruptions import advice, explained
 from fourstage.job import StageJob
 from fourstage.loggers import build_loggers, finish_wandb
 from fourstage.model import ScalarModel, Transformer
-from fourstage.prepare import PREPARE, Prepared, say
+from fourstage.prepare import PREPARE, Prepared, say, world_size
+from fourstage.resume import Checkpointer, ResumeIO, began_with, kind_of
 from fourstage.rl.rollout import fitted_prompt
 from fourstage.run_evaluation import evaluate_random, evaluate_run
 from fourstage.tokenizer import Tokenizer
@@ -52,6 +52,7 @@ def train_stage(job: StageJob) -> dict[str, Any]:
     with explained(job.name, job.stage, settings, lambda: steps_done(trainer) if trainer else 0):
         torch.set_flush_denormal(True)  # denormal floats make a CPU step 4 to 10 times slower
         torch.manual_seed(job.seed)
+        gc.collect()  # an earlier stage's networks, which hang in cycles
         quieten()
         prepared = PREPARE[job.stage](job)
         for transformer in prepared.module.transformers():
@@ -128,11 +129,12 @@ def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
 
 
 def check_resumable(job: StageJob) -> None:
-    """Raise UserError where another kind of trainer wrote the resume state: ZeRO's is a folder."""
-    if job.checkpoint.is_dir() != (job.trainer.strategy in strategies.ZERO):
-        kind = "a zero* trainer" if job.checkpoint.is_dir() else "a trainer without ZeRO"
+    """Raise UserError where a trainer that this one cannot take over from wrote the state."""
+    began, goes_on = began_with(job.checkpoint), kind_of(job.trainer.strategy, world_size(job))
+    if began not in (None, goes_on):
         raise UserError(
-            f"{job.name} was begun with {kind}: finish it with one, or remove {job.folder}"
+            f"begun with {began}, from which {goes_on} cannot go on: take the former, or train it "
+            f"from its start: rm -r '{job.folder}'"
         )
 
 
@@ -184,10 +186,10 @@ def finish(job: StageJob, prepared: Prepared, trainer: L.Trainer) -> None:
     """Plain weights and evaluation: what stays of a stage."""
     result = prepared.result
     kind = "scalar" if isinstance(result, ScalarModel) else "policy"
-    if trainer.is_global_zero:
-        save_weights(job.folder, result.state_dict(), job.model, prepared.tokenizer, kind)
-        evaluate_run(job, result.to(trainer.strategy.root_device), prepared.tokenizer)
-    trainer.strategy.barrier()
+    with strategies.others_wait():
+        if trainer.is_global_zero:
+            save_weights(job.folder, result.state_dict(), job.model, prepared.tokenizer, kind)
+            evaluate_run(job, result.to(trainer.strategy.root_device), prepared.tokenizer)
 
 
 def fixed_answers(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> list[Sample]:

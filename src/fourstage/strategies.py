@@ -10,19 +10,23 @@ mode would keep bf16 weights, and "bf16-mixed" in a run's id would mean two thin
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
-from fourstage.errors import UserError
 from fourstage.job import TrainerConfig
 from fourstage.model import ScalarModel, Transformer
 from fourstage.model.moe import MoE
@@ -89,11 +93,24 @@ class ZeroStrategy(DeepSpeedStrategy):
         with self.precision_plugin.val_step_context():
             return self.lightning_module.validation_step(*args, **kwargs)
 
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """DeepSpeed's own way, but with weights_only: it would execute what a file holds."""
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # whatever a torch.load asks for
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            return super().load_checkpoint(checkpoint_path, weights_only=True)
+
     def teardown(self) -> None:
-        """Lets go of the engine, whose hooks would keep it through the next stages."""
+        """Lets go of the engine, which would keep its networks through the next stages."""
         super().teardown()
         if self.model is not self.lightning_module:
             self.deepspeed_engine.destroy()
+            forget_networks()
             self.model, self.optimizers = self.lightning_module, []
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
@@ -123,6 +140,16 @@ def reduce_at_last_use(leaf: nn.Module) -> None:
     leaf.register_full_backward_hook(left)
 
 
+def forget_networks() -> None:
+    """Empties what DeepSpeed keeps for the whole process: networks, and caches that hold them."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for found in gc.get_objects():
+        if type(found) is functools._lru_cache_wrapper and found.__module__.startswith("deepspeed"):
+            found.cache_clear()
+
+
 def trainer_options(where: TrainerConfig, clip_norm: float) -> dict[str, Any]:
     """What Lightning's Trainer has to know of a trainer config; clip_norm 0 is no clipping."""
     options: dict[str, Any] = {
@@ -134,6 +161,21 @@ def trainer_options(where: TrainerConfig, clip_norm: float) -> dict[str, Any]:
         return {**options, "strategy": where.strategy, "precision": where.precision}
     strategy = ZeroStrategy(ZERO[where.strategy], clip_norm, where.strategy.endswith("_offload"))
     return {**options, "strategy": strategy, "plugins": [ZeroPrecision(where.precision)]}
+
+
+@contextmanager
+def others_wait() -> Iterator[None]:
+    """What the first process does inside may take as long as it likes; every process has to enter.
+
+    A collective of the usual group, on which the others would wait, gives up after 30 minutes.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    yield
+    dist.barrier(group)
+    dist.destroy_process_group(group)
 
 
 # --- one optimizer step
@@ -149,7 +191,9 @@ def backward(module: L.LightningModule, loss: Callable[[], Tensor], is_last: boo
 
     def under_autocast() -> Tensor:
         with strategy.precision_plugin.forward_context():
-            return loss()
+            share = loss()
+        # then the gradient is not finite either, which is what the engine looks at
+        return share * torch.where(share.isfinite(), 1.0, torch.nan)
 
     engine.set_gradient_accumulation_boundary(is_last)
     # with autocast around it the engine would warn, and turn it off
@@ -164,22 +208,14 @@ def step(
     """Clips the gradient to `clip_norm` (0: not) and takes the optimizer's step where it is finite.
 
     Returns the norm before clipping, of all ranks' shares together, and whether the step was taken.
-    `is_finite(norm)` is asked of the loss too. ZeRO clips and steps at once (as its config says)
-    and cannot skip: raises UserError.
+    `is_finite(norm)` is asked of the loss too. ZeRO clips, steps and skips by itself (see
+    `backward`), with the clipping of its config.
     """
     optimizer, strategy = module.optimizers(), module.trainer.strategy
     if isinstance(strategy, ZeroStrategy):
-        stop = UserError(
-            f"step {module.steps_done + 1}: no finite loss and gradient, which ZeRO cannot skip: "
-            "the same command goes on from the last checkpoint; other trainers skip such steps"
-        )
-        if not is_finite(torch.zeros(())):
-            raise stop
         optimizer.step()
-        norm = torch.as_tensor(strategy.deepspeed_engine.get_global_grad_norm())
-        if not is_finite(norm):
-            raise stop
-        return norm, True
+        engine = strategy.deepspeed_engine
+        return torch.as_tensor(engine.get_global_grad_norm()), engine.was_step_applied()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
     taken = is_finite(norm)

@@ -2,8 +2,9 @@
 
 `python -m tests.stages.matrix TRAINER RANKS STEPS FOLDER STAGE...` writes STAGE-RANK.pt: the loss
 of every optimizer step over all ranks, the metrics of every training step, the weights at the end.
-In ppo and grpo the answers are fixed; the stage "sampled" is grpo with its own sampler, and a stage
-of which the name ends in _muon has that optimizer.
+In ppo and grpo the answers are fixed; the stage "sampled" is grpo with its own sampler, "skipped"
+is sft with two steps whose loss or gradient is not finite on the last rank, and a stage of which
+the name ends in _muon has that optimizer.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def make(stage: str, steps: int) -> tuple[StageModule, list[Any]]:
     if stage == "pretrain":
         module = PretrainModule(make_policy(), settings(stage, **shared), 0, heldout_chars=10)
         return module, [ragged(8, seed=step) for step in range(steps)]
-    if stage in ("sft", "tied"):
-        policy = make_policy() if stage == "sft" else tied_policy()
+    if stage in ("sft", "tied", "skipped"):
+        policy = tied_policy() if stage == "tied" else make_policy()
         module = SFTModule(policy, settings("sft", **shared), 0)
         return module, [ragged(8, seed=step) for step in range(steps)]
     if stage == "reward":
@@ -104,13 +105,20 @@ def fixed_answers(policy: Any, prompts: list[list[int]], tokenizer: Any, **_: An
     return rollout
 
 
+def spoilt(share: torch.Tensor, step: int) -> torch.Tensor:
+    """In the third step an infinite loss, in the fifth a finite one whose gradient is no number."""
+    if step == 2:
+        return share + torch.inf
+    return share + (0 * share).sqrt() if step == 4 else share
+
+
 class Keep(L.Callback):
     """What happened in a stage; the loss is added up where a share of it is computed."""
 
     step = 0
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, spoils: bool = False) -> None:
+        self.path, self.spoils = path, spoils
         self.losses: list[float] = []
         self.metrics: list[dict[str, float]] = []
 
@@ -123,6 +131,8 @@ class Keep(L.Callback):
 
             def counted(rows: slice) -> torch.Tensor:
                 share = piece(rows)
+                if self.spoils and module.global_rank == trainer.world_size - 1:
+                    share = spoilt(share, Keep.step)
                 total.add_(share.detach())
                 return share
 
@@ -149,7 +159,7 @@ def train(name: str, ranks: int, steps: int, folder: Path, stage: str) -> None:
     options = strategies.trainer_options(where, module.settings.clip_norm)
     if name in strategies.ZERO:
         on_cpus(options)
-    keep = Keep(folder / stage)
+    keep = Keep(folder / stage, spoils=stage == "skipped")
     trainer = L.Trainer(
         **options,
         max_epochs=1,

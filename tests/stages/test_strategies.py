@@ -5,6 +5,7 @@ Real processes over gloo, one thread each; DeepSpeed's are CPU processes (tests/
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -58,21 +59,54 @@ def test_a_few_steps_of_sft_under_zero2(tmp_path):
     assert distance(start, found["weights"]) > 1e-3
 
 
+WAITS = """
+import sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from fourstage.strategies import others_wait
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", "file://" + store, timedelta(seconds=2), world_size=2, rank=rank)
+with others_wait():
+    time.sleep(4 * (rank == 0))
+dist.barrier()
+"""
+
+
+def test_the_others_wait_longer_than_a_collective_would(tmp_path):
+    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WAITS]
+    ranks = [subprocess.Popen([*command, str(r), tmp_path / "store"], env=env) for r in (0, 1)]
+    assert [rank.wait(60) for rank in ranks] == [0, 0]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    return trained("auto", 1, 10, tmp_path_factory.mktemp("alone") / "1", *STAGES)
+    return trained("auto", 1, 10, tmp_path_factory.mktemp("alone") / "1", *STAGES, "skipped")
 
 
 @pytest.fixture(scope="module", params=TRAINERS)
 def two_ranks(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two") / request.param
-    return trained(request.param, 2, 10, folder, *STAGES, "sampled")
+    return trained(request.param, 2, 10, folder, *STAGES, "skipped", "sampled")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_take_the_steps_of_one(stage, alone, two_ranks):
     check(seen(alone, stage, 0), [seen(two_ranks, stage, rank) for rank in (0, 1)])
+
+
+@pytest.mark.slow
+def test_steps_that_are_not_finite_on_one_rank_are_skipped_on_all(alone, two_ranks):
+    one = seen(alone, "skipped", 0)
+    for rank in (0, 1):
+        two = seen(two_ranks, "skipped", rank)
+        assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+        assert distance(one["weights"], two["weights"]) < 1e-4
+        counts = [metrics["train/skipped_steps"] for metrics in two["metrics"]]
+        assert counts == [0, 0, 1, 1, 2, 2, 2, 2, 2, 2]
+    assert one["losses"].count(math.inf) == 1
 
 
 @pytest.mark.slow

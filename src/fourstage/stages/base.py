@@ -286,10 +286,10 @@ class StageModule(L.LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["skipped_steps"] = self.skipped_steps
+        checkpoint["steps_skipped"] = self.skipped_steps  # DeepSpeed has its own "skipped_steps"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.skipped_steps = checkpoint["skipped_steps"]
+        self.skipped_steps = checkpoint["steps_skipped"]
 
     # --- the routers
 
