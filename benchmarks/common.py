@@ -170,6 +170,8 @@ def pretrain_module(model: Transformer, shape: Shape) -> PretrainModule:
     """The pretrain stage at a constant learning rate, a batch in one forward."""
     settings = stage_settings(
         "pretrain",
+        optimizer="adamw",
+        lr=2e-3,
         batch_size=shape.rows,
         micro_batch_size=shape.rows,
         block_size=shape.tokens,

@@ -18,7 +18,7 @@ import copy
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,6 +72,27 @@ def text_prompts(rows: int, lengths: tuple[int, int]) -> list[list[int]]:
     return found
 
 
+@torch.no_grad()
+def balance(model: Transformer, updates: int = 100) -> None:
+    """Set the routers' biases as training leaves them: its experts are about equally busy.
+
+    By training's own rule, on the model's own answers, with ever smaller steps.
+    """
+    if model.config.dense:
+        return
+    config, prompts = model.config, text_prompts(64, LENGTHS["equal"])
+    answers = generate(
+        model, prompts, max_new_tokens=24, stop_id=NEVER, pad_id=CHARACTERS.pad_id
+    ).answer_ids
+    ids_BT = torch.tensor(
+        [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    )
+    for i in range(updates):
+        model.config = replace(config, bias_step=0.03 * 0.95**i)
+        model.update_expert_bias(model(ids_BT).router.load_LE)
+    model.config = config
+
+
 class Pair:
     """Our model and transformers', with the same weights."""
 
@@ -79,6 +100,7 @@ class Pair:
         torch.manual_seed(0)
         self.device = device
         self.ours = Transformer(config, CHARACTERS.vocab_size).eval()
+        balance(self.ours)
         self.theirs = peers.glm4_moe(config, CHARACTERS.vocab_size).eval()
         peers.copy_weights(self.ours, self.theirs)
         self.ours.to(device)

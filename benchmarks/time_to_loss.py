@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ import torch
 from benchmarks.common import (
     REPO,
     device_name,
+    known,
     print_json,
     print_table,
     read_arguments,
@@ -38,8 +39,8 @@ from benchmarks.common import (
     start,
 )
 from fourstage.errors import UserError
-from fourstage.stages import SETTINGS
 
+LR = {"adamw": 0.002, "muon": 0.004}  # each optimizer's best of three (docs/LOG.md)
 USAGE = "python -m benchmarks.time_to_loss FILE [seconds=120] [seeds=0] [variants=NAME,NAME]"
 
 
@@ -74,18 +75,15 @@ def overrides_of(variant: str) -> list[str]:
     """What a variant adds to the command.
 
     Raises:
-        UserError: no such model, or a version without the optimizer setting.
+        UserError: no such model or optimizer.
     """
     model, plus, optimizer = variant.partition("+")
     shipped_model(model)
     if not plus:
         return [f"model={model}"]
-    if "optimizer" not in {f.name for f in fields(SETTINGS["pretrain"])}:
-        raise UserError(
-            f"variants: {variant} needs the setting stages.pretrain.optimizer, which this version "
-            f"does not have; variants={model} trains with the only one there is"
-        )
-    return [f"model={model}", f"stages.pretrain.optimizer={optimizer}"]
+    known("variants", [optimizer], LR)
+    chosen = {"optimizer": optimizer, "lr": LR[optimizer]}
+    return [f"model={model}", *(f"stages.pretrain.{k}={v}" for k, v in chosen.items())]
 
 
 def command(text: Path, seconds: int, options: Options, outputs: Path) -> list[str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +45,12 @@ from benchmarks.common import (
 )
 from fourstage.batch import TokenBatch
 from fourstage.cost import mfu, peak_flops
-from fourstage.model import ModelConfig, Transformer
+from fourstage.model import ModelConfig, Transformer, fused
 from fourstage.model.flops import forward_flops, head_flops
 
 LIMIT = "matrix products"
 OURS = "ours"
+PLAIN = "ours without fused gradients"  # without model/fused.py
 DENSE = "our dense twin"
 BATCHES = 64  # that the contestants go round in
 
@@ -91,7 +93,7 @@ def our_block(
 ) -> Block:
     """The pretrain stage; the first step of a block makes the optimizer's state and is left out."""
     if fuse:
-        model.compile()
+        model.compile_blocks()
     module = pretrain_module(model, shape)
 
     def block(n: int) -> list[float]:
@@ -99,6 +101,16 @@ def our_block(
         return seconds[1:]
 
     return block
+
+
+def without_fused(block: Block) -> Block:
+    """The same with the gradients that PyTorch derives from the plain expressions."""
+
+    def plain(n: int) -> list[float]:
+        with mock.patch.object(fused, "applies", lambda _: False):
+            return block(n)
+
+    return plain
 
 
 def their_block(
@@ -195,6 +207,8 @@ def contestants(shape: Shape, device: torch.device, fuse: bool) -> dict[str, Blo
 
     config = shape.config
     blocks = {OURS: our_block(made(config), shape, again(), device, fuse)}
+    if device.type == "cpu":
+        blocks[PLAIN] = without_fused(our_block(made(config), shape, again(), device, fuse))
     for name in ("eager", "grouped_mm"):
         glm4 = peers.glm4_moe(config, shape.vocab_size)
         peers.copy_weights(made(config), glm4)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, generate, grpo, peers, scaling, time_to_loss, train
+from benchmarks import common, generate, grpo, peers, profile, scaling, time_to_loss, train
 from benchmarks.common import Seconds, Shape, dense_twin, shipped_model
 from fourstage.errors import UserError
 from fourstage.model import Transformer
@@ -333,3 +333,25 @@ def test_more_rows_take_more_memory() -> None:
     small, large = (Shape(shipped_model("moe_nano"), 103, n, 256) for n in (1, 64))
     of_small, of_large = (scaling.in_a_process(s, "cpu", 1).mib for s in (small, large))
     assert of_large > of_small + 30  # 16,128 more positions, at 2 kB each and more
+
+
+@pytest.mark.parametrize("what", ["train", "decode"])
+def test_profile(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    profile.main([f"what={what}", "model=moe_nano", "rows=2", "tokens=16", "steps=1"])
+    line = last_line(capsys.readouterr().out, "profile")
+    shares = [value for name, value in line["figures"].items() if name.startswith("share_")]
+    assert len(shares) == len(profile.KINDS) and sum(shares) == pytest.approx(1, abs=1e-3)
+
+
+def test_balanced_routers() -> None:
+    model = Transformer(shipped_model("moe_nano", init_std=0.3), common.CHARACTERS.vocab_size)
+    prompts = torch.tensor(generate.text_prompts(32, (40, 40)))
+
+    def busiest() -> float:
+        load_LE = model(prompts).router.load_LE
+        return (load_LE.amax(-1) / load_LE.mean(-1)).max().item()
+
+    before = busiest()
+    generate.balance(model)
+    assert busiest() < min(before, 1.5)
+    assert model.config.bias_step == shipped_model("moe_nano").bias_step
