@@ -7,9 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fourstage.generate import generate
 from fourstage.model import ScalarModel, Transformer
-from fourstage.model.attention import LayerCache
 from fourstage.model.flops import forward_flops, head_flops
-from tests.model.configs import VOCAB, read_config
+from tests.model.configs import VOCAB, countable_attention, read_config
 
 IDS = torch.randint(0, VOCAB, (3, 11), generator=torch.Generator().manual_seed(0))
 SHAPES = {
@@ -80,11 +79,7 @@ def test_a_scalar_model_equals_torchs_counter(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sampling_with_a_cache_equals_torchs_counter(shape, monkeypatch):
-    def attend(self, q: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        k, v = self.k[:, :, : self.length], self.v[:, :, : self.length]
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-    monkeypatch.setattr(LayerCache, "attend", attend)  # torch counts no weighted sum of rows
+    countable_attention(monkeypatch)
     model = make(shape, init_std=0.2)
     prompts = [[5, 6, 7, 8], [9], [10, 11]]
 
