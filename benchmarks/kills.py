@@ -8,7 +8,7 @@ the ladder is finished, which is then compared with the calm one and removed.
 trainer=ddp, zero1, zero2, zero3 or zero3_offload: two processes on the CPU, over gloo; either both
 are killed or one of the two, and the other must then end by itself. ZeRO, which refuses CPUs, is
 started as in the tests (tests/train_on_cpus.py). The last line is one JSON object with the figures;
-exit code 1 where a weight differs or a process stays. Two to ten minutes; half an hour under ZeRO.
+exit code 1 where a weight differs or a process stays. Ten minutes to an hour.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def main(arguments: list[str]) -> None:
     root = Path(values.get("outputs", "outputs/kills")).resolve()
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    longest = 1.5 * calm_ladder(root / "calm", program, overrides) / len(STAGES)  # of one stage
+    longest = calm_ladder(root / "calm", program, overrides) / len(STAGES)
     expected = weights(root / "calm")
     assert len(expected) == len(STAGES)
     print("| kill | ladder | who | s in the stage | stage | step | saving | others end after |")
