@@ -90,3 +90,24 @@ def test_zero_needs_gpus_and_a_precision_that_it_trains_in(monkeypatch):
     assert where.precision == "bf16-mixed"
     with pytest.raises(UserError, match="zero2 trains in bf16-mixed or 32-true, not 16-mixed"):
         TrainerConfig(accelerator="gpu", strategy="zero2", precision="16-mixed").resolved()
+
+
+@pytest.mark.parametrize("trainer", ["zero1", "zero2", "zero3", "zero3_offload"])
+def test_under_zero_pretrain_has_an_optimizer_that_zero_can_spread(trainer):
+    tree = config(f"trainer={trainer}")
+    assert tree["trainer"] | {"strategy": trainer, "devices": -1} == tree["trainer"]
+    assert (tree["stages"]["pretrain"]["optimizer"], tree["stages"]["pretrain"]["lr"]) == (
+        "adamw",
+        0.002,
+    )
+    assert config("trainer=ddp")["stages"]["pretrain"]["optimizer"] == "muon"
+    assert config(f"trainer={trainer}", "stages.pretrain.lr=0.1")["stages"]["pretrain"]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("option", ["compile", "checkpoint_activations"])
+def test_zero3_has_neither_compiled_blocks_nor_checkpoints(option, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    where = {"accelerator": "gpu", "precision": "bf16-mixed", option: True}
+    assert getattr(TrainerConfig(strategy="zero2", **where).resolved(), option)
+    with pytest.raises(UserError, match=f"trainer.{option}: not under zero3: take zero2"):
+        TrainerConfig(strategy="zero3", **where).resolved()
