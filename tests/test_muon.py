@@ -251,6 +251,7 @@ def test_a_resumed_optimizer_goes_on_to_the_bit():
 def test_muon_under_zero_is_refused_before_anything_trains(tmp_path, monkeypatch):
     shared = [f"outputs={tmp_path}/outputs", "model=moe_nano", "logger=none"]
     shared += [*own_files(tmp_path / "files"), "stages.pretrain.optimizer=muon"]
+    shared += ["stages.pretrain.lr=4e-3"]
     climb(config(*shared, "stage=pretrain", "trainer=cpu"), train=FakeTrain())
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     zero = [*shared, "stage=sft", "trainer=zero2", "trainer.precision=32-true", "trainer.devices=1"]
