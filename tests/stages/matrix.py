@@ -58,8 +58,8 @@ ALL_ROWS = {"minibatch_size": 16, "balance_router": True}  # ranks draw their ow
 def make(stage: str, steps: int) -> tuple[StageModule, list[Any]]:
     """A stage of the tiny model, and batches of eight rows (of four prompts in ppo and grpo)."""
     shared = {**SHARED, "max_steps": steps, "max_time": None}
-    if stage.endswith("_muon"):
-        stage, shared["optimizer"] = stage.removesuffix("_muon"), "muon"
+    shared["optimizer"] = "muon" if stage.endswith("_muon") else "adamw"
+    stage = stage.removesuffix("_muon")
     if stage == "pretrain":
         module = PretrainModule(make_policy(), settings(stage, **shared), 0, heldout_chars=10)
         return module, [ragged(8, seed=step) for step in range(steps)]
