@@ -30,7 +30,7 @@ from benchmarks.common import (
     start,
     token_batches,
 )
-from fourstage.model import KVCache, ModelConfig, Transformer
+from fourstage.model import Decoder, ModelConfig, Transformer
 from fourstage.stages.supervised import next_token_nll
 
 KINDS = {  # by the beginning of an operation's name, the first that fits
@@ -71,15 +71,15 @@ def train_step(config: ModelConfig, rows: int, tokens: int) -> Callable[[], None
 def decode_step(config: ModelConfig, rows: int, tokens: int) -> Callable[[], None]:
     model = Transformer(config, CHARACTERS.vocab_size).eval()
     (batch,) = token_batches(Shape(config, CHARACTERS.vocab_size, rows, tokens), 1)
-    cache = KVCache(config.n_layers, capacity=config.max_seq_len)
+    decoder = Decoder(model, config.max_seq_len)
 
-    @torch.no_grad()
     def step() -> None:
-        if cache.length in (0, config.max_seq_len):
-            for layer in cache.layers:
-                layer.length = 0
-            model.prefill(batch.ids, cache, None)
-        model.logits(model(batch.ids[:, -1:], cache=cache).hidden_BTD)
+        nonlocal decoder
+        if decoder.length == config.max_seq_len:
+            decoder = Decoder(model, config.max_seq_len)
+        if decoder.length == 0:
+            decoder.prefill(batch.ids)
+        decoder(batch.ids[:, -1])
 
     return step
 

@@ -36,7 +36,9 @@ def test_positions_of_padding_stay_inside_the_rows():
         logprobs=torch.zeros(2, 3),
         stopped=T([False, True]),
     )
-    assert r.predict_at.tolist() == [[2, 3, 3], [0, 1, 2]]
+    assert r.predict_at.tolist() == [[2, 2, 2], [0, 1, 2]]
+    assert r.inputs.tolist() == [[10, 11, 12], [13, 30, 31]]
+    assert r.is_input.tolist() == [[True, True, True], [True, True, True]]
     assert r.answer_ids[r.mask].tolist() == [20, 30, 31, 1]
 
 
@@ -54,7 +56,8 @@ def test_short_rows_lose_the_padding_of_longer_ones():
     assert part.ids.tolist() == [[13, 30]]
     assert part.mask.tolist() == [[True, False, False]]  # as wide as the scores of all rows
     assert part.valid.tolist() == [[True, True]]
-    assert part.predict_at.tolist() == [[0, 1, 1]]
+    assert part.is_input.tolist() == [[True]]
+    assert part.predict_at.tolist() == [[0, 0, 0]]
     assert part.answer_ids[part.mask].tolist() == [30]
 
 

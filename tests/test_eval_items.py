@@ -31,7 +31,7 @@ from fourstage.eval_items import (
 )
 from fourstage.generate import Generation, generate
 from fourstage.rl.rewards import true_score, well_formed
-from fourstage.rl.rollout import pack, score_tokens
+from fourstage.rl.rollout import answer_logprobs, pack
 from tests.heldout import CHATS, CONFIG, HELDOUT, NOTHING, changed, chat, problem
 from tests.stages.tiny import TINY, TOKENIZER, make_policy
 
@@ -185,7 +185,7 @@ def test_the_stored_log_probability_is_the_policys(chats):
     zeros, stopped = [[0.0] * len(i) for i in ids], [c["stopped"] for c in chats]
     rollout = pack(prompts, ids, zeros, stopped, TOKENIZER.pad_id)
     with torch.no_grad():
-        logprobs = (score_tokens(make_policy(), rollout).logprobs * rollout.mask).sum(1)
+        logprobs = (answer_logprobs(make_policy(), rollout) * rollout.mask).sum(1)
     assert [c["logprob"] for c in chats] == pytest.approx(logprobs.tolist(), abs=1e-3)
 
 

@@ -6,7 +6,7 @@ import torch
 from fourstage import generate as module
 from fourstage.errors import UserError
 from fourstage.generate import Sampling, generate, stream
-from fourstage.model import Transformer
+from fourstage.model import Decoder, Transformer
 from tests.model.configs import read_config
 
 VOCAB, STOP, PAD = 30, 1, 0
@@ -94,11 +94,16 @@ def test_a_row_does_not_depend_on_the_others_nor_on_who_has_left(model, monkeypa
     assert alone.answer_ids[0] == kept_together[0].answer_ids[7]
 
 
-def test_finished_rows_leave_the_batch(model):
+def test_finished_rows_leave_the_batch(model, monkeypatch):
     rows = []
-    hook = model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+
+    class Counted(Decoder):
+        def __call__(self, ids_B, mask_BS=None):
+            rows.append(len(ids_B))
+            return super().__call__(ids_B, mask_BS)
+
+    monkeypatch.setattr(module, "Decoder", Counted)
     lengths = [len(a) for a in answer(model, PROMPTS * 6, max_new_tokens=60).answer_ids]
-    hook.remove()
     assert len(rows) == max(lengths)
     for step, computed in enumerate(rows):
         unfinished = sum(length > step for length in lengths)

@@ -8,7 +8,7 @@ import torch
 from fourstage.batch import PairBatch
 from fourstage.eval_items import chat_items
 from fourstage.judges import Judges, judged, pair_items, win
-from fourstage.rl.rollout import final_scores, pack, score_tokens
+from fourstage.rl.rollout import answer_logprobs, final_scores, pack
 from tests.heldout import CONFIG, HELDOUT
 from tests.stages.tiny import TOKENIZER, make_policy, make_scalar
 
@@ -35,8 +35,8 @@ def test_scores_and_kl_are_those_of_the_networks(chats):
     assert [(i["set"], i["id"]) for i in said] == [("chat", c["id"]) for c in chats[0]]
     with torch.no_grad():
         scores = final_scores(reward, rollout(chats[0]))
-        own, other = (score_tokens(p, rollout(chats[0])) for p in (make_policy(1), sft))
-    kl = ((own.logprobs - other.logprobs) * rollout(chats[0]).mask).sum(1)
+        own, other = (answer_logprobs(p, rollout(chats[0])) for p in (make_policy(1), sft))
+    kl = (own - other).sum(1)
     assert column(said, "reward_model_score") == pytest.approx(scores.tolist(), abs=1e-3)
     assert column(said, "kl_to_sft") == pytest.approx(kl.tolist(), abs=1e-3)
     assert abs(kl.mean()) > 1

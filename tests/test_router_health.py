@@ -29,8 +29,8 @@ def watch(network: Transformer) -> Tensor:
             if not (network.training and torch.is_grad_enabled()):
                 return
             experts_NK = routing.experts_NK
-            if inputs[1] is not None:
-                experts_NK = experts_NK[inputs[1]]
+            if inputs[1] is not None:  # how often a token counts
+                experts_NK = experts_NK.repeat_interleave(inputs[1].long(), dim=0)
             load_LE[layer] += experts_NK.flatten().bincount(minlength=E)
 
         return hook

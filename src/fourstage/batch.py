@@ -93,10 +93,20 @@ class Rollout(_Movable):
         return steps[None, :] < (self.start + self.length)[:, None]
 
     @property
+    def inputs(self) -> Tensor:
+        """int64 [B, T - 1]: what a network has to read; a row's last token predicts nothing."""
+        return self.ids[:, :-1]
+
+    @property
+    def is_input(self) -> Tensor:
+        """bool [B, T - 1]: False on padding and on a row's last token."""
+        return self.valid[:, 1:]
+
+    @property
     def predict_at(self) -> Tensor:
         """int64 [B, A]: the position whose output predicts answer token a (clamped in padding)."""
         steps = torch.arange(self.logprobs.shape[1], device=self.ids.device)
-        return (self.start[:, None] + steps - 1).clamp(max=self.ids.shape[1] - 1)
+        return (self.start[:, None] + steps - 1).clamp(max=self.ids.shape[1] - 2)
 
     @property
     def answer_ids(self) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fourstage.errors import UserError
-from fourstage.model import KVCache, Transformer
+from fourstage.model import Decoder, Transformer
 
 COMPACT_BELOW = 0.75  # finished rows leave the batch when fewer than this share are unfinished
 
@@ -163,12 +163,11 @@ def _steps(
     was_training = model.training
     model.eval()
     try:
-        cache, real_BS = _prefill(model, prompts, longest + max_new_tokens, pad_id)
-        ids_BT = torch.tensor([prompt[-1:] for prompt in prompts], device=device)
+        decoder, real_BS = _prefill(model, prompts, longest + max_new_tokens, pad_id)
+        ids_B = torch.tensor([prompt[-1] for prompt in prompts], device=device)
         for step in range(max_new_tokens):
-            mask = None if real_BS is None else real_BS[:, None, None, : longest + step]
-            out = model(ids_BT, cache=cache, attn_mask=mask)
-            log_probs_BV = sampling.log_probs(model.logits(out.hidden_BTD[:, -1]))
+            mask_BS = None if real_BS is None else real_BS[:, : longest + step]
+            log_probs_BV = sampling.log_probs(decoder(ids_B, mask_BS))
             token_B = sampling.draw(log_probs_BV, uniform_BA[:, step])
             logprob_B = log_probs_BV.gather(1, token_B[:, None]).squeeze(1)
             yield row_B[alive_B], token_B[alive_B], logprob_B[alive_B]
@@ -179,19 +178,19 @@ def _steps(
                 return
             if alive < COMPACT_BELOW * len(alive_B):
                 keep = alive_B.nonzero().squeeze(1)
-                cache.keep(keep)
+                decoder.keep(keep)
                 row_B, token_B, uniform_BA = row_B[keep], token_B[keep], uniform_BA[keep]
                 alive_B = alive_B[keep]
                 real_BS = None if real_BS is None else real_BS[keep]
-            ids_BT = token_B[:, None]
+            ids_B = token_B
     finally:
         model.train(was_training)
 
 
 def _prefill(
     model: Transformer, prompts: list[list[int]], capacity: int, pad_id: int
-) -> tuple[KVCache, Tensor | None]:
-    """A cache with all but the last token of each prompt, and where its tokens are real [B, S].
+) -> tuple[Decoder, Tensor | None]:
+    """What has read all but the last token of each prompt, and where its tokens are real [B, S].
 
     Equal prompts (the answers of a group) are computed once. With prompts of one length nothing is
     masked, and attention may take its faster way. A padded row's positions start after its padding:
@@ -209,13 +208,13 @@ def _prefill(
         real_US = (
             torch.arange(capacity, device=device) >= torch.tensor(pads, device=device)[:, None]
         )
-    cache = KVCache(model.config.n_layers, capacity)
+    decoder = Decoder(model, capacity)
     if longest > 1:
         mask = None if real_US is None else _prefill_mask(real_US[:, : longest - 1])
-        model.prefill(torch.tensor(ids_UP, device=device), cache, mask)
+        decoder.prefill(torch.tensor(ids_UP, device=device), mask)
         if len(distinct) < len(prompts):
-            cache.keep(prompt_B)
-    return cache, None if real_US is None else real_US[prompt_B]
+            decoder.keep(prompt_B)
+    return decoder, None if real_US is None else real_US[prompt_B]
 
 
 def _prefill_mask(real_BP: Tensor) -> Tensor:

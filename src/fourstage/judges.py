@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fourstage.batch import PairBatch, Rollout
 from fourstage.eval_items import batches
 from fourstage.model import ScalarModel, Transformer
-from fourstage.rl.rollout import final_scores, pack, score_tokens
+from fourstage.rl.rollout import answer_logprobs, final_scores, pack
 from fourstage.suite import Item
 from fourstage.tokenizer import Tokenizer
 
@@ -87,7 +87,7 @@ def kl_estimates(reference: Transformer, chats: list[Item], tokenizer: Tokenizer
     policy's own answers is KL(policy || reference)."""
 
     def kl(part: Rollout) -> Tensor:
-        logp_BA = score_tokens(reference, part).logprobs * part.mask
+        logp_BA = answer_logprobs(reference, part)
         return part.logprobs.sum(1) - logp_BA.sum(1)
 
     return _of_each(chats, tokenizer, reference, kl)

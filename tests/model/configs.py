@@ -7,7 +7,7 @@ import yaml
 from torch import Tensor
 
 from fourstage.model import ModelConfig
-from fourstage.model.attention import LayerCache
+from fourstage.model.cache import LayerCache
 
 CONFIGS = Path(__file__).parents[2] / "conf" / "model"
 VOCAB = 50
@@ -23,6 +23,6 @@ def countable_attention(monkeypatch) -> None:
 
     def attend(self: LayerCache, q: Tensor, mask: Tensor | None) -> Tensor:
         k, v = self.k[:, :, : self.length], self.v[:, :, : self.length]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
 
     monkeypatch.setattr(LayerCache, "attend", attend)

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fourstage.generate import generate
 from fourstage.model import ScalarModel, Transformer
 from fourstage.model.flops import forward_flops, head_flops
+from fourstage.model.packing import Packing
 from tests.model.configs import VOCAB, countable_attention, read_config
 
 IDS = torch.randint(0, VOCAB, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -67,6 +68,15 @@ def test_forward_and_backward_equal_torchs_counter(shape):
     assert torch_flops(lambda: forward(where=slice(-2, None)).backward()) == model.flops
     model.requires_grad_(False).flops = 0
     assert torch_flops(forward) == model.flops  # a frozen network has no backward
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_packed_forward_equals_torchs_counter(shape):
+    model = make(shape)
+    packing = Packing(IDS[[0, 0, 1, 2]], torch.tensor([11, 5, 11, 7]))
+    assert len(packing) == 29  # of 44 places
+    found = torch_flops(lambda: model.forward_packed(packing).logsumexp(-1).sum().backward())
+    assert found == model.flops > 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from fourstage.model import KVCache, Transformer
+from fourstage.model import Transformer
 from fourstage.model.health import bias_spread, drift, load_health
 from tests.model.configs import VOCAB, read_config
 
@@ -63,16 +63,6 @@ def test_left_padding_with_positions_and_a_mask_changes_no_real_token(build):
     positions = (torch.arange(15) - 3).clamp(min=0)[None]
     out = model(padded, positions_BT=positions, attn_mask=mask[None, None])
     assert torch.allclose(out.hidden_BTD[:, 3:], model(IDS).hidden_BTD, atol=1e-5)
-
-
-def test_the_cache_gives_the_same_hidden_states(build):
-    model = build(n_heads=4, n_kv_heads=2, head_dim=16).eval()
-    whole = model(IDS).hidden_BTD
-    cache = KVCache(model.config.n_layers, capacity=12)
-    parts = [model(IDS[:, :5], cache=cache).hidden_BTD]
-    parts += [model(IDS[:, t : t + 1], cache=cache).hidden_BTD for t in range(5, 12)]
-    assert cache.length == 12
-    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-5)
 
 
 def test_the_grouped_and_the_loop_model_agree_in_logits_and_gradients(build):

@@ -9,13 +9,14 @@ from fourstage.batch import Rollout
 from fourstage.errors import UserError
 from fourstage.rl import rollout as module
 from fourstage.rl.rollout import (
+    answer_entropies,
+    answer_logprobs,
     answer_texts,
     answer_values,
     final_scores,
     fitted_prompt,
     pack,
     sample,
-    score_tokens,
 )
 from tests.stages.tiny import TINY, TOKENIZER, make_policy, make_scalar
 
@@ -78,40 +79,56 @@ def test_a_sample_holds_its_prompts_and_ends_with_its_end_token(rollout):
 def test_the_sampler_and_the_trainer_agree(policy, temperature):
     """A cached, left-padded forward a token against one right-padded forward in train mode."""
     got = sample(policy, PROMPTS * 4, TOKENIZER, max_new_tokens=12, temperature=temperature, seed=5)
-    scores = score_tokens(policy.train(), got, temperature)
-    gap = (scores.logprobs - got.logprobs).abs()[got.mask]
+    logprobs = answer_logprobs(policy.train(), got, temperature)
+    gap = (logprobs - got.logprobs).abs()[got.mask]
     assert gap.max() < 1e-4
-    other = score_tokens(policy, got, 1.3).logprobs  # the temperature matters
+    other = answer_logprobs(policy, got, 1.3)  # the temperature matters
     assert (other - got.logprobs).abs()[got.mask].max() > 0.1
 
 
 def test_scores_are_those_of_one_row_alone_without_padding(policy, rollout):
-    scores = score_tokens(policy, rollout)
+    logprobs, entropies = answer_logprobs(policy, rollout), answer_entropies(policy, rollout)
     for row in range(4):
         start, length = int(rollout.start[row]), int(rollout.length[row])
         ids = rollout.ids[row, : start + length]
         logp = policy.logits(policy(ids[None]).hidden_BTD)[0].log_softmax(-1)
         at = torch.arange(start - 1, start + length - 1)
         want = logp[at, ids[start:]]
-        torch.testing.assert_close(scores.logprobs[row, :length], want, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logprobs[row, :length], want, atol=1e-5, rtol=1e-4)
         want = -(logp[at].exp() * logp[at]).sum(-1)
-        torch.testing.assert_close(scores.entropy[row, :length], want, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(entropies[row, :length], want, atol=1e-5, rtol=1e-4)
 
 
-def test_log_probs_carry_a_gradient_and_entropy_does_not(policy, rollout):
-    scores = score_tokens(policy, rollout)
-    assert scores.logprobs.requires_grad
-    assert not scores.entropy.requires_grad
+@pytest.mark.parametrize("n_prompts", [1, 3, 12])
+def test_packing_changes_neither_scores_nor_gradients(policy, monkeypatch, n_prompts):
+    prompts = [[*PROMPTS[i % 3], 40 + i] for i in range(n_prompts)] * (12 // n_prompts)
+    got = sample(policy, prompts, TOKENIZER, max_new_tokens=12, seed=4)
+    weight = torch.rand(got.mask.shape, generator=torch.Generator().manual_seed(1))
+
+    def scores(most_packed: float) -> list[torch.Tensor]:
+        monkeypatch.setattr(module, "MOST_PACKED", most_packed)
+        policy.zero_grad()
+        policy.take_load()
+        logp = answer_logprobs(policy.train(), got)
+        (logp * weight).sum().backward()
+        gradients = [w.grad.clone() for w in policy.parameters() if w.grad is not None]
+        return [logp.detach(), policy.take_load(), *gradients]
+
+    plain, packed = scores(0.0), scores(1.0)
+    assert len(plain) == len(list(policy.parameters())) + 2
+    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-4)
+    assert (plain[0][~got.mask] == 0).all()
 
 
 @pytest.mark.parametrize("fill", [TOKENIZER.pad_id, 50])
 def test_wider_padding_changes_nothing(policy, rollout, fill):
     scalar, wide = make_scalar(), wider(rollout, 7, fill)
     mask = rollout.mask
-    a, b = score_tokens(policy, rollout), score_tokens(policy, wide)
+    narrow_wide = rollout, wide
+    a, b = ([f(policy, r) for f in (answer_logprobs, answer_entropies)] for r in narrow_wide)
     assert wide.mask[:, : mask.shape[1]].equal(mask) and not wide.mask[:, mask.shape[1] :].any()
-    torch.testing.assert_close(b.logprobs[wide.mask], a.logprobs[mask], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(b.entropy[wide.mask], a.entropy[mask], atol=1e-5, rtol=1e-5)
+    for x, y in zip(b, a, strict=True):
+        torch.testing.assert_close(x[wide.mask], y[mask], atol=1e-5, rtol=1e-5)
     values = answer_values(scalar, rollout)[mask], answer_values(scalar, wide)[wide.mask]
     torch.testing.assert_close(*values, atol=1e-5, rtol=1e-5)
     finals = final_scores(scalar, rollout), final_scores(scalar, wide)

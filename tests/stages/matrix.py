@@ -23,7 +23,7 @@ from fourstage import strategies
 from fourstage.batch import Rollout
 from fourstage.job import TrainerConfig
 from fourstage.model import Transformer
-from fourstage.rl.rollout import pack, sample, score_tokens
+from fourstage.rl.rollout import answer_logprobs, pack, sample
 from fourstage.stages import (
     GRPOModule,
     PPOModule,
@@ -101,7 +101,7 @@ def fixed_answers(policy: Any, prompts: list[list[int]], tokenizer: Any, **_: An
     stopped = [len(answer) % 2 == 0 for answer in answers]
     rollout = pack(prompts, answers, nothing, stopped, TOKENIZER.pad_id)
     with torch.no_grad():
-        rollout.logprobs = score_tokens(policy, rollout).logprobs * rollout.mask
+        rollout.logprobs = answer_logprobs(policy, rollout) * rollout.mask
     return rollout
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fourstage.rl.rewards import ReasoningReward
-from fourstage.rl.rollout import answer_texts, pack, score_tokens
+from fourstage.rl.rollout import answer_logprobs, answer_texts, pack
 from fourstage.stages import GRPOModule
 from fourstage.stages import grpo as stage
 from fourstage.stages.grpo import (
@@ -390,9 +390,9 @@ def test_a_kl_to_the_start_pulls_even_tied_groups(monkeypatch):
     assert distance(before, weights(module)) > 1e-4
     rollout = found[0].rollout
     with torch.no_grad():
-        reference = score_tokens(make_policy(seed=7), rollout).logprobs
+        reference = answer_logprobs(make_policy(seed=7), rollout)
         kl = [
-            (score_tokens(policy, rollout).logprobs - reference)[rollout.mask].square().mean()
+            (answer_logprobs(policy, rollout) - reference)[rollout.mask].square().mean()
             for policy in (make_policy(), module.policy)
         ]
     assert kl[1] < kl[0]
@@ -407,7 +407,7 @@ def test_good_answers_become_likelier_and_bad_ones_less(monkeypatch):
     (answers,) = found
     r = answers.rollout
     advantage = group_advantages(answers.total_B.view(-1, 4), scaled=True).flatten()
-    change = (score_tokens(module.policy, r).logprobs * r.mask).sum(1) - r.logprobs.sum(1)
+    change = (answer_logprobs(module.policy, r) * r.mask).sum(1) - r.logprobs.sum(1)
     good, bad = change[advantage > 0].mean(), change[advantage < 0].mean()
     assert good > 0 > bad
     assert (change * advantage).sum() > 1e-3

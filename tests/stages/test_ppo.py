@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fourstage.rl.ops import kl_k1, masked_moments
-from fourstage.rl.rollout import answer_texts, final_scores, pack, score_tokens
+from fourstage.rl.rollout import answer_entropies, answer_logprobs, answer_texts, final_scores, pack
 from fourstage.stages import PPOModule
 from fourstage.stages.ppo import (
     adapted_kl_coef,
@@ -191,8 +191,8 @@ def test_experience_is_what_the_formulas_say():
     r, mask = x.rollout, x.rollout.mask
     assert 0 < r.stopped.sum() < 4 and len(set(r.length.tolist())) > 1  # a case worth testing
     close(x.score_B, final_scores(make_scalar(), r).tolist(), atol=1e-5)
-    ref = score_tokens(make_policy(seed=7), r).logprobs.detach()
-    kl = kl_k1(score_tokens(policy, r).logprobs.detach(), ref) * mask
+    ref = answer_logprobs(make_policy(seed=7), r).detach()
+    kl = kl_k1(answer_logprobs(policy, r).detach(), ref) * mask
     close(x.kl_BA, kl.tolist(), atol=1e-4)
     penalised = x.score_B - 2.0 * (~r.stopped).float()
     rewards = token_rewards(penalised, kl, r.length, 0.3)
@@ -330,7 +330,7 @@ def test_a_good_answer_becomes_likelier_and_a_bad_one_less(monkeypatch, advantag
     module.collect = judged
     fit(module, prompt_batches(1))
     rollout = found[0].rollout
-    after = (score_tokens(module.policy, rollout).logprobs * rollout.mask).sum(1)
+    after = (answer_logprobs(module.policy, rollout) * rollout.mask).sum(1)
     change = after - rollout.logprobs.sum(1)
     assert change[2] * advantage > 1e-3
 
@@ -363,7 +363,7 @@ def test_the_log_of_a_rollout(temperature):
     assert metrics["train/kl"] == pytest.approx(x.kl_BA.sum().item() / 4, abs=1e-4)
     assert metrics["train/answer_length"] == x.rollout.length.sum().item() / 4
     assert metrics["train/eos_rate"] == x.rollout.stopped.sum().item() / 4
-    entropy = score_tokens(make_policy(), x.rollout, temperature).entropy[x.rollout.mask].mean()
+    entropy = answer_entropies(make_policy(), x.rollout, temperature)[x.rollout.mask].mean()
     assert metrics["train/entropy"] == pytest.approx(entropy.item(), rel=1e-4)
     explained = explained_locally(x.values_BA, x.returns_BA, x.rollout.mask)
     assert metrics["train/explained_variance"] == pytest.approx(explained.item(), abs=1e-5)

@@ -1,19 +1,19 @@
-"""Grouped-query attention with rotary positions, QK-norm and a key/value cache.
+"""Grouped-query attention with rotary positions and QK-norm.
 
-Shape legend: B rows, T tokens, S cached tokens, D d_model, H query heads, G key/value heads,
+Shape legend: B rows, T tokens, S keys, D d_model, H query heads, G key/value heads,
 C head_dim.
 """
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourstage.model import fused
+from fourstage.model.cache import LayerCache
 from fourstage.model.config import ModelConfig
+from fourstage.model.packing import Packing
 
 
 class Linear(nn.Linear):
@@ -65,105 +65,6 @@ def rotate(x_BTHC: Tensor, rope: Rope) -> Tensor:
     return torch.addcmul(x_BTHC * cos, x_BTHC.roll(x_BTHC.shape[-1] // 2, -1), sin).to(x_BTHC.dtype)
 
 
-class LayerCache:
-    """One layer's keys and values, [B, G, capacity, C], of which the first `length` are filled.
-
-    On a CPU the keys lie in memory as [B, G, C, capacity]: see `attend`.
-    """
-
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.length = 0
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
-
-    def append(self, k_BGTC: Tensor, v_BGTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores T new tokens; all keys and values so far, [B, G, S, C]."""
-        b, g, t, c = k_BGTC.shape
-        if self.k is None or self.v is None:
-            self.v = v_BGTC.new_empty(b, g, self.capacity, c)
-            if k_BGTC.device.type == "cpu":
-                self.k = k_BGTC.new_empty(b, g, c, self.capacity).mT
-            else:
-                self.k = torch.empty_like(self.v)
-        end = self.length + t
-        assert end <= self.capacity, f"the cache holds {self.capacity} tokens, not {end}"
-        self.k[:, :, self.length : end] = k_BGTC
-        self.v[:, :, self.length : end] = v_BGTC
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
-
-    def keep(self, rows: Tensor) -> None:
-        assert self.k is not None and self.v is not None, "the cache is empty"
-        self.v = self.v.index_select(0, rows)
-        if self.k.is_contiguous():
-            self.k = self.k.index_select(0, rows)
-        else:
-            self.k = self.k.mT.index_select(0, rows).mT
-
-    def attend(self, q_BGRC: Tensor, mask: Tensor | None) -> Tensor:
-        """What R queries of one token see of all that is stored, [B, G, R, C].
-
-        mask: bool [B, 1, 1, S]. Flash attention is made for many queries. For so few a CPU is twice
-        as fast with weighted sums of rows, which embedding_bag takes: scores are the rows of K^T
-        (one for each of C channels) weighted by a query, the result rows of V weighted by softmax.
-        """
-        assert self.k is not None and self.v is not None, "the cache is empty"
-        (B, G, R, C), S = q_BGRC.shape, self.length
-        if q_BGRC.device.type != "cpu" or q_BGRC.dtype != torch.float32:
-            k, v = self.k[:, :, :S], self.v[:, :, :S]
-            return F.scaled_dot_product_attention(q_BGRC, k, v, attn_mask=mask)
-        q_NC = (q_BGRC * C**-0.5).view(-1, C)
-        channels_NC = _rows(B * G, R, C, C)
-        scores_NS = weighted_sums(self.k.mT.view(-1, self.capacity), channels_NC, q_NC)[:, :S]
-        if mask is not None:
-            scores_NS = scores_NS.view(B, -1, S).masked_fill(~mask[:, 0], -torch.inf).view(-1, S)
-        tokens_NS = _rows(B * G, R, self.capacity, S)
-        y_NC = weighted_sums(self.v.view(-1, C), tokens_NS, scores_NS.softmax(-1))
-        return y_NC.view(B, G, R, C)
-
-
-def weighted_sums(table: Tensor, rows_NM: Tensor, weights_NM: Tensor) -> Tensor:
-    """out[n] = sum_m weights[n, m] * table[rows[n, m]]"""
-    return F.embedding_bag(rows_NM, table, mode="sum", per_sample_weights=weights_NM)
-
-
-@lru_cache(maxsize=8)
-def _rows(tables: int, repeats: int, stride: int, used: int) -> Tensor:
-    """The first `used` rows of each of `tables` tables, `repeats` times each; all layers share it.
-
-    int32 [tables * repeats, used]; a table takes `stride` rows.
-    """
-    first = torch.arange(tables, dtype=torch.int32).mul_(stride).repeat_interleave(repeats)
-    return first[:, None] + torch.arange(used, dtype=torch.int32)
-
-
-class KVCache:
-    """The static cache of all layers; the first forward takes the memory for `capacity` tokens."""
-
-    def __init__(self, n_layers: int, capacity: int):
-        self.layers = [LayerCache(capacity) for _ in range(n_layers)]
-        self.capacity = capacity
-        self.angles: Rope | None = None
-
-    @property
-    def length(self) -> int:
-        return self.layers[0].length
-
-    def rope(self, start: int, end: int, head_dim: int, theta: float, device) -> Rope:
-        """cos and sin [1, T, 1, C] of positions start to end, from a table of all of them."""
-        if self.angles is None:
-            every = torch.arange(self.capacity, device=device)[None]
-            self.angles = rope_angles(every, head_dim, theta)
-        cos, sin = self.angles
-        return cos[:, start:end], sin[:, start:end]
-
-    def keep(self, rows: Tensor) -> None:
-        """Row i is then what row rows[i] was, int64 [b]: some rows less, or a row several times."""
-        for layer in self.layers:
-            layer.keep(rows)
-
-
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245), queries and keys normalised per head."""
 
@@ -182,29 +83,31 @@ class Attention(nn.Module):
         self,
         x_BTD: Tensor,
         rope: Rope,
-        cache: LayerCache | None = None,
         mask: Tensor | None = None,
+        packing: Packing | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D]; mask: bool [B or 1, 1, T, S], True where T may look at S.
+        """[B, T, D] -> [B, T, D]; mask: bool [B or 1, 1, T, T], True where T may look; else causal.
 
-        Without a mask attention is causal (a single new token sees the whole cache).
+        packing: x is [1, N, D], the distinct tokens of the rows that attend.
+        cache: gets the keys and values.
         """
         B, T, _ = x_BTD.shape
         qkv = self.qkv(x_BTD).view(B, T, -1, self.head_dim)
-        if cache is None and mask is None and self.is_fused(qkv, rope):
+        if cache is None and mask is None and self.is_fused(qkv, rope, packing):
             weights = self.q_norm.weight, self.k_norm.weight
-            y = fused.causal_attention(qkv, *weights, rope, self.heads[0], self.q_norm.eps)
+            y = fused.causal_attention(qkv, *weights, rope, self.heads[0], self.q_norm.eps, packing)
             return self.out(y)
         q, k, v = (x_BTHC.transpose(1, 2) for x_BTHC in self.split(qkv, rope))
         if cache is not None:
-            assert mask is not None or T == 1 or cache.length == 0, "a later chunk needs a mask"
-            k, v = cache.append(k, v)
-            if T == 1:  # the query heads of one group take the place of query tokens
-                q = q.reshape(B, k.shape[1], -1, self.head_dim)
-                return self.out(cache.attend(q, mask).reshape(B, 1, -1))
+            cache.append(k, v)
+        if packing is not None:  # [1, H, N, C] -> [B, H, T, C]
+            q, k, v = (packing.spread(x[0]).transpose(0, 1) for x in (q, k, v))
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
+        if packing is not None:
+            return self.out(packing.collect(y.transpose(0, 1)).view(B, T, -1))
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
     def store(self, x_BTD: Tensor, rope: Rope, cache: LayerCache) -> None:
@@ -230,7 +133,8 @@ class Attention(nn.Module):
         """Whether both norms can be applied as one; under ZeRO-3 their weights are elsewhere."""
         return isinstance(self.q_norm, RMSNorm) and self.q_norm.weight.numel() > 0
 
-    def is_fused(self, qkv: Tensor, rope: Rope) -> bool:
+    def is_fused(self, qkv: Tensor, rope: Rope, packing: Packing | None) -> bool:
         """Whether the hand-written gradient fits."""
-        fits = len(rope[0]) == 1 and qkv.shape[1] <= fused.LONGEST
+        longest = qkv.shape[1] if packing is None else packing.shape[1]
+        fits = len(rope[0]) == 1 and longest <= fused.LONGEST
         return fits and self.has_norms() and fused.applies(qkv)

@@ -12,6 +12,7 @@ F_s, and S keys that a query is multiplied with (all of them: a causal mask save
                      + 3 D (K F + F_s))              active experts only: gate, up, down
     head    = 2 N' D V                               only at the N' positions where logits are taken
 
+Where beginnings are shared (packing.py) N counts distinct tokens, and attention all places of them.
 A backward takes twice its forward: each product has two gradients.
 """
 
@@ -20,14 +21,21 @@ from __future__ import annotations
 from fourstage.model.config import ModelConfig
 
 
-def forward_flops(config: ModelConfig, positions: int, keys: int) -> int:
-    """FLOPs of all blocks on so many positions (rows x tokens), each of which meets `keys` keys."""
+def forward_flops(
+    config: ModelConfig, positions: int, keys: int, queries: int | None = None
+) -> int:
+    """FLOPs of all blocks on so many positions (rows x tokens), each of which meets `keys` keys.
+
+    queries: how many meet them, where that is another number.
+    """
     c = config
     projections = c.d_model * c.head_dim * (2 * c.n_heads + 2 * c.n_kv_heads)
     attention = 2 * c.n_heads * c.head_dim * keys
     router = 0 if c.dense else c.d_model * c.num_experts
     experts = 3 * c.d_model * (c.top_k * c.d_expert + c.d_shared)
-    return 2 * positions * c.n_layers * (projections + attention + router + experts)
+    queries = positions if queries is None else queries
+    each = positions * (projections + router + experts) + queries * attention
+    return 2 * c.n_layers * each
 
 
 def head_flops(d_in: int, d_out: int, positions: int) -> int:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fourstage.model.packing import Packing
+
 CHUNK = 64  # queries at once: below the diagonal is left out by whole chunks
 LONGEST = 512  # tokens; the scores are kept for the backward, and flash attention keeps none
 
@@ -79,16 +81,24 @@ def causal_attention(
     rope: tuple[Tensor, Tensor],
     n_heads: int,
     eps: float,
+    packing: Packing | None = None,
 ) -> Tensor:
     """[B, T, H + 2 G, C] -> [B, T, H C]: normalised and rotated queries and keys, then attention.
 
-    rope: as rope_angles gives it for positions [1, T].
+    rope: as rope_angles gives it for positions [1, T]. packing: see Attention.forward.
     """
     B, T, J, C = qkv_BTJC.shape
     G = (J - n_heads) // 2
     R = n_heads // G
     weight_JC = torch.cat((q_weight_C.expand(n_heads, C), k_weight_C.expand(G, C)))
     q_BGTRC, k_BGTC, v_BGTC = _Heads.apply(qkv_BTJC, weight_JC, rope[0][0], rope[1][0], eps)
+    if packing is not None:
+        q, k, v = (packing.spread(x[0].flatten(2)) for x in (q_BGTRC, k_BGTC, v_BGTC))
+        rows = packing.shape[1]
+        y = _CausalAttention.apply(
+            q.view(-1, rows * R, C), k.view(-1, rows, C), v.view(-1, rows, C)
+        )
+        return packing.collect(y.view(G, *packing.shape, R * C)).view(B, T, n_heads * C)
     q_NQC = q_BGTRC.view(B * G, T * R, C)  # row t * R + r: a chunk of queries is a slice
     y_NQC = _CausalAttention.apply(q_NQC, k_BGTC.view(B * G, T, C), v_BGTC.view(B * G, T, C))
     return y_NQC.view(B, G, T, R, C).transpose(1, 2).reshape(B, T, n_heads * C)

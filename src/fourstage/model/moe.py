@@ -166,6 +166,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         E, D, F_ = config.num_experts, config.d_model, config.d_expert
+        self.num_experts = E
         self.use_loop = config.expert_path == "loop"
         self.gate_up_EDF = nn.Parameter(torch.empty(E, D, 2 * F_))
         self.down_EFD = nn.Parameter(torch.empty(E, F_, D))
@@ -175,8 +176,10 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
         if self.use_loop:
             return self.loop(x_ND, experts_NK, gates_NK)
-        N, E = len(x_ND), len(self.down_EFD)
+        N, E = len(x_ND), self.num_experts
         is_decoding = x_ND.device.type == "cpu" and not torch.is_grad_enabled()
+        if is_decoding and N == 1:
+            return self.single(x_ND, experts_NK, gates_NK)
         if is_decoding and N <= E and self.gate_up_EDF.numel() <= SMALL:
             return self.every(x_ND, experts_NK, gates_NK)
         if is_decoding and N <= SOME * E:
@@ -192,14 +195,22 @@ class Experts(nn.Module):
             y_ND = y_ND.index_add(0, token, (gates_NK[token, k, None] * y).to(y_ND.dtype))
         return y_ND
 
+    def single(self, x_1D: Tensor, experts_1K: Tensor, gates_1K: Tensor) -> Tensor:
+        """The same for one token: reads no weights but the chosen experts'."""
+        chosen = experts_1K[0].tolist()
+        h_KF = swiglu(torch.cat([x_1D @ self.gate_up_EDF[e] for e in chosen]))
+        h_KF = h_KF * gates_1K.t().to(h_KF.dtype)
+        y_KD = [h_F @ self.down_EFD[e] for h_F, e in zip(h_KF.split(1), chosen, strict=True)]
+        return torch.stack(y_KD).sum(0).to(x_1D.dtype)
+
     def every(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
         """The same with every expert on every token, gates of 0 where it was not chosen.
 
         Two batched products and no sorting: a CPU's fastest way for a few tokens.
         """
-        gates_NE = gates_NK.new_zeros(len(x_ND), len(self.down_EFD))
+        gates_NE = gates_NK.new_zeros(len(x_ND), self.num_experts)
         gates_EN = gates_NE.scatter_(1, experts_NK, gates_NK).t()
-        h_ENF = swiglu(x_ND.expand(len(self.down_EFD), -1, -1) @ self.gate_up_EDF)
+        h_ENF = swiglu(x_ND.expand(self.num_experts, -1, -1) @ self.gate_up_EDF)
         y_END = (h_ENF * gates_EN.unsqueeze(-1).to(h_ENF.dtype)) @ self.down_EFD
         return y_END.sum(0).to(x_ND.dtype)
 
@@ -209,7 +220,7 @@ class Experts(nn.Module):
         A CPU's fastest way for some hundred tokens, with at most three of seven rows padding.
         (A GPU would have to wait for the number of rows.)
         """
-        (N, K), E = experts_NK.shape, len(self.down_EFD)
+        (N, K), E = experts_NK.shape, self.num_experts
         chosen_NE = experts_NK.new_zeros(N, E).scatter_(1, experts_NK, 1)
         place_NE = chosen_NE.cumsum(0)  # counted from 1 in each expert
         rows = int(place_NE[-1].max())
@@ -254,7 +265,10 @@ class MoE(nn.Module):
     def forward(
         self, x_BTD: Tensor, valid_BT: Tensor | None = None, has_stats: bool = True
     ) -> tuple[Tensor, Routing]:
-        """[B, T, D] -> [B, T, D] and what the router did; padding passes but is never load."""
+        """[B, T, D] -> [B, T, D] and what the router did.
+
+        valid_BT: bool, or how often a token counts; padding passes but is never load.
+        """
         x_ND = x_BTD.flatten(0, 1)
         valid_N = None if valid_BT is None else valid_BT.flatten()
         routing = self.router(x_ND, valid_N, has_stats)
@@ -262,3 +276,9 @@ class MoE(nn.Module):
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
         return y_ND.view_as(x_BTD), routing
+
+    def decode(self, x_BD: Tensor) -> Tensor:
+        """forward without statistics."""
+        routing = self.router.forward(x_BD, None, has_stats=False)
+        y_BD = self.experts.forward(x_BD, routing.experts_NK, routing.gates_NK)
+        return y_BD if self.shared is None else y_BD + self.shared(x_BD)

@@ -1,12 +1,12 @@
 """The decoder: embedding, pre-norm blocks of attention and experts, final norm, head.
 
-Shape legend: B rows, T tokens, S cached tokens, D d_model, V vocabulary, L layers, E experts.
+Shape legend: B rows, T tokens, N distinct tokens, D d_model, V vocabulary, L layers, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fourstage.model.attention import Attention, KVCache, LayerCache, Linear, RMSNorm, rope_angles
+from fourstage.model.attention import (
+    Attention,
+    Linear,
+    RMSNorm,
+    rope_angles,
+)
+from fourstage.model.cache import LayerCache
 from fourstage.model.config import ModelConfig
 from fourstage.model.flops import forward_flops, head_flops
 from fourstage.model.moe import MoE, Routing, SwiGLU
+from fourstage.model.packing import Packing
 
 
 @dataclass
@@ -33,7 +40,7 @@ class RouterStats:
 @dataclass
 class ModelOutput:
     hidden_BTD: Tensor  # after the final norm; Transformer.logits turns any part of it to logits
-    router: RouterStats | None  # None in a dense model, and where a cache was given
+    router: RouterStats | None  # None in a dense model
 
 
 class Block(nn.Module):
@@ -49,11 +56,14 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
-        valid_BT: Tensor | None,
-        cache: LayerCache | None,
-        mask: Tensor | None,
+        valid_BT: Tensor | None = None,
+        mask: Tensor | None = None,
+        packing: Packing | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rope, cache, mask))
+        """cache: gets the keys and values; the routing has no statistics then."""
+        h_BTD = self.attention(self.attention_norm(x_BTD), rope, mask, packing, cache)
+        x_BTD = x_BTD + self.dropout(h_BTD)
         h_BTD = self.mlp_norm(x_BTD)
         if isinstance(self.mlp, MoE):
             y_BTD, routing = self.mlp(h_BTD, valid_BT, has_stats=cache is None)
@@ -94,37 +104,53 @@ class Transformer(nn.Module):
         *,
         valid_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
-        cache: KVCache | None = None,
         attn_mask: Tensor | None = None,
     ) -> ModelOutput:
         """int64 [B, T] -> hidden states [B, T, D] and the routers' statistics.
 
         valid_BT: bool, False on padding, which is never load nor part of a balance loss.
-        positions_BT: int64 [B, T] or [1, T]; from the cache's length on by default.
-        attn_mask: bool [B or 1, 1, T, S], True where T may look at S; causal by default.
+        positions_BT: int64 [B, T] or [1, T]; from 0 on by default.
+        attn_mask: bool [B or 1, 1, T, T], True where T may look; causal by default.
         """
-        c, T = self.config, ids_BT.shape[1]
-        start = 0 if cache is None else cache.length
-        assert start + T <= c.max_seq_len, f"{start + T} tokens exceed max_seq_len"
-        if cache is not None and positions_BT is None:
-            rope = cache.rope(start, start + T, c.head_dim, c.rope_theta, ids_BT.device)
-        else:
-            if positions_BT is None:
-                positions_BT = torch.arange(start, start + T, device=ids_BT.device)[None]
-            rope = rope_angles(positions_BT, c.head_dim, c.rope_theta)
+        c, (B, T) = self.config, ids_BT.shape
+        assert c.max_seq_len >= T, f"{T} tokens exceed max_seq_len"
+        if positions_BT is None:
+            positions_BT = torch.arange(T, device=ids_BT.device)[None]
+        flops = forward_flops(c, B * T, T)
+        return self._run(ids_BT, positions_BT, flops, valid_BT, attn_mask)
+
+    def forward_packed(self, packing: Packing) -> Tensor:
+        """Hidden states [N, D] of distinct tokens: what forward gives at each of their places.
+
+        The routers' load counts a token as often as it stands in a row.
+        """
+        c, (B, T) = self.config, packing.shape
+        assert c.max_seq_len >= T, f"{T} tokens exceed max_seq_len"
+        flops = forward_flops(c, len(packing), T, queries=B * T)
+        ids_1N, positions_1N = packing.ids_N[None], packing.positions_N[None]
+        out = self._run(ids_1N, positions_1N, flops, packing.copies_N, packing=packing)
+        return out.hidden_BTD[0]
+
+    def _run(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        flops: int,
+        valid_BT: Tensor | None,
+        attn_mask: Tensor | None = None,
+        packing: Packing | None = None,
+    ) -> ModelOutput:
+        rope = rope_angles(positions_BT, self.config.head_dim, self.config.rope_theta)
         x_BTD = self.embedding(ids_BT)
         routings = []
         for i, block in enumerate(self.blocks):
-            layer_cache = None if cache is None else cache.layers[i]
-            run = block
-            if self.training and torch.is_grad_enabled() and cache is None:
-                run = self._training_block(i)
-            x_BTD, routing = run(x_BTD, rope, valid_BT, layer_cache, attn_mask)
+            is_training = self.training and torch.is_grad_enabled()
+            run = self._training_block(i) if is_training else block
+            x_BTD, routing = run(x_BTD, rope, valid_BT, attn_mask, packing)
             routings.append(routing)
-        flops = forward_flops(c, ids_BT.numel(), start + T)
         self.count_flops(flops, has_backward=x_BTD.requires_grad)
-        has_stats = not c.dense and cache is None
-        return ModelOutput(self.norm(x_BTD), self._router_stats(routings) if has_stats else None)
+        stats = None if self.config.dense else self._router_stats(routings)
+        return ModelOutput(self.norm(x_BTD), stats)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile what training forwards run, a block at a time (all are alike: one is compiled).
@@ -138,23 +164,6 @@ class Transformer(nn.Module):
         if self.checkpoint_activations:  # computed again in the backward, not kept
             return partial(checkpoint, block, use_reentrant=False)
         return block
-
-    def prefill(self, ids_BT: Tensor, cache: KVCache, attn_mask: Tensor | None) -> None:
-        """Fills an empty cache with the keys and values of these tokens; masks are as in forward.
-
-        They are all that a next token needs, so the last block computes nothing else.
-        """
-        c, (B, T) = self.config, ids_BT.shape
-        rope = cache.rope(0, T, c.head_dim, c.rope_theta, ids_BT.device)
-        x_BTD = self.embedding(ids_BT)
-        *others, last = zip(self.blocks, cache.layers, strict=True)
-        for block, layer in others:
-            x_BTD, _ = block(x_BTD, rope, None, layer, attn_mask)
-        block, layer = last
-        block.attention.store(block.attention_norm(x_BTD), rope, layer)
-        below = forward_flops(replace(c, n_layers=c.n_layers - 1), B * T, T) if others else 0
-        heads = c.n_heads + 2 * c.n_kv_heads
-        self.flops += below + head_flops(c.d_model, heads * c.head_dim, B * T)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""

@@ -6,8 +6,6 @@ The sampler and the trainer are the same network code, so their log-probabilitie
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -15,18 +13,13 @@ from fourstage.batch import Rollout
 from fourstage.errors import UserError
 from fourstage.generate import generate
 from fourstage.model import ScalarModel, Transformer
+from fourstage.model.packing import Packing, Take
 from fourstage.rl.ops import token_entropy, token_logprobs
 from fourstage.tokenizer import Tokenizer
 
 ROWS_AT_ONCE = 512  # the KV cache of more rows would not fit a laptop's memory
+MOST_PACKED = 0.9  # of all places distinct tokens: above it packing saves less than it costs
 SEED_STEP = 1_000_003  # rows of one rollout; each draws from its own seed, whatever the batch
-
-
-class TokenScores(NamedTuple):
-    """What the policy says of the answer tokens, float32 [B, A]; undefined where mask is False."""
-
-    logprobs: Tensor
-    entropy: Tensor
 
 
 def fitted_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]], room: int) -> list[int]:
@@ -102,20 +95,42 @@ def answer_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(ids[start : start + length]) for ids, start, length in rows]
 
 
-def score_tokens(policy: Transformer, rollout: Rollout, temperature: float = 1.0) -> TokenScores:
-    """Log-probabilities and entropy of the answer tokens, with gradient where it is enabled."""
-    hidden_BTD = policy(rollout.ids, valid_BT=rollout.valid).hidden_BTD
-    at_BAD = rollout.predict_at.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
-    logits_BAV = policy.logits(hidden_BTD.gather(1, at_BAD))
-    logp_BA = token_logprobs(logits_BAV, rollout.answer_ids, temperature)
-    with torch.no_grad():
-        entropy_BA = token_entropy(logits_BAV, temperature)
-    return TokenScores(logp_BA, entropy_BA)
+def answer_logits(policy: Transformer, rollout: Rollout) -> Tensor:
+    """Logits [M, V] that predict the M answer tokens (where mask is True, row after row)."""
+    packing = Packing(rollout.ids, rollout.start + rollout.length - 1)
+    if len(packing) <= MOST_PACKED * rollout.ids.numel():
+        hidden_ND = policy.forward_packed(packing)
+        at_BA = packing.place_BT.gather(1, rollout.predict_at)
+    else:
+        hidden_BTD = policy(rollout.inputs, valid_BT=rollout.is_input).hidden_BTD
+        hidden_ND = hidden_BTD.flatten(0, 1)
+        B, T, _ = hidden_BTD.shape
+        at_BA = rollout.predict_at + torch.arange(0, B * T, T, device=hidden_ND.device)[:, None]
+    return policy.logits(Take(at_BA[rollout.mask], len(hidden_ND))(hidden_ND))
+
+
+def answer_logprobs(policy: Transformer, rollout: Rollout, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each answer token, float32 [B, A], 0 where mask is False.
+
+    With gradient where that is enabled.
+    """
+    mask_BA = rollout.mask
+    logits_MV = answer_logits(policy, rollout)
+    logp_M = token_logprobs(logits_MV, rollout.answer_ids[mask_BA], temperature)
+    return logp_M.new_zeros(mask_BA.shape).masked_scatter(mask_BA, logp_M)
+
+
+def answer_entropies(policy: Transformer, rollout: Rollout, temperature: float = 1.0) -> Tensor:
+    """Entropy in nats of what predicts each answer token, as `answer_logprobs`."""
+    mask_BA = rollout.mask
+    entropy_M = token_entropy(answer_logits(policy, rollout), temperature)
+    return entropy_M.new_zeros(mask_BA.shape).masked_scatter(mask_BA, entropy_M)
 
 
 def answer_values(network: ScalarModel, rollout: Rollout) -> Tensor:
     """The value before each answer token, float32 [B, A]: V(s_a), s_a = prompt + a tokens."""
-    return network(rollout.ids, valid_BT=rollout.valid).float().gather(1, rollout.predict_at)
+    values_BT = network(rollout.inputs, valid_BT=rollout.is_input).float()
+    return values_BT.gather(1, rollout.predict_at)
 
 
 def final_scores(network: ScalarModel, rollout: Rollout) -> Tensor:

@@ -19,7 +19,7 @@ from fourstage.batch import PromptBatch, Rollout
 from fourstage.model import Transformer
 from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k3, ratio_stats
 from fourstage.rl.rewards import ReasoningReward, reasoning_reward
-from fourstage.rl.rollout import answer_texts, score_tokens
+from fourstage.rl.rollout import answer_logprobs, answer_texts
 from fourstage.stages.base import check_range
 from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings
 from fourstage.strategies import whole
@@ -154,7 +154,7 @@ class GRPOModule(OnPolicyModule):
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
         with self.frozen_network("reference") as reference:
             return self.in_pieces(
-                lambda part: score_tokens(reference, part, self.settings.temperature).logprobs,
+                lambda part: answer_logprobs(reference, part, self.settings.temperature),
                 rollout,
             )
 
@@ -208,7 +208,7 @@ class GRPOModule(OnPolicyModule):
                 def piece(part_rows: slice, rows: Tensor = rows, totals: Totals = totals) -> Tensor:
                     at = rows[part_rows]
                     part = rollout.rows(at)
-                    logp = score_tokens(self.policy, part, s.temperature).logprobs
+                    logp = answer_logprobs(self.policy, part, s.temperature)
                     logp_BA[at] = logp.detach()
                     reference = None if ref_logp_BA is None else ref_logp_BA[at]
                     loss = policy_loss(logp, old_logp_BA[at], reference, advantage_B[at], s)
@@ -228,6 +228,10 @@ class GRPOModule(OnPolicyModule):
                 break
         moved["ratio_max"] = self.max_over_ranks(moved["ratio_max"])
         return {**stats, **moved, "epochs": epoch + 1}
+
+    def neighbours(self, rows: Tensor, rollout: Rollout) -> Tensor:
+        """A group's answers side by side: their prompt is then computed once (model/packing.py)."""
+        return rows.sort().values
 
     def rows_with_gradient(self, index: Tensor, advantage_B: Tensor) -> Tensor:
         """The rows of a minibatch that move the policy, one at least for the optimizer's step.

@@ -95,29 +95,25 @@ class OnPolicyModule(StageModule):
     @torch.no_grad()
     def in_pieces(self, function: Callable[[Rollout], Tensor], rollout: Rollout) -> Tensor:
         """function(rollout) without gradients, at most micro_batch_size rows at a time."""
-        order = by_length(rollout)
+        order = self.neighbours(torch.arange(len(rollout.ids), device=self.device), rollout)
         pieces = order.split(self.settings.micro_batch_size)
         found = torch.cat([function(rollout.rows(piece)) for piece in pieces])
         return torch.empty_like(found).index_copy_(0, order, found)
 
     def minibatches(self, rollout: Rollout, epoch: int) -> Iterator[Tensor]:
-        """The rows of each optimizer step of one pass, int64, drawn from the seed.
-
-        Rows of like length stand together, so that the pieces of a step have little padding.
-        """
+        """The rows of each optimizer step of one pass, int64, drawn from the seed."""
         generator = torch.Generator().manual_seed(
             (self.seed * 1_000_003 + self.steps_done) * 64 + epoch
         )
         order = torch.randperm(len(rollout.ids), generator=generator).to(self.device)
         size = max(1, self.settings.minibatch_size // self.trainer.world_size)
-        length_B = rollout.start + rollout.length
         for rows in order.split(size):
-            yield rows[length_B[rows].argsort(stable=True)]
+            yield self.neighbours(rows, rollout)
 
-
-def by_length(rollout: Rollout) -> Tensor:
-    """The rows from the shortest to the longest, int64 [B]."""
-    return (rollout.start + rollout.length).argsort(stable=True)
+    def neighbours(self, rows: Tensor, rollout: Rollout) -> Tensor:
+        """The rows in an order in which a piece of them costs little: with little padding."""
+        length_B = rollout.start + rollout.length
+        return rows[length_B[rows].argsort(stable=True)]
 
 
 class Frozen:

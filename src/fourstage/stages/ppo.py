@@ -23,7 +23,13 @@ from fourstage.rl.ops import (
     ratio_stats,
     whiten,
 )
-from fourstage.rl.rollout import answer_texts, answer_values, final_scores, score_tokens
+from fourstage.rl.rollout import (
+    answer_entropies,
+    answer_logprobs,
+    answer_texts,
+    answer_values,
+    final_scores,
+)
 from fourstage.stages.base import check_positive, check_range
 from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings
 from fourstage.strategies import whole
@@ -174,13 +180,13 @@ class PPOModule(OnPolicyModule):
         with whole(self.policy) as policy:
             rollout = self.sample_answers(policy, prompts)
             entropy_BA = self.in_pieces(
-                lambda part: score_tokens(policy, part, s.temperature).entropy, rollout
+                lambda part: answer_entropies(policy, part, s.temperature), rollout
             )
         with whole(self.value) as value:
             values_BA = self.in_pieces(lambda part: answer_values(value, part), rollout)
         with self.frozen_network("reference") as reference:
             ref_logp_BA = self.in_pieces(
-                lambda part: score_tokens(reference, part, s.temperature).logprobs, rollout
+                lambda part: answer_logprobs(reference, part, s.temperature), rollout
             )
         with self.frozen_network("reward") as reward:
             score_B = self.in_pieces(lambda part: final_scores(reward, part), rollout)
@@ -214,7 +220,7 @@ class PPOModule(OnPolicyModule):
                 def piece(rows: slice, index: Tensor = index, n: Tensor = n_tokens) -> Tensor:
                     at = index[rows]
                     part = x.rollout.rows(at)
-                    logp = score_tokens(self.policy, part, s.temperature).logprobs
+                    logp = answer_logprobs(self.policy, part, s.temperature)
                     values = answer_values(self.value, part)
                     policy_loss = clipped_surrogate(
                         logp, old_logp_BA[at], x.advantages_BA[at], s.clip_low, s.clip_high
