@@ -54,7 +54,8 @@ from fourstage.stages import grpo
 from fourstage.stages.grpo import GRPOModule
 
 LR = 1e-6  # so small that the answers stay what they were at the start, on both sides
-ROWS = 128  # answers that a forward and backward hold, where a step is cut into pieces
+ROWS = 128  # answers that a forward and backward of TRL hold, where a step is cut into pieces
+OUR_ROWS = 256  # of ours, which are as many tokens: prompts are shared
 
 
 def spread(text: str) -> float:
@@ -115,7 +116,7 @@ def our_block(
     settings = stage_settings(
         "grpo",
         batch_size=options.prompts,
-        micro_batch_size=ROWS,
+        micro_batch_size=OUR_ROWS,
         minibatch_size=options.answers // options.updates,
         group_size=options.group,
         max_new_tokens=options.new_tokens,

@@ -94,7 +94,9 @@ def test_a_row_does_not_depend_on_the_others_nor_on_who_has_left(model, monkeypa
     assert alone.answer_ids[0] == kept_together[0].answer_ids[7]
 
 
-def test_finished_rows_leave_the_batch(model, monkeypatch):
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """How many rows each step computed."""
     rows = []
 
     class Counted(Decoder):
@@ -103,11 +105,48 @@ def test_finished_rows_leave_the_batch(model, monkeypatch):
             return super().__call__(ids_B, mask_BS)
 
     monkeypatch.setattr(module, "Decoder", Counted)
-    lengths = [len(a) for a in answer(model, PROMPTS * 6, max_new_tokens=60).answer_ids]
-    assert len(rows) == max(lengths)
-    for step, computed in enumerate(rows):
+    return rows
+
+
+def test_finished_rows_leave_the_batch(model, computed):
+    prompts = [[i, *prompt] for i, prompt in enumerate(PROMPTS * 6)]
+    lengths = [len(a) for a in answer(model, prompts, max_new_tokens=60).answer_ids]
+    assert len(computed) == max(lengths)
+    for step, rows in enumerate(computed):
         unfinished = sum(length > step for length in lengths)
-        assert unfinished <= computed <= unfinished / 0.75
+        assert unfinished <= rows <= unfinished / 0.75
+
+
+@pytest.mark.parametrize("temperature", [0.15, 0.6, 1.5])
+def test_answers_to_one_prompt_are_computed_once_until_they_part(model, computed, temperature):
+    """At the lower temperatures answers part late and one after the other."""
+    prompts, seeds = PROMPTS[:3] * 16, list(range(48))
+    settings = {"max_new_tokens": 25, "temperature": temperature}
+    got = answer(model, prompts, row_seeds=seeds, **settings)
+    computed_before = computed.copy()
+    for prompt, seed, ids, logprobs in zip(
+        prompts, seeds, got.answer_ids, got.logprobs, strict=True
+    ):
+        alone = answer(model, [prompt], row_seeds=[seed], **settings)
+        assert alone.answer_ids == [ids]
+        assert alone.logprobs[0] == pytest.approx(logprobs, abs=1e-4)
+    is_shared = True
+    for step, n_rows in enumerate(computed_before):
+        unfinished = [
+            (p[0], *ids[:step])
+            for p, ids in zip(prompts, got.answer_ids, strict=True)
+            if len(ids) > step
+        ]
+        beginnings = len(set(unfinished))
+        is_shared &= beginnings <= len(unfinished) / 2
+        assert beginnings <= n_rows <= (beginnings if is_shared else len(unfinished)) / 0.75
+    assert computed_before[0] == 3 and max(computed_before) == 48
+
+
+def test_greedy_answers_to_one_prompt_stay_one_row(model, computed):
+    got = answer(model, PROMPTS[:1] * 9, temperature=0)
+    assert set(computed) == {1}
+    assert got.answer_ids == answer(model, PROMPTS[:1], temperature=0).answer_ids * 9
 
 
 def test_a_longer_limit_only_continues_the_answer(model):

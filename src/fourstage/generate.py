@@ -3,8 +3,8 @@
 Prompts are padded at the left. Each row draws from its own random numbers, so what a row says
 depends neither on the rows beside it nor on when those end.
 
-Shape legend: B rows (those still in the batch), P prompt tokens, A answer tokens, S cached tokens,
-V vocabulary.
+Shape legend: B unfinished answers, U rows of the decoder, N its next rows, P prompt tokens,
+A answer tokens, S positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fourstage.errors import UserError
 from fourstage.model import Decoder, Transformer
 
 COMPACT_BELOW = 0.75  # finished rows leave the batch when fewer than this share are unfinished
+MOST_SHARED = 0.5  # rows for each answer, above which every answer gets a row of its own
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _steps(
     sampling: Sampling,
     row_seeds: list[int],
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Per step: the unfinished rows' prompt numbers, new tokens and log-probs, each [b]."""
+    """Per step: the unfinished answers' prompt numbers, new tokens and log-probs, each [B]."""
     longest = max(map(len, prompts), default=0)
     if longest + max_new_tokens > model.config.max_seq_len:
         raise UserError(
@@ -156,65 +157,81 @@ def _steps(
     if not prompts or max_new_tokens < 1:
         return
     assert all(prompts), "an empty prompt"
-    device = model.embedding.weight.device
-    uniform_BA = _uniforms(row_seeds, max_new_tokens).to(device)
-    row_B = torch.arange(len(prompts), device=device)
-    alive_B = torch.ones_like(row_B, dtype=torch.bool)
+    uniform_BA = _uniforms(row_seeds, max_new_tokens).to(model.embedding.weight.device)
     was_training = model.training
     model.eval()
     try:
-        decoder, real_BS = _prefill(model, prompts, longest + max_new_tokens, pad_id)
-        ids_B = torch.tensor([prompt[-1] for prompt in prompts], device=device)
+        rows = _Rows(model, prompts, longest + max_new_tokens, pad_id)
+        row_B = torch.arange(len(prompts), device=uniform_BA.device)
         for step in range(max_new_tokens):
-            mask_BS = None if real_BS is None else real_BS[:, : longest + step]
-            log_probs_BV = sampling.log_probs(decoder(ids_B, mask_BS))
+            log_probs_BV = sampling.log_probs(rows.logits())[rows.place_B]
             token_B = sampling.draw(log_probs_BV, uniform_BA[:, step])
             logprob_B = log_probs_BV.gather(1, token_B[:, None]).squeeze(1)
-            yield row_B[alive_B], token_B[alive_B], logprob_B[alive_B]
-
-            alive_B = alive_B & (token_B != stop_id)
-            alive = int(alive_B.sum())
-            if alive == 0:
+            yield row_B, token_B, logprob_B
+            is_alive_B = token_B != stop_id
+            if not is_alive_B.all():
+                row_B, uniform_BA, token_B = (x[is_alive_B] for x in (row_B, uniform_BA, token_B))
+                rows.place_B = rows.place_B[is_alive_B]
+            if not len(row_B):
                 return
-            if alive < COMPACT_BELOW * len(alive_B):
-                keep = alive_B.nonzero().squeeze(1)
-                decoder.keep(keep)
-                row_B, token_B, uniform_BA = row_B[keep], token_B[keep], uniform_BA[keep]
-                alive_B = alive_B[keep]
-                real_BS = None if real_BS is None else real_BS[keep]
-            ids_B = token_B
+            rows.append(token_B)
     finally:
         model.train(was_training)
 
 
-def _prefill(
-    model: Transformer, prompts: list[list[int]], capacity: int, pad_id: int
-) -> tuple[Decoder, Tensor | None]:
-    """What has read all but the last token of each prompt, and where its tokens are real [B, S].
+class _Rows:
+    """The decoder's rows, of which equal answers share one: answers to one prompt until they part.
 
-    Equal prompts (the answers of a group) are computed once. With prompts of one length nothing is
-    masked, and attention may take its faster way. A padded row's positions start after its padding:
-    rotary attention sees distances only.
+    place_B: int64, the row of each unfinished answer. A row that no answer needs stays until it is
+    worth a copy of the others. With prompts of one length nothing is masked, and attention may take
+    its faster way. A padded row's positions start after its padding: rotary attention sees
+    distances only.
     """
-    device = model.embedding.weight.device
-    distinct = list(dict.fromkeys(map(tuple, prompts)))
-    longest = max(map(len, distinct))
-    pads = [longest - len(prompt) for prompt in distinct]
-    ids_UP = [[pad_id] * pad + list(p[:-1]) for pad, p in zip(pads, distinct, strict=True)]
-    number = {prompt: i for i, prompt in enumerate(distinct)}
-    prompt_B = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=device)
-    real_US = None
-    if any(pads):
-        real_US = (
-            torch.arange(capacity, device=device) >= torch.tensor(pads, device=device)[:, None]
-        )
-    decoder = Decoder(model, capacity)
-    if longest > 1:
-        mask = None if real_US is None else _prefill_mask(real_US[:, : longest - 1])
-        decoder.prefill(torch.tensor(ids_UP, device=device), mask)
-        if len(distinct) < len(prompts):
-            decoder.keep(prompt_B)
-    return decoder, None if real_US is None else real_US[prompt_B]
+
+    def __init__(self, model: Transformer, prompts: list[list[int]], capacity: int, pad_id: int):
+        """Reads all but the last token of each prompt, which is the first to be appended."""
+        device = model.embedding.weight.device
+        number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        self.place_B = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=device)
+        self.is_shared = len(number) < len(prompts)
+        self.ids_U = torch.tensor([prompt[-1] for prompt in number], device=device)
+        longest = max(map(len, number))
+        pads = [longest - len(prompt) for prompt in number]
+        self.real_US = None
+        if any(pads):
+            steps = torch.arange(capacity, device=device)
+            self.real_US = steps >= torch.tensor(pads, device=device)[:, None]
+        self.decoder = Decoder(model, capacity)
+        if longest > 1:
+            ids = [[pad_id] * pad + list(p[:-1]) for pad, p in zip(pads, number, strict=True)]
+            mask = None if self.real_US is None else _prefill_mask(self.real_US[:, : longest - 1])
+            self.decoder.prefill(torch.tensor(ids, device=device), mask)
+
+    def logits(self) -> Tensor:
+        """[U, V] after the token that was appended last."""
+        mask_US = None if self.real_US is None else self.real_US[:, : self.decoder.length + 1]
+        return self.decoder(self.ids_U, mask_US)
+
+    def append(self, token_B: Tensor) -> None:
+        """A token more for each unfinished answer; those that part get rows of their own."""
+        rows_N, ids_N, place_B = self.place_B, token_B, None  # the next rows: a row and its token
+        have_parted = False
+        if self.is_shared:
+            n_ids = self.decoder.model.vocab_size
+            next_N, place_B = (self.place_B * n_ids + token_B).unique(return_inverse=True)
+            rows_N, ids_N = next_N // n_ids, next_N % n_ids
+            have_parted = bool((rows_N[1:] == rows_N[:-1]).any())
+            self.is_shared = len(next_N) < len(token_B)
+            if have_parted and len(next_N) > MOST_SHARED * len(token_B):  # copied once, not often
+                rows_N, ids_N, place_B = self.place_B, token_B, None
+                self.is_shared = False
+        if not have_parted and len(rows_N) >= COMPACT_BELOW * len(self.ids_U):
+            self.ids_U = self.ids_U.index_copy(0, rows_N, ids_N)
+            return
+        self.decoder.keep(rows_N)
+        self.real_US = None if self.real_US is None else self.real_US[rows_N]
+        self.ids_U = ids_N
+        self.place_B = torch.arange(len(rows_N)).to(rows_N) if place_B is None else place_B
 
 
 def _prefill_mask(real_BP: Tensor) -> Tensor:
