@@ -1,5 +1,6 @@
 """The built-in sources, and that no held-out problem stands in any train source."""
 
+import random
 import re
 
 import pytest
@@ -200,3 +201,28 @@ def test_a_share_of_a_tasks_demonstrations_is_terse() -> None:
     assert all(whole[i] == none[i].rsplit("\n", 1)[-1] for i in chains)
     assert 0.3 < sum(some[i] == whole[i] for i in chains) / len(chains) < 0.7
     assert all(whole[i] == none[i] for i in range(len(problems)) if i not in chains)
+
+
+def test_a_range_with_few_problems_ends_early_with_all_of_them(monkeypatch):
+    import reasoning_gym
+
+    from fourstage.data.reasoning import _draw
+
+    drawn = []
+
+    class Few:
+        """40 different sums, each as likely as the others."""
+
+        def __getitem__(self, i):
+            drawn.append(i)
+            n = random.Random(i).randrange(40)
+            return {
+                "question": f"{n} + 1",
+                "answer": str(n + 1),
+                "metadata": {"expression": f"{n} + 1"},
+            }
+
+    monkeypatch.setattr(reasoning_gym, "create_dataset", lambda *_, **__: Few())
+    found = list(_draw("chain_sum", {}, 100_000))
+    assert len({p.question for p in found}) == len(found) == 40
+    assert len(drawn) < 1000

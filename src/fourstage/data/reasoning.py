@@ -17,6 +17,7 @@ from fourstage.errors import UserError
 from fourstage.verify import FROM_FILE
 
 DRAWS = 20  # give up on a task's share after so many draws for each problem wanted
+STALE = 3  # or after so many in a row for each problem found, none of which was new
 
 
 @cached("reasoning")
@@ -148,7 +149,10 @@ def _weight(task: str, settings: Any) -> float:
 
 
 def _draw(task: str, arguments: dict[str, Any], most: int) -> Iterator[Problem]:
-    """Distinct problems of a task, from at most `most` draws (a small range has few)."""
+    """Distinct problems of a task, from at most `most` draws; a small range ends sooner.
+
+    (Were there one problem more, as likely as the others, it would be missed once in 20.)
+    """
     import reasoning_gym
 
     try:
@@ -156,11 +160,15 @@ def _draw(task: str, arguments: dict[str, Any], most: int) -> Iterator[Problem]:
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"data.reasoning.tasks.{task}: {error}") from None
     seen: set[str] = set()
+    last_new = 0
     for i in range(most):
+        if i - last_new > max(100, STALE * len(seen)):
+            return
         entry = dataset[i]
         question = short_question(task, entry)
         if question in seen:
             continue
         seen.add(question)
+        last_new = i
         plain = json.loads(json.dumps(entry, default=str))
         yield Problem(question, entry["answer"], task, worked_solution(task, entry), plain)
