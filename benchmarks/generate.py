@@ -1,9 +1,10 @@
 """Sampled tokens a second of a rollout, against transformers' generate with the same weights.
 
-    python -m benchmarks.generate [device=cpu|cuda] [batches=1,64,512] [prompts=equal,mixed]
+    python -m benchmarks.generate [device=cpu|cuda] [batches=1,64,512] [prompts=equal,mixed,groups]
                                   [new_tokens=64] [repeats=3] [model=moe_tiny]
 
-Prompts are text of 40 characters (equal) or of 20 to 60 (mixed: padded at the left). Both sides
+Prompts are text of 40 characters (equal), of 20 to 60 (mixed: padded at the left), or of 40 with 8
+answers each (groups: a GRPO rollout). Both sides
 sample at temperature 1 from the whole distribution, never stop early and make the same number of
 tokens; ours also keeps their log-probabilities. transformers runs each of its experts with its
 dynamic and its static cache. First every contestant runs once; of each of transformers' experts the
@@ -45,7 +46,7 @@ from fourstage.generate import generate
 from fourstage.model import ModelConfig, Transformer
 
 NEVER = -1  # a stop token that no row can sample
-LENGTHS = {"equal": (40, 40), "mixed": (20, 60)}
+PROMPTS = {"equal": (40, 40, 1), "mixed": (20, 60, 1), "groups": (40, 40, 8)}  # see text_prompts
 CACHES = ("dynamic", "static")
 SLOWER = 1.5  # times the fastest of transformers' first runs: goes no further
 GATHERED = 2**32  # bytes of expert weights that batched_mm may copy for the prompts of one layer
@@ -56,20 +57,20 @@ TIE = 1e-3  # nats between the two likeliest tokens
 class Options:
     device: str = "cpu"
     batches: tuple[int, ...] = (1, 64, 512)
-    prompts: tuple[str, ...] = ("equal", "mixed")
+    prompts: tuple[str, ...] = ("equal", "mixed", "groups")
     new_tokens: int = 64
     repeats: int = 3
     model: str | None = None
 
 
-def text_prompts(rows: int, lengths: tuple[int, int]) -> list[list[int]]:
-    """Pieces of the reference text, of a length drawn from the range."""
+def text_prompts(rows: int, shortest: int, longest: int, copies: int) -> list[list[int]]:
+    """Pieces of the reference text, of a length drawn from the range, each so many times."""
     ids, draw = reference_ids(), random.Random(rows)
-    found = []
-    for _ in range(rows):
-        at = draw.randrange(len(ids) - lengths[1])
-        found.append(ids[at : at + draw.randint(*lengths)])
-    return found
+    found: list[list[int]] = []
+    while len(found) < rows:
+        at = draw.randrange(len(ids) - longest)
+        found += [ids[at : at + draw.randint(shortest, longest)]] * copies
+    return found[:rows]
 
 
 @torch.no_grad()
@@ -80,7 +81,7 @@ def balance(model: Transformer, updates: int = 100) -> None:
     """
     if model.config.dense:
         return
-    config, prompts = model.config, text_prompts(64, LENGTHS["equal"])
+    config, prompts = model.config, text_prompts(64, *PROMPTS["equal"])
     answers = generate(
         model, prompts, max_new_tokens=24, stop_id=NEVER, pad_id=CHARACTERS.pad_id
     ).answer_ids
@@ -220,7 +221,7 @@ def race(
 
 def measure(pair: Pair, batch: int, kind: str, options: Options) -> tuple[dict, dict]:
     """The table of one batch; its ratios and figures."""
-    prompts = text_prompts(batch, LENGTHS[kind])
+    prompts = text_prompts(batch, *PROMPTS[kind])
     shape = f"{pair.ours.config.name}_batch{batch}_{kind}"
     print(f"\n{shape}: {batch} prompts, {options.new_tokens} new tokens each")
     found, notes = race(pair, prompts, options)
@@ -247,7 +248,7 @@ def measure(pair: Pair, batch: int, kind: str, options: Options) -> tuple[dict, 
 def main(arguments: list[str]) -> None:
     options = read_arguments(Options, arguments)
     device = on_device(options.device)
-    known("prompts", options.prompts, LENGTHS)
+    known("prompts", options.prompts, PROMPTS)
     if min(options.batches) < 1:
         raise UserError(f"batches: must be at least 1, got {min(options.batches)}")
     name = options.model or ("moe_tiny" if device.type == "cpu" else "moe_small")
@@ -255,8 +256,8 @@ def main(arguments: list[str]) -> None:
     ratios, figures = {}, {}
     for batch in options.batches:
         for kind in options.prompts:
-            if batch == 1 and kind == "mixed" and len(options.prompts) > 1:
-                continue  # one prompt is never padded
+            if batch == 1 and kind != options.prompts[0]:
+                continue  # one prompt is never padded, nor a group
             more_ratios, more_figures = measure(pair, batch, kind, options)
             ratios |= more_ratios
             figures |= more_figures

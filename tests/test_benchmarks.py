@@ -184,7 +184,8 @@ def test_contestants_of_train_take_the_same_steps() -> None:
 def test_generate(capsys: pytest.CaptureFixture) -> None:
     generate.main(["model=moe_nano", "batches=1,3", "new_tokens=4", "repeats=1"])
     line = last_line(capsys.readouterr().out, "generate")
-    for shape in ("moe_nano_batch1_equal", "moe_nano_batch3_equal", "moe_nano_batch3_mixed"):
+    for shape in ("batch1_equal", "batch3_equal", "batch3_mixed", "batch3_groups"):
+        shape = f"moe_nano_{shape}"
         assert f"{shape}_vs_transformers_best" in line["ratios"]
         assert f"{shape}_vs_transformers_grouped_mm" in line["ratios"]
         ties = line["figures"][f"{shape}_greedy_ties"]
@@ -195,7 +196,7 @@ def test_generate(capsys: pytest.CaptureFixture) -> None:
 @needs("transformers")
 def test_another_model_is_no_tie() -> None:
     pair = generate.Pair(shipped_model("moe_nano", init_std=0.3), torch.device("cpu"))
-    prompts = generate.text_prompts(3, (5, 9))
+    prompts = generate.text_prompts(3, 5, 9, copies=1)
     assert pair.compare_greedy(prompts, 4, "eager", "dynamic") == (12, 12, 0)
     pair.theirs.lm_head.weight.data.neg_()
     with pytest.raises(UserError, match="greedy answers differ where the gap is"):
@@ -345,7 +346,7 @@ def test_profile(what: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_balanced_routers() -> None:
     model = Transformer(shipped_model("moe_nano", init_std=0.3), common.CHARACTERS.vocab_size)
-    prompts = torch.tensor(generate.text_prompts(32, (40, 40)))
+    prompts = torch.tensor(generate.text_prompts(32, 40, 40, copies=1))
 
     def busiest() -> float:
         load_LE = model(prompts).router.load_LE

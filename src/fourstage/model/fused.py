@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fourstage.model.packing import Packing
 
-CHUNK = 64  # queries at once: below the diagonal is left out by whole chunks
+CHUNK = 32  # queries at once: below the diagonal is left out by whole chunks
 LONGEST = 512  # tokens; the scores are kept for the backward, and flash attention keeps none
 
 
