@@ -166,6 +166,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         E, D, F_ = config.num_experts, config.d_model, config.d_expert
+        self.d_expert = F_
         self.use_loop = config.expert_path == "loop"
         self.gate_up_EDF = nn.Parameter(torch.empty(E, D, 2 * F_))
         self.down_EFD = nn.Parameter(torch.empty(E, F_, D))
