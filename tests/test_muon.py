@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fourstage.errors import UserError
 from fourstage.lineage import climb
 from fourstage.model import Transformer
 from fourstage.muon import Muon, orthogonalize
 from fourstage.plan import make_plan
 from fourstage.stages import GRPOModule, PPOModule, PretrainModule, RewardModule, SFTModule
+from fourstage.strategies import ZERO
 from tests.fakes import FakeTrain, config, own_files
 from tests.stages.tiny import TINY, TOKENIZER, make_policy, make_scalar, settings
 
@@ -217,7 +217,7 @@ def test_every_weight_is_in_the_group_that_it_should_be_in(stage):
     assert found == kinds
 
 
-# --- state, and where it cannot be
+# --- state, and the next stage
 
 
 def test_a_resumed_optimizer_goes_on_to_the_bit():
@@ -248,20 +248,13 @@ def test_a_resumed_optimizer_goes_on_to_the_bit():
         assert one.equal(two) and not one.equal(before)
 
 
-def test_muon_under_zero_is_refused_before_anything_trains(tmp_path, monkeypatch):
+def test_zero_goes_on_from_a_run_of_any_trainer(tmp_path, monkeypatch):
     shared = [f"outputs={tmp_path}/outputs", "model=moe_nano", "logger=none"]
-    shared += [*own_files(tmp_path / "files"), "stages.pretrain.optimizer=muon"]
-    shared += ["stages.pretrain.lr=4e-3"]
+    shared += own_files(tmp_path / "files")
     climb(config(*shared, "stage=pretrain", "trainer=cpu"), train=FakeTrain())
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    zero = [*shared, "stage=sft", "trainer=zero2", "trainer.precision=32-true", "trainer.devices=1"]
-    runs = make_plan(config(*zero)).runs  # the weights of the finished run are plain ones
-    assert [run.status for run in runs] == ["found", "train"]
-    message = (
-        "stages.sft.optimizer: muon needs whole matrices, of which each rank of zero2 holds a "
-        "share: take adamw, or trainer=ddp"
-    )
-    with pytest.raises(UserError) as error:
-        make_plan(config(*zero, "stages.sft.optimizer=muon"))
-    assert str(error.value) == message
-    make_plan(config(*zero, "stages.sft.optimizer=muon", "trainer.strategy=ddp"))
+    for trainer in ("ddp", *ZERO):
+        where = [f"trainer={trainer}", "trainer.precision=32-true", "trainer.devices=1"]
+        runs = make_plan(config(*shared, *where, "stage=sft")).runs
+        assert runs[0].settings.optimizer == "muon"
+        assert [run.status for run in runs] == ["found", "train"]

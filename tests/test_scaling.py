@@ -92,16 +92,11 @@ def test_zero_needs_gpus_and_a_precision_that_it_trains_in(monkeypatch):
         TrainerConfig(accelerator="gpu", strategy="zero2", precision="16-mixed").resolved()
 
 
-@pytest.mark.parametrize("trainer", ["zero1", "zero2", "zero3", "zero3_offload"])
-def test_under_zero_pretrain_has_an_optimizer_that_zero_can_spread(trainer):
-    tree = config(f"trainer={trainer}")
-    assert tree["trainer"] | {"strategy": trainer, "devices": -1} == tree["trainer"]
-    assert (tree["stages"]["pretrain"]["optimizer"], tree["stages"]["pretrain"]["lr"]) == (
-        "adamw",
-        0.002,
-    )
-    assert config("trainer=ddp")["stages"]["pretrain"]["optimizer"] == "muon"
-    assert config(f"trainer={trainer}", "stages.pretrain.lr=0.1")["stages"]["pretrain"]["lr"] == 0.1
+@pytest.mark.parametrize("trainer", ZERO)
+def test_a_trainer_with_zero_is_ddp_with_another_strategy(trainer):
+    tree, ddp = config(f"trainer={trainer}"), config("trainer=ddp")
+    assert tree.pop("trainer") == ddp.pop("trainer") | {"strategy": trainer}
+    assert tree == ddp
 
 
 @pytest.mark.parametrize("option", ["compile", "checkpoint_activations"])

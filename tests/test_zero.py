@@ -16,12 +16,11 @@ import torch
 from fourstage.job import read_record
 from fourstage.resume import kind_of
 from fourstage.runs import RunStore
+from fourstage.strategies import ZERO
 from tests.test_interruptions import Executed
 
 REPO = Path(__file__).parent.parent
 SMALL = ["model=moe_nano", "debug=fast", "logger=none"]
-# as the zero* trainers have it: one ladder, whoever trains a stage
-SMALL += ["stages.pretrain.optimizer=adamw", "stages.pretrain.lr=0.002"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO / 'src'}:{REPO}"}
 
 
@@ -46,7 +45,22 @@ def train(*words: str) -> None:
     assert start(*words).wait(timeout=500) == 0
 
 
-@pytest.fixture(scope="module", params=["zero1", "zero2", "zero3", "zero3_offload"])
+def kill_after_a_checkpoint(run: Path, *words: str) -> None:
+    process = start(*words)
+    while not (run / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "model.safetensors").exists(), "too late: it was finished"
+
+
+def check_equal(run: Path, expected: Path) -> None:
+    for name in ("model.safetensors", "eval.json", "samples.jsonl"):
+        assert (run / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module", params=ZERO)
 def ladder(request, tmp_path_factory) -> tuple[str, Path]:
     """A trainer's name and the outputs of a whole ladder that it trained."""
     outputs = tmp_path_factory.mktemp(request.param) / "outputs"
@@ -91,14 +105,8 @@ def test_a_killed_stage_resumes_to_the_same_bits(ladder, tmp_path):
     train(*words, f"outputs={calm}")
     expected = RunStore(calm).find("ppo")
 
-    process = start(*words, f"outputs={killed}")
     found = killed / "runs" / expected.name
-    while not (found / "checkpoints" / "last.ckpt").exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (found / "model.safetensors").exists(), "too late: it was finished"
+    kill_after_a_checkpoint(found, *words, f"outputs={killed}")
     kind = kind_of(trainer, 2)
     for other in OTHERS[kind]:
         command = [sys.executable, "-m", "tests.train_on_cpus", *SMALL, *words, *other]
@@ -116,12 +124,27 @@ def test_a_killed_stage_resumes_to_the_same_bits(ladder, tmp_path):
     assert start(*words, f"outputs={evil}").wait(500) == 1
     assert not (tmp_path / "executed").exists()
     train(*words, f"outputs={killed}")
-    for name in ("model.safetensors", "eval.json", "samples.jsonl"):
-        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+    check_equal(found, expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["zero1", "zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize("trainer", ZERO)
+def test_a_killed_pretraining_resumes_to_the_same_bits(trainer, tmp_path):
+    """With Muon's momentum."""
+    words = ["stage=pretrain", f"trainer={trainer}", "trainer.devices=2"]
+    words += ["stages.pretrain.max_steps=60", "stages.pretrain.checkpoint_every=20"]
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    train(*words, f"outputs={calm}")
+    expected = RunStore(calm).find("pretrain")
+    assert read_record(expected)["config"]["stages"]["pretrain"]["optimizer"] == "muon"
+    found = killed / "runs" / expected.name
+    kill_after_a_checkpoint(found, *words, f"outputs={killed}")
+    train(*words, f"outputs={killed}")
+    check_equal(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ZERO)
 def test_a_stage_leaves_no_network_in_memory(trainer, tmp_path):
     command = [sys.executable, "-m", "tests.zero_memory", trainer, str(tmp_path)]
     done = subprocess.run(command, cwd=REPO, env=ENV, capture_output=True, text=True, check=True)

@@ -46,7 +46,7 @@ def hidden_matrices(network: nn.Module) -> list[tuple[nn.Parameter, Split]]:
             rows = layer.down.in_features
             found += [(layer.gate_up.weight, (rows, 0)), (layer.down.weight, WHOLE)]
         elif isinstance(layer, Experts):
-            columns = layer.down_EFD.shape[1]
+            columns = layer.d_expert
             found += [(layer.gate_up_EDF, (columns, 2)), (layer.down_EFD, WHOLE)]
     return found
 
@@ -71,7 +71,8 @@ class Muon(torch.optim.Optimizer):
 
     lr: step size, the root mean square of an update is about 0.2 lr in Muon's groups.
     weight_decay: decoupled, a share of lr. momentum: Nesterov's, of Muon. betas, eps: AdamW's.
-    Newton-Schulz runs in bf16 on a GPU and in the weights' own dtype elsewhere.
+    Newton-Schulz runs in bf16 on a GPU and in the weights' own dtype elsewhere. A step overwrites
+    the gradients of Muon's weights. ZeRO has a subclass (zero_muon.py).
     """
 
     def __init__(
@@ -99,27 +100,25 @@ class Muon(torch.optim.Optimizer):
                 self.step_muon(weights, group)
         return loss
 
-    def step_muon(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def step_muon(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         lr, momentum = group["lr"], group["momentum"]
-        splits = dict(zip(group["params"], group["splits"], strict=True))
-        by_shape = defaultdict(list)
         for weight in weights:
             state = self.state[weight]
             if not state:
                 state["momentum"] = torch.zeros_like(weight)
             state["momentum"].lerp_(weight.grad, 1 - momentum)
+            weight.grad.lerp_(state["momentum"], momentum)  # the step's direction, from here on
             weight.mul_(1 - lr * group["weight_decay"])
-            each = [x.split(*splits[weight]) for x in (weight, weight.grad, state["momentum"])]
-            for parts in zip(*each, strict=True):
-                part = tuple(lying(x) for x in parts)
-                by_shape[part[0].shape[1:]].append(part)
-        for shape, parts in by_shape.items():
-            for some in together(parts):
-                step_MRC = torch.cat([grad.lerp(average, momentum) for _, grad, average in some])
-                step_MRC = orthogonalize(step_MRC.bfloat16() if step_MRC.is_cuda else step_MRC)
-                steps = step_MRC.split([len(weight) for weight, _, _ in some])
-                for (weight, _, _), step in zip(some, steps, strict=True):
-                    weight.add_(step, alpha=-0.2 * lr * math.sqrt(max(shape)))
+        self.add_steps(weights, group)
+
+    def add_steps(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """Moves weights in the directions that are in the place of their gradients."""
+        splits = dict(zip(group["params"], group["splits"], strict=True))
+        parts: list[tuple[Tensor, Tensor]] = []
+        for weight in weights:
+            both = (matrices(x, splits[weight]) for x in (weight, weight.grad))
+            parts += zip(*both, strict=True)
+        add_orthogonal(parts, group["lr"])
 
     def step_adamw(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
         for weight in weights:
@@ -135,14 +134,34 @@ class Muon(torch.optim.Optimizer):
         adamw(weights, grads, first, second, [], steps, **own, amsgrad=False, maximize=False)
 
 
-def lying(x: Tensor) -> Tensor:
-    """A view [M, R, C] of matrices, or of one, with R <= C."""
-    x = x if x.ndim == 3 else x[None]
-    return x if x.shape[1] <= x.shape[2] else x.mT
+def matrices(x: Tensor, split: Split) -> list[Tensor]:
+    """The parts of a weight as views [M, R, C]."""
+    parts = [part if part.ndim == 3 else part[None] for part in x.split(*split)]
+    return [part if part.shape[1] <= part.shape[2] else part.mT for part in parts]
 
 
-def together(parts: list[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
+def add_orthogonal(parts: list[tuple[Tensor, Tensor]], lr: float) -> None:
+    """Adds to the first of each pair [M, R, C] the steps whose directions the second holds."""
+    by_shape = defaultdict(list)
+    for part in parts:
+        by_shape[part[0].shape[1:]].append(part)
+    for shape, alike in by_shape.items():
+        for some in together(alike):
+            steps_MRC = orthogonalize(
+                torch.cat([direction for _, direction in some]).to(worked_in(some[0][1]))
+            )
+            steps = steps_MRC.split([len(weights) for weights, _ in some])
+            for (weights, _), step in zip(some, steps, strict=True):
+                weights.add_(step, alpha=-0.2 * lr * math.sqrt(max(shape)))
+
+
+def worked_in(x: Tensor) -> torch.dtype:
+    """What Newton-Schulz runs in."""
+    return torch.bfloat16 if x.is_cuda else x.dtype
+
+
+def together(parts: list[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:
     """In order, as many at once as AT_ONCE says, one at least."""
     at_once = AT_ONCE["cuda" if parts[0][0].is_cuda else "cpu"]
-    each = max(1, at_once // max(weight.numel() for weight, _, _ in parts))
+    each = max(1, at_once // max(weights.numel() for weights, _ in parts))
     return [parts[start : start + each] for start in range(0, len(parts), each)]

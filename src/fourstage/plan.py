@@ -120,7 +120,6 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
     tokenizer = Tokenizer.from_config(command.tokenizer)
     for run in plan.runs:
         if run.to_do:
-            check_optimizer(command, run)
             check_records(command.data, run.stage, run.settings, tokenizer)
             run.estimate = estimate(command, store, run)
     return plan
@@ -169,16 +168,6 @@ def check_stage(command: Command, stage: str, settings: StageSettings) -> None:
             raise UserError(
                 f"{where}.{key}: {rows} rows cannot be shared evenly by {processes} devices"
             )
-
-
-def check_optimizer(command: Command, run: PlannedRun) -> None:
-    """Raise UserError for Muon under ZeRO, which cuts weights flat: no rank has a matrix."""
-    strategy = command.trainer.strategy
-    if run.settings.optimizer == "muon" and strategy.startswith("zero"):
-        raise UserError(
-            f"stages.{run.stage}.optimizer: muon needs whole matrices, of which each rank of "
-            f"{strategy} holds a share: take adamw, or trainer=ddp"
-        )
 
 
 def plan_run(plan: Plan, stage: str, settings: StageSettings) -> PlannedRun:

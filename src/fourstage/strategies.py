@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from fourstage.job import TrainerConfig
 from fourstage.model import ScalarModel, Transformer
 from fourstage.model.moe import MoE
+from fourstage.muon import Muon
+from fourstage.zero_muon import ZeroMuon, layout, splits_of
 
 ZERO = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}  # our name -> ZeRO stage
 
@@ -84,6 +86,18 @@ class ZeroStrategy(DeepSpeedStrategy):
                 if isinstance(layer, MoE):
                     reduce_at_last_use(layer)
         super().setup(trainer)
+
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, lr_scheduler: Any = None
+    ) -> tuple[Any, Any]:
+        if not isinstance(optimizer, Muon):
+            return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+        splits = splits_of(optimizer)
+        muon = ZeroMuon(optimizer.param_groups, optimizer.defaults["lr"])
+        engine, zero = super()._setup_model_and_optimizer(model, muon, lr_scheduler)
+        muon.device = self.root_device
+        muon.pieces = layout(zero, self.config["zero_optimization"]["stage"], splits, muon.device)
+        return engine, zero
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.train_step_context():

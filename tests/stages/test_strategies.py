@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.stages.matrix import STAGES, train
+from tests.stages.matrix import MUON, STAGES, tied_policy, train
 from tests.stages.tiny import distance, make_policy, weights
 
 ROOT = Path(__file__).parents[2]
 TRAINERS = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
+SKIPPED = ("skipped", "skipped_muon")
 
 
 def trained(trainer: str, ranks: int, steps: int, folder: Path, *stages: str) -> Path:
@@ -51,12 +52,14 @@ def check(alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
 
 def test_a_few_steps_of_sft_under_zero2(tmp_path):
     (tmp_path / "alone").mkdir()
-    train("auto", 1, 2, tmp_path / "alone", "sft")
-    two = trained("zero2", 2, 2, tmp_path / "two", "sft")
-    found = seen(tmp_path / "alone", "sft", 0)
-    check(found, [seen(two, "sft", rank) for rank in (0, 1)])
-    start = {f"policy.{name}": w for name, w in weights(make_policy()).items()}
-    assert distance(start, found["weights"]) > 1e-3
+    policies = {"sft": make_policy(), "tied_muon": tied_policy()}
+    two = trained("zero2", 2, 2, tmp_path / "two", *policies)
+    for stage, policy in policies.items():
+        train("auto", 1, 2, tmp_path / "alone", stage)
+        found = seen(tmp_path / "alone", stage, 0)
+        check(found, [seen(two, stage, rank) for rank in (0, 1)])
+        start = {f"policy.{name}": w for name, w in weights(policy).items()}
+        assert distance(start, found["weights"]) > 1e-3
 
 
 WAITS = """
@@ -83,26 +86,27 @@ def test_the_others_wait_longer_than_a_collective_would(tmp_path):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    return trained("auto", 1, 10, tmp_path_factory.mktemp("alone") / "1", *STAGES, "skipped")
+    return trained("auto", 1, 10, tmp_path_factory.mktemp("alone") / "1", *STAGES, *MUON, *SKIPPED)
 
 
 @pytest.fixture(scope="module", params=TRAINERS)
 def two_ranks(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two") / request.param
-    return trained(request.param, 2, 10, folder, *STAGES, "skipped", "sampled")
+    return trained(request.param, 2, 10, folder, *STAGES, *MUON, *SKIPPED, "sampled")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGES + MUON)
 def test_two_ranks_take_the_steps_of_one(stage, alone, two_ranks):
     check(seen(alone, stage, 0), [seen(two_ranks, stage, rank) for rank in (0, 1)])
 
 
 @pytest.mark.slow
-def test_steps_that_are_not_finite_on_one_rank_are_skipped_on_all(alone, two_ranks):
-    one = seen(alone, "skipped", 0)
+@pytest.mark.parametrize("stage", SKIPPED)
+def test_steps_that_are_not_finite_on_one_rank_are_skipped_on_all(stage, alone, two_ranks):
+    one = seen(alone, stage, 0)
     for rank in (0, 1):
-        two = seen(two_ranks, "skipped", rank)
+        two = seen(two_ranks, stage, rank)
         assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
         assert distance(one["weights"], two["weights"]) < 1e-4
         counts = [metrics["train/skipped_steps"] for metrics in two["metrics"]]
@@ -116,11 +120,3 @@ def test_ranks_whose_answers_end_at_different_lengths_stay_in_step(two_ranks):
     first, second = (seen(two_ranks, "sampled", rank) for rank in (0, 1))
     assert distance(first["weights"], second["weights"]) == 0
     assert first["losses"] == second["losses"] and len(first["losses"]) == 20
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["tied_muon", "ppo_muon"])
-def test_two_ranks_take_muons_steps_of_one(stage, tmp_path):
-    alone = seen(trained("auto", 1, 10, tmp_path / "1", stage), stage, 0)
-    two = trained("ddp", 2, 10, tmp_path / "2", stage)
-    check(alone, [seen(two, stage, rank) for rank in (0, 1)])

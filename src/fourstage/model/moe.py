@@ -166,7 +166,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         E, D, F_ = config.num_experts, config.d_model, config.d_expert
-        self.num_experts = E
+        self.num_experts, self.d_expert = E, F_  # under ZeRO-3 a weight has lost its shape
         self.use_loop = config.expert_path == "loop"
         self.gate_up_EDF = nn.Parameter(torch.empty(E, D, 2 * F_))
         self.down_EFD = nn.Parameter(torch.empty(E, F_, D))
