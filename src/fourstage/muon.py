@@ -75,6 +75,9 @@ class Muon(torch.optim.Optimizer):
     the gradients of Muon's weights. ZeRO has a subclass (zero_muon.py).
     """
 
+    # as PyTorch's fused AdamW: Lightning leaves it to us to unscale gradients of 16-mixed
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         groups: list[dict[str, Any]],

@@ -230,11 +230,16 @@ def step(
         optimizer.step()
         engine = strategy.deepspeed_engine
         return torch.as_tensor(engine.get_global_grad_norm()), engine.was_step_applied()
+    scaler = getattr(module.trainer.precision_plugin, "scaler", None)  # of 16-mixed
+    if scaler is not None:
+        scaler.unscale_(optimizer.optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
     taken = is_finite(norm)
     if taken:
         optimizer.step()
+    elif scaler is not None:
+        scaler.update()  # to a lower scale; a step would have done it
     return norm, taken
 
 
