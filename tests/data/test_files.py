@@ -206,6 +206,8 @@ def test_json_variants(write):
     [
         ("a.jsonl", '{"text": "a"}\n{"text": "b"\n', "a.jsonl, line 2: broken JSON"),
         ("a.json", '[{"text": "a"},\n {"text": b}]', "a.json, line 2: broken JSON"),
+        ("a.json", "[" * 100_000, "nested too deep"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000, "a.jsonl, line 1: nested too deep"),
         ("a.json", "5", "expected a list of objects"),
         ("a.json", "[]", "the file has no records"),
         ("a.jsonl", '"text"\n', "a.jsonl, line 1: expected an object"),
@@ -232,6 +234,8 @@ def test_missing_files_and_folders(tmp_path, read):
             read(str(tmp_path / f"none.{suffix}"))
     with pytest.raises(UserError, match="not a file"):
         read(str(tmp_path))
+    with pytest.raises(UserError, match="^'': not a file"):
+        read("")
 
 
 def test_a_text_that_is_no_utf8_or_empty(write):

@@ -418,6 +418,7 @@ def test_costs(full: Path) -> None:
         ("metrics.csv", "", "metrics.csv has no column step"),
         ("metrics.csv", "\xff\x00", "metrics.csv cannot be read"),
         ("ladder_eval.json", "{", "ladder_eval.json cannot be read"),
+        ("ladder_eval.json", "{}", "ladder_eval.json says nothing of any row"),
     ],
 )
 def test_a_broken_file_is_named_and_costs_only_its_own(

@@ -78,7 +78,7 @@ def _existing(path: str) -> Path:
     if not file.exists():
         raise UserError(f"{path}: no such file (paths count from the folder of the command)")
     if not file.is_file():
-        raise UserError(f"{path}: not a file: give one {KINDS} file")
+        raise UserError(f"{path or repr(path)}: not a file: give one {KINDS} file")
     return file
 
 
@@ -99,6 +99,8 @@ def _json(path: str) -> list[Record]:
         if error.msg == "Extra data":  # JSON lines under the name .json, as on the hub
             return _json_lines(path)
         raise UserError(f"{path}, line {error.lineno}: broken JSON ({error.msg})") from None
+    except RecursionError:
+        raise UserError(f"{path}: lists or objects are nested too deep to be read") from None
     if isinstance(values, dict):
         values = values["data"] if isinstance(values.get("data"), list) else [values]
     if not isinstance(values, list):
@@ -111,6 +113,8 @@ def _parsed(line: str, where: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: broken JSON ({error.msg}): fix or remove the line") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deep to be read: fix or remove the line") from None
 
 
 def _parquet(path: str) -> list[Record]:

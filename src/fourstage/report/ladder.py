@@ -221,7 +221,10 @@ class _Late:
 
     def __init__(self, run: Run, files: Files) -> None:
         self.path = run.folder / "ladder_eval.json"
-        self.cells = files.json(self.path) or {}
+        cells = files.json(self.path)
+        if cells == {}:
+            files.lost(self.path, "says nothing of any row")
+        self.cells = cells or {}
         self.items = files.judgements(run.folder / "ladder_eval_items.jsonl")
 
     def metrics(self, key: str, files: Files) -> dict[str, Metric]:
