@@ -75,6 +75,17 @@ def test_hidden_states_load_and_gradients_are_those_of_whole_rows(build, way, sh
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-4)
 
 
+def test_packed_rows_do_not_compile_anew_for_each_packing(build):
+    def backend(graph, inputs):
+        raise AssertionError("it compiles")
+
+    model = build()
+    model.compile_blocks(backend=backend)
+    assert model.forward_packed(Packing(*padded(ROWS))).requires_grad
+    with pytest.raises(Exception, match="it compiles"), torch.autocast("cpu", torch.bfloat16):
+        model(padded(ROWS)[0])
+
+
 def test_taking_rows_has_index_selects_gradient():
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     index = torch.tensor([4, 0, 4, 2, 4, 5, 0])

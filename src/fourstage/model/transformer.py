@@ -145,7 +145,7 @@ class Transformer(nn.Module):
         routings = []
         for i, block in enumerate(self.blocks):
             is_training = self.training and torch.is_grad_enabled()
-            run = self._training_block(i) if is_training else block
+            run = self._training_block(i, may_compile=packing is None) if is_training else block
             x_BTD, routing = run(x_BTD, rope, valid_BT, attn_mask, packing)
             routings.append(routing)
         self.count_flops(flops, has_backward=x_BTD.requires_grad)
@@ -159,8 +159,9 @@ class Transformer(nn.Module):
         """
         self.training_blocks = [torch.compile(block, backend=backend) for block in self.blocks]
 
-    def _training_block(self, i: int) -> Callable[..., Any]:
-        block = self.training_blocks[i] if self.training_blocks else self.blocks[i]
+    def _training_block(self, i: int, *, may_compile: bool) -> Callable[..., Any]:
+        """A packing is new each time, and torch.compile would compile for each."""
+        block = self.training_blocks[i] if self.training_blocks and may_compile else self.blocks[i]
         if self.checkpoint_activations:  # computed again in the backward, not kept
             return partial(checkpoint, block, use_reentrant=False)
         return block
