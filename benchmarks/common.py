@@ -7,6 +7,7 @@ turn, as often as there are repeats, so that all of them meet the same state of 
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import logging
@@ -199,6 +200,7 @@ def fit(
     module: StageModule, batches: Sequence[Any], device: torch.device
 ) -> tuple[list[float], dict[str, float]]:
     """Train on these batches with Lightning; the seconds of each step, what the last one logged."""
+    gc.collect()  # the former Trainer's optimizer, or new memory would be fetched page by page
     stopwatch = Stopwatch()
     trainer = L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
