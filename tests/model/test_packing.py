@@ -63,7 +63,7 @@ def test_hidden_states_load_and_gradients_are_those_of_whole_rows(build, way, sh
     with torch.autocast("cpu", torch.bfloat16, enabled=way == "bf16"):
         want = found(model(ids, valid_BT=valid).hidden_BTD)
         packing = Packing(ids, length)
-        hidden_ND = model.forward_packed(packing)
+        hidden_ND = model(packing).hidden_BTD[0]
         take = Take(packing.place_BT.flatten(), len(packing))
         got = found(take(hidden_ND).view(*ids.shape, -1))
     assert len(got) == len(want) > 10
@@ -81,7 +81,7 @@ def test_packed_rows_do_not_compile_anew_for_each_packing(build):
 
     model = build()
     model.compile_blocks(backend=backend)
-    assert model.forward_packed(Packing(*padded(ROWS))).requires_grad
+    assert model(Packing(*padded(ROWS))).hidden_BTD.requires_grad
     with pytest.raises(Exception, match="it compiles"), torch.autocast("cpu", torch.bfloat16):
         model(padded(ROWS)[0])
 

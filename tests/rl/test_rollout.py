@@ -120,6 +120,26 @@ def test_packing_changes_neither_scores_nor_gradients(policy, monkeypatch, n_pro
     assert (plain[0][~got.mask] == 0).all()
 
 
+def test_both_ways_pass_the_same_modules_in_the_same_order(policy, rollout, monkeypatch):
+    """Under ZeRO-3 each fetches its weights from all ranks, of which each may go another way."""
+
+    def passed(most_packed: float) -> list[str]:
+        monkeypatch.setattr(module, "MOST_PACKED", most_packed)
+        names: list[str] = []
+        hooks = [
+            layer.register_forward_pre_hook(lambda *_, name=name: names.append(name))
+            for name, layer in policy.named_modules()
+        ]
+        answer_logprobs(policy, rollout)
+        for hook in hooks:
+            hook.remove()
+        return names
+
+    plain, packed = passed(0.0), passed(1.0)
+    assert plain[0] == "" and len(plain) > 10  # the network itself, then its layers
+    assert packed == plain
+
+
 @pytest.mark.parametrize("fill", [TOKENIZER.pad_id, 50])
 def test_wider_padding_changes_nothing(policy, rollout, fill):
     scalar, wide = make_scalar(), wider(rollout, 7, fill)

@@ -100,7 +100,7 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        ids_BT: Tensor,
+        ids_BT: Tensor | Packing,
         *,
         valid_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
@@ -111,36 +111,20 @@ class Transformer(nn.Module):
         valid_BT: bool, False on padding, which is never load nor part of a balance loss.
         positions_BT: int64 [B, T] or [1, T]; from 0 on by default.
         attn_mask: bool [B or 1, 1, T, T], True where T may look; causal by default.
+
+        Packed rows, without the others -> hidden states [1, N, D] of their distinct tokens: what
+        they are at each of their places. The routers count a token as often as it stands in a row.
         """
-        c, (B, T) = self.config, ids_BT.shape
+        packing = ids_BT if isinstance(ids_BT, Packing) else None
+        B, T = ids_BT.shape
+        if isinstance(ids_BT, Packing):
+            valid_BT, positions_BT = ids_BT.copies_N[None], ids_BT.positions_N[None]
+            ids_BT = ids_BT.ids_N[None]
+        c = self.config
         assert c.max_seq_len >= T, f"{T} tokens exceed max_seq_len"
         if positions_BT is None:
             positions_BT = torch.arange(T, device=ids_BT.device)[None]
-        flops = forward_flops(c, B * T, T)
-        return self._run(ids_BT, positions_BT, flops, valid_BT, attn_mask)
-
-    def forward_packed(self, packing: Packing) -> Tensor:
-        """Hidden states [N, D] of distinct tokens: what forward gives at each of their places.
-
-        The routers' load counts a token as often as it stands in a row.
-        """
-        c, (B, T) = self.config, packing.shape
-        assert c.max_seq_len >= T, f"{T} tokens exceed max_seq_len"
-        flops = forward_flops(c, len(packing), T, queries=B * T)
-        ids_1N, positions_1N = packing.ids_N[None], packing.positions_N[None]
-        out = self._run(ids_1N, positions_1N, flops, packing.copies_N, packing=packing)
-        return out.hidden_BTD[0]
-
-    def _run(
-        self,
-        ids_BT: Tensor,
-        positions_BT: Tensor,
-        flops: int,
-        valid_BT: Tensor | None,
-        attn_mask: Tensor | None = None,
-        packing: Packing | None = None,
-    ) -> ModelOutput:
-        rope = rope_angles(positions_BT, self.config.head_dim, self.config.rope_theta)
+        rope = rope_angles(positions_BT, c.head_dim, c.rope_theta)
         x_BTD = self.embedding(ids_BT)
         routings = []
         for i, block in enumerate(self.blocks):
@@ -148,8 +132,9 @@ class Transformer(nn.Module):
             run = self._training_block(i, may_compile=packing is None) if is_training else block
             x_BTD, routing = run(x_BTD, rope, valid_BT, attn_mask, packing)
             routings.append(routing)
+        flops = forward_flops(c, ids_BT.numel(), T, queries=B * T)
         self.count_flops(flops, has_backward=x_BTD.requires_grad)
-        stats = None if self.config.dense else self._router_stats(routings)
+        stats = None if c.dense else self._router_stats(routings)
         return ModelOutput(self.norm(x_BTD), stats)
 
     def compile_blocks(self, backend: str = "inductor") -> None:

@@ -99,7 +99,7 @@ def answer_logits(policy: Transformer, rollout: Rollout) -> Tensor:
     """Logits [M, V] that predict the M answer tokens (where mask is True, row after row)."""
     packing = Packing(rollout.ids, rollout.start + rollout.length - 1)
     if len(packing) <= MOST_PACKED * rollout.ids.numel():
-        hidden_ND = policy.forward_packed(packing)
+        hidden_ND = policy(packing).hidden_BTD[0]
         at_BA = packing.place_BT.gather(1, rollout.predict_at)
     else:
         hidden_BTD = policy(rollout.inputs, valid_BT=rollout.is_input).hidden_BTD
