@@ -189,7 +189,7 @@ class Experts(nn.Module):
     def loop(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
         """The reference: one expert after the other, each on the tokens that chose it."""
         y_ND = torch.zeros_like(x_ND)
-        for e in range(len(self.down_EFD)):
+        for e in range(self.num_experts):
             token, k = torch.where(experts_NK == e)
             y = swiglu(x_ND[token] @ self.gate_up_EDF[e]) @ self.down_EFD[e]
             y_ND = y_ND.index_add(0, token, (gates_NK[token, k, None] * y).to(y_ND.dtype))
@@ -241,7 +241,7 @@ class Experts(nn.Module):
         place_NK = torch.empty_like(order_M)
         place_NK[order_M] = torch.arange(len(order_M), device=order_M.device)
         place_NK = place_NK.view_as(experts_NK)
-        every_E = torch.arange(len(self.down_EFD), device=order_M.device)
+        every_E = torch.arange(self.num_experts, device=order_M.device)
         ends_E = torch.searchsorted(expert_M, every_E, right=True, out_int32=True)
 
         dtype = x_ND.dtype
