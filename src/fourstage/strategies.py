@@ -43,7 +43,8 @@ class ZeroPrecision(DeepSpeedPrecision):
 
     def forward_context(self) -> AbstractContextManager[Any]:
         is_mixed = self.precision == "bf16-mixed"
-        return torch.autocast(self.device, torch.bfloat16, enabled=is_mixed)
+        # a cache would hold a step's first weights for all updates of that step
+        return torch.autocast(self.device, torch.bfloat16, is_mixed, cache_enabled=False)
 
     def convert_input(self, data: Any) -> Any:
         return data

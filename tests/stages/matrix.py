@@ -4,7 +4,7 @@
 of every optimizer step over all ranks, the metrics of every training step, the weights at the end.
 In ppo and grpo the answers are fixed; the stage "sampled" is grpo with its own sampler, "skipped"
 is sft with two steps whose loss or gradient is not finite on the last rank, and a stage of which
-the name ends in _muon has that optimizer.
+the name ends in _muon has that optimizer, one in _bf16 that precision.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def make(stage: str, steps: int) -> tuple[StageModule, list[Any]]:
     """A stage of the tiny model, and batches of eight rows (of four prompts in ppo and grpo)."""
     shared = {**SHARED, "max_steps": steps, "max_time": None}
     shared["optimizer"] = "muon" if stage.endswith("_muon") else "adamw"
-    stage = stage.removesuffix("_muon")
+    stage = stage.removesuffix("_muon").removesuffix("_bf16")
     if stage == "pretrain":
         module = PretrainModule(make_policy(), settings(stage, **shared), 0, heldout_chars=10)
         return module, [ragged(8, seed=step) for step in range(steps)]
@@ -159,7 +159,8 @@ class Keep(L.Callback):
 def train(name: str, ranks: int, steps: int, folder: Path, stage: str) -> None:
     Keep.step = 0
     module, batches = make(stage, steps)
-    where = TrainerConfig(accelerator="cpu", devices=ranks, strategy=name, precision="32-true")
+    precision: Any = "bf16-mixed" if stage.endswith("_bf16") else "32-true"
+    where = TrainerConfig(accelerator="cpu", devices=ranks, strategy=name, precision=precision)
     options = strategies.trainer_options(where, module.settings.clip_norm)
     if name in strategies.ZERO:
         on_cpus(options)
