@@ -293,6 +293,7 @@ MISTAKES = [
     ("trainer.devices=0", "trainer.devices: must be at least 1"),
     ("trainer.devices=3", "rows cannot be shared evenly by 3"),
     ("trainer.precision=16-mixed", "trainer.precision: no 16-mixed on a CPU: take 32-true"),
+    ("trainer.precision=bf16-true", "trainer.precision: expected one of auto, 32-true, 16-mixed,"),
     ("trainer.compile=true", "trainer.compile: torch.compile has no grouped product in 32-true"),
     ("trainer.strategy=zero9", "trainer.strategy: expected one of auto, ddp, zero1, zero2, zero3,"),
     ("trainer.accelerator=tpu", "trainer.accelerator: expected one of"),

@@ -33,7 +33,7 @@ class TrainerConfig:
     devices: int = 1  # -1: all of them
     num_nodes: int = 1
     strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3", "zero3_offload"] = "auto"
-    precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "auto"
+    precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = "auto"
     compile: bool = False  # torch.compile for the blocks' training forward
     checkpoint_activations: bool = False  # compute activations again in the backward
 
