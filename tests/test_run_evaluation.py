@@ -10,7 +10,8 @@ import torch
 from fourstage.data import DataConfig
 from fourstage.evaluation import EvaluationConfig
 from fourstage.job import LoggerConfig, StageJob, TrainerConfig
-from fourstage.run_evaluation import device_of, heldout_sets, parent_policy, random_weights
+from fourstage.prepare import device_of
+from fourstage.run_evaluation import heldout_sets, parent_policy, random_weights
 from fourstage.tokenizer import TokenizerConfig
 from tests.data.conftest import make
 from tests.stages.tiny import TINY, TOKENIZER, distance, weights

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from fourstage import data
@@ -82,6 +83,13 @@ def world_size(job: StageJob) -> int:
     return job.trainer.devices * job.trainer.num_nodes
 
 
+def device_of(job: StageJob) -> torch.device:
+    """The kind of device that the run trains on, where it is here; on another one the last digits
+    of what is computed may differ."""
+    kind = "cuda" if job.trainer.accelerator == "gpu" else job.trainer.accelerator
+    return torch.device(kind if torch.get_device_module(kind).is_available() else "cpu")
+
+
 def parent_policy(job: StageJob) -> tuple[Transformer, Tokenizer]:
     policy, tokenizer = load_policy(job.parents["policy"])
     policy.train()
@@ -135,6 +143,8 @@ def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> d
     Sampled once and kept as pairs.jsonl and pairs_heldout.jsonl, which a resumed run reads.
     """
     prompts = data.load_prompts(job.data)
+    if world_size(job) == 1:  # several have no devices of their own yet
+        policy.to(device_of(job))
     for draw, (name, records) in enumerate(
         zip(PAIR_FILES, (prompts.train, prompts.heldout), strict=True)
     ):
@@ -150,6 +160,7 @@ def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> d
         if rank() == 0:  # every rank samples the same, and two would overwrite each other's keys
             write_record(job.folder, sampled_pairs={name: {"kept": len(rows), "tied": skipped}})
         write_jsonl(path, ({**r, "prompt": records[r["prompt"]].prompt_messages} for r in rows))
+    policy.cpu()  # where training takes it from
     return stored_pairs(job.folder)
 
 

@@ -19,7 +19,7 @@ from fourstage.evaluation import BY_REWARD, BY_SFT
 from fourstage.job import LoggerConfig, StageJob, TrainerConfig, read_record
 from fourstage.judges import NO_SFT, Judges
 from fourstage.model import ModelConfig, ScalarModel, Transformer
-from fourstage.prepare import stored_pairs
+from fourstage.prepare import device_of, stored_pairs
 from fourstage.settings import build
 from fourstage.stages import SETTINGS
 from fourstage.suite import Item
@@ -75,13 +75,6 @@ def random_weights(job: StageJob, tokenizer: Tokenizer) -> Transformer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
         return Transformer(job.model, tokenizer.vocab_size)
-
-
-def device_of(job: StageJob) -> torch.device:
-    """The kind of device that the run trains on, where it is here; on another one the last digits
-    of an evaluation may differ."""
-    kind = "cuda" if job.trainer.accelerator == "gpu" else job.trainer.accelerator
-    return torch.device(kind if torch.get_device_module(kind).is_available() else "cpu")
 
 
 def evaluate_random(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> None:

@@ -64,17 +64,15 @@ def steady(name: str, **changes: Any) -> Any:
 
 
 def fit(module: StageModule, batches: Sequence[Any], val: Sequence[Any] = (), **options: Any):
-    """Train on these batches with Lightning on the CPU; returns the Trainer."""
+    """Train on these batches with Lightning (on the CPU by default); returns the Trainer."""
     trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
+        **{"accelerator": "cpu", "devices": 1, **options},
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        **options,
     )
     loaders = [DataLoader(list(b), batch_size=None, collate_fn=as_is) for b in (batches, val)]
     with warnings.catch_warnings():

@@ -1,0 +1,99 @@
+"""All that trains and samples on a GPU, on one that only checks where tensors are (fake_gpu.py)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fourstage import prepare, run_evaluation, strategies
+from fourstage.generate import generate
+from fourstage.job import read_record
+from fourstage.lineage import climb
+from fourstage.model import Transformer
+from fourstage.stages import SETTINGS, grpo
+from fourstage.stages.reward import sample_pairs
+from fourstage.stages.supervised import next_token_nll
+from tests.fake_gpu import DEVICE, fake_gpu, trainer_options
+from tests.fakes import config
+from tests.model.configs import read_config
+from tests.stages import test_grpo, tiny
+from tests.stages.matrix import MUON, STAGES, Keep, make
+
+
+def losses(stage: str, path, **options) -> list[float]:
+    Keep.step = 0
+    module, batches = make(stage, 2)
+    keep = Keep(path)
+    tiny.fit(module, batches, callbacks=[keep], **options)
+    return keep.losses
+
+
+@pytest.mark.parametrize("stage", [*STAGES, *MUON, "sampled"])
+def test_stages_train_as_on_a_cpu(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "reasoning_reward", test_grpo.reward_by_text)
+    want = losses(stage, tmp_path)
+    with fake_gpu():
+        found = losses(stage, tmp_path, **trainer_options())
+    assert found == pytest.approx(want, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("moe_nano", {}),
+        ("moe_nano", {"balance": "switch", "z_loss_coef": 0.1, "d_shared": 16}),
+        ("moe_nano", {"qk_norm": False, "tie_embeddings": True, "dropout": 0.1}),
+        ("dense_tiny", {}),
+    ],
+    ids=str,
+)
+def test_a_training_forward_and_its_backward_never_wait_for_the_gpu(name, changes):
+    policy = Transformer(read_config(name, **changes), 50)
+    ids = torch.randint(0, 50, (3, 20))
+    with fake_gpu() as waits:
+        policy.to(DEVICE)
+        ids, valid = ids.to(DEVICE), (ids > 0).to(DEVICE)
+        waits.clear()
+        output = policy(ids, valid_BT=valid)
+        loss = next_token_nll(policy.logits(output.hidden_BTD), ids)
+        if output.router is not None:
+            loss = loss + output.router.aux_loss
+        loss.backward()
+        assert not waits
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_answers_are_those_of_a_cpu(copies):
+    torch.manual_seed(2)
+    policy = Transformer(read_config("moe_nano", init_std=0.2), 50)
+    prompts = [[5, 6, 7], [8, 9], [10] * 9] * copies
+    options = {"max_new_tokens": 12, "stop_id": 3, "pad_id": 0, "seed": 4}
+    want = generate(policy, prompts, **options)
+    with fake_gpu():
+        found = generate(policy.to(DEVICE), prompts, **options)
+    assert found.answer_ids == want.answer_ids
+    assert sum(found.logprobs, []) == pytest.approx(sum(want.logprobs, []), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_ladder_with_its_evaluation(tmp_path, monkeypatch):
+    """The pairs are sampled where the run trains."""
+    places = []
+
+    def sampled(policy, *rest):
+        places.append(next(policy.parameters()).device)
+        return sample_pairs(policy, *rest)
+
+    monkeypatch.setattr(prepare, "sample_pairs", sampled)
+    monkeypatch.setattr(prepare, "device_of", lambda job: DEVICE)
+    monkeypatch.setattr(run_evaluation, "device_of", lambda job: DEVICE)
+    # a tensor of an inference mode could not be wrapped
+    options = {"inference_mode": False}
+    monkeypatch.setattr(strategies, "trainer_options", lambda *_: trainer_options() | options)
+    words = ["stage=grpo", "model=moe_nano", "debug=fast", "trainer=cpu", "logger=none"]
+    with fake_gpu():
+        climb(config(*words, f"outputs={tmp_path}"))
+    assert places == [DEVICE, DEVICE]
+    runs = [read_record(run) for run in (tmp_path / "runs").iterdir()]
+    assert sorted(run["stage"] for run in runs) == sorted(SETTINGS)
+    assert all(run["status"] == "finished" for run in runs)
