@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from fourstage import prepare, run_evaluation, strategies
 from fourstage.generate import generate
 from fourstage.job import read_record
 from fourstage.lineage import climb
-from fourstage.model import Transformer
+from fourstage.model import Transformer, decode
 from fourstage.stages import SETTINGS, grpo
 from fourstage.stages.reward import sample_pairs
 from fourstage.stages.supervised import next_token_nll
@@ -73,6 +75,49 @@ def test_answers_are_those_of_a_cpu(copies):
         found = generate(policy.to(DEVICE), prompts, **options)
     assert found.answer_ids == want.answer_ids
     assert sum(found.logprobs, []) == pytest.approx(sum(want.logprobs, []), abs=1e-4)
+
+
+class Replayed:
+    """Recording without a graph: the step for every token, which must not wait for the GPU."""
+
+    waits: Counter[str]
+    places: list[tuple[int, int]]
+
+    def __init__(self, step, ids_B, at):
+        self.step = step
+
+    def __call__(self, ids_B, at):
+        self.places.append((len(ids_B), at))
+        at_1 = torch.full((1,), at, device=ids_B.device)
+        before = self.waits.copy()
+        logits_BV = self.step(ids_B, at_1)
+        assert self.waits == before
+        return logits_BV
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"n_layers": 1, "qk_norm": False, "d_shared": 16}], ids=str
+)
+@pytest.mark.parametrize("copies", [1, 5])
+def test_steps_with_a_place_that_the_gpu_knows_are_the_same(changes, copies, monkeypatch):
+    """Padding, rows that part and rows that end included; steps of the same rows are recorded."""
+    torch.manual_seed(2)
+    policy = Transformer(read_config("moe_nano", init_std=0.2, **changes), 50)
+    prompts = [[5, 6, 7], [8, 9], [10] * 9] * copies
+    options = {"max_new_tokens": 40, "stop_id": 3, "pad_id": 0, "seed": 4}
+    want = generate(policy, prompts, **options)
+    assert len({len(ids) for ids in want.answer_ids}) > 1
+    monkeypatch.setattr(decode, "Recording", Replayed)
+    monkeypatch.setattr(decode, "can_record", lambda model: True)
+    flops = policy.flops
+    with fake_gpu() as Replayed.waits:
+        Replayed.places = []
+        found = generate(policy.to(DEVICE), prompts, **options)
+    assert found.answer_ids == want.answer_ids
+    assert sum(found.logprobs, []) == pytest.approx(sum(want.logprobs, []), abs=1e-4)
+    assert policy.flops == 2 * flops
+    assert len({rows for rows, _ in Replayed.places}) > 1
+    assert Replayed.places[0] == (len(prompts), 8 + decode.RECORD_AFTER) or copies > 1
 
 
 @pytest.mark.slow

@@ -100,9 +100,9 @@ def computed(monkeypatch) -> list[int]:
     rows = []
 
     class Counted(Decoder):
-        def __call__(self, ids_B, mask_BS=None):
+        def __call__(self, ids_B):
             rows.append(len(ids_B))
-            return super().__call__(ids_B, mask_BS)
+            return super().__call__(ids_B)
 
     monkeypatch.setattr(module, "Decoder", Counted)
     return rows

@@ -197,20 +197,18 @@ class _Rows:
         self.ids_U = torch.tensor([prompt[-1] for prompt in number], device=device)
         longest = max(map(len, number))
         pads = [longest - len(prompt) for prompt in number]
-        self.real_US = None
+        real_US = None
         if any(pads):
             steps = torch.arange(capacity, device=device)
-            self.real_US = steps >= torch.tensor(pads, device=device)[:, None]
-        self.decoder = Decoder(model, capacity)
+            real_US = steps >= torch.tensor(pads, device=device)[:, None]
+        self.decoder = Decoder(model, capacity, real_US)
         if longest > 1:
             ids = [[pad_id] * pad + list(p[:-1]) for pad, p in zip(pads, number, strict=True)]
-            mask = None if self.real_US is None else _prefill_mask(self.real_US[:, : longest - 1])
-            self.decoder.prefill(torch.tensor(ids, device=device), mask)
+            self.decoder.prefill(torch.tensor(ids, device=device))
 
     def logits(self) -> Tensor:
         """[U, V] after the token that was appended last."""
-        mask_US = None if self.real_US is None else self.real_US[:, : self.decoder.length + 1]
-        return self.decoder(self.ids_U, mask_US)
+        return self.decoder(self.ids_U)
 
     def append(self, token_B: Tensor) -> None:
         """A token more for each unfinished answer; those that part get rows of their own."""
@@ -229,20 +227,8 @@ class _Rows:
             self.ids_U = self.ids_U.index_copy(0, rows_N, ids_N)
             return
         self.decoder.keep(rows_N)
-        self.real_US = None if self.real_US is None else self.real_US[rows_N]
         self.ids_U = ids_N
         self.place_B = torch.arange(len(rows_N)).to(rows_N) if place_B is None else place_B
-
-
-def _prefill_mask(real_BP: Tensor) -> Tensor:
-    """bool [B, 1, P, P], causal over real tokens.
-
-    Padding sees itself: not every attention backend defines a softmax over nothing.
-    """
-    P = real_BP.shape[1]
-    causal_PP = torch.ones(P, P, dtype=torch.bool, device=real_BP.device).tril()
-    self_PP = torch.eye(P, dtype=torch.bool, device=real_BP.device)
-    return ((causal_PP & real_BP[:, None, :]) | self_PP)[:, None]
 
 
 def _row_seed(seed: int, row: int) -> int:

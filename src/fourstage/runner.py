@@ -57,6 +57,7 @@ def train_stage(job: StageJob) -> dict[str, Any]:
         prepared = PREPARE[job.stage](job)
         for transformer in prepared.module.transformers():
             transformer.checkpoint_activations = job.trainer.checkpoint_activations
+            transformer.records_steps = job.trainer.compile
             if job.trainer.compile:
                 transformer.compile_blocks()
         if job.stage == "pretrain" and not (job.folder / "eval_random.json").exists():

@@ -21,8 +21,8 @@ def read_config(name: str, **changes) -> ModelConfig:
 def countable_attention(monkeypatch) -> None:
     """Decode attention as two products: torch's FLOP counter sees no weighted sums of rows."""
 
-    def attend(self: LayerCache, q: Tensor, mask: Tensor | None) -> Tensor:
-        k, v = self.k[:, :, : self.length], self.v[:, :, : self.length]
+    def attend(self: LayerCache, q: Tensor, S: int, mask: Tensor | None = None) -> Tensor:
+        k, v = self.k[:, :, :S], self.v[:, :, :S]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
 
     monkeypatch.setattr(LayerCache, "attend", attend)

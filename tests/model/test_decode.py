@@ -38,14 +38,8 @@ def bent(build):
 
 
 @torch.no_grad()
-def steps(decoder, ids, first, masks=None):
-    return torch.stack(
-        [
-            decoder(ids[:, t], None if masks is None else masks[:, : t + 1])
-            for t in range(first, ids.shape[1])
-        ],
-        dim=1,
-    )
+def steps(decoder, ids, first):
+    return torch.stack([decoder(ids[:, t]) for t in range(first, ids.shape[1])], dim=1)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 20])
@@ -71,10 +65,9 @@ def test_padding_at_the_left_is_not_seen(bent):
     want = model.logits(model(IDS).hidden_BTD).detach()
     padded = torch.cat((torch.full((len(IDS), 3), 7), IDS), dim=1)
     real = (torch.arange(15) >= 3).expand(len(IDS), -1)
-    causal = torch.ones(8, 8).tril().bool() & real[:, None, :8] | torch.eye(8).bool()
-    decoder = Decoder(model, 15)
-    decoder.prefill(padded[:, :8], causal[:, None])
-    found = steps(decoder, padded, 8, real)
+    decoder = Decoder(model, 15, real)
+    decoder.prefill(padded[:, :8])
+    found = steps(decoder, padded, 8)
     torch.testing.assert_close(found, want[:, 5:], atol=2e-5, rtol=1e-4)
 
 
@@ -104,3 +97,20 @@ def test_a_capacity_beyond_the_model_is_refused(bent):
     model = bent()
     with pytest.raises(AssertionError, match="exceed max_seq_len"):
         Decoder(model, model.config.max_seq_len + 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_a_recorded_step_is_replayed_for_every_place(bent, is_padded):
+    model = bent(num_experts=1, top_k=1).cuda()  # a dense model is recorded in full precision
+    ids = IDS.cuda()
+    real = torch.ones(len(ids), 12, dtype=torch.bool, device="cuda") if is_padded else None
+    if is_padded:
+        real[::2, :3] = False
+    want, found = (Decoder(model, 12, real) for _ in range(2))
+    want.prefill(ids[:, :4])
+    want = steps(want, ids, 4)
+    model.records_steps = True
+    found.prefill(ids[:, :4])
+    torch.testing.assert_close(steps(found, ids, 4), want, atol=2e-5, rtol=1e-4)
+    assert found.recording is not None

@@ -100,7 +100,7 @@ class Attention(nn.Module):
             return self.out(y)
         q, k, v = (x_BTHC.transpose(1, 2) for x_BTHC in self.split(qkv, rope))
         if cache is not None:
-            cache.append(k, v)
+            cache.store(k, v)
         if packing is not None:  # [1, H, N, C] -> [B, H, T, C]
             q, k, v = (packing.spread(x[0]).transpose(0, 1) for x in (q, k, v))
         y = F.scaled_dot_product_attention(
@@ -111,10 +111,10 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
     def store(self, x_BTD: Tensor, rope: Rope, cache: LayerCache) -> None:
-        """Only what forward would append to the cache."""
+        """Only what forward would store in the cache."""
         B, T, _ = x_BTD.shape
         _, k, v = self.split(self.qkv(x_BTD).view(B, T, -1, self.head_dim), rope)
-        cache.append(k.transpose(1, 2), v.transpose(1, 2))
+        cache.store(k.transpose(1, 2), v.transpose(1, 2))
 
     def split(self, qkv_BTJC: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normalised and rotated, and values; [B, T, H or G, C] each."""

@@ -14,31 +14,33 @@ from torch import Tensor
 
 
 class LayerCache:
-    """One layer's keys and values, [B, G, capacity, C], of which the first `length` are filled.
+    """One layer's keys and values, [B, G, capacity, C], of which the first ones are filled.
 
     On a CPU the keys lie in memory as [B, G, C, capacity]: see `attend`.
     """
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.length = 0
         self.k: Tensor | None = None
         self.v: Tensor | None = None
 
-    def append(self, k_BGTC: Tensor, v_BGTC: Tensor) -> None:
-        """Stores T new tokens."""
+    def store(self, k_BGTC: Tensor, v_BGTC: Tensor, at: int | Tensor = 0) -> None:
+        """T new tokens, from place `at` on; int64 [1], which only a GPU may know, for one token."""
         b, g, t, c = k_BGTC.shape
         if self.k is None or self.v is None:
-            self.v = v_BGTC.new_empty(b, g, self.capacity, c)
             if k_BGTC.device.type == "cpu":
+                self.v = v_BGTC.new_empty(b, g, self.capacity, c)
                 self.k = k_BGTC.new_empty(b, g, c, self.capacity).mT
-            else:
-                self.k = torch.empty_like(self.v)
-        start, end = self.length, self.length + t
-        assert end <= self.capacity, f"the cache holds {self.capacity} tokens, not {end}"
-        self.k[:, :, start:end] = k_BGTC
-        self.v[:, :, start:end] = v_BGTC
-        self.length = end
+            else:  # zeros, as a recorded step multiplies places by 0 that are not filled yet
+                self.v = v_BGTC.new_zeros(b, g, self.capacity, c)
+                self.k = torch.zeros_like(self.v)
+        if isinstance(at, Tensor):
+            self.k.index_copy_(2, at, k_BGTC)
+            self.v.index_copy_(2, at, v_BGTC)
+            return
+        assert at + t <= self.capacity, f"the cache holds {self.capacity} tokens, not {at + t}"
+        self.k[:, :, at : at + t] = k_BGTC
+        self.v[:, :, at : at + t] = v_BGTC
 
     def keep(self, rows: Tensor) -> None:
         """Row i is then what row rows[i] was, int64 [b]: some rows less, or a row several times."""
@@ -49,15 +51,16 @@ class LayerCache:
         else:
             self.k = self.k.mT.index_select(0, rows).mT
 
-    def attend(self, q_BGRC: Tensor, mask: Tensor | None) -> Tensor:
-        """What R queries of one token, divided by sqrt(C), see of all that is stored, [B, G, R, C].
+    def attend(self, q_BGRC: Tensor, S: int, mask: Tensor | None = None) -> Tensor:
+        """What R queries of one token, divided by sqrt(C), see of the first S, [B, G, R, C].
 
-        mask: bool [B, 1, 1, S]. Flash attention is made for many queries. For so few a CPU is twice
-        as fast with weighted sums of rows, which embedding_bag takes: scores are the rows of K^T
-        (one for each of C channels) weighted by a query, the result rows of V weighted by softmax.
+        mask: bool [B or 1, 1, 1, S]. Flash attention is made for many queries. For so few a CPU is
+        twice as fast with weighted sums of rows, which embedding_bag takes: scores are the rows of
+        K^T (one for each of C channels) weighted by a query, the result rows of V weighted by
+        softmax.
         """
         assert self.k is not None and self.v is not None, "the cache is empty"
-        (B, G, R, C), S = q_BGRC.shape, self.length
+        B, G, R, C = q_BGRC.shape
         if q_BGRC.device.type != "cpu" or q_BGRC.dtype != torch.float32:
             k, v = self.k[:, :, :S], self.v[:, :, :S]
             return F.scaled_dot_product_attention(q_BGRC, k, v, attn_mask=mask, scale=1.0)

@@ -20,22 +20,28 @@ from fourstage.model.attention import Attention, Rope, rope_angles
 from fourstage.model.cache import LayerCache
 from fourstage.model.flops import forward_flops, head_flops
 from fourstage.model.moe import MoE
+from fourstage.model.recording import Recording, can_record
 from fourstage.model.transformer import Transformer
+
+RECORD_AFTER = 4  # steps of the same rows, after which a GPU records one and replays it
 
 
 class Decoder:
     """Continues rows of tokens, whose keys and values it holds; for a network in eval mode.
 
     capacity: tokens that a row may have in all, for which memory is taken at the first.
+    real_BS: bool [B, capacity], False where a row has padding, which is never seen.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Transformer, capacity: int):
+    def __init__(self, model: Transformer, capacity: int, real_BS: Tensor | None = None):
         c = model.config
         assert capacity <= c.max_seq_len, f"{capacity} tokens exceed max_seq_len"
-        self.model, self.length = model, 0
-        positions_1S = torch.arange(capacity, device=model.embedding.weight.device)[None]
-        self.rope = rope_angles(positions_1S, c.head_dim, c.rope_theta)
+        self.model, self.capacity, self.length, self.real_BS = model, capacity, 0, real_BS
+        self.recording: Recording | None = None
+        self.steps_alike = 0  # since the rows changed
+        self.places_1S = torch.arange(capacity, device=model.embedding.weight.device)[None]
+        self.rope = rope_angles(self.places_1S, c.head_dim, c.rope_theta)
         self.caches = [LayerCache(capacity) for _ in model.blocks]
         # looked up once: a module's attribute costs as much as a small operation
         self.layers = [
@@ -52,8 +58,8 @@ class Decoder:
         ]
 
     @torch.no_grad()
-    def prefill(self, ids_BT: Tensor, mask: Tensor | None = None) -> None:
-        """The first tokens of each row, int64 [B, T]; mask: bool [B or 1, 1, T, T], else causal.
+    def prefill(self, ids_BT: Tensor) -> None:
+        """The first tokens of each row, int64 [B, T].
 
         Keys and values are all that a next token needs: the last block computes nothing else.
         """
@@ -61,6 +67,7 @@ class Decoder:
         model, c, (B, T) = self.model, self.model.config, ids_BT.shape
         cos, sin = self.rope
         rope = cos[:, :T], sin[:, :T]
+        mask = None if self.real_BS is None else _prefill_mask(self.real_BS[:, :T])
         x_BTD = model.embedding(ids_BT)
         *others, (last, last_cache) = zip(model.blocks, self.caches, strict=True)
         for block, cache in others:
@@ -72,15 +79,29 @@ class Decoder:
         model.count_flops(below + qkv, has_backward=False)
 
     @torch.no_grad()
-    def __call__(self, ids_B: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-        """int64 [B], a token more for each row -> logits [B, V] of the one after it.
+    def __call__(self, ids_B: Tensor) -> Tensor:
+        """int64 [B], a token more for each row -> logits [B, V] of the one after it."""
+        model, c, B, at = self.model, self.model.config, len(ids_B), self.length
+        assert at < self.capacity, f"the rows hold {self.capacity} tokens"
+        if self.recording is None and self.steps_alike >= RECORD_AFTER and can_record(model):
+            self.recording = Recording(self.step, ids_B, at)
+        step = self.recording or self.step
+        logits_BV = step(ids_B, at)
+        self.length, self.steps_alike = at + 1, self.steps_alike + 1
+        head = head_flops(c.d_model, model.vocab_size, B)
+        model.count_flops(forward_flops(c, B, at + 1) + head, has_backward=False)
+        return logits_BV
 
-        mask_BS: bool, False where a row has padding; S counts the new token.
+    def step(self, ids_B: Tensor, at: int | Tensor) -> Tensor:
+        """The tokens at place `at` -> logits.
+
+        With a place in a tensor, int64 [1], all shapes are those of the capacity and nothing is
+        asked of the GPU, so that one recording serves every place.
         """
-        model, c, at = self.model, self.model.config, self.length
+        model, c = self.model, self.model.config
         B, C, G, n_qk = len(ids_B), c.head_dim, c.n_kv_heads, c.n_heads + c.n_kv_heads
         shape, eps = (c.d_model,), c.norm_eps
-        mask = None if mask_BS is None else mask_BS[:, None, None]
+        S, mask = self._seen(at)
         x_BD = F.embedding(ids_B, model.embedding.weight)
         for gain_D, qkv_weight, (cos, sin), cache, out_weight, mlp_gain_D, mlp in self.layers:
             qkv_BJC = F.linear(F.rms_norm(x_BD, shape, gain_D, eps), qkv_weight).view(B, -1, C)
@@ -89,18 +110,28 @@ class Decoder:
                 qk_BJC = F.rms_norm(qk_BJC, (C,), None, eps)
             qk_BJC = torch.addcmul(qk_BJC * cos[at], qk_BJC.roll(C // 2, -1), sin[at])
             qk_BJC = qk_BJC.to(qkv_BJC.dtype)
-            cache.append(qk_BJC[:, -G:, None], qkv_BJC[:, n_qk:, None])
-            y_BGRC = cache.attend(qk_BJC[:, :-G].reshape(B, G, -1, C), mask)
+            cache.store(qk_BJC[:, -G:, None], qkv_BJC[:, n_qk:, None], at)
+            y_BGRC = cache.attend(qk_BJC[:, :-G].reshape(B, G, -1, C), S, mask)
             x_BD = x_BD + F.linear(y_BGRC.view(B, -1), out_weight)
             x_BD = x_BD + mlp(F.rms_norm(x_BD, shape, mlp_gain_D, eps))
-        self.length = at + 1
-        model.count_flops(forward_flops(c, B, at + 1), has_backward=False)
-        return model.logits(F.rms_norm(x_BD, shape, model.norm.weight, eps))
+        return model.project(F.rms_norm(x_BD, shape, model.norm.weight, eps))
+
+    def _seen(self, at: int | Tensor) -> tuple[int, Tensor | None]:
+        """S, and bool [B or 1, 1, 1, S]: which of the first S places a token at `at` sees."""
+        if isinstance(at, int):
+            real_BS = self.real_BS
+            return at + 1, None if real_BS is None else real_BS[:, None, None, : at + 1]
+        seen_BS = self.places_1S <= at
+        if self.real_BS is not None:
+            seen_BS = seen_BS & self.real_BS
+        return self.capacity, seen_BS[:, None, None]
 
     def keep(self, rows: Tensor) -> None:
         """Row i is then what row rows[i] was, int64 [b]: some rows less, or a row several times."""
         for cache in self.caches:
             cache.keep(rows)
+        self.real_BS = None if self.real_BS is None else self.real_BS[rows]
+        self.recording, self.steps_alike = None, 0
 
 
 def _rope_with_gains(attention: Attention, rope: Rope) -> Rope:
@@ -113,3 +144,14 @@ def _rope_with_gains(attention: Attention, rope: Rope) -> Rope:
         gain_JC[:H], gain_JC[H:] = attention.q_norm.weight, attention.k_norm.weight
     gain_JC[:H] *= C**-0.5
     return cos_S1C * gain_JC, sin_S1C * gain_JC.roll(C // 2, -1)
+
+
+def _prefill_mask(real_BT: Tensor) -> Tensor:
+    """bool [B, 1, T, T], causal over real tokens.
+
+    Padding sees itself: not every attention backend defines a softmax over nothing.
+    """
+    T = real_BT.shape[1]
+    causal_TT = torch.ones(T, T, dtype=torch.bool, device=real_BT.device).tril()
+    self_TT = torch.eye(T, dtype=torch.bool, device=real_BT.device)
+    return ((causal_TT & real_BT[:, None, :]) | self_TT)[:, None]

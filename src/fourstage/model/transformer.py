@@ -79,6 +79,7 @@ class Transformer(nn.Module):
     the last take_load; None before the first, and in a dense model.
     checkpoint_activations: whether a training forward keeps a block's input only, and the backward
     computes the rest again: less memory, a third more time.
+    records_steps: whether a decode step may become a CUDA graph (recording.py).
     flops: FLOPs of every forward so far, on this process; a forward with gradients counts three
     times, for the backward that follows it (see flops.py); what is computed again is not counted.
     """
@@ -89,6 +90,7 @@ class Transformer(nn.Module):
         self.vocab_size = vocab_size
         self.flops = 0
         self.checkpoint_activations = False
+        self.records_steps = False
         self.training_blocks: list[Callable[..., Any]] = []  # compiled, where that was asked for
         # Not a buffer: DDP would overwrite the ranks' own counts with those of rank 0.
         self.load_LE: Tensor | None = None
@@ -156,6 +158,10 @@ class Transformer(nn.Module):
         d_model = self.config.d_model
         flops = head_flops(d_model, self.vocab_size, hidden.numel() // d_model)
         self.count_flops(flops, has_backward=hidden.requires_grad)
+        return self.project(hidden)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """logits, without counting FLOPs."""
         if self.config.tie_embeddings:
             return F.linear(hidden, self.embedding.weight)
         assert self.head is not None, "a scalar model's backbone has no token head"
