@@ -106,7 +106,7 @@ class Pair:
         peers.copy_weights(self.ours, self.theirs)
         self.ours.to(device)
         self.theirs.to(device)
-        on_gpu = device.type == "cuda"
+        self.ours.records_steps = on_gpu = device.type == "cuda"
         self.fast_theirs = copy.deepcopy(self.theirs).bfloat16() if on_gpu else self.theirs
 
     def our_answers(self, prompts: list[list[int]], n: int, temperature: float) -> list[list[int]]:

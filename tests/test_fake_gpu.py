@@ -108,7 +108,7 @@ def test_steps_with_a_place_that_the_gpu_knows_are_the_same(changes, copies, mon
     want = generate(policy, prompts, **options)
     assert len({len(ids) for ids in want.answer_ids}) > 1
     monkeypatch.setattr(decode, "Recording", Replayed)
-    monkeypatch.setattr(decode, "can_record", lambda model: True)
+    monkeypatch.setattr(decode, "can_record", lambda *_: True)
     flops = policy.flops
     with fake_gpu() as Replayed.waits:
         Replayed.places = []

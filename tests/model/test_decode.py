@@ -1,9 +1,11 @@
 """A token at a time with stored keys and values equals one forward of the whole rows."""
 
+import copy
+
 import pytest
 import torch
 
-from fourstage.model import Decoder
+from fourstage.model import Decoder, decode
 from tests.model.configs import VOCAB
 
 IDS = torch.randint(0, VOCAB, (20, 12), generator=torch.Generator().manual_seed(0))
@@ -91,6 +93,20 @@ def test_half_precision_is_that_of_a_forward(bent):
         found = steps(decoder, IDS, 5)
     exact = model.logits(model(IDS).hidden_BTD).detach()[:, 5:]
     assert (found - exact).abs().mean() < 1.5 * (want[:, 5:] - exact).abs().mean()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_are_made_half_once_and_routers_never(bent, shape, monkeypatch):
+    model, found = bent(**SHAPES[shape]), []
+    copies = copy.deepcopy(model.state_dict())
+    for casts in (decode._compute_dtype, lambda model: torch.float32):
+        monkeypatch.setattr(decode, "_compute_dtype", casts)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            decoder = Decoder(model, 12)
+            decoder.prefill(IDS[:, :5])
+            found.append(steps(decoder, IDS, 5))
+    assert torch.equal(*found)
+    assert all(torch.equal(weight, copies[name]) for name, weight in model.state_dict().items())
 
 
 def test_a_capacity_beyond_the_model_is_refused(bent):

@@ -2,7 +2,8 @@
 
 A step of one token has little arithmetic, so its time is the number of operations. It does what
 Transformer.forward does, in fewer of them: what is equal in all steps is made once, such as
-rotations that hold the gains of the heads' norms and the 1/sqrt(C) of attention.
+rotations that hold the gains of the heads' norms and the 1/sqrt(C) of attention, and autocast's
+half-precision weights.
 
 Shape legend: B rows, T tokens, D d_model, H query heads, G key/value heads, J = H + 2 G,
 C head_dim, S positions, V vocabulary.
@@ -10,16 +11,17 @@ C head_dim, S positions, V vocabulary.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fourstage.model.attention import Attention, Rope, rope_angles
 from fourstage.model.cache import LayerCache
 from fourstage.model.flops import forward_flops, head_flops
-from fourstage.model.moe import MoE
+from fourstage.model.moe import MoE, Router
 from fourstage.model.recording import Recording, can_record
 from fourstage.model.transformer import Transformer
 
@@ -43,19 +45,22 @@ class Decoder:
         self.places_1S = torch.arange(capacity, device=model.embedding.weight.device)[None]
         self.rope = rope_angles(self.places_1S, c.head_dim, c.rope_theta)
         self.caches = [LayerCache(capacity) for _ in model.blocks]
+        self.dtype = dtype = _compute_dtype(model)
         # looked up once: a module's attribute costs as much as a small operation
         self.layers = [
             (
                 block.attention_norm.weight,
-                block.attention.qkv.weight,
+                block.attention.qkv.weight.to(dtype),
                 _rope_with_gains(block.attention, self.rope),
                 cache,
-                block.attention.out.weight,
+                block.attention.out.weight.to(dtype),
                 block.mlp_norm.weight,
-                block.mlp.decode if isinstance(block.mlp, MoE) else block.mlp,
+                mlp.decode if isinstance(mlp, MoE) else mlp,
             )
             for block, cache in zip(model.blocks, self.caches, strict=True)
+            for mlp in [_cast(block.mlp, dtype)]
         ]
+        self.head_weight = (model.head or model.embedding).weight.to(dtype)
 
     @torch.no_grad()
     def prefill(self, ids_BT: Tensor) -> None:
@@ -83,7 +88,8 @@ class Decoder:
         """int64 [B], a token more for each row -> logits [B, V] of the one after it."""
         model, c, B, at = self.model, self.model.config, len(ids_B), self.length
         assert at < self.capacity, f"the rows hold {self.capacity} tokens"
-        if self.recording is None and self.steps_alike >= RECORD_AFTER and can_record(model):
+        is_steady = self.steps_alike >= RECORD_AFTER
+        if self.recording is None and is_steady and can_record(model, self.dtype):
             self.recording = Recording(self.step, ids_B, at)
         step = self.recording or self.step
         logits_BV = step(ids_B, at)
@@ -114,7 +120,7 @@ class Decoder:
             y_BGRC = cache.attend(qk_BJC[:, :-G].reshape(B, G, -1, C), S, mask)
             x_BD = x_BD + F.linear(y_BGRC.view(B, -1), out_weight)
             x_BD = x_BD + mlp(F.rms_norm(x_BD, shape, mlp_gain_D, eps))
-        return model.project(F.rms_norm(x_BD, shape, model.norm.weight, eps))
+        return F.linear(F.rms_norm(x_BD, shape, model.norm.weight, eps), self.head_weight)
 
     def _seen(self, at: int | Tensor) -> tuple[int, Tensor | None]:
         """S, and bool [B or 1, 1, 1, S]: which of the first S places a token at `at` sees."""
@@ -132,6 +138,26 @@ class Decoder:
             cache.keep(rows)
         self.real_BS = None if self.real_BS is None else self.real_BS[rows]
         self.recording, self.steps_alike = None, 0
+
+
+def _compute_dtype(model: Transformer) -> torch.dtype:
+    """What autocast would make of the weights at each step, anew where it keeps no cache."""
+    weight = model.embedding.weight
+    has_autocast = torch.is_autocast_enabled(weight.device.type)
+    return torch.get_autocast_dtype(weight.device.type) if has_autocast else weight.dtype
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module, or one like it with weights of its own in dtype; routers keep full precision."""
+    if isinstance(module, Router) or all(w.dtype == dtype for w in module.parameters()):
+        return module
+    twin = copy(module)
+    twin._parameters = {
+        name: weight if weight is None else nn.Parameter(weight.to(dtype), requires_grad=False)
+        for name, weight in module._parameters.items()
+    }
+    twin._modules = {name: _cast(child, dtype) for name, child in module.named_children()}
+    return twin
 
 
 def _rope_with_gains(attention: Attention, rope: Rope) -> Rope:

@@ -12,8 +12,8 @@ from fourstage.model.transformer import Transformer
 Step = Callable[[Tensor, Tensor], Tensor]  # tokens [B] and their place [1] -> logits [B, V]
 
 
-def can_record(model: Transformer) -> bool:
-    """Whether a step of this network can be recorded, where that was asked for.
+def can_record(model: Transformer, dtype: torch.dtype) -> bool:
+    """Whether a step of this network, in dtype, can be recorded where that was asked for.
 
     A GPU's grouped product asks for the groups' sizes, which a recording cannot, unless it is the
     one of Hopper and later in bf16.
@@ -22,8 +22,6 @@ def can_record(model: Transformer) -> bool:
         return False
     if model.config.dense:
         return True
-    has_autocast = torch.is_autocast_enabled("cuda")
-    dtype = torch.get_autocast_dtype("cuda") if has_autocast else model.embedding.weight.dtype
     is_grouped = model.config.expert_path == "grouped" and dtype == torch.bfloat16
     return is_grouped and torch.cuda.get_device_capability() >= (9, 0)
 

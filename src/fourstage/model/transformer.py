@@ -158,10 +158,6 @@ class Transformer(nn.Module):
         d_model = self.config.d_model
         flops = head_flops(d_model, self.vocab_size, hidden.numel() // d_model)
         self.count_flops(flops, has_backward=hidden.requires_grad)
-        return self.project(hidden)
-
-    def project(self, hidden: Tensor) -> Tensor:
-        """logits, without counting FLOPs."""
         if self.config.tie_embeddings:
             return F.linear(hidden, self.embedding.weight)
         assert self.head is not None, "a scalar model's backbone has no token head"
