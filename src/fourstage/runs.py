@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fourstage.errors import UserError
+from fourstage.interruptions import run_command
 from fourstage.job import STAGES, read_record
 
 Record = dict[str, Any]
@@ -247,8 +247,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(str(error))
+    run_command(main)
