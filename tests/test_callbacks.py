@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fourstage.callbacks import (
     PlanProgress,
+    Sample,
     SampleLog,
     step_seed,
     time_left,
@@ -55,6 +56,19 @@ def test_all_ranks_sample_at_the_end_or_none(tmp_path) -> None:
         trainer = SimpleNamespace(fit_loop=loop, strategy=first_says, is_global_zero=False)
         log.on_train_end(trainer, None)
         assert calls == asked
+
+
+def test_samples_of_a_resumed_run_hold_any_character(tmp_path) -> None:
+    """A user's own problem may hold line separators, which are no ends of a record."""
+    asked = Sample("problem-1", "one\u2028two\x85three", "4", True)
+    log = SampleLog(tmp_path / "samples.jsonl", lambda: [asked], every=1)
+    progress = SimpleNamespace(total=SimpleNamespace(processed=2))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    trainer = SimpleNamespace(fit_loop=loop, loggers=[], is_global_zero=True)
+    log.take(trainer)
+    resumed = SampleLog(log.path, lambda: [], every=1)
+    resumed.on_train_start(trainer, None)
+    assert resumed.rows == log.rows and resumed.rows[0]["prompt"] == asked.prompt
 
 
 def test_step_seed_depends_on_everything() -> None:

@@ -6,19 +6,30 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from fourstage.errors import UserError
-from fourstage.interruptions import Stopped, advice, explained, one_line, stop_now
+from fourstage.interruptions import (
+    NO_READER,
+    Stopped,
+    advice,
+    explained,
+    one_line,
+    run_command,
+    stop_now,
+)
 from fourstage.job import read_record
 from fourstage.lineage import climb
 from fourstage.resume import ResumeIO
 from fourstage.stages import PretrainModule
 from tests.fakes import QUICK, config
 
+SOURCE = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
 SETTINGS = {"micro_batch_size": 8, "batch_size": 16, "max_new_tokens": 64, "lr": 1.0}
 MEMORY = (
     "out of memory: lower stages.ppo.micro_batch_size (now 8) and run the same command again: it "
@@ -43,6 +54,7 @@ PEER = (
             OSError(28, "No space left on device", "x/last.ckpt"),
             "disk full at x/last.ckpt: free space and run the same command again: it resumes",
         ),
+        (BrokenPipeError(32, "Broken pipe"), NO_READER),
         (TypeError("a bug"), None),
     ],
 )
@@ -63,6 +75,47 @@ def test_a_stage_that_was_stopped_says_its_name() -> None:
         stop_now(signal.SIGUSR1, None)
     assert (caught.value.code, caught.value.line) == (138, f"ppo-abc: stopped by SIGUSR1: {line}")
     assert Stopped(signal.SIGTERM).line == f"stopped by SIGTERM: {line}"
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [
+        (UserError("lr: no"), "error: lr: no"),
+        (OSError(30, "Read-only file system", "x"), "error: x: Read-only file system: choose "),
+        (OSError(28, "No space left on device", "x"), "error: disk full at x: free space"),
+        (KeyboardInterrupt(), "130"),
+    ],
+)
+def test_a_command_ends_in_one_line(ending: BaseException, code: str) -> None:
+    def main(arguments: list[str]) -> None:
+        raise ending
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    assert str(caught.value.code).startswith(code)
+
+
+def test_a_bug_in_a_command_shows() -> None:
+    with pytest.raises(TypeError):
+        run_command(lambda arguments: len(1))
+
+
+@pytest.mark.parametrize("name", ["report", "chat", "dashboard", "runs"])
+def test_a_reader_that_has_enough_is_no_error(name: str, tmp_path: Path) -> None:
+    words = [f"outputs={tmp_path}"] if name == "runs" else ["--help"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", f"fourstage.{name}", *words]
+    done = subprocess.run(command, env=SOURCE, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_what_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fourstage.runs", f"outputs={tmp_path}/f\u00fcr"]
+    ascii_only = {**SOURCE, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=ascii_only, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "f\\xfcr" in done.stdout
 
 
 # --- a real stage

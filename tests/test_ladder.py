@@ -12,7 +12,8 @@ import torch
 
 from fourstage import evaluation, suite
 from fourstage.checkpoint import load_policy, load_scalar
-from fourstage.job import STAGES, read_jsonl, read_record
+from fourstage.errors import UserError
+from fourstage.job import STAGES, read_jsonl, read_record, write_record
 from fourstage.lineage import climb
 from fourstage.report import write_report
 from fourstage.runs import RunStore
@@ -216,6 +217,17 @@ def test_evaluating_again_gives_the_same_bytes(ladder) -> None:
         evaluation.main([f"run={stage}", f"outputs={ladder}"])
         assert torch.get_num_threads() == 1
         assert evaluations(place) == before, stage
+
+
+def test_what_other_data_would_say_replaces_no_evaluation(ladder) -> None:
+    """A text that has grown holds out what the run trained on."""
+    place = folder(ladder, "sft")
+    before, digest = evaluations(place), read_record(place)["data"]["digest"]
+    write_record(place, data={"digest": "of the old file"})
+    with pytest.raises(UserError, match="its chat has changed since it was trained, .* is kept; "):
+        evaluation.main(["run=sft", f"outputs={ladder}"])
+    write_record(place, data={"digest": digest})
+    assert evaluations(place) == before
 
 
 def test_a_ladder_of_an_older_suite_becomes_one_of_this(ladder, capsys) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from fourstage import loggers
 from fourstage.callbacks import Sample, SampleLog
+from fourstage.errors import UserError
 from fourstage.job import LoggerConfig, StageJob, read_record
 from fourstage.lineage import climb
 from fourstage.loggers import MetricsCSV, build_loggers, finish_wandb, has_key, wandb_mode
@@ -121,6 +122,16 @@ def test_without_a_key_it_logs_offline_and_says_so_once(no_key, job, capsys) -> 
     tables = [json.loads(file.read_text()) for file in folder.rglob("*.table.json")]
     assert {len(table["data"]) for table in tables} == {1, 2}
     assert max(tables, key=lambda t: len(t["data"]))["data"][1] == [2, "p", "Hi", "Yes", True]
+
+
+@pytest.mark.parametrize(("name", "value"), [("MODE", "of"), ("SILENT", "x"), ("BASE_URL", "x")])
+def test_a_variable_that_wandb_refuses_is_named(no_key, job, monkeypatch, name, value) -> None:
+    wandb.teardown()  # it reads them once a process
+    monkeypatch.setenv(f"WANDB_{name}", value)
+    job.logger = LoggerConfig()
+    with pytest.raises(UserError, match=f"^WANDB_{name}: .*, got '{value}': correct it") as error:
+        build_loggers(job)
+    assert "\n" not in str(error.value)
 
 
 def test_a_resumed_run_is_the_same_run_of_wandb(no_key, job) -> None:

@@ -117,6 +117,14 @@ def test_list(store, capsys) -> None:
     assert re.search(r"disk use: locks 0.0 MB, runs 3\.\d MB", capsys.readouterr().out)
 
 
+def test_every_name_is_whole_in_a_narrow_terminal(store, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    main([f"outputs={store.outputs}"])
+    out = capsys.readouterr().out
+    assert all(folder.name in out for folder in store.folders())
+
+
 def test_list_of_nothing(tmp_path, capsys) -> None:
     main([f"outputs={tmp_path}"])
     assert "no runs yet" in capsys.readouterr().out
@@ -144,6 +152,24 @@ def test_rm(store, capsys) -> None:
     assert {path.name for path in store.outputs.iterdir()} == {"runs", "locks"}
     with store.locked(sft.name, sft.name.split("-")[1]), pytest.raises(UserError, match="training"):
         main(["rm", sft.name, outputs])
+
+
+def test_rm_takes_no_run_but_the_one_that_is_named(store, tmp_path, monkeypatch) -> None:
+    outputs = f"outputs={store.outputs}"
+    runs = store.folders()
+    with pytest.raises(UserError, match=r"unknown run '\*'"):
+        main(["rm", "*", "force=true", outputs])
+    sft = store.find("sft")
+    other = f"outputs={tmp_path / 'other'}"
+    with pytest.raises(UserError, match=f"{sft}: not a run of .*other: give its own outputs="):
+        main(["rm", str(sft), "force=true", other])
+    assert store.folders() == runs
+    renamed = sft.rename(sft.with_name("sft-mine"))  # those that descend from it know its id
+    with pytest.raises(UserError, match="sft-mine: reward-.*, ppo-.* descend from it"):
+        main(["rm", "sft-mine", outputs])
+    monkeypatch.chdir(renamed)
+    main(["rm", ".", "force=true", outputs])
+    assert not renamed.exists()
 
 
 def test_wrong_arguments(store) -> None:

@@ -7,7 +7,6 @@ so that step 0 is the state before the first one.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fourstage.job import write_atomic
+from fourstage.job import read_jsonl, write_jsonl
 from fourstage.model import Transformer
 from fourstage.model.health import bias_spread, drift, load_health
 from fourstage.strategies import whole
@@ -174,9 +173,7 @@ class SampleLog(Callback):
         done = steps_done(trainer)
         if trainer.is_global_zero:
             if done and self.path.exists():
-                lines = self.path.read_text(encoding="utf-8").splitlines()
-                rows = [json.loads(line) for line in lines]
-                self.rows = [row for row in rows if row["step"] <= done]
+                self.rows = [row for row in read_jsonl(self.path) if row["step"] <= done]
             self._rewrite()
         if self.at_start and done == 0:
             self.take(trainer)
@@ -205,8 +202,7 @@ class SampleLog(Callback):
                 logger.log_table("samples", columns=self.columns, data=table, step=step)
 
     def _rewrite(self) -> None:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows]
-        write_atomic(self.path, "".join(lines))
+        write_jsonl(self.path, self.rows)
 
 
 class PlanProgress(Callback):

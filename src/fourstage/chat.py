@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fourstage.errors import UserError
+from fourstage.interruptions import run_command
 from fourstage.settings import build
 
 if TYPE_CHECKING:  # PyTorch is imported when a model is needed, so that --help is quick
@@ -259,9 +260,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

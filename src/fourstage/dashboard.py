@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fourstage.dashboard_spec import SECTIONS, STEP, Panel, Section, resolved
 from fourstage.errors import UserError
+from fourstage.interruptions import run_command
 from fourstage.job import LoggerConfig, read_record, write_atomic
 
 if TYPE_CHECKING:
@@ -224,7 +225,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(str(error))
+    run_command(main)

@@ -14,7 +14,6 @@ the bottom up, which brings a ladder of an older suite to this one.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 from fourstage.batch import PairBatch
 from fourstage.errors import UserError
 from fourstage.eval_items import EvaluationConfig, HeldOut, policy_items
+from fourstage.interruptions import run_command
 from fourstage.job import read_jsonl, write_atomic, write_jsonl
 from fourstage.judges import NO_REWARD, NO_SFT, Judges, judged, pair_items
 from fourstage.model import ScalarModel, Transformer
@@ -227,7 +227,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -7,7 +7,10 @@ signal is understood from the first moment.
 from __future__ import annotations
 
 import errno
+import io
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +31,10 @@ NO_PEER = (  # what gloo and NCCL say when another process is gone
     "Broken pipe",
     "Timed out waiting",
     "NCCL",
+)
+NO_READER = (
+    "what read this command's output has ended (as `| head` does): run the same command again: "
+    "it resumes"
 )
 FREE_SETTINGS = ("micro_batch_size",)  # the run's weights do not depend on them
 SIZES = ("batch_size", "minibatch_size", "group_size", "max_new_tokens", "max_tokens", "block_size")
@@ -84,6 +91,8 @@ def advice(error: BaseException, where: str, settings: Mapping[str, Any]) -> str
     """What happened and what to do about it; None for an error that is none of these."""
     if (full := disk_full(error)) is not None:
         return full
+    if isinstance(error, BrokenPipeError):
+        return NO_READER
     text = str(error)
     if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
         free = [f"{where}.{key} (now {settings[key]})" for key in FREE_SETTINGS]
@@ -120,4 +129,28 @@ def one_line(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
         return f"{error.filename}: {error.strerror}: choose another outputs=FOLDER"
+    if isinstance(error, BrokenPipeError):
+        return NO_READER
     return disk_full(error)
+
+
+def run_command(main: Callable[[list[str]], int | None]) -> None:
+    """What `python -m` does: main() with the arguments; whatever is no bug ends in one line, Ctrl-C
+    and a reader that has enough (`| head`) in none."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal cannot show is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
+    code: int | str | None
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        code = 141
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        code = f"error: {line}"
+    sys.exit(code)

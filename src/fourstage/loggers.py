@@ -31,6 +31,7 @@ from urllib.parse import urlsplit
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from fourstage.errors import UserError
 from fourstage.job import (
     STAGES,
     LoggerConfig,
@@ -107,14 +108,24 @@ class MetricsCSV(Logger):
 def build_loggers(job: StageJob) -> list[Logger]:
     """metrics.csv always, and W&B unless it is switched off.
 
-    Never raises for a missing key or server: W&B then logs offline, and one line says so.
+    Never raises for a missing key or server: W&B then logs offline, and one line says so. Raises
+    UserError for a WANDB_ variable that W&B refuses.
     """
     loggers: list[Logger] = [MetricsCSV(job.folder / "metrics.csv", resume=job.resume)]
     mode, why = wandb_mode(job.logger)
     if mode == "disabled" or rank_zero_only.rank != 0:
         return loggers
     import wandb
+    from pydantic import ValidationError
 
+    try:
+        wandb.setup()  # reads the WANDB_ variables
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UserError(
+            f"WANDB_{'_'.join(map(str, wrong['loc'])).upper()}: {wrong['msg']}, got "
+            f"{wrong['input']!r}: correct it, unset it, or take logger=none"
+        ) from None
     folder = job.outputs.resolve() / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_DATA_DIR", str(folder))  # artifact files, else in the home folder

@@ -140,7 +140,10 @@ def heldout_pairs(job: StageJob, tokenizer: Tokenizer) -> list[PairBatch]:
 
 
 def evaluate_again(folder: Path, ancestors: dict[str, Path], outputs: Path) -> None:
-    """Evaluate a finished run with the config in its record: eval.json gets the same bytes."""
+    """Evaluate a finished run with the config in its record: eval.json gets the same bytes.
+
+    Raises UserError where the data has changed since, and there is an eval.json to lose.
+    """
     torch.set_flush_denormal(True)  # as in training: it is faster, and the digits are the same
     record = read_record(folder)
     # other threads give sums other last digits; older records do not say how many there were
@@ -167,11 +170,27 @@ def evaluate_again(folder: Path, ancestors: dict[str, Path], outputs: Path) -> N
         ancestors=ancestors,
         group=record["group"],
     )
+    if has_other_data(job, record) and (folder / "eval.json").exists():
+        raise UserError(
+            f"{folder.name}: its {data.source_of_stage[stage]} has changed since it was trained, "
+            f"and what is held out now it may have trained on: {folder / 'eval.json'} is kept; "
+            "remove the file to have it written all the same"
+        )
     if stage == "pretrain":
         tokenizer = Tokenizer.from_config(job.tokenizer)
         evaluate_random(job, random_weights(job, tokenizer), tokenizer)
     network, tokenizer = (load_scalar if stage == "reward" else load_policy)(folder)
     evaluate_run(job, network.to(device_of(job)), tokenizer)
+
+
+def has_other_data(job: StageJob, record: dict[str, Any]) -> bool:
+    """Whether the source that the run trained on reads otherwise now; not where it is missing,
+    which `heldout_sets` says."""
+    try:
+        now = data.digest(job.data, job.stage)
+    except UserError:
+        return False
+    return now != record.get("data", {}).get("digest", now)  # older records may have none
 
 
 def known_judges(job: StageJob, policy: Transformer) -> Judges:

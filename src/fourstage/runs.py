@@ -13,16 +13,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from fourstage.errors import UserError
+from fourstage.interruptions import run_command
 from fourstage.job import STAGES, read_record
 
 Record = dict[str, Any]
@@ -57,7 +58,7 @@ class RunStore:
         """The folder of the run that `name` means. Raises UserError where there is none."""
         if name in STAGES:
             return self._latest(name)
-        for folder in (self.root / name, *self.root.glob(f"*-{name}"), Path(name)):
+        for folder in (self.root / name, *self.root.glob(f"*-{escape(name)}"), Path(name)):
             if name and (folder / "run.json").exists():
                 if finished and read_record(folder)["status"] != "finished":
                     raise UserError(f"{folder.name}: this run is not finished")
@@ -124,7 +125,10 @@ class RunStore:
 
     def remove(self, folder: Path, *, force: bool) -> None:
         """Remove a run. Raises UserError while it is trained, or where others descend from it."""
-        run_id = folder.name.partition("-")[2]  # its record may be broken
+        if folder.resolve().parents[1] != self.outputs.resolve():
+            raise UserError(f"{folder}: not a run of {self.outputs}: give its own outputs=FOLDER")
+        record = _read(folder)
+        run_id = folder.name.partition("-")[2] if isinstance(record, str) else record["id"]
         children = ", ".join(f.name for f in self.children(run_id))
         if children and not force:
             raise UserError(
@@ -167,9 +171,11 @@ def _order(record: Record) -> tuple[int, str]:
 
 def _list(store: RunStore) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("run", "status", "from", "model", "seed", "debug", "started", "minutes", "MB")
+    others = ("status", "from", "model", "seed", "debug", "started", "minutes", "MB")
+    columns = (Column(name, overflow="fold") for name in others)
+    table = Table(Column("run", no_wrap=True), *columns)
     for folder in store.folders():
         record = read_record(folder)
         status = record["status"]
@@ -232,7 +238,7 @@ def main(arguments: list[str]) -> None:
             _show(store, store.find(name, finished=False))
     elif command == "rm" and names:
         for name in names:
-            folder = store.find(name, finished=False)
+            folder = store.find(name, finished=False).resolve()
             size = disk_use(folder)
             store.remove(folder, force=options["force"] == "true")
             print(f"removed {folder.name} ({size / 1e6:.1f} MB)")
@@ -241,8 +247,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(str(error))
+    run_command(main)

@@ -11,7 +11,6 @@ Not counted: activations, DeepSpeed's buffers (two of 0.75 GiB for gradients), w
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -91,9 +90,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from fourstage.errors import UserError
+    from fourstage.interruptions import run_command
 
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -313,6 +313,9 @@ def test_too_few_records_to_hold_any_out(write, files):
     rows = [{"prompt": asked, "chosen": "a", "rejected": "b"}]
     with pytest.raises(UserError, match=r"no pair on the held-out side .*\(1 in all\)"):
         data.load_preference(files(preference={"path": write("a.json", rows)}))
+    equal = [{"prompt": f"q {i}", "chosen": "a", "rejected": "a"} for i in range(9)]
+    with pytest.raises(UserError, match="9 in all, 9 left out as their answers are equal"):
+        data.load_preference(files(preference={"path": write("b.json", equal)}))
 
 
 def test_pairs_split_by_prompt_and_drop_equal_answers(write, files):

@@ -56,9 +56,10 @@ def load_preference(config: DataConfig) -> Pairs | None:
     train, heldout = ([p for p in s if p.chosen != p.rejected] for s in (train, heldout))
     for name, side in (("train", train), ("held-out", heldout)):
         if not side:
+            equal = f", {same} left out as their answers are equal" if same else ""
             raise UserError(
-                f"data.preference: no pair on the {name} side of the split ({len(pairs)} in all): "
-                "give more, or another data.heldout"
+                f"data.preference: no pair on the {name} side of the split ({len(pairs)} in all"
+                f"{equal}): give more, or another data.heldout"
             )
     notes |= {"equal_answers_dropped": same, "train": len(train), "heldout": len(heldout)}
     return Pairs(

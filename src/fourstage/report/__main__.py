@@ -1,7 +1,8 @@
 """`python -m fourstage.report`."""
 
-import sys
-
 from fourstage.report import main
 
-sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":
+    from fourstage.interruptions import run_command
+
+    run_command(main)
