@@ -365,7 +365,11 @@ def test_one_line() -> None:
         assert one_line(error).startswith("disk full")
     assert one_line(ValueError("I/O error: No space left on device (os error 28)"))
     assert one_line(UserError("lr: no")) == "lr: no"
-    assert "another outputs=" in one_line(PermissionError(13, "Permission denied", "/x"))
+    for error in (
+        PermissionError(13, "Permission denied", "/x"),
+        FileExistsError(17, "Exists", "/x"),
+    ):
+        assert one_line(error).startswith("/x: ") and "another outputs=" in one_line(error)
     assert one_line(ValueError("a bug")) is None and one_line(FileNotFoundError(2, "x")) is None
 
 

@@ -32,6 +32,8 @@ NO_PEER = (  # what gloo and NCCL say when another process is gone
     "Timed out waiting",
     "NCCL",
 )
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: as large as `ulimit -f` lets a file be
+NO_PLACE = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)  # the last: a file is there
 NO_READER = (
     "what read this command's output has ended (as `| head` does): run the same command again: "
     "it resumes"
@@ -114,7 +116,7 @@ def disk_full(error: BaseException) -> str | None:
     """The line for a full disk, wherever in the chain of errors it shows."""
     chain: BaseException | None = error
     while chain is not None:
-        is_full = isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT)
+        is_full = isinstance(chain, OSError) and chain.errno in FULL
         if is_full or "No space left on device" in str(chain):  # safetensors has its own class
             path = isinstance(chain, OSError) and (chain.filename2 or chain.filename)
             at = f" at {path}" if path else ""
@@ -127,7 +129,7 @@ def one_line(error: BaseException) -> str | None:
     """What to tell the user instead of a traceback; None where a traceback is the right thing."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in NO_PLACE:
         return f"{error.filename}: {error.strerror}: choose another outputs=FOLDER"
     if isinstance(error, BrokenPipeError):
         return NO_READER

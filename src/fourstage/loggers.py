@@ -118,6 +118,9 @@ def build_loggers(job: StageJob) -> list[Logger]:
     import wandb
     from pydantic import ValidationError
 
+    folder = job.outputs.resolve() / "wandb"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("WANDB_DATA_DIR", str(folder))  # artifact files, else in the home folder
     try:
         wandb.setup()  # reads the WANDB_ variables
     except ValidationError as error:
@@ -126,9 +129,6 @@ def build_loggers(job: StageJob) -> list[Logger]:
             f"WANDB_{'_'.join(map(str, wrong['loc'])).upper()}: {wrong['msg']}, got "
             f"{wrong['input']!r}: correct it, unset it, or take logger=none"
         ) from None
-    folder = job.outputs.resolve() / "wandb"
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("WANDB_DATA_DIR", str(folder))  # artifact files, else in the home folder
     if mode == "online":
         try:
             return [*loggers, WandbLogger(experiment=start_wandb(job, "online"))]

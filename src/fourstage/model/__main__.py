@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,9 +75,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from fourstage.errors import UserError
+    from fourstage.interruptions import run_command
 
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)
