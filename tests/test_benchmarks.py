@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ from fourstage.model.flops import forward_flops
 def needs(library: str) -> pytest.MarkDecorator:
     missing = importlib.util.find_spec(library) is None
     return pytest.mark.skipif(missing, reason=f"needs {library} (make setup-dev)")
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="needs a C++ compiler (g++)"
+)
 
 
 def last_line(text: str, benchmark: str) -> dict:
@@ -157,6 +163,31 @@ def test_train(capsys: pytest.CaptureFixture) -> None:
         "nano_vs_dense_twin",
         "nano_of_matmul_limit",
     }
+
+
+@needs("transformers")
+@pytest.mark.parametrize("fuse", [False, True])
+def test_without_fused_gradients_is_no_contestant_where_all_are_compiled(fuse: bool) -> None:
+    shape = Shape(shipped_model("moe_nano"), 103, 2, 16)
+    names = train.contestants(shape, torch.device("cpu"), fuse)
+    assert (train.PLAIN in names) == (not fuse)
+
+
+def test_compiling_needs_a_compiler() -> None:
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(UserError, match="^compile: torch.compile finds no"),
+    ):
+        train.main(["compile=true"])
+
+
+@needs("transformers")
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_contestants_of_train(capsys: pytest.CaptureFixture) -> None:
+    nano = {"nano": Shape(shipped_model("moe_nano"), 103, 2, 16)}
+    train.main(["shapes=nano", "repeats=1", "steps=1", "compile=true"], lambda: nano)
+    assert "nano_vs_transformers_best" in last_line(capsys.readouterr().out, "train")["ratios"]
 
 
 @needs("transformers")

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -294,7 +295,6 @@ MISTAKES = [
     ("trainer.devices=3", "rows cannot be shared evenly by 3"),
     ("trainer.precision=16-mixed", "trainer.precision: no 16-mixed on a CPU: take 32-true"),
     ("trainer.precision=bf16-true", "trainer.precision: expected one of auto, 32-true, 16-mixed,"),
-    ("trainer.compile=true", "trainer.compile: torch.compile has no grouped product in 32-true"),
     ("trainer.strategy=zero9", "trainer.strategy: expected one of auto, ddp, zero1, zero2, zero3,"),
     ("trainer.accelerator=tpu", "trainer.accelerator: expected one of"),
     ("evaluation.max_pairs=0", "evaluation.max_pairs: must be at least 1"),
@@ -325,6 +325,12 @@ def test_a_mistake_is_one_line_before_anything_trains(base, tmp_path, override, 
         climb(config(*base, *stage, override), train=train)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert train.jobs == [] and not (tmp_path / "outputs" / "runs").exists()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler (g++)")
+def test_a_cpu_compiles_in_float32(base) -> None:
+    (job,) = run([*base, "trainer.compile=true"], "pretrain").jobs
+    assert (job.trainer.compile, job.trainer.precision) == (True, "32-true")
 
 
 def test_sampled_pairs_need_room_for_a_prompt(base) -> None:

@@ -34,7 +34,7 @@ class TrainerConfig:
     num_nodes: int = 1
     strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3", "zero3_offload"] = "auto"
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = "auto"
-    compile: bool = False  # torch.compile for the blocks' training forward
+    compile: bool = False  # training forwards by torch.compile, decode steps as a CUDA graph
     checkpoint_activations: bool = False  # compute activations again in the backward
 
     def __post_init__(self) -> None:
@@ -46,7 +46,8 @@ class TrainerConfig:
     def resolved(self) -> TrainerConfig:
         """The same with no "auto" left in accelerator and precision, nor -1 in devices.
 
-        Raises UserError for a GPU that is not there, and a precision that a CPU has not.
+        Raises UserError for a GPU that is not there, a precision that a CPU has not, and
+        `compile` where a CPU's code could not be compiled.
         """
         import torch
 
@@ -75,11 +76,8 @@ class TrainerConfig:
                     f"trainer.precision: {self.strategy} trains in bf16-mixed or 32-true, "
                     f"not {precision}"
                 )
-        if self.compile and not precision.startswith("bf16"):
-            raise UserError(
-                f"trainer.compile: torch.compile has no grouped product in {precision}: take "
-                "trainer.precision=bf16-mixed, or compile=false"
-            )
+        if self.compile and accelerator == "cpu":
+            check_compiler("trainer.compile")
         for name in ("compile", "checkpoint_activations"):
             if getattr(self, name) and self.strategy.startswith("zero3"):
                 raise UserError(f"trainer.{name}: not under {self.strategy}: take zero2")
@@ -87,6 +85,20 @@ class TrainerConfig:
         if devices == -1:
             devices = torch.cuda.device_count() if accelerator == "gpu" else 1
         return replace(self, accelerator=accelerator, devices=devices, precision=precision)
+
+
+def check_compiler(option: str) -> None:
+    """Raise UserError unless torch.compile finds the C++ compiler that it needs on a CPU."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise UserError(
+            f"{option}: torch.compile finds no C++ compiler: install one, such as g++, or name it "
+            f"in the variable CXX, or take {option}=false"
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

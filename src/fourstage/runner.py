@@ -59,7 +59,8 @@ def train_stage(job: StageJob) -> dict[str, Any]:
             transformer.checkpoint_activations = job.trainer.checkpoint_activations
             transformer.records_steps = job.trainer.compile
             if job.trainer.compile:
-                transformer.compile_blocks()
+                # a CPU takes 10 to 20 s for each compilation, and is no slower with one for all
+                transformer.compile_blocks(dynamic=job.trainer.accelerator == "cpu" or None)
         if job.stage == "pretrain" and not (job.folder / "eval_random.json").exists():
             with meter.evaluating():
                 evaluate_random(job, prepared.result, prepared.tokenizer)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourstage.model import fused
+from fourstage.model import fused, opaque
 from fourstage.model.cache import LayerCache
 from fourstage.model.config import ModelConfig
 from fourstage.model.packing import Packing
@@ -98,7 +98,10 @@ class Attention(nn.Module):
             weights = self.q_norm.weight, self.k_norm.weight
             y = fused.causal_attention(qkv, *weights, rope, self.heads[0], self.q_norm.eps, packing)
             return self.out(y)
-        q, k, v = (x_BTHC.transpose(1, 2) for x_BTHC in self.split(qkv, rope))
+        q, k, v = self.split(qkv, rope)
+        if cache is None and mask is None and packing is None and opaque.has_attention(qkv, T):
+            return self.out(opaque.causal_attention(q, k, v))
+        q, k, v = (x_BTHC.transpose(1, 2) for x_BTHC in (q, k, v))
         if cache is not None:
             cache.store(k, v)
         if packing is not None:  # [1, H, N, C] -> [B, H, T, C]

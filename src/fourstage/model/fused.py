@@ -3,7 +3,8 @@
 A CPU spends as long on passes over memory as on matrix products, so these take few of them: no
 concatenation of the halves' gradients, no zero-filled gradients of slices, attention scores only
 below the diagonal. attention.py and moe.py have the plain expressions, which everything else uses
-(a GPU, torch.compile, half precision, no gradient); tests/model/test_fused.py holds each equal.
+(a GPU, half precision, no gradient, and torch.compile, which fuses them, but for the attention: see
+opaque.py); tests/model/test_fused.py holds each equal.
 
 Shape legend: B rows, T tokens, H query heads, G key/value heads, R = H / G, C head_dim.
 """
@@ -153,40 +154,61 @@ class _Heads(torch.autograd.Function):
 
 
 class _CausalAttention(torch.autograd.Function):
-    """softmax(q k^T + causal mask) v, chunk after chunk of queries, each with the keys up to it.
-
-    N matrices: q [N, T R, C] (row t * R + r is query t), k and v [N, T, C].
-    """
+    """attend, with its gradient."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        T, R = k.shape[1], q.shape[1] // k.shape[1]
-        ahead = torch.full((min(CHUNK, T),) * 2, -torch.inf).triu(1).repeat_interleave(R, 0)
-        y, probs = torch.empty_like(q), []
-        for start, end in _chunks(T):
-            rows = slice(start * R, end * R)
-            scores = torch.bmm(q[:, rows], k[:, :end].transpose(1, 2))
-            scores[:, :, start:] += ahead[: (end - start) * R, : end - start]
-            probs.append(torch.softmax(scores, -1, out=scores))
-            y[:, rows] = torch.bmm(scores, v[:, :end])
+        probs = [q.new_empty(shape) for shape in chunks(q, k)]
         ctx.save_for_backward(q, k, v, *probs)
-        return y
+        return attend(q, k, v, probs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         q, k, v, *probs = ctx.saved_tensors
-        T, R = k.shape[1], q.shape[1] // k.shape[1]
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (start, end), p in zip(_chunks(T), probs, strict=True):
-            rows = slice(start * R, end * R)
-            grad_p = torch.bmm(grad[:, rows], v[:, :end].transpose(1, 2))
-            grad_v[:, :end] += torch.bmm(p.transpose(1, 2), grad[:, rows])
-            grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
-            grad_q[:, rows] = torch.bmm(grad_s, k[:, :end])
-            grad_k[:, :end] += torch.bmm(grad_s.transpose(1, 2), q[:, rows])
-        return grad_q, grad_k, grad_v
+        return attend_backward(grad, q, k, v, probs)
 
 
-def _chunks(T: int) -> list[tuple[int, int]]:
-    return [(start, min(start + CHUNK, T)) for start in range(0, T, CHUNK)]
+def chunks(q: Tensor, k: Tensor) -> list[tuple[int, int, int]]:
+    """(N, queries, keys) of each chunk that attend takes, for its q and k."""
+    N, T, R = len(q), k.shape[1], q.shape[1] // k.shape[1]
+    ends = [min(start + CHUNK, T) for start in range(0, T, CHUNK)]
+    return [(N, R * (end - i * CHUNK), end) for i, end in enumerate(ends)]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, probs: list[Tensor]) -> Tensor:
+    """softmax(q k^T + causal mask) v, chunk after chunk of queries, each with the keys up to it.
+
+    N matrices: q [N, T R, C] (row t * R + r is query t), k and v [N, T, C] -> [N, T R, C].
+    probs: memory for the probabilities of each chunk, of the shapes that `chunks` gives.
+    """
+    T, R = k.shape[1], q.shape[1] // k.shape[1]
+    ahead = torch.full((min(CHUNK, T),) * 2, -torch.inf).triu(1).repeat_interleave(R, 0)
+    y, start = torch.empty_like(q), 0
+    for p in probs:
+        end = p.shape[2]
+        rows = slice(start * R, end * R)
+        torch.bmm(q[:, rows], k[:, :end].transpose(1, 2), out=p)
+        p[:, :, start:] += ahead[: (end - start) * R, : end - start]
+        torch.softmax(p, -1, out=p)
+        y[:, rows] = torch.bmm(p, v[:, :end])
+        start = end
+    return y
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, probs: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of attend's q, k and v from that of its output."""
+    R, start = q.shape[1] // k.shape[1], 0
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for p in probs:
+        end = p.shape[2]
+        rows = slice(start * R, end * R)
+        grad_p = torch.bmm(grad[:, rows], v[:, :end].transpose(1, 2))
+        grad_v[:, :end] += torch.bmm(p.transpose(1, 2), grad[:, rows])
+        grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+        grad_q[:, rows] = torch.bmm(grad_s, k[:, :end])
+        grad_k[:, :end] += torch.bmm(grad_s.transpose(1, 2), q[:, rows])
+        start = end
+    return grad_q, grad_k, grad_v

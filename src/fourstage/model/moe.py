@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourstage.model import fused
+from fourstage.model import fused, opaque
 from fourstage.model.attention import Linear
 from fourstage.model.config import ModelConfig
 
@@ -160,6 +160,13 @@ class _Combine(torch.autograd.Function):
         return grad_MD * gates_NK.flatten()[order_M, None], grad_gates_NK, None, None
 
 
+def grouped_mm(x_MD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """[M, D] and [E, D, F] -> [M, F]: expert e's rows end at ends_E[e]."""
+    if opaque.is_needed(x_MD):
+        return opaque.grouped_mm(x_MD, w_EDF, ends_E)
+    return F.grouped_mm(x_MD, w_EDF, offs=ends_E)
+
+
 class Experts(nn.Module):
     """E SwiGLU experts as two stacked weights; no token is dropped."""
 
@@ -248,8 +255,8 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x_ND.device.type):
             dtype = torch.get_autocast_dtype(x_ND.device.type)
         x_MD = _Dispatch.apply(x_ND.to(dtype), order_M, place_NK)
-        h_MF = swiglu(F.grouped_mm(x_MD, self.gate_up_EDF.to(dtype), offs=ends_E))
-        y_MD = F.grouped_mm(h_MF, self.down_EFD.to(dtype), offs=ends_E)
+        h_MF = swiglu(grouped_mm(x_MD, self.gate_up_EDF.to(dtype), ends_E))
+        y_MD = grouped_mm(h_MF, self.down_EFD.to(dtype), ends_E)
         return _Combine.apply(y_MD, gates_NK.to(dtype), order_M, place_NK).to(x_ND.dtype)
 
 

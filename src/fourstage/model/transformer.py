@@ -139,12 +139,15 @@ class Transformer(nn.Module):
         stats = None if c.dense else self._router_stats(routings)
         return ModelOutput(self.norm(x_BTD), stats)
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
+    def compile_blocks(self, dynamic: bool | None = None, backend: str = "inductor") -> None:
         """Compile what training forwards run, a block at a time (all are alike: one is compiled).
 
-        Only for half precision: torch.compile knows no grouped product in float32.
+        dynamic: True compiles once for all numbers of rows and tokens (but for 1, for more tokens
+        than fused.LONGEST, and where there is a valid_BT); None first for those that come first.
         """
-        self.training_blocks = [torch.compile(block, backend=backend) for block in self.blocks]
+        self.training_blocks = [
+            torch.compile(block, backend=backend, dynamic=dynamic) for block in self.blocks
+        ]
 
     def _training_block(self, i: int, *, may_compile: bool) -> Callable[..., Any]:
         """A packing is new each time, and torch.compile would compile for each."""
