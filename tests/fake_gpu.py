@@ -27,8 +27,16 @@ NAME = "fakegpu"
 
 
 class Backend(_DummyBackendModule):
+    """What PyTorch asks of a device type, in this process from then on."""
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
+
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
+        pass
 
 
 _setup_privateuseone_for_python_backend(NAME, Backend())
