@@ -48,7 +48,7 @@ def test_as_many_tokens_as_there_are_different_beginnings(seed):
 def test_hidden_states_load_and_gradients_are_those_of_whole_rows(build, way, shape, monkeypatch):
     model = build(**shape, expert_path="loop" if way == "loop" else "grouped", balance="switch")
     if way == "plain":
-        monkeypatch.setattr("fourstage.model.fused.applies", lambda x: False)
+        monkeypatch.setattr("fourstage.model.fused.applies", lambda *_: False)
     model.checkpoint_activations = way == "checkpointed"
     ids, length = padded(ROWS)
     valid = torch.arange(ids.shape[1]) < length[:, None]

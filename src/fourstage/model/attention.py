@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourstage.model import fused, opaque
+from fourstage.model import fused
 from fourstage.model.cache import LayerCache
 from fourstage.model.config import ModelConfig
 from fourstage.model.packing import Packing
@@ -30,6 +30,11 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
 
+    def forward(self, x: Tensor) -> Tensor:
+        if fused.applies(x, self.in_features, self.out_features):
+            return fused.Linear.apply(x, self.weight)
+        return super().forward(x)
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467)."""
@@ -40,7 +45,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if fused.applies(x):
+        if fused.applies(x, x.shape[-1]):
             return fused.RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
@@ -94,13 +99,11 @@ class Attention(nn.Module):
         """
         B, T, _ = x_BTD.shape
         qkv = self.qkv(x_BTD).view(B, T, -1, self.head_dim)
-        if cache is None and mask is None and self.is_fused(qkv, rope, packing):
+        if cache is None and mask is None and self.is_fused(qkv, rope):
             weights = self.q_norm.weight, self.k_norm.weight
             y = fused.causal_attention(qkv, *weights, rope, self.heads[0], self.q_norm.eps, packing)
             return self.out(y)
         q, k, v = self.split(qkv, rope)
-        if cache is None and mask is None and packing is None and opaque.has_attention(qkv, T):
-            return self.out(opaque.causal_attention(q, k, v))
         q, k, v = (x_BTHC.transpose(1, 2) for x_BTHC in (q, k, v))
         if cache is not None:
             cache.store(k, v)
@@ -136,8 +139,6 @@ class Attention(nn.Module):
         """Whether both norms can be applied as one; under ZeRO-3 their weights are elsewhere."""
         return isinstance(self.q_norm, RMSNorm) and self.q_norm.weight.numel() > 0
 
-    def is_fused(self, qkv: Tensor, rope: Rope, packing: Packing | None) -> bool:
-        """Whether the hand-written gradient fits."""
-        longest = qkv.shape[1] if packing is None else packing.shape[1]
-        fits = len(rope[0]) == 1 and longest <= fused.LONGEST
-        return fits and self.has_norms() and fused.applies(qkv)
+    def is_fused(self, qkv: Tensor, rope: Rope) -> bool:
+        """Whether the kernels fit: one set of positions for all rows, and norms."""
+        return len(rope[0]) == 1 and self.has_norms() and fused.applies(qkv, self.head_dim)

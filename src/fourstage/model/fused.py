@@ -1,36 +1,54 @@
-"""Parts of a training step on a CPU with their gradients written out.
+"""Parts of a step on a CPU as one kernel each, forward and backward (native/*.cpp).
 
-A CPU spends as long on passes over memory as on matrix products, so these take few of them: no
-concatenation of the halves' gradients, no zero-filled gradients of slices, attention scores only
-below the diagonal. attention.py and moe.py have the plain expressions, which everything else uses
-(a GPU, half precision, no gradient, and torch.compile, which fuses them, but for the attention: see
-opaque.py); tests/model/test_fused.py holds each equal.
+A CPU spends as long on passes over memory as on matrix products, so these take few of them.
+attention.py and moe.py have the plain expressions, which everything else uses (a GPU, half
+precision, torch.compile, a machine without a compiler, widths that are no multiple of 16);
+tests/model/test_fused.py holds each equal.
 
-Shape legend: B rows, T tokens, H query heads, G key/value heads, R = H / G, C head_dim.
+Shape legend: N tokens, B rows, T tokens, H query heads, G key/value heads, J = H + 2 G, C head_dim,
+E experts, K of them a token, M = N K choices, F_ d_expert.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fourstage.model import native
 from fourstage.model.packing import Packing
 
-CHUNK = 32  # queries at once: below the diagonal is left out by whole chunks
-LONGEST = 512  # tokens; the scores are kept for the backward, and flash attention keeps none
 
-
-def applies(x: Tensor) -> bool:
-    """Whether x is worth a hand-written gradient: one is needed, on a CPU, in float32."""
+def applies(x: Tensor, *widths: int) -> bool:
+    """Whether there are kernels for x: on a CPU, in float32, and for these widths."""
     return (
-        x.requires_grad
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and native.fits(*widths)
     )
+
+
+class Linear(torch.autograd.Function):
+    """x times the transposed weight."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        x, (width, d_in) = x.contiguous(), weight.shape
+        y = x.new_empty(*x.shape[:-1], width)
+        ctx.sizes = x.numel() // d_in, d_in, width
+        native.call("linear_forward", *ctx.sizes, x, weight, y)
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        grads = torch.empty_like(x), torch.empty_like(weight)
+        native.call("linear_backward", *ctx.sizes, x, weight, grad.contiguous(), *grads)
+        return grads
 
 
 class SwiGLU(torch.autograd.Function):
@@ -38,20 +56,21 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        active = F.silu(gate)
-        ctx.save_for_backward(gate_up, active)
-        return active * up
+        gate_up = gate_up.contiguous()
+        width = gate_up.shape[-1] // 2
+        y = gate_up.new_empty(*gate_up.shape[:-1], width)
+        native.call("swiglu_forward", y.numel() // width, width, gate_up, y)
+        ctx.save_for_backward(gate_up)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
-        gate_up, active = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
+        (gate_up,) = ctx.saved_tensors
+        width = grad.shape[-1]
         grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(active, grad, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        rows = grad.numel() // width
+        native.call("swiglu_backward", rows, width, gate_up, grad.contiguous(), grad_gate_up)
         return grad_gate_up
 
 
@@ -60,19 +79,21 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rstd = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
-        ctx.save_for_backward(x, weight, rstd)
-        return (x * rstd).mul_(weight)
+        x, ctx.eps = x.contiguous(), eps
+        y, width = torch.empty_like(x), x.shape[-1]
+        native.call("rms_norm_forward", x.numel() // width, width, x, weight, eps, y)
+        ctx.save_for_backward(x, weight)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, weight, rstd = ctx.saved_tensors
-        n = x * rstd
-        dn = grad * n
-        grad_weight = dn.flatten(0, -2).sum(0)
-        mean = (dn @ weight).div_(-x.shape[-1]).unsqueeze(-1)
-        return torch.mul(grad, weight, out=dn).addcmul_(n, mean).mul_(rstd), grad_weight, None
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight, width = torch.empty_like(x), torch.empty_like(weight), x.shape[-1]
+        sizes = x.numel() // width, width
+        grad = grad.contiguous()
+        native.call("rms_norm_backward", *sizes, x, weight, ctx.eps, grad, grad_x, grad_weight)
+        return grad_x, grad_weight, None
 
 
 def causal_attention(
@@ -89,126 +110,83 @@ def causal_attention(
     rope: as rope_angles gives it for positions [1, T]. packing: see Attention.forward.
     """
     B, T, J, C = qkv_BTJC.shape
-    G = (J - n_heads) // 2
-    R = n_heads // G
-    weight_JC = torch.cat((q_weight_C.expand(n_heads, C), k_weight_C.expand(G, C)))
-    q_BGTRC, k_BGTC, v_BGTC = _Heads.apply(qkv_BTJC, weight_JC, rope[0][0], rope[1][0], eps)
+    weights = (q_weight_C * C**-0.5).expand(n_heads, C), k_weight_C.expand((J - n_heads) // 2, C)
+    qkv_BTJC = _Heads.apply(qkv_BTJC, torch.cat(weights), rope[0][0], rope[1][0], eps)
     if packing is not None:
-        q, k, v = (packing.spread(x[0].flatten(2)) for x in (q_BGTRC, k_BGTC, v_BGTC))
-        rows = packing.shape[1]
-        y = _CausalAttention.apply(
-            q.view(-1, rows * R, C), k.view(-1, rows, C), v.view(-1, rows, C)
-        )
-        return packing.collect(y.view(G, *packing.shape, R * C)).view(B, T, n_heads * C)
-    q_NQC = q_BGTRC.view(B * G, T * R, C)  # row t * R + r: a chunk of queries is a slice
-    y_NQC = _CausalAttention.apply(q_NQC, k_BGTC.view(B * G, T, C), v_BGTC.view(B * G, T, C))
-    return y_NQC.view(B, G, T, R, C).transpose(1, 2).reshape(B, T, n_heads * C)
+        qkv_BTJC = packing.spread(qkv_BTJC.view(1, T, J * C))[0].view(*packing.shape, J, C)
+    y_BTHC = _CausalAttention.apply(qkv_BTJC, n_heads)
+    if packing is not None:
+        y_BTHC = packing.collect(y_BTHC.flatten(2)[None])
+    return y_BTHC.reshape(B, T, n_heads * C)
 
 
 class _Heads(torch.autograd.Function):
-    """RMSNorm and rotation of queries and keys, queries divided by sqrt(C), laid out by head."""
+    """RMSNorm and rotation of the first heads, which are those that have a weight."""
 
     @staticmethod
-    def forward(ctx, qkv_BTJC: Tensor, weight_JC: Tensor, cos_T1C, sin_T1C, eps: float):
+    def forward(ctx, qkv_BTJC: Tensor, weight_JC: Tensor, cos_T1C, sin_T1C, eps: float) -> Tensor:
         B, T, J, C = qkv_BTJC.shape
-        n_qk, half = len(weight_JC), C // 2  # n_qk = H + G
-        G = J - n_qk
-        H = n_qk - G
-        x = qkv_BTJC[:, :, :n_qk]
-        rstd = torch.linalg.vecdot(x, x).div_(C).add_(eps).rsqrt_().unsqueeze(-1)
-        n = x * rstd
-        scale_J1 = torch.ones(n_qk, 1)
-        scale_J1[:H] = C**-0.5
-        weight_JC = weight_JC * scale_J1
-        y = n * (cos_T1C * weight_JC)
-        sin_TJC = sin_T1C * weight_JC.roll(half, -1)
-        y[..., :half].addcmul_(n[..., half:], sin_TJC[..., :half])
-        y[..., half:].addcmul_(n[..., :half], sin_TJC[..., half:])
-        ctx.save_for_backward(qkv_BTJC, weight_JC, scale_J1, cos_T1C, sin_T1C, rstd)
-        q = y[:, :, :H].view(B, T, G, H // G, C).transpose(1, 2).contiguous()
-        k = y[:, :, H:].transpose(1, 2).contiguous()
-        return q, k, qkv_BTJC[:, :, n_qk:].transpose(1, 2).contiguous()
+        qkv_BTJC = qkv_BTJC.contiguous()
+        ctx.sizes, ctx.eps = (B * T, T, J, len(weight_JC), C), eps
+        inputs = qkv_BTJC, weight_JC, cos_T1C, sin_T1C
+        y_BTJC = torch.empty_like(qkv_BTJC)
+        native.call("heads_forward", *ctx.sizes, *inputs, eps, y_BTJC)
+        ctx.save_for_backward(*inputs)
+        return y_BTJC
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor):
-        qkv_BTJC, weight_JC, scale_J1, cos, sin, rstd = ctx.saved_tensors
-        B, T, J, C = qkv_BTJC.shape
-        n_qk, half = len(weight_JC), C // 2
-        H = 2 * n_qk - J
-        x = qkv_BTJC[:, :, :n_qk]
-        grad = torch.empty_like(x)
-        grad[:, :, :H].view(B, T, J - n_qk, -1, C).copy_(grad_q.transpose(1, 2))
-        grad[:, :, H:].copy_(grad_k.transpose(1, 2))
-        grad_qkv = torch.empty_like(qkv_BTJC)
-        grad_qkv[:, :, n_qk:].copy_(grad_v.transpose(1, 2))
-        d = torch.mul(grad, cos, out=grad_qkv[:, :, :n_qk])  # turned back
-        d[..., :half].addcmul_(grad[..., half:], sin[..., half:])
-        d[..., half:].addcmul_(grad[..., :half], sin[..., :half])
-        n = x * rstd
-        dn = torch.mul(n, d, out=grad)
-        grad_weight = dn.sum((0, 1)) * scale_J1
-        mean = torch.linalg.vecdot(dn, weight_JC.expand_as(dn)).div_(-C).unsqueeze(-1)
-        d.mul_(weight_JC).addcmul_(n, mean).mul_(rstd)
-        return grad_qkv, grad_weight, None, None, None
+    def backward(ctx, grad_BTJC: Tensor):
+        saved = ctx.saved_tensors
+        grads = torch.empty_like(saved[0]), torch.empty_like(saved[1])
+        native.call("heads_backward", *ctx.sizes, *saved, ctx.eps, grad_BTJC.contiguous(), *grads)
+        return *grads, None, None, None
 
 
 class _CausalAttention(torch.autograd.Function):
-    """attend, with its gradient."""
+    """[B, T, J, C], queries divided by sqrt(C) -> [B, T, H, C]."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        probs = [q.new_empty(shape) for shape in chunks(q, k)]
-        ctx.save_for_backward(q, k, v, *probs)
-        return attend(q, k, v, probs)
+    def forward(ctx, qkv_BTJC: Tensor, n_heads: int) -> Tensor:
+        B, T, J, C = qkv_BTJC.shape
+        qkv_BTJC = qkv_BTJC.contiguous()
+        y_BTHC, log_sums_BHT = (
+            qkv_BTJC.new_empty(B, T, n_heads, C),
+            qkv_BTJC.new_empty(B, n_heads, T),
+        )
+        ctx.sizes = B, T, n_heads, (J - n_heads) // 2, C
+        native.call("attention_forward", *ctx.sizes, qkv_BTJC, y_BTHC, log_sums_BHT)
+        ctx.save_for_backward(qkv_BTJC, y_BTHC, log_sums_BHT)
+        return y_BTHC
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
-        q, k, v, *probs = ctx.saved_tensors
-        return attend_backward(grad, q, k, v, probs)
+    def backward(ctx, grad_BTHC: Tensor):
+        saved = ctx.saved_tensors
+        grad_qkv = torch.empty_like(saved[0])
+        native.call("attention_backward", *ctx.sizes, *saved, grad_BTHC.contiguous(), grad_qkv)
+        return grad_qkv, None
 
 
-def chunks(q: Tensor, k: Tensor) -> list[tuple[int, int, int]]:
-    """(N, queries, keys) of each chunk that attend takes, for its q and k."""
-    N, T, R = len(q), k.shape[1], q.shape[1] // k.shape[1]
-    ends = [min(start + CHUNK, T) for start in range(0, T, CHUNK)]
-    return [(N, R * (end - i * CHUNK), end) for i, end in enumerate(ends)]
+class Experts(torch.autograd.Function):
+    """See moe.Experts.grouped; order_M: the choices by expert, of which e's end at ends_E[e]."""
 
+    @staticmethod
+    def forward(
+        ctx, x_ND, gate_up_EDF, down_EFD, gates_NK, order_M: Tensor, ends_E: Tensor
+    ) -> Tensor:
+        (N, K), (E, F_, D) = gates_NK.shape, down_EFD.shape
+        ctx.sizes = N, K, E, D, F_
+        inputs = x_ND.contiguous(), gate_up_EDF, down_EFD, gates_NK.contiguous(), order_M, ends_E
+        hidden_MF, y_ND = x_ND.new_empty(N * K, 2 * F_), x_ND.new_empty(N, D)
+        native.call("experts_forward", *ctx.sizes, *inputs, hidden_MF, y_ND)
+        ctx.save_for_backward(*inputs, hidden_MF)
+        return y_ND
 
-def attend(q: Tensor, k: Tensor, v: Tensor, probs: list[Tensor]) -> Tensor:
-    """softmax(q k^T + causal mask) v, chunk after chunk of queries, each with the keys up to it.
-
-    N matrices: q [N, T R, C] (row t * R + r is query t), k and v [N, T, C] -> [N, T R, C].
-    probs: memory for the probabilities of each chunk, of the shapes that `chunks` gives.
-    """
-    T, R = k.shape[1], q.shape[1] // k.shape[1]
-    ahead = torch.full((min(CHUNK, T),) * 2, -torch.inf).triu(1).repeat_interleave(R, 0)
-    y, start = torch.empty_like(q), 0
-    for p in probs:
-        end = p.shape[2]
-        rows = slice(start * R, end * R)
-        torch.bmm(q[:, rows], k[:, :end].transpose(1, 2), out=p)
-        p[:, :, start:] += ahead[: (end - start) * R, : end - start]
-        torch.softmax(p, -1, out=p)
-        y[:, rows] = torch.bmm(p, v[:, :end])
-        start = end
-    return y
-
-
-def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, probs: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of attend's q, k and v from that of its output."""
-    R, start = q.shape[1] // k.shape[1], 0
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for p in probs:
-        end = p.shape[2]
-        rows = slice(start * R, end * R)
-        grad_p = torch.bmm(grad[:, rows], v[:, :end].transpose(1, 2))
-        grad_v[:, :end] += torch.bmm(p.transpose(1, 2), grad[:, rows])
-        grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
-        grad_q[:, rows] = torch.bmm(grad_s, k[:, :end])
-        grad_k[:, :end] += torch.bmm(grad_s.transpose(1, 2), q[:, rows])
-        start = end
-    return grad_q, grad_k, grad_v
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_ND: Tensor):
+        saved = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in saved[:4]]
+        native.call("experts_backward", *ctx.sizes, *saved, grad_ND.contiguous(), *grads)
+        return *grads, None, None

@@ -25,7 +25,7 @@ SOME = 64  # tokens for each expert, up to which a CPU pads their rows to one nu
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of the halves of the last dimension (Shazeer 2020, arXiv 2002.05202)."""
-    if fused.applies(gate_up):
+    if fused.applies(gate_up, gate_up.shape[-1] // 2):
         return fused.SwiGLU.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -251,6 +251,9 @@ class Experts(nn.Module):
         every_E = torch.arange(self.num_experts, device=order_M.device)
         ends_E = torch.searchsorted(expert_M, every_E, right=True, out_int32=True)
 
+        if fused.applies(x_ND, x_ND.shape[1], self.d_expert):
+            weights = self.gate_up_EDF, self.down_EFD
+            return fused.Experts.apply(x_ND, *weights, gates_NK, order_M, ends_E)
         dtype = x_ND.dtype
         if torch.is_autocast_enabled(x_ND.device.type):
             dtype = torch.get_autocast_dtype(x_ND.device.type)

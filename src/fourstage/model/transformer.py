@@ -142,8 +142,8 @@ class Transformer(nn.Module):
     def compile_blocks(self, dynamic: bool | None = None, backend: str = "inductor") -> None:
         """Compile what training forwards run, a block at a time (all are alike: one is compiled).
 
-        dynamic: True compiles once for all numbers of rows and tokens (but for 1, for more tokens
-        than fused.LONGEST, and where there is a valid_BT); None first for those that come first.
+        dynamic: True compiles once for all numbers of rows and tokens (but for 1, and where there
+        is a valid_BT); None first for those that come first.
         """
         self.training_blocks = [
             torch.compile(block, backend=backend, dynamic=dynamic) for block in self.blocks

@@ -103,7 +103,14 @@ def _folders() -> list[Path]:
     return [Path(cache) / "fourstage", SOURCES / "__pycache__"]
 
 
-def pointer(x: Tensor) -> ctypes.c_void_p:
-    """Where the numbers of x lie, one after the other."""
-    assert x.is_contiguous() and x.device.type == "cpu"
-    return ctypes.c_void_p(x.data_ptr())
+def call(name: str, *arguments: Tensor | int | float) -> None:
+    """Runs a kernel on the threads that PyTorch would use; floats are float32 there."""
+    kernel = getattr(library(), name)
+    kernel(torch.get_num_threads(), *[_in_c(argument) for argument in arguments])
+
+
+def _in_c(argument: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_float | int:
+    if isinstance(argument, Tensor):
+        assert argument.is_contiguous() and argument.device.type == "cpu"
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_float(argument) if isinstance(argument, float) else argument

@@ -5,6 +5,7 @@
 // One thread works on a call, in one order of additions: results do not depend on the threads.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -136,6 +137,47 @@ inline void swiglu(const float* gate_up, int n, int F, float* y) {
     }
 }
 
+// Of one row: grad_gate_up [2 F], and active [F] = silu(gate) * up, from grad [F] * factor
+inline void swiglu_backward(const float* gate_up, const float* grad, float factor, int F,
+                            float* grad_gate_up, float* active) {
+  for (int i = 0; i < F; i += W) {
+    vec gate = load(gate_up + i), up = load(gate_up + F + i), s = sigmoid(gate);
+    vec d = load(grad + i) * factor;
+    store(grad_gate_up + i, d * up * s * (1.0f + gate * (1.0f - s)));
+    store(grad_gate_up + F + i, d * gate * s);
+    if (active) store(active + i, gate * s * up);
+  }
+}
+
+// In place: softmax of the first `seen` scores, 0 in the others. Returns log(sum(exp(scores))).
+inline float softmax(float* x, int seen, int end) {
+  const int past = (seen + W - 1) / W * W;
+  std::fill(x + seen, x + past, -INFINITY);
+  vec most = load(x), total{};
+  for (int i = W; i < past; i += W) most = load(x + i) > most ? load(x + i) : most;
+  float top = most[0];
+  for (int i = 1; i < W; i++) top = std::max(top, most[i]);
+  for (int i = 0; i < past; i += W) {
+    vec e = exp(load(x + i) - top);
+    if (i + W > seen)
+      for (int j = seen - i; j < W; j++) e[j] = 0;
+    total += e;
+    store(x + i, e);
+  }
+  const float whole = sum(total), share = 1.0f / whole;
+  for (int i = 0; i < past; i += W) store(x + i, load(x + i) * share);
+  std::fill(x + past, x + end, 0.0f);
+  return top + std::log(whole);
+}
+
+// y [n, m] = x [m, n] turned
+inline void turn(const float* x, long x_row, int m, int n, float* y, long y_row) {
+  for (int i0 = 0; i0 < m; i0 += 16)
+    for (int j0 = 0; j0 < n; j0 += 16)
+      for (int j = j0; j < std::min(n, j0 + 16); j++)
+        for (int i = i0; i < std::min(m, i0 + 16); i++) y[j * y_row + i] = x[i * x_row + j];
+}
+
 // ---- memory, where no vector lies in two cache lines
 
 struct Free {
@@ -144,4 +186,13 @@ struct Free {
 
 inline std::unique_ptr<float[], Free> floats(long n) {
   return std::unique_ptr<float[], Free>((float*)std::aligned_alloc(64, (n * 4 + 63) / 64 * 64));
+}
+
+// ---- threads
+
+// Calls body(0), .., body(n - 1), each by one thread.
+template <class Body>
+void in_parallel(int n, int threads, Body body) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && n > 1)
+  for (int i = 0; i < n; i++) body(i);
 }
