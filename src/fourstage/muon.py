@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from fourstage.model import fused
 from fourstage.model.attention import Attention
 from fourstage.model.moe import Experts, SwiGLU
 
@@ -59,6 +60,8 @@ def orthogonalize(x_MRC: Tensor) -> Tensor:
     """
     with torch.autocast(x_MRC.device.type, enabled=False):
         x_MRC = x_MRC / x_MRC.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        if fused.applies(x_MRC, *x_MRC.shape[1:]):
+            return fused.newton_schulz(x_MRC, NEWTON_SCHULZ)
         for a, b, c in NEWTON_SCHULZ:
             gram_MRR = x_MRC @ x_MRC.mT
             factor_MRR = torch.baddbmm(gram_MRR, gram_MRR, gram_MRR, beta=b, alpha=c)

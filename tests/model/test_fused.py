@@ -8,6 +8,7 @@ import torch
 from fourstage.model import fused, native
 from fourstage.model.attention import Attention, Linear, RMSNorm, rope_angles
 from fourstage.model.moe import Experts, Router, swiglu
+from fourstage.muon import orthogonalize
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="needs a C++ compiler")
 
@@ -196,3 +197,14 @@ def test_no_number_depends_on_the_threads(build):
     torch.set_num_threads(1)
     for other in found[1:]:
         assert all(a.equal(b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 48), (2, 64, 64), (1, 16, 160), (5, 48, 48)])
+def test_newton_schulz(plain, threads, shape):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    assert fused.applies(x, *shape[1:])
+    kept = x.clone()
+    fast, slow = orthogonalize(x), plain(lambda: orthogonalize(x))
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+    assert not fast.equal(slow)  # both have run
+    assert x.equal(kept)

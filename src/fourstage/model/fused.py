@@ -190,3 +190,11 @@ class Experts(torch.autograd.Function):
         grads = [torch.empty_like(x) for x in saved[:4]]
         native.call("experts_backward", *ctx.sizes, *saved, grad_ND.contiguous(), *grads)
         return *grads, None, None
+
+
+def newton_schulz(x_MRC: Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> Tensor:
+    """muon.orthogonalize of matrices of norm 1, R <= C; no gradient."""
+    is_square = x_MRC.shape[1] == x_MRC.shape[2]
+    x = x_MRC.clone() if is_square else x_MRC.mT.contiguous()  # so that x^T x is the smaller one
+    native.call("orthogonalize", *x.shape, torch.tensor(coefficients), len(coefficients), x)
+    return x if is_square else x.mT
