@@ -13,7 +13,8 @@
 
 namespace {
 
-constexpr int CHUNK = 96;  // tokens: few enough for the cache, enough to read weights seldom
+constexpr int CHUNK = 256;  // tokens: few enough for the cache, enough to read weights seldom
+constexpr int PANEL = 32;  // columns of a weight
 
 struct Layer {  // the same as in decode.py, as is Model
   const float* attention_gain;  // [D]
@@ -39,7 +40,7 @@ struct Model {
 
 struct Scratch {
   using Floats = decltype(floats(0));
-  Floats h, qkv, y, weights, scores, gates, x, gate_up, act;
+  Floats h, qkv, y, weights, scores, gates, x, gate_up, act, panel;
   std::vector<int> chosen, copies;
 
   Scratch(const Model& m, long N)
@@ -52,9 +53,24 @@ struct Scratch {
         x(floats(N * m.D)),
         gate_up(floats(N * 2 * std::max(m.F, m.d_shared))),
         act(floats(N * std::max(m.F, m.d_shared))),
+        panel(floats(PANEL * (long)std::max({m.D, m.H * m.C, m.F, m.d_shared}))),
         chosen(N * m.K),
         copies(N) {}
 };
+
+// y [n, N] = x [n, K] w [K, N], or y += for ADD. For many rows the part of w that is read again and
+// again is first brought together: lines at equal distances crowd each other out of the cache.
+template <bool ADD = false>
+void multiply(const float* x, int n, int K, const float* w, long w_row, int N, float* y, long y_row,
+              Scratch& s) {
+  if (n <= ROWS) return product<ADD>(x, K, n, K, w, w_row, N, y, y_row);
+  for (int j = 0; j < N; j += PANEL) {
+    const int width = std::min(PANEL, N - j);
+    float* panel = s.panel.get();
+    for (int k = 0; k < K; k++) std::copy_n(w + k * w_row + j, width, panel + k * width);
+    product<ADD>(x, K, n, K, panel, width, width, y + j, y_row);
+  }
+}
 
 // ---- attention
 
@@ -161,16 +177,16 @@ void route(const Model& m, const float* bias, const float* scores, int* chosen, 
 template <bool ADD>
 void mlp(const float* x, int n, int D, int F, const float* gate_up, const float* down, Scratch& s,
          float* y) {
-  product(x, D, n, D, gate_up, 2 * F, 2 * F, s.gate_up.get(), 2 * F);
+  multiply(x, n, D, gate_up, 2 * F, 2 * F, s.gate_up.get(), 2 * F, s);
   swiglu(s.gate_up.get(), n, F, s.act.get());
-  product<ADD>(s.act.get(), F, n, F, down, D, D, y, D);
+  multiply<ADD>(s.act.get(), n, F, down, D, D, y, D, s);
 }
 
 // x [N, D] += experts of h
 void experts(const Model& m, const Layer& l, int N, Scratch& s, float* x) {
   const int D = m.D, E_16 = padded(m.E), K = m.K;
   float* scores = s.scores.get();
-  product(s.h.get(), D, N, D, l.router, E_16, E_16, scores, E_16);
+  multiply(s.h.get(), N, D, l.router, E_16, E_16, scores, E_16, s);
   for (long i = 0; i < (long)N * E_16; i += W) store(scores + i, sigmoid(load(scores + i)));
   for (int i = 0; i < N; i++)
     route(m, l.bias, scores + (long)i * E_16, &s.chosen[i * K], &s.gates[i * K]);
@@ -206,7 +222,7 @@ void run(const Model& m, float* x, int B, int T, int at, const int32_t* first, f
     const bool is_end = !logits && i + 1 == m.n_layers;
     const int skip = is_end ? H : 0;  // heads that nobody needs
     rms_norm(x, N, D, l.attention_gain, m.eps, h);
-    product(h, D, N, D, l.qkv + skip * C, J * C, (J - skip) * C, qkv + skip * C, J * C);
+    multiply(h, N, D, l.qkv + skip * C, J * C, (J - skip) * C, qkv + skip * C, J * C, s);
     for (int j = 0; j < N; j++) {
       const long angles = (long)(at + j % T) * (C / 2);
       turn(qkv + (long)(j * J + skip) * C, H + G - skip, C, l.head_gain + skip * C, m.cos + angles,
@@ -220,14 +236,14 @@ void run(const Model& m, float* x, int B, int T, int at, const int32_t* first, f
                    s.weights.get(), &s.y[(long)b * T * H * C]);
     }
     if (is_end) return;
-    product<true>(s.y.get(), H * C, N, H * C, l.out, D, D, x, D);
+    multiply<true>(s.y.get(), N, H * C, l.out, D, D, x, D, s);
     rms_norm(x, N, D, l.mlp_gain, m.eps, h);
     if (l.router) experts(m, l, N, s, x);
     else mlp<true>(h, N, D, m.F, l.gate_up, l.down, s, x);
     if (m.d_shared) mlp<true>(h, N, D, m.d_shared, l.shared_gate_up, l.shared_down, s, x);
   }
   rms_norm(x, N, D, m.gain, m.eps, h);
-  product(h, D, N, D, m.head, m.V_16, m.V_16, logits, m.V_16);
+  multiply(h, N, D, m.head, m.V_16, m.V_16, logits, m.V_16, s);
 }
 
 }  // namespace

@@ -170,7 +170,8 @@ def _up(n: int) -> int:
 
 def _packed(weight: Tensor) -> Tensor:
     """[out, in] -> [in, out_16]: a product reads its rows one after the other."""
-    return F.pad(weight.detach().t(), (0, -weight.shape[0] % native.WIDTH))
+    missing = -weight.shape[0] % native.WIDTH
+    return F.pad(weight.t(), (0, missing)) if missing else weight.t().contiguous()
 
 
 def _ends_of_padding(real_BS: Tensor) -> Tensor:
