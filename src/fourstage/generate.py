@@ -185,9 +185,9 @@ class _Rows:
     """The decoder's rows, of which equal answers share one: answers to one prompt until they part.
 
     place_B: int64, the row of each unfinished answer; is_in_order: they are all rows, one after the
-    other. A row that no answer needs stays until it is worth a copy of the others. With prompts of one length nothing is masked, and attention may take
-    its faster way. A padded row's positions start after its padding: rotary attention sees
-    distances only.
+    other. A row that no answer needs stays until it is worth a copy of the others. With prompts of
+    one length nothing is masked, and attention may take its faster way. A padded row's positions
+    start after its padding: rotary attention sees distances only.
     """
 
     def __init__(self, model: Transformer, prompts: list[list[int]], capacity: int, pad_id: int):

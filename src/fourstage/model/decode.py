@@ -57,7 +57,9 @@ class Decoder:
         assert self.capacity >= T, f"the rows hold {self.capacity} tokens"
         self.steps.prefill(ids_BT)
         self.length = T
-        below = forward_flops(replace(c, n_layers=c.n_layers - 1), B * T, T) if c.n_layers > 1 else 0
+        below = (
+            forward_flops(replace(c, n_layers=c.n_layers - 1), B * T, T) if c.n_layers > 1 else 0
+        )
         qkv = head_flops(c.d_model, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, B * T)
         model.count_flops(below + qkv, has_backward=False)
 
@@ -123,8 +125,10 @@ class TorchSteps:
         return (self.recording or self.compute)(ids_B, at)
 
     def compute(self, ids_B: Tensor, at: int | Tensor) -> Tensor:
-        """What step gives. With a place in a tensor, int64 [1], all shapes are those of the capacity and
-        nothing is asked of the GPU, so that one recording serves every place.
+        """What step gives.
+
+        With a place in a tensor, int64 [1], all shapes are those of the capacity and nothing is
+        asked of the GPU, so that one recording serves every place.
         """
         model, c = self.model, self.model.config
         B, C, G, n_qk = len(ids_B), c.head_dim, c.n_kv_heads, c.n_heads + c.n_kv_heads
