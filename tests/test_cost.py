@@ -85,7 +85,7 @@ def judged(monkeypatch):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_flops_of_a_stage_equal_torchs_counter(stage, monkeypatch):
+def test_the_flops_of_a_stage_equal_torchs_counter(stage):
     """Rollouts, reference, reward and value passes, updates: all of them, and nothing else."""
     module, batches = build(stage, optimizer="adamw")  # Muon's products are the optimizer's
     meter = CostMeter()

@@ -88,7 +88,7 @@ def test_a_scalar_model_equals_torchs_counter(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_sampling_with_a_cache_equals_torchs_counter(shape, monkeypatch):
+def test_sampling_with_a_cache_equals_torchs_counter(shape):
     model = make(shape, init_std=0.2)
     prompts = [[5, 6, 7, 8], [9], [10, 11]]
 

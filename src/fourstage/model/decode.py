@@ -57,11 +57,10 @@ class Decoder:
         assert self.capacity >= T, f"the rows hold {self.capacity} tokens"
         self.steps.prefill(ids_BT)
         self.length = T
-        below = (
-            forward_flops(replace(c, n_layers=c.n_layers - 1), B * T, T) if c.n_layers > 1 else 0
-        )
-        qkv = head_flops(c.d_model, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, B * T)
-        model.count_flops(below + qkv, has_backward=False)
+        flops = head_flops(c.d_model, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, B * T)
+        if c.n_layers > 1:
+            flops += forward_flops(replace(c, n_layers=c.n_layers - 1), B * T, T)
+        model.count_flops(flops, has_backward=False)
 
     @torch.no_grad()
     def __call__(self, ids_B: Tensor) -> Tensor:
@@ -80,7 +79,7 @@ class Decoder:
 
 
 class TorchSteps:
-    """What Decoder runs where the kernel does not fit: a GPU, half precision."""
+    """What Decoder runs where the kernel does not fit: on a GPU, in half precision."""
 
     def __init__(self, model: Transformer, capacity: int, rope: Rope, real_BS: Tensor | None):
         self.model, self.capacity, self.rope, self.real_BS = model, capacity, rope, real_BS

@@ -1,7 +1,7 @@
 """The network's half of generation through the kernel: keys and values, weights as it reads them.
 
-Shape legend: B rows, T tokens, L layers, D d_model, H query heads, G key/value heads, C head_dim,
-S places of a row, E experts, F d_expert, V vocabulary; *_16 rounded up to a multiple of 16.
+Shape legend: B rows, T tokens, L layers, D d_model, G key/value heads, C head_dim, S places of a
+row, E experts, F d_expert, V vocabulary; *_16 rounded up to a multiple of 16.
 """
 
 from __future__ import annotations
