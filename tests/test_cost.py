@@ -31,7 +31,6 @@ from fourstage.stages import (
     StageModule,
 )
 from fourstage.stages import grpo as grpo_stage
-from tests.model.configs import countable_attention
 from tests.stages.test_grpo import SMALL as GRPO
 from tests.stages.test_ppo import SMALL as PPO
 from tests.stages.test_reward import pairs
@@ -86,9 +85,8 @@ def judged(monkeypatch):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_flops_of_a_stage_equal_torchs_counter(stage, monkeypatch):
+def test_the_flops_of_a_stage_equal_torchs_counter(stage):
     """Rollouts, reference, reward and value passes, updates: all of them, and nothing else."""
-    countable_attention(monkeypatch)
     module, batches = build(stage, optimizer="adamw")  # Muon's products are the optimizer's
     meter = CostMeter()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

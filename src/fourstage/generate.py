@@ -57,7 +57,9 @@ class Sampling:
 
     def log_probs(self, logits_BV: Tensor) -> Tensor:
         """Log-probabilities [B, V] after temperature and filters (greedy: as if it were 1)."""
-        logits_BV = logits_BV.float() / (self.temperature or 1.0)
+        logits_BV = logits_BV.float()
+        if self.temperature not in (0, 1):
+            logits_BV = logits_BV / self.temperature
         if self.forbid:
             logits_BV = logits_BV.index_fill(
                 1, torch.tensor(self.forbid, device=logits_BV.device), -torch.inf
@@ -164,14 +166,14 @@ def _steps(
         rows = _Rows(model, prompts, longest + max_new_tokens, pad_id)
         row_B = torch.arange(len(prompts), device=uniform_BA.device)
         for step in range(max_new_tokens):
-            log_probs_BV = sampling.log_probs(rows.logits())[rows.place_B]
+            log_probs_BV = rows.spread(sampling.log_probs(rows.logits()))
             token_B = sampling.draw(log_probs_BV, uniform_BA[:, step])
             logprob_B = log_probs_BV.gather(1, token_B[:, None]).squeeze(1)
             yield row_B, token_B, logprob_B
             is_alive_B = token_B != stop_id
             if not is_alive_B.all():
                 row_B, uniform_BA, token_B = (x[is_alive_B] for x in (row_B, uniform_BA, token_B))
-                rows.place_B = rows.place_B[is_alive_B]
+                rows.leave(is_alive_B)
             if not len(row_B):
                 return
             rows.append(token_B)
@@ -182,10 +184,10 @@ def _steps(
 class _Rows:
     """The decoder's rows, of which equal answers share one: answers to one prompt until they part.
 
-    place_B: int64, the row of each unfinished answer. A row that no answer needs stays until it is
-    worth a copy of the others. With prompts of one length nothing is masked, and attention may take
-    its faster way. A padded row's positions start after its padding: rotary attention sees
-    distances only.
+    place_B: int64, the row of each unfinished answer; is_in_order: they are all rows, one after the
+    other. A row that no answer needs stays until it is worth a copy of the others. With prompts of
+    one length nothing is masked, and attention may take its faster way. A padded row's positions
+    start after its padding: rotary attention sees distances only.
     """
 
     def __init__(self, model: Transformer, prompts: list[list[int]], capacity: int, pad_id: int):
@@ -194,6 +196,7 @@ class _Rows:
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         self.place_B = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=device)
         self.is_shared = len(number) < len(prompts)
+        self.is_in_order = not self.is_shared
         self.ids_U = torch.tensor([prompt[-1] for prompt in number], device=device)
         longest = max(map(len, number))
         pads = [longest - len(prompt) for prompt in number]
@@ -210,8 +213,18 @@ class _Rows:
         """[U, V] after the token that was appended last."""
         return self.decoder(self.ids_U)
 
+    def spread(self, x_UV: Tensor) -> Tensor:
+        """What a row has, for each of its unfinished answers: [B, V]."""
+        return x_UV if self.is_in_order else x_UV[self.place_B]
+
+    def leave(self, is_alive_B: Tensor) -> None:
+        self.place_B, self.is_in_order = self.place_B[is_alive_B], False
+
     def append(self, token_B: Tensor) -> None:
         """A token more for each unfinished answer; those that part get rows of their own."""
+        if self.is_in_order:
+            self.ids_U = token_B
+            return
         rows_N, ids_N, place_B = self.place_B, token_B, None  # the next rows: a row and its token
         have_parted = False
         if self.is_shared:
@@ -228,6 +241,7 @@ class _Rows:
             return
         self.decoder.keep(rows_N)
         self.ids_U = ids_N
+        self.is_in_order = place_B is None
         self.place_B = torch.arange(len(rows_N)).to(rows_N) if place_B is None else place_B
 
 

@@ -5,20 +5,33 @@ import copy
 import pytest
 import torch
 
-from fourstage.model import Decoder, decode
+from fourstage.model import Decoder, decode, native
+from fourstage.model.decode import KernelSteps, TorchSteps
 from tests.model.configs import VOCAB
 
+needs_kernels = pytest.mark.skipif(not native.is_available(), reason="no kernels on this machine")
 IDS = torch.randint(0, VOCAB, (20, 12), generator=torch.Generator().manual_seed(0))
 SHAPES = {
     "grouped queries": {"n_heads": 4, "n_kv_heads": 2, "head_dim": 16},
+    "three queries a key": {"n_heads": 6, "n_kv_heads": 2, "head_dim": 16},
+    "many queries a key": {"n_heads": 9, "n_kv_heads": 1, "head_dim": 16},
     "no norm of heads": {"qk_norm": False},
     "a shared expert, scaled gates": {"d_shared": 16, "route_scale": 2.5},
     "one expert": {"top_k": 1},
+    "many experts": {"num_experts": 20, "top_k": 3},
     "dense": {"num_experts": 1, "top_k": 1},
     "tied": {"tie_embeddings": True},
     "one layer": {"n_layers": 1},
     "loop": {"expert_path": "loop"},
 }
+
+
+@pytest.fixture(params=[pytest.param("kernel", marks=needs_kernels), "torch"])
+def way(request, monkeypatch) -> str:
+    """What decodes."""
+    if request.param == "torch":
+        monkeypatch.setattr(KernelSteps, "fits", lambda _: False)
+    return request.param
 
 
 @pytest.fixture
@@ -46,23 +59,25 @@ def steps(decoder, ids, first):
 
 @pytest.mark.parametrize("rows", [1, 3, 20])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_steps_equal_one_forward(bent, shape, rows):
+def test_steps_equal_one_forward(bent, way, shape, rows):
     model, ids = bent(**SHAPES[shape]), IDS[:rows]
     want = model.logits(model(ids).hidden_BTD)
     decoder = Decoder(model, 12)
+    is_kernel = way == "kernel" and shape != "loop"
+    assert isinstance(decoder.steps, KernelSteps if is_kernel else TorchSteps)
     decoder.prefill(ids[:, :5])
     assert decoder.length == 5
     torch.testing.assert_close(steps(decoder, ids, 5), want[:, 5:].detach(), atol=2e-5, rtol=1e-4)
     assert decoder.length == 12
 
 
-def test_rows_may_begin_without_a_prompt(bent):
+def test_rows_may_begin_without_a_prompt(bent, way):
     model = bent()
     want = model.logits(model(IDS).hidden_BTD).detach()
     torch.testing.assert_close(steps(Decoder(model, 12), IDS, 0), want, atol=2e-5, rtol=1e-4)
 
 
-def test_padding_at_the_left_is_not_seen(bent):
+def test_padding_at_the_left_is_not_seen(bent, way):
     model = bent()
     want = model.logits(model(IDS).hidden_BTD).detach()
     padded = torch.cat((torch.full((len(IDS), 3), 7), IDS), dim=1)
@@ -73,7 +88,7 @@ def test_padding_at_the_left_is_not_seen(bent):
     torch.testing.assert_close(found, want[:, 5:], atol=2e-5, rtol=1e-4)
 
 
-def test_rows_leave_and_come_twice(bent):
+def test_rows_leave_and_come_twice(bent, way):
     model, rows = bent(), torch.tensor([4, 1, 4])
     want = model.logits(model(IDS[rows]).hidden_BTD).detach()
     decoder = Decoder(model, 12)
@@ -82,6 +97,118 @@ def test_rows_leave_and_come_twice(bent):
     decoder.keep(rows)
     found = steps(decoder, IDS[rows], 7)
     torch.testing.assert_close(found, want[:, 7:], atol=2e-5, rtol=1e-4)
+
+
+def test_long_rows(bent, way):
+    """Past 64 stored tokens, to a number that is no multiple of 16; a prompt of several pieces."""
+    model = bent(n_heads=4, n_kv_heads=2, head_dim=16)
+    ids = torch.randint(0, VOCAB, (2, 331), generator=torch.Generator().manual_seed(1))
+    want = model.logits(model(ids).hidden_BTD).detach()
+    for n_prompt in (3, 77, 309):
+        decoder = Decoder(model, 331)
+        decoder.prefill(ids[:, :n_prompt])
+        found = steps(decoder, ids, n_prompt)
+        torch.testing.assert_close(found, want[:, n_prompt:], atol=5e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_a_rows_bits_depend_on_neither_threads_nor_other_rows(bent, threads, is_padded):
+    """Rows enough for several chunks of each thread."""
+    model = bent()
+    ids = torch.randint(0, VOCAB, (620, 12), generator=torch.Generator().manual_seed(1))
+    real = torch.arange(12) >= torch.arange(620)[:, None] % 4 if is_padded else None
+
+    def answer(rows: slice) -> torch.Tensor:
+        decoder = Decoder(model, 12, None if real is None else real[rows])
+        decoder.prefill(ids[rows, :5])
+        return steps(decoder, ids[rows], 5)
+
+    found = []
+    for n in (1, 2, 3):
+        threads(n)
+        found.append(answer(slice(None)))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    for row in (0, 1, 2, 303, 619):
+        assert torch.equal(answer(slice(row, row + 1))[0], found[0][row])
+    if not is_padded:
+        want = model.logits(model(ids).hidden_BTD).detach()[:, 5:]
+        torch.testing.assert_close(found[0], want, atol=5e-5, rtol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("where", ["router", "expert", "embedding", "bias"])
+def test_what_is_not_a_number_is_seen(bent, where):
+    model = bent(num_experts=20, top_k=3)
+    mlp = model.blocks[0].mlp
+    weight = {
+        "router": mlp.router.proj.weight,
+        "expert": mlp.experts.down_EFD,
+        "embedding": model.embedding.weight,
+        "bias": mlp.router.expert_bias_E,
+    }[where]
+    with torch.no_grad():
+        weight[7:9] = torch.nan
+    ids = torch.full((20, 12), 7)
+    decoder = Decoder(model, 12)
+    decoder.prefill(ids[:, :5])
+    logits = steps(decoder, ids, 5)
+    assert logits.isnan().all() or where in ("expert", "bias")  # expert 7 may be no one's choice
+
+
+@needs_kernels
+def test_equal_scores_go_to_the_lower_expert(bent):
+    model = bent(num_experts=20)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.router.proj.weight.zero_()
+            block.mlp.router.expert_bias_E.zero_()
+    want = steps(Decoder(model, 12), IDS, 0)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.experts.down_EFD[2:] = torch.nan
+    assert torch.equal(steps(Decoder(model, 12), IDS, 0), want)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"head_dim": 24}, {"d_model": 72}, {"d_expert": 40}, {"d_shared": 8}], ids=str
+)
+def test_widths_that_the_kernel_has_not_fall_back(bent, changes):
+    model = bent(**changes)
+    decoder = Decoder(model, 12)
+    assert isinstance(decoder.steps, TorchSteps)
+    decoder.prefill(IDS[:, :5])
+    want = model.logits(model(IDS).hidden_BTD).detach()
+    torch.testing.assert_close(steps(decoder, IDS, 5), want[:, 5:], atol=2e-5, rtol=1e-4)
+
+
+def test_other_numbers_than_float32_fall_back(bent):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert isinstance(Decoder(bent(), 12).steps, TorchSteps)
+    assert isinstance(Decoder(bent().double(), 12).steps, TorchSteps)
+
+
+@needs_kernels
+def test_weights_need_no_particular_place_and_tokens_must_exist(bent):
+    model = bent()
+    decoder = Decoder(model, 12)
+    want = steps(decoder, IDS, 0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.set_(torch.stack((weight, weight), dim=-1)[..., 0])
+    decoder = Decoder(model, 12)
+    assert torch.equal(steps(decoder, IDS, 0), want)
+    with pytest.raises(IndexError):
+        Decoder(model, 12).prefill(IDS + VOCAB)
+    with pytest.raises(AssertionError, match="at the left"):
+        Decoder(model, 12, torch.arange(12).expand(2, -1) < 9)
 
 
 def test_half_precision_is_that_of_a_forward(bent):
@@ -129,4 +256,4 @@ def test_a_recorded_step_is_replayed_for_every_place(bent, is_padded):
     model.records_steps = True
     found.prefill(ids[:, :4])
     torch.testing.assert_close(steps(found, ids, 4), want, atol=2e-5, rtol=1e-4)
-    assert found.recording is not None
+    assert found.steps.recording is not None

@@ -9,7 +9,7 @@ from fourstage.generate import generate
 from fourstage.model import ScalarModel, Transformer
 from fourstage.model.flops import forward_flops, head_flops
 from fourstage.model.packing import Packing
-from tests.model.configs import VOCAB, countable_attention, read_config
+from tests.model.configs import VOCAB, read_config
 
 IDS = torch.randint(0, VOCAB, (3, 11), generator=torch.Generator().manual_seed(0))
 SHAPES = {
@@ -94,8 +94,7 @@ def test_a_scalar_model_equals_torchs_counter(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_sampling_with_a_cache_equals_torchs_counter(shape, monkeypatch):
-    countable_attention(monkeypatch)
+def test_sampling_with_a_cache_equals_torchs_counter(shape):
     model = make(shape, init_std=0.2)
     prompts = [[5, 6, 7, 8], [9], [10, 11]]
 

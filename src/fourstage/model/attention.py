@@ -135,6 +135,16 @@ class Attention(nn.Module):
         q, k = rotate(qk_BTJC, rope).split((H, G), dim=2)
         return q, k, qkv_BTJC[:, :, H + G :]
 
+    def head_gains(self) -> Tensor:
+        """float [H + G, C]: what a head, normalised or not, is multiplied with; queries are divided
+        by sqrt(C) too."""
+        (H, G, _), C = self.heads, self.head_dim
+        gain_JC = torch.ones(H + G, C, device=self.qkv.weight.device)
+        if self.has_norms():
+            gain_JC[:H], gain_JC[H:] = self.q_norm.weight, self.k_norm.weight
+        gain_JC[:H] *= C**-0.5
+        return gain_JC
+
     def has_norms(self) -> bool:
         """Whether both norms can be applied as one; under ZeRO-3 their weights are elsewhere."""
         return isinstance(self.q_norm, RMSNorm) and self.q_norm.weight.numel() > 0

@@ -1,9 +1,9 @@
 """Generation's half of the network: prompts once, then one more token for each row at a time.
 
-A step of one token has little arithmetic, so its time is the number of operations. It does what
-Transformer.forward does, in fewer of them: what is equal in all steps is made once, such as
-rotations that hold the gains of the heads' norms and the 1/sqrt(C) of attention, and autocast's
-half-precision weights.
+A step of one token has little arithmetic, so its time is the number of operations. On a CPU in
+float32 the whole step is one (native/decode.cpp). Elsewhere it is what Transformer.forward does, in
+fewer of them: what is equal in all steps is made once, such as rotations that hold the gains of the
+heads' norms and the 1/sqrt(C) of attention, and autocast's half-precision weights.
 
 Shape legend: B rows, T tokens, D d_model, H query heads, G key/value heads, J = H + 2 G,
 C head_dim, S positions, V vocabulary.
@@ -22,6 +22,7 @@ from fourstage.model.attention import Attention, Rope, rope_angles
 from fourstage.model.cache import LayerCache
 from fourstage.model.flops import forward_flops, head_flops
 from fourstage.model.moe import MoE, Router
+from fourstage.model.native.decode import KernelSteps
 from fourstage.model.recording import Recording, can_record
 from fourstage.model.transformer import Transformer
 
@@ -32,18 +33,59 @@ class Decoder:
     """Continues rows of tokens, whose keys and values it holds; for a network in eval mode.
 
     capacity: tokens that a row may have in all, for which memory is taken at the first.
-    real_BS: bool [B, capacity], False where a row has padding, which is never seen.
+    real_BS: bool [B, capacity], False where a row has padding, which is at its left and never seen.
     """
 
     @torch.no_grad()
     def __init__(self, model: Transformer, capacity: int, real_BS: Tensor | None = None):
         c = model.config
         assert capacity <= c.max_seq_len, f"{capacity} tokens exceed max_seq_len"
-        self.model, self.capacity, self.length, self.real_BS = model, capacity, 0, real_BS
+        self.model, self.capacity, self.length = model, capacity, 0
+        places_1S = torch.arange(capacity, device=model.embedding.weight.device)[None]
+        rope = rope_angles(places_1S, c.head_dim, c.rope_theta)
+        make = KernelSteps if KernelSteps.fits(model) else TorchSteps
+        self.steps = make(model, capacity, rope, real_BS)
+
+    @torch.no_grad()
+    def prefill(self, ids_BT: Tensor) -> None:
+        """The first tokens of each row, int64 [B, T].
+
+        Keys and values are all that a next token needs: the last block computes nothing else.
+        """
+        model, c, (B, T) = self.model, self.model.config, ids_BT.shape
+        assert self.length == 0, "the rows have begun"
+        assert self.capacity >= T, f"the rows hold {self.capacity} tokens"
+        self.steps.prefill(ids_BT)
+        self.length = T
+        flops = head_flops(c.d_model, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, B * T)
+        if c.n_layers > 1:
+            flops += forward_flops(replace(c, n_layers=c.n_layers - 1), B * T, T)
+        model.count_flops(flops, has_backward=False)
+
+    @torch.no_grad()
+    def __call__(self, ids_B: Tensor) -> Tensor:
+        """int64 [B], a token more for each row -> logits [B, V] of the one after it."""
+        model, c, B, at = self.model, self.model.config, len(ids_B), self.length
+        assert at < self.capacity, f"the rows hold {self.capacity} tokens"
+        logits_BV = self.steps.step(ids_B, at)
+        self.length = at + 1
+        head = head_flops(c.d_model, model.vocab_size, B)
+        model.count_flops(forward_flops(c, B, at + 1) + head, has_backward=False)
+        return logits_BV
+
+    def keep(self, rows: Tensor) -> None:
+        """Row i is then what row rows[i] was, int64 [b]: some rows less, or a row several times."""
+        self.steps.keep(rows)
+
+
+class TorchSteps:
+    """What Decoder runs where the kernel does not fit: on a GPU, in half precision."""
+
+    def __init__(self, model: Transformer, capacity: int, rope: Rope, real_BS: Tensor | None):
+        self.model, self.capacity, self.rope, self.real_BS = model, capacity, rope, real_BS
         self.recording: Recording | None = None
         self.steps_alike = 0  # since the rows changed
         self.places_1S = torch.arange(capacity, device=model.embedding.weight.device)[None]
-        self.rope = rope_angles(self.places_1S, c.head_dim, c.rope_theta)
         self.caches = [LayerCache(capacity) for _ in model.blocks]
         self.dtype = dtype = _compute_dtype(model)
         # looked up once: a module's attribute costs as much as a small operation
@@ -51,7 +93,7 @@ class Decoder:
             (
                 block.attention_norm.weight,
                 block.attention.qkv.weight.to(dtype),
-                _rope_with_gains(block.attention, self.rope),
+                _rope_with_gains(block.attention, rope),
                 cache,
                 block.attention.out.weight.to(dtype),
                 block.mlp_norm.weight,
@@ -62,44 +104,27 @@ class Decoder:
         ]
         self.head_weight = (model.head or model.embedding).weight.to(dtype)
 
-    @torch.no_grad()
     def prefill(self, ids_BT: Tensor) -> None:
-        """The first tokens of each row, int64 [B, T].
-
-        Keys and values are all that a next token needs: the last block computes nothing else.
-        """
-        assert self.length == 0, "the rows have begun"
-        model, c, (B, T) = self.model, self.model.config, ids_BT.shape
+        T = ids_BT.shape[1]
         cos, sin = self.rope
         rope = cos[:, :T], sin[:, :T]
         mask = None if self.real_BS is None else _prefill_mask(self.real_BS[:, :T])
-        x_BTD = model.embedding(ids_BT)
-        *others, (last, last_cache) = zip(model.blocks, self.caches, strict=True)
+        x_BTD = self.model.embedding(ids_BT)
+        *others, (last, last_cache) = zip(self.model.blocks, self.caches, strict=True)
         for block, cache in others:
             x_BTD, _ = block(x_BTD, rope, mask=mask, cache=cache)
         last.attention.store(last.attention_norm(x_BTD), rope, last_cache)
-        self.length = T
-        below = forward_flops(replace(c, n_layers=c.n_layers - 1), B * T, T) if others else 0
-        qkv = head_flops(c.d_model, sum(last.attention.heads) * c.head_dim, B * T)
-        model.count_flops(below + qkv, has_backward=False)
 
-    @torch.no_grad()
-    def __call__(self, ids_B: Tensor) -> Tensor:
-        """int64 [B], a token more for each row -> logits [B, V] of the one after it."""
-        model, c, B, at = self.model, self.model.config, len(ids_B), self.length
-        assert at < self.capacity, f"the rows hold {self.capacity} tokens"
+    def step(self, ids_B: Tensor, at: int) -> Tensor:
+        """The tokens at place `at` -> logits [B, V]; recorded, where that can be, after some."""
         is_steady = self.steps_alike >= RECORD_AFTER
-        if self.recording is None and is_steady and can_record(model, self.dtype):
-            self.recording = Recording(self.step, ids_B, at)
-        step = self.recording or self.step
-        logits_BV = step(ids_B, at)
-        self.length, self.steps_alike = at + 1, self.steps_alike + 1
-        head = head_flops(c.d_model, model.vocab_size, B)
-        model.count_flops(forward_flops(c, B, at + 1) + head, has_backward=False)
-        return logits_BV
+        if self.recording is None and is_steady and can_record(self.model, self.dtype):
+            self.recording = Recording(self.compute, ids_B, at)
+        self.steps_alike += 1
+        return (self.recording or self.compute)(ids_B, at)
 
-    def step(self, ids_B: Tensor, at: int | Tensor) -> Tensor:
-        """The tokens at place `at` -> logits.
+    def compute(self, ids_B: Tensor, at: int | Tensor) -> Tensor:
+        """What step gives.
 
         With a place in a tensor, int64 [1], all shapes are those of the capacity and nothing is
         asked of the GPU, so that one recording serves every place.
@@ -133,7 +158,6 @@ class Decoder:
         return self.capacity, seen_BS[:, None, None]
 
     def keep(self, rows: Tensor) -> None:
-        """Row i is then what row rows[i] was, int64 [b]: some rows less, or a row several times."""
         for cache in self.caches:
             cache.keep(rows)
         self.real_BS = None if self.real_BS is None else self.real_BS[rows]
@@ -162,14 +186,9 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _rope_with_gains(attention: Attention, rope: Rope) -> Rope:
     """cos and sin [S, H + G, C]: y = x cos + (x rolled by C/2) sin is the head, normalised or not,
-    times its gain, rotated; queries are divided by sqrt(C) too."""
-    (H, G, _), C = attention.heads, attention.head_dim
-    cos_S1C, sin_S1C = rope[0][0], rope[1][0]
-    gain_JC = torch.ones(H + G, C, device=cos_S1C.device)
-    if attention.has_norms():
-        gain_JC[:H], gain_JC[H:] = attention.q_norm.weight, attention.k_norm.weight
-    gain_JC[:H] *= C**-0.5
-    return cos_S1C * gain_JC, sin_S1C * gain_JC.roll(C // 2, -1)
+    times its gain, rotated."""
+    (cos_S1C, sin_S1C), gain_JC = (x[0] for x in rope), attention.head_gains()
+    return cos_S1C * gain_JC, sin_S1C * gain_JC.roll(attention.head_dim // 2, -1)
 
 
 def _prefill_mask(real_BT: Tensor) -> Tensor:

@@ -19,9 +19,6 @@ from fourstage.model import fused, opaque
 from fourstage.model.attention import Linear
 from fourstage.model.config import ModelConfig
 
-SMALL = 2**20  # weights of all experts that a CPU reads sooner than it sorts tokens
-SOME = 64  # tokens for each expert, up to which a CPU pads their rows to one number
-
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of the halves of the last dimension (Shazeer 2020, arXiv 2002.05202)."""
@@ -183,14 +180,6 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
         if self.use_loop:
             return self.loop(x_ND, experts_NK, gates_NK)
-        N, E = len(x_ND), self.num_experts
-        is_decoding = x_ND.device.type == "cpu" and not torch.is_grad_enabled()
-        if is_decoding and N == 1:
-            return self.single(x_ND, experts_NK, gates_NK)
-        if is_decoding and N <= E and self.gate_up_EDF.numel() <= SMALL:
-            return self.every(x_ND, experts_NK, gates_NK)
-        if is_decoding and N <= SOME * E:
-            return self.padded(x_ND, experts_NK, gates_NK)
         return self.grouped(x_ND, experts_NK, gates_NK)
 
     def loop(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
@@ -201,46 +190,6 @@ class Experts(nn.Module):
             y = swiglu(x_ND[token] @ self.gate_up_EDF[e]) @ self.down_EFD[e]
             y_ND = y_ND.index_add(0, token, (gates_NK[token, k, None] * y).to(y_ND.dtype))
         return y_ND
-
-    def single(self, x_1D: Tensor, experts_1K: Tensor, gates_1K: Tensor) -> Tensor:
-        """The same for one token: reads no weights but the chosen experts'."""
-        chosen = experts_1K[0].tolist()
-        h_KF = swiglu(torch.cat([x_1D @ self.gate_up_EDF[e] for e in chosen]))
-        h_KF = h_KF * gates_1K.t().to(h_KF.dtype)
-        y_KD = [h_F @ self.down_EFD[e] for h_F, e in zip(h_KF.split(1), chosen, strict=True)]
-        return torch.stack(y_KD).sum(0).to(x_1D.dtype)
-
-    def every(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
-        """The same with every expert on every token, gates of 0 where it was not chosen.
-
-        Two batched products and no sorting: a CPU's fastest way for a few tokens.
-        """
-        gates_NE = gates_NK.new_zeros(len(x_ND), self.num_experts)
-        gates_EN = gates_NE.scatter_(1, experts_NK, gates_NK).t()
-        h_ENF = swiglu(x_ND.expand(self.num_experts, -1, -1) @ self.gate_up_EDF)
-        y_END = (h_ENF * gates_EN.unsqueeze(-1).to(h_ENF.dtype)) @ self.down_EFD
-        return y_END.sum(0).to(x_ND.dtype)
-
-    def padded(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
-        """The same with as many rows for each expert as the busiest needs: two batched products.
-
-        A CPU's fastest way for some hundred tokens, with at most three of seven rows padding.
-        (A GPU would have to wait for the number of rows.)
-        """
-        (N, K), E = experts_NK.shape, self.num_experts
-        chosen_NE = experts_NK.new_zeros(N, E).scatter_(1, experts_NK, 1)
-        place_NE = chosen_NE.cumsum(0)  # counted from 1 in each expert
-        rows = int(place_NE[-1].max())
-        if rows * E > 1.75 * N * K:
-            return self.grouped(x_ND, experts_NK, gates_NK)
-        place_NK = place_NE.gather(1, experts_NK).sub_(1).add_(experts_NK, alpha=rows)
-        x_MD = x_ND.new_zeros(E * rows, x_ND.shape[1])
-        for place_N in place_NK.unbind(1):
-            x_MD.index_copy_(0, place_N, x_ND)
-        y_ERD = swiglu(x_MD.view(E, rows, -1) @ self.gate_up_EDF) @ self.down_EFD
-        y_MD, gates_NK = y_ERD.flatten(0, 1), gates_NK.to(y_ERD.dtype)
-        y_ND = F.embedding_bag(place_NK, y_MD, mode="sum", per_sample_weights=gates_NK)
-        return y_ND.to(x_ND.dtype)
 
     def grouped(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
         """The same with the tokens' copies sorted by expert and one grouped product a weight."""
