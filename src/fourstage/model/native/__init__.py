@@ -103,14 +103,16 @@ def _folders() -> list[Path]:
     return [Path(cache) / "fourstage", SOURCES / "__pycache__"]
 
 
-def call(name: str, *arguments: Tensor | int | float) -> None:
+def call(name: str, *arguments: Tensor | ctypes.Structure | int | float | None) -> None:
     """Runs a kernel on the threads that PyTorch would use; floats are float32 there."""
     kernel = getattr(library(), name)
-    kernel(torch.get_num_threads(), *[_in_c(argument) for argument in arguments])
+    kernel(torch.get_num_threads(), *map(_in_c, arguments))
 
 
-def _in_c(argument: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_float | int:
+def _in_c(argument: Tensor | ctypes.Structure | int | float | None) -> object:
     if isinstance(argument, Tensor):
         assert argument.is_contiguous() and argument.device.type == "cpu"
         return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, ctypes.Structure):
+        return ctypes.byref(argument)
     return ctypes.c_float(argument) if isinstance(argument, float) else argument

@@ -250,8 +250,8 @@ void run(const Model& m, float* x, int B, int T, int at, const int32_t* first, f
 
 // x [n, T, D]: the embedded tokens, which are overwritten. k [layers, n, G, C, S] and
 // v [layers, n, G, S, C] hold `at` places already. first [n], or null: where a row's padding ends.
-extern "C" void decode(const Model* m, float* x, int n, int T, int at, const int32_t* first,
-                       float* k, float* v, int threads, float* logits) {
+extern "C" void decode(int threads, const Model* m, float* x, int n, int T, int at,
+                       const int32_t* first, float* k, float* v, float* logits) {
   const int most = std::max(1, CHUNK / T);  // rows of a chunk
   const int rounds = (n + threads * most - 1) / (threads * most);
   const int rows = (n + threads * rounds - 1) / (threads * rounds);

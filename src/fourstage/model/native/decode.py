@@ -6,7 +6,6 @@ row, E experts, F d_expert, V vocabulary; *_16 rounded up to a multiple of 16.
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
 
 import torch
@@ -56,10 +55,8 @@ class KernelSteps:
 
     def __init__(self, model: Transformer, capacity: int, rope: Rope, real_BS: Tensor | None):
         """real_BS: bool [B, capacity], padding at the left."""
-        c, library = model.config, native.library()
-        assert library is not None
-        self.run = library.decode
-        self.config, self.vocab_size = c, model.vocab_size
+        c = self.config = model.config
+        self.vocab_size = model.vocab_size
         self.embedding = model.embedding.weight.detach()
         self.first_B = None if real_BS is None else _ends_of_padding(real_BS)
         self.capacity = _up(capacity)
@@ -143,18 +140,8 @@ class KernelSteps:
             self.v_LBGSC = torch.empty(c.n_layers, B, c.n_kv_heads, S, c.head_dim)
         assert self.k_LBGCS.shape[1] == B and at + T <= S
         x_BTD = F.embedding(ids_BT, self.embedding)  # refuses tokens that are not in the table
-        self.run(
-            ctypes.byref(self.model),
-            native.pointer(x_BTD),
-            B,
-            T,
-            at,
-            None if self.first_B is None else native.pointer(self.first_B),
-            native.pointer(self.k_LBGCS),
-            native.pointer(self.v_LBGSC),
-            torch.get_num_threads(),
-            None if logits_BV is None else native.pointer(logits_BV),
-        )
+        caches = self.k_LBGCS, self.v_LBGSC
+        native.call("decode", self.model, x_BTD, B, T, at, self.first_B, *caches, logits_BV)
 
     def keep(self, rows: Tensor) -> None:
         """Row i is then what row rows[i] was, int64 [b]: some rows less, or a row several times."""
