@@ -15,6 +15,7 @@ namespace {
 
 constexpr int CHUNK = 256;  // tokens: few enough for the cache, enough to read weights seldom
 constexpr int PANEL = 32;  // columns of a weight
+constexpr long LARGE = 1 << 17;  // numbers of a weight, above which it leaves a core's cache
 
 struct Layer {  // the same as in decode.py, as is Model
   const float* attention_gain;  // [D]
@@ -58,16 +59,17 @@ struct Scratch {
         copies(N) {}
 };
 
-// y [n, N] = x [n, K] w [K, N], or y += for ADD. For many rows the part of w that is read again and
-// again is first brought together: lines at equal distances crowd each other out of the cache.
+// y [n, N] = x [n, K] w [K, N], or y += for ADD. For many rows the part of a large w that is read
+// again and again is first brought together: lines far apart crowd each other out of the cache.
 template <bool ADD = false>
 void multiply(const float* x, int n, int K, const float* w, long w_row, int N, float* y, long y_row,
               Scratch& s) {
-  if (n <= ROWS) return product<ADD>(x, K, n, K, w, w_row, N, y, y_row);
+  if (n <= ROWS || K * w_row <= LARGE) return product<ADD>(x, K, n, K, w, w_row, N, y, y_row);
   for (int j = 0; j < N; j += PANEL) {
     const int width = std::min(PANEL, N - j);
     float* panel = s.panel.get();
-    for (int k = 0; k < K; k++) std::copy_n(w + k * w_row + j, width, panel + k * width);
+    for (int k = 0; k < K; k++)
+      for (int i = 0; i < width; i += W) store(panel + k * width + i, load(w + k * w_row + j + i));
     product<ADD>(x, K, n, K, panel, width, width, y + j, y_row);
   }
 }
