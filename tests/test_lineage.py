@@ -144,6 +144,7 @@ def test_a_whole_ladder(base, tmp_path) -> None:
     assert grpo["data"]["source"] == "reasoning" and grpo["data"]["digest"]
     assert list(grpo["config"]["stages"]) == ["grpo"] and grpo["config"]["stage"] == "grpo"
     assert {"fourstage", "python", "torch"} <= set(grpo["versions"])
+    assert grpo["device"].startswith("cpu (") and "kernels)" in grpo["device"]
     assert {record["group"] for record in records.values()} == {of["pretrain"]}
     for stage, folder in folders.items():
         files = {"run.json", "model.safetensors"}

@@ -222,8 +222,10 @@ def device(accelerator: str) -> str:
 
     import torch
 
+    from fourstage.model import native
+
     if accelerator == "gpu":
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
     cpu = f"{platform.processor() or platform.machine()}, {threads} thread{'s' * (threads > 1)}"
-    return f"{accelerator} ({cpu})"
+    return f"{accelerator} ({cpu}, {native.kind()})"

@@ -94,6 +94,15 @@ def test_linear(plain, threads, shape, widths):
     assert_equal(gradients(fast, inputs), gradients(slow, inputs))
 
 
+def test_a_large_weight_is_left_to_pytorch(monkeypatch):
+    x = torch.randn(5, 16, requires_grad=True)
+    linear = Linear(16, 48, std=0.3)
+    monkeypatch.setattr(fused, "LARGEST", 16 * 48)
+    assert was_fused(linear(x), "LinearBackward")
+    monkeypatch.setattr(fused, "LARGEST", 16 * 48 - 1)
+    assert not was_fused(linear(x), "LinearBackward")
+
+
 @pytest.mark.parametrize("rows", [1, 5, 200, 1500])
 @pytest.mark.parametrize("experts", [(4, 2), (4, 1), (3, 3), (16, 4)])
 def test_experts(nano, plain, threads, rows, experts):

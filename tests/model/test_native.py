@@ -101,6 +101,7 @@ def test_with_nowhere_to_keep_them_there_are_none(fresh, caplog):
 def test_they_can_be_turned_off(fresh, monkeypatch, caplog):
     monkeypatch.setenv("FOURSTAGE_KERNELS", "0")
     assert native.library() is None and not caplog.records
+    assert native.kind() == "no kernels"
     decoder = Decoder(Transformer(read_config("moe_nano"), 50), 12)
     assert isinstance(decoder.steps, TorchSteps)
 

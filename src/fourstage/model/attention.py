@@ -31,7 +31,8 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=self.std)
 
     def forward(self, x: Tensor) -> Tensor:
-        if fused.applies(x, self.in_features, self.out_features):
+        d_in, d_out = self.in_features, self.out_features
+        if d_in * d_out <= fused.LARGEST and fused.applies(x, d_in, d_out):
             return fused.Linear.apply(x, self.weight)
         return super().forward(x)
 

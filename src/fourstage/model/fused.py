@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from fourstage.model import native
 from fourstage.model.packing import Packing
 
+LARGEST = 2**20  # numbers of a Linear's weight; PyTorch's product is as good for a larger one
+
 
 def applies(x: Tensor, *widths: int) -> bool:
     """Whether there are kernels for x: on a CPU, in float32, and for these widths."""

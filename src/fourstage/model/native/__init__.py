@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def is_available() -> bool:
     return library() is not None
 
 
+def kind() -> str:
+    """For records: with others the last digits of sums differ."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{capability} kernels" if is_available() else "no kernels"
+
+
 def fits(*widths: int) -> bool:
     """Whether there are kernels, and for these widths."""
     return not any(width % WIDTH for width in widths) and is_available()
@@ -50,8 +57,8 @@ def library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_compiled()))
     except OSError as error:
         log.warning(
-            "fourstage's kernels for a CPU are not used: %s. Everything works without them, "
-            "training 1.5 and sampling 2 to 10 times as long (FOURSTAGE_KERNELS=0 hides this line)",
+            "fourstage's kernels for a CPU are not used: %s. Everything works without them, but "
+            "training takes 1.5, sampling 2 to 10 times as long (FOURSTAGE_KERNELS=0 for silence)",
             error,
         )
         return None
@@ -87,13 +94,14 @@ def _compiled() -> Path:
 def _keep(made: Path, name: str) -> Path:
     """In the first folder that takes it, whole or not at all: other processes may do the same."""
     for folder in _folders():
+        partial = folder / f"{name}.{os.getpid()}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / f"{name}.{os.getpid()}"
             shutil.copyfile(made, partial)
             return partial.replace(folder / name)
         except OSError:
-            continue
+            with suppress(OSError):
+                partial.unlink()
     raise OSError("there is no folder to keep them in: set XDG_CACHE_HOME")
 
 
