@@ -88,6 +88,27 @@ def test_padding_at_the_left_is_not_seen(bent, way):
     torch.testing.assert_close(found, want[:, 5:], atol=2e-5, rtol=1e-4)
 
 
+@pytest.fixture
+def poison():
+    """Memory that nobody has written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_padding_of_any_length_and_what_lies_there(bent, way, poison):
+    """No padding, some, and more than a piece of a long prompt (the kernel takes 256 tokens)."""
+    model, pads = bent(), [0, 5, 270, 299]
+    ids = torch.randint(0, VOCAB, (4, 310), generator=torch.Generator().manual_seed(1))
+    real = torch.arange(310) >= torch.tensor(pads)[:, None]
+    decoder = Decoder(model, 310, real)
+    decoder.prefill(ids[:, :300])
+    found = steps(decoder, ids, 300)
+    for row, pad in enumerate(pads):
+        want = model.logits(model(ids[row : row + 1, pad:]).hidden_BTD).detach()[0, -10:]
+        torch.testing.assert_close(found[row], want, atol=5e-5, rtol=1e-4)
+
+
 def test_rows_leave_and_come_twice(bent, way):
     model, rows = bent(), torch.tensor([4, 1, 4])
     want = model.logits(model(IDS[rows]).hidden_BTD).detach()

@@ -42,9 +42,9 @@ struct Model {
 struct Scratch {
   using Floats = decltype(floats(0));
   Floats h, qkv, y, weights, scores, gates, x, gate_up, act, panel;
-  std::vector<int> chosen, copies;
+  std::vector<int> chosen, copies, rows;
 
-  Scratch(const Model& m, long N)
+  Scratch(const Model& m, int B, long N)
       : h(floats(N * m.D)),
         qkv(floats(N * (m.H + 2 * m.G) * m.C)),
         y(floats(N * std::max(m.H * m.C, m.D))),
@@ -56,7 +56,8 @@ struct Scratch {
         act(floats(N * std::max(m.F, m.d_shared))),
         panel(floats(PANEL * (long)std::max({m.D, m.H * m.C, m.F, m.d_shared}))),
         chosen(N * m.K),
-        copies(N) {}
+        copies(N),
+        rows(B + 1) {}
 };
 
 // y [n, N] = x [n, K] w [K, N], or y += for ADD. For many rows the part of a large w that is read
@@ -212,11 +213,26 @@ void experts(const Model& m, const Layer& l, int N, Scratch& s, float* x) {
 
 // ---- the network
 
+// Leaves the padding out of x [B, T, D] from place `at` on: row b's tokens are then rows[b] to
+// rows[b + 1] - 1 of x, up to place at + T - 1.
+void leave_padding(float* x, int D, int B, int T, int at, const int32_t* first, int* rows) {
+  rows[0] = 0;
+  for (int b = 0; b < B; b++) {
+    const int padding = first ? std::clamp(first[b] - at, 0, T) : 0;
+    rows[b + 1] = rows[b] + T - padding;
+    const float* from = x + ((long)b * T + padding) * D;
+    std::copy(from, from + (long)(T - padding) * D, x + (long)rows[b] * D);
+  }
+}
+
 // x [B, T, D] from place `at` on; k and v of the chunk's first row, which `layer` floats part from
-// those of the next layer. Without logits [N, V_16] the last layer only makes keys and values.
+// those of the next layer. Without logits [B T, V_16] the last layer only makes keys and values, and
+// padding is left out.
 void run(const Model& m, float* x, int B, int T, int at, const int32_t* first, float* k, float* v,
          long layer, Scratch& s, float* logits) {
-  const int D = m.D, H = m.H, G = m.G, C = m.C, J = H + 2 * G, N = B * T;
+  const int D = m.D, H = m.H, G = m.G, C = m.C, J = H + 2 * G;
+  leave_padding(x, D, B, T, at, logits ? nullptr : first, s.rows.data());
+  const int N = s.rows[B];
   const long row = (long)G * C * m.S;
   float *h = s.h.get(), *qkv = s.qkv.get();
   for (int i = 0; i < m.n_layers; i++, k += layer, v += layer) {
@@ -225,17 +241,18 @@ void run(const Model& m, float* x, int B, int T, int at, const int32_t* first, f
     const int skip = is_end ? H : 0;  // heads that nobody needs
     rms_norm(x, N, D, l.attention_gain, m.eps, h);
     multiply(h, N, D, l.qkv + skip * C, J * C, (J - skip) * C, qkv + skip * C, J * C, s);
-    for (int j = 0; j < N; j++) {
-      const long angles = (long)(at + j % T) * (C / 2);
-      turn(qkv + (long)(j * J + skip) * C, H + G - skip, C, l.head_gain + skip * C, m.cos + angles,
-           m.sin + angles, m.has_norm, m.eps);
-    }
     for (int b = 0; b < B; b++) {
-      const float* new_b = qkv + (long)b * T * J * C;
-      store_values(m, new_b, T, at, k + b * row, v + b * row);
+      const int begin = s.rows[b], n = s.rows[b + 1] - begin, place = at + T - n;
+      float *new_b = qkv + (long)begin * J * C, *k_b = k + b * row, *v_b = v + b * row;
+      for (int t = 0; t < n; t++) {
+        const long angles = (long)(place + t) * (C / 2);
+        turn(new_b + (long)(t * J + skip) * C, H + G - skip, C, l.head_gain + skip * C,
+             m.cos + angles, m.sin + angles, m.has_norm, m.eps);
+      }
+      store_values(m, new_b, n, place, k_b, v_b);
       if (!is_end)
-        attend_all(m, new_b, T, at, first ? first[b] : 0, k + b * row, v + b * row,
-                   s.weights.get(), &s.y[(long)b * T * H * C]);
+        attend_all(m, new_b, n, place, first ? first[b] : 0, k_b, v_b, s.weights.get(),
+                   &s.y[(long)begin * H * C]);
     }
     if (is_end) return;
     multiply<true>(s.y.get(), N, H * C, l.out, D, D, x, D, s);
@@ -262,7 +279,7 @@ extern "C" void decode(int threads, const Model* m, float* x, int n, int T, int 
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && n > rows)
   for (int b = 0; b < n; b += rows) {
     const int B = std::min(rows, n - b);
-    Scratch scratch(*m, (long)B * tokens);
+    Scratch scratch(*m, B, (long)B * tokens);
     for (int t = 0; t < T; t += tokens) {
       const long token = (long)b * T + t;
       run(*m, x + token * m->D, B, std::min(tokens, T - t), at + t, first ? first + b : nullptr,
