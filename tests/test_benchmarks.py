@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, generate, grpo, peers, profile, scaling, time_to_loss, train
+from benchmarks import common, generate, grpo, kernels, peers, profile, scaling, time_to_loss, train
 from benchmarks.common import Seconds, Shape, dense_twin, shipped_model
 from fourstage.errors import UserError
-from fourstage.model import Transformer
+from fourstage.model import Transformer, native
 from fourstage.model.flops import forward_flops
 
 
@@ -373,6 +373,17 @@ def test_profile(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = last_line(capsys.readouterr().out, "profile")
     shares = [value for name, value in line["figures"].items() if name.startswith("share_")]
     assert len(shares) == len(profile.KINDS) and sum(shares) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.skipif(not native.is_available(), reason="needs a C++ compiler")
+def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    kernels.main(["model=moe_nano", "rows=2", "tokens=16", "repeats=1"])
+    ratios = last_line(capsys.readouterr().out, "kernels")["ratios"]
+    assert {"experts_with_their_router", "a_step_of_64_rows", "product"} <= set(ratios)
+    assert all(ratio > 0 for ratio in ratios.values())
+    assert native.fits(16)  # what it turned off is on again
+    with pytest.raises(UserError, match="has no experts"):
+        kernels.main(["model=dense_tiny"])
 
 
 def test_balanced_routers() -> None:
