@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -81,14 +82,25 @@ def _compiled() -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if not compiler:
         raise OSError("there is no C++ compiler (g++)")
-    with tempfile.TemporaryDirectory() as scratch:
+    command = [*compiler.split(), *flags, "-fPIC"]
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
+        jobs = [
+            [*command, "-c", source, "-o", made]
+            for source, made in zip(sources, objects, strict=True)
+        ]
+        list(pool.map(_run, jobs))
         made = Path(scratch) / "kernels.so"
-        command = [*compiler.split(), *flags, "-shared", "-fPIC", *map(str, sources), "-o"]
-        result = subprocess.run([*command, str(made)], capture_output=True, text=True)
-        if result.returncode:
-            reason = (result.stderr.strip() or "no reason given").splitlines()[0]
-            raise OSError(f"{compiler} failed ({reason})")
+        _run([*command, "-shared", *objects, "-o", made])
         return _keep(made, f"kernels-{key}.so")
+
+
+def _run(command: list[str | Path]) -> None:
+    """Raises OSError with the first line of what the compiler said."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        reason = (result.stderr.strip() or "no reason given").splitlines()[0]
+        raise OSError(f"{command[0]} failed ({reason})")
 
 
 def _keep(made: Path, name: str) -> Path:
