@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -185,7 +186,12 @@ struct Free {
 };
 
 inline std::unique_ptr<float[], Free> floats(long n) {
-  return std::unique_ptr<float[], Free>((float*)std::aligned_alloc(64, (n * 4 + 63) / 64 * 64));
+  void* memory = std::aligned_alloc(64, (n * 4 + 63) / 64 * 64);
+  if (!memory && n) {
+    std::fprintf(stderr, "error: a kernel found no %ld MiB of memory\n", n >> 18);
+    std::abort();
+  }
+  return std::unique_ptr<float[], Free>((float*)memory);
 }
 
 // ---- threads
