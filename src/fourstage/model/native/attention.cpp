@@ -44,7 +44,7 @@ void attention_forward(int threads, int B, int T, int H, int G, int C, const flo
         const int n = std::min(CHUNK, T - t), end = padded(t + n);
         product(row + t * token + h * C, token, n, C, k_turned, S, end, p, S);
         for (int m = 0; m < n; m++)
-          log_sums[((long)b * H + h) * T + t + m] = softmax(p + (long)m * S, 0, t + m + 1, end);
+          log_sums[((long)b * H + h) * T + t + m] = softmax(p + (long)m * S, t + m + 1, end);
         product(p, S, n, end, v, C, C, y + (b * T + t) * y_token + h * C, y_token);
       }
   });

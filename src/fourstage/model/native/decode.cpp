@@ -92,6 +92,25 @@ void turn(float* x, int J, int C, const float* gain, const float* cos, const flo
   }
 }
 
+// Softmax over p[from, to), 0 elsewhere in p[0, n); n is a multiple of W.
+void softmax(float* p, int n, int from, int to) {
+  std::fill(p, p + from, -INFINITY);
+  std::fill(p + to, p + n, -INFINITY);
+  vec most = load(p), total{};
+  for (int i = W; i < n; i += W) most = load(p + i) > most ? load(p + i) : most;
+  float top = most[0];
+  for (int i = 1; i < W; i++) top = std::max(top, most[i]);
+  for (int i = 0; i < n; i += W) {
+    vec e = exp(load(p + i) - top);
+    total += e;
+    store(p + i, e);
+  }
+  const float scale = 1.0f / sum(total);
+  for (int i = 0; i < n; i += W) store(p + i, load(p + i) * scale);
+  std::fill(p, p + from, 0.0f);
+  std::fill(p + to, p + n, 0.0f);
+}
+
 // What n queries of one head see, the i-th at place + i * step: k [C, S], v [S, C], p [n, S] free.
 // Places before `first` are padding, which only padding sees: itself.
 void attend(const float* q, long q_row, int n, int place, int step, int first, const float* k,
@@ -101,7 +120,7 @@ void attend(const float* q, long q_row, int n, int place, int step, int first, c
   product(q, q_row, n, C, k + begin, S, end - begin, p, S);
   for (int i = 0; i < n; i++) {
     const int at = place + i * step;
-    softmax(p + i * S, std::min(first, at) - begin, at + 1 - begin, end - begin);
+    softmax(p + i * S, end - begin, std::min(first, at) - begin, at + 1 - begin);
   }
   product(p + from - begin, S, n, last + 1 - from, v + (long)from * C, C, C, y, y_row);
 }

@@ -150,24 +150,24 @@ inline void swiglu_backward(const float* gate_up, const float* grad, float facto
   }
 }
 
-// In place: softmax of x[from, to), 0 elsewhere in x[0, end). Returns log(sum(exp(scores))).
-inline float softmax(float* x, int from, int to, int end) {
-  const int first = from / W * W, past = (to + W - 1) / W * W;
-  std::fill(x + first, x + from, -INFINITY);
-  std::fill(x + to, x + past, -INFINITY);
-  vec most = load(x + first), total{};
-  for (int i = first + W; i < past; i += W) most = load(x + i) > most ? load(x + i) : most;
+// In place: softmax of the first `seen` scores, 0 in the others. Returns log(sum(exp(scores))).
+inline float softmax(float* x, int seen, int end) {
+  const int past = (seen + W - 1) / W * W;
+  std::fill(x + seen, x + past, -INFINITY);
+  vec most = load(x), total{};
+  for (int i = W; i < past; i += W) most = load(x + i) > most ? load(x + i) : most;
   float top = most[0];
   for (int i = 1; i < W; i++) top = std::max(top, most[i]);
-  for (int i = first; i < past; i += W) {
+  for (int i = 0; i < past; i += W) {
     vec e = exp(load(x + i) - top);
+    if (i + W > seen)
+      for (int j = seen - i; j < W; j++) e[j] = 0;
     total += e;
     store(x + i, e);
   }
   const float whole = sum(total), share = 1.0f / whole;
-  for (int i = first; i < past; i += W) store(x + i, load(x + i) * share);
-  std::fill(x, x + from, 0.0f);
-  std::fill(x + to, x + end, 0.0f);
+  for (int i = 0; i < past; i += W) store(x + i, load(x + i) * share);
+  std::fill(x + past, x + end, 0.0f);
   return top + std::log(whole);
 }
 
