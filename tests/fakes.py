@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,11 @@ def own_files(folder: Path) -> list[str]:
     (folder / "corpus.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 40)
     paths = [f"data.{name}.path={folder}/{name}.jsonl" for name in rows]
     return ["data=files", f"data.corpus.path={folder}/corpus.txt", *paths]
+
+
+def one_by_one(reward: Callable[..., Any]) -> Callable[..., list[Any]]:
+    """A judge of many answers from a judge of one."""
+    return lambda *columns: [reward(*row) for row in zip(*columns, strict=True)]
 
 
 class FakeTrain:

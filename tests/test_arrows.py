@@ -55,6 +55,7 @@ SHARED = {
     "settings",
     "job",
     "verify",
+    "sandbox",
 }  # everything may import them
 # they import nothing else of ours
 ALONE = {"report", "suite"}

@@ -31,6 +31,7 @@ from fourstage.stages import (
     StageModule,
 )
 from fourstage.stages import grpo as grpo_stage
+from tests.fakes import one_by_one
 from tests.stages.test_grpo import SMALL as GRPO
 from tests.stages.test_ppo import SMALL as PPO
 from tests.stages.test_reward import pairs
@@ -78,7 +79,7 @@ def judged(monkeypatch):
     def reward(problem, text: str, stopped: bool) -> ReasoningReward:
         return ReasoningReward((sum(map(ord, text)) % 3) / 2, float(stopped))
 
-    monkeypatch.setattr(grpo_stage, "reasoning_reward", reward)
+    monkeypatch.setattr(grpo_stage, "reasoning_rewards", one_by_one(reward))
 
 
 # --- FLOPs and tokens

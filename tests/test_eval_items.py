@@ -176,7 +176,7 @@ def test_chat_items_are_what_was_said_and_how_it_is_judged(chats):
         assert stopped == (item["ids"][-1] == TOKENIZER.eot_id)
         assert stopped or len(item["ids"]) == 12
         assert item["preference_score"] == pytest.approx(true_score(text, stopped), abs=1e-6)
-        assert item["well_formed"] == well_formed(text, stopped, is_problem=False)
+        assert item["well_formed"] == well_formed(text, stopped)
         assert item["distinct_1"] == distinct(text, 1)
 
 
@@ -280,7 +280,7 @@ def test_a_problem_is_right_when_it_stopped_and_the_verifier_accepts(monkeypatch
 
 def test_part_of_a_score_is_not_right(monkeypatch):
     monkeypatch.setattr(module, "generate", answers_of("#### 1", "#### 2"))
-    monkeypatch.setattr(module, "verify", lambda p, text: 0.99 if p.question == "a" else 1.0)
+    monkeypatch.setattr(module, "verify_all", lambda problems, texts: [0.99, 1.0])
     problems = [problem("a", "1"), problem("b", "2")]
     items = problem_items(make_policy(), TOKENIZER, problems, CONFIG)
     assert [item["correct"] for item in items] == [False, True]

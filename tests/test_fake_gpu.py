@@ -16,7 +16,7 @@ from fourstage.stages import SETTINGS, grpo
 from fourstage.stages.reward import sample_pairs
 from fourstage.stages.supervised import next_token_nll
 from tests.fake_gpu import DEVICE, fake_gpu, trainer_options
-from tests.fakes import config
+from tests.fakes import config, one_by_one
 from tests.model.configs import read_config
 from tests.stages import test_grpo, tiny
 from tests.stages.matrix import MUON, STAGES, Keep, make
@@ -32,7 +32,7 @@ def losses(stage: str, path, **options) -> list[float]:
 
 @pytest.mark.parametrize("stage", [*STAGES, *MUON, "sampled"])
 def test_stages_train_as_on_a_cpu(stage, tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo, "reasoning_reward", test_grpo.reward_by_text)
+    monkeypatch.setattr(grpo, "reasoning_rewards", one_by_one(test_grpo.reward_by_text))
     want = losses(stage, tmp_path)
     with fake_gpu():
         found = losses(stage, tmp_path, **trainer_options())

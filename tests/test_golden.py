@@ -16,6 +16,7 @@ from fourstage.batch import IGNORE, TokenBatch
 from fourstage.model import Transformer
 from fourstage.rl.rewards import ReasoningReward
 from fourstage.stages import GRPOModule, PPOModule, PretrainModule, SFTModule, grpo
+from tests.fakes import one_by_one
 from tests.model.configs import read_config
 from tests.stages import tiny
 
@@ -84,7 +85,7 @@ def test_grpo_gradients(monkeypatch):
     def reward(problem, text: str, stopped: bool) -> ReasoningReward:
         return ReasoningReward(correct=float(len(text) % 3 == 0), form=float(stopped))
 
-    monkeypatch.setattr(grpo, "reasoning_reward", reward)
+    monkeypatch.setattr(grpo, "reasoning_rewards", one_by_one(reward))
     settings = tiny.steady("grpo", **ON_POLICY, group_size=4, minibatch_size=8, kl_coef=0.1)
     module = GRPOModule(tiny.make_policy(), tiny.make_policy(7), tiny.TOKENIZER, settings, 0)
     logged = Logged("train/grad_norm")

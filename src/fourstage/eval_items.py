@@ -33,7 +33,7 @@ from fourstage.rl.rewards import true_score, well_formed
 from fourstage.rl.rollout import fitted_prompt
 from fourstage.suite import Item, difficulties
 from fourstage.tokenizer import Tokenizer
-from fourstage.verify import verify
+from fourstage.verify import verify_all
 
 BLOCK = 256  # tokens of text that are read at once
 TOKENS_AT_ONCE = 32_768  # prompts, answers and padding of a batch: what its KV cache holds
@@ -278,7 +278,7 @@ def chat_items(
                 "prompt": record.prompt_messages[-1]["content"],
                 "answer": text,
                 "stopped": stopped,
-                "well_formed": well_formed(text, stopped, is_problem=False),
+                "well_formed": well_formed(text, stopped),
                 "distinct_1": distinct(text, 1),
                 "distinct_2": distinct(text, 2),
                 "preference_score": score,
@@ -354,12 +354,14 @@ def problem_items(
 ) -> list[Item]:
     """Greedy answers to the problems."""
     some = asked(problems, config.max_problems)
-    said = answers(policy, tokenizer, [problem for problem, _ in some], config)
+    problems = [problem for problem, _ in some]
+    said = answers(policy, tokenizer, problems, config)
+    texts = [tokenizer.decode(ids) for ids in said.answer_ids]
+    right = are_correct(problems, texts, said.stopped)
     items = []
-    for (problem, difficulty), ids, stopped in zip(
-        some, said.answer_ids, said.stopped, strict=True
+    for (problem, difficulty), text, stopped, correct in zip(
+        some, texts, said.stopped, right, strict=True
     ):
-        text = tokenizer.decode(ids)
         items.append(
             {
                 "set": "reasoning",
@@ -369,8 +371,8 @@ def problem_items(
                 "prompt": problem.question,
                 "answer": text,
                 "stopped": stopped,
-                "well_formed": well_formed(text, stopped, is_problem=True),
-                "correct": is_correct(problem, text, stopped),
+                "well_formed": well_formed(text, stopped, problem),
+                "correct": correct,
             }
         )
     return items
@@ -389,7 +391,7 @@ def sampled_problem_items(
     ]
     said = answers(policy, tokenizer, rows, config, seeds)
     texts = [tokenizer.decode(ids) for ids in said.answer_ids]
-    right = list(map(is_correct, rows, texts, said.stopped))
+    right = are_correct(rows, texts, said.stopped)
     return [
         {
             "set": "reasoning_sampled",
@@ -403,6 +405,9 @@ def sampled_problem_items(
     ]
 
 
-def is_correct(problem: Any, text: str, stopped: bool) -> bool:
-    """The verifier accepts it in full; an answer that was cut off is wrong."""
-    return stopped and verify(problem, text) == 1.0
+def are_correct(
+    problems: Sequence[Any], texts: Sequence[str], stopped: Sequence[bool]
+) -> list[bool]:
+    """Whether the verifier accepts each answer in full; one that was cut off is wrong."""
+    scores = verify_all(problems, texts)
+    return [ended and score == 1.0 for score, ended in zip(scores, stopped, strict=True)]

@@ -70,7 +70,7 @@ def test_worked_solutions_are_right_and_have_the_form(embedded):
     problems = data.load_reasoning(embedded)
     for problem in (*problems.train, *problems.heldout):
         assert verify(problem, problem.worked) == 1.0, problem
-        assert has_form(problem.worked), problem
+        assert has_form(problem.worked, problem), problem
 
 
 def test_sizes_and_weights(embedded):
@@ -160,8 +160,11 @@ def test_sample_prompts(embedded, files):
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
-        ({"chain_sums": {}}, "data.reasoning.tasks.chain_sums: .*not registered"),
-        ({"chain_sum": {"min_term": 2}}, "data.reasoning.tasks.chain_sum: .*min_term"),
+        ({"chain_sums": {}}, "data.reasoning.tasks.chain_sums: .*did you mean chain_sum"),
+        (
+            {"chain_sum": {"min_term": 2}},
+            "chain_sum.min_term: no such argument: it has min_terms, ",
+        ),
         ({"chain_sum": {"min_terms": 9}}, "data.reasoning.tasks.chain_sum: .*min_terms"),
         ({"chain_sum": None}, "data.reasoning.tasks.chain_sum: expected the task's arguments"),
         ({"chain_sum": {"weight": 0}}, "weight: expected a number above 0, got 0"),

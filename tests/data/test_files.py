@@ -139,7 +139,7 @@ def test_gsm8k_schema():
         record(question="How many?", answer="48/2 = <<48/2=24>>24 clips.\n#### 1,024")
     )
     assert problem.worked == "48/2 = 24 clips.\n#### 1,024" and problem.answer == "1,024"
-    assert has_form(problem.worked) and verify(problem, problem.worked) == 1.0
+    assert has_form(problem.worked, problem) and verify(problem, problem.worked) == 1.0
     assert verify(problem, "#### 1024") == 1.0 and verify(problem, "#### 24") == 0.0
     bare = problem_from(record(question="q", answer="7"))
     tight = problem_from(record(question="q", answer="so\n####7"))

@@ -10,7 +10,7 @@ from fourstage.rl.rewards import (
     KIND_WORDS,
     MOST_KIND_WORDS,
     ReasoningReward,
-    reasoning_reward,
+    reasoning_rewards,
     rule_parts,
     true_score,
     well_formed,
@@ -120,14 +120,14 @@ PROBLEM = SimpleNamespace(task=FROM_FILE, entry={"answer": "12"})
     ],
 )
 def test_reasoning_reward(text, stopped, correct, form):
-    assert reasoning_reward(PROBLEM, text, stopped) == (correct, form)
+    assert reasoning_rewards([PROBLEM], [text], [stopped]) == [(correct, form)]
 
 
 def test_a_part_of_a_verifiers_score_is_not_right(monkeypatch):
     """Some verifiers give 0.01 for trying."""
     for score, correct in ((0.99, 0.0), (1.0, 1.0)):
-        monkeypatch.setattr(rewards, "verify", lambda problem, text, score=score: score)
-        assert reasoning_reward(PROBLEM, "#### 12", True) == (correct, 1.0)
+        monkeypatch.setattr(rewards, "verify_all", lambda *_, score=score: [score])
+        assert reasoning_rewards([PROBLEM], ["#### 12"], [True]) == [(correct, 1.0)]
 
 
 def test_the_form_weighs_what_the_settings_say():
@@ -157,13 +157,13 @@ def test_the_form_weighs_what_the_settings_say():
     ],
 )
 def test_a_well_formed_chat_answer_is_mostly_plain_words(text, well):
-    assert well_formed(text, True, is_problem=False) is well
-    assert well_formed(text, False, is_problem=False) is False
+    assert well_formed(text, True) is well
+    assert well_formed(text, False) is False
 
 
 @pytest.mark.parametrize(
     ("text", "well"), [("steps\n#### 3", True), ("#### 3\nso", False), ("It is three.", False)]
 )
 def test_a_well_formed_solution_ends_in_one_marked_answer(text, well):
-    assert well_formed(text, True, is_problem=True) is well
-    assert well_formed(text, False, is_problem=True) is False
+    assert well_formed(text, True, PROBLEM) is well
+    assert well_formed(text, False, PROBLEM) is False

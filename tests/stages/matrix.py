@@ -35,6 +35,7 @@ from fourstage.stages import (
     on_policy,
 )
 from tests.cpu_as_cuda import let_deepspeed_use_cpus, on_cpus
+from tests.fakes import one_by_one
 from tests.stages import test_grpo, test_ppo
 from tests.stages.test_ranks import Shards
 from tests.stages.test_reward import pairs
@@ -183,7 +184,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     trainer_name, n_ranks, n_steps, path, *names = sys.argv[1:]
-    grpo.reasoning_reward = test_grpo.reward_by_text
+    grpo.reasoning_rewards = one_by_one(test_grpo.reward_by_text)
     if trainer_name in strategies.ZERO:
         let_deepspeed_use_cpus()
     for stage_name in names:

@@ -22,6 +22,7 @@ from fourstage.stages.grpo import (
     overlong_penalty,
     policy_loss,
 )
+from tests.fakes import one_by_one
 from tests.stages.tiny import (
     TINY,
     TOKENIZER,
@@ -228,7 +229,7 @@ def reward_by_text(problem, text: str, stopped: bool) -> ReasoningReward:
 
 @pytest.fixture(autouse=True)
 def judged(monkeypatch):
-    monkeypatch.setattr(stage, "reasoning_reward", reward_by_text)
+    monkeypatch.setattr(stage, "reasoning_rewards", one_by_one(reward_by_text))
 
 
 def make(loss: str = "grpo", model=TINY, seed: int = 0, **changes) -> GRPOModule:
@@ -310,7 +311,7 @@ def test_leaving_out_answers_without_advantage_is_exact(monkeypatch, loss):
     def half_tied(problem: int, text: str, stopped: bool) -> ReasoningReward:
         return ReasoningReward(1.0, 1.0) if problem < 2 else reward_by_text(problem, text, stopped)
 
-    monkeypatch.setattr(stage, "reasoning_reward", half_tied)
+    monkeypatch.setattr(stage, "reasoning_rewards", one_by_one(half_tied))
     rows = []
     kept = GRPOModule.rows_with_gradient
 
@@ -335,7 +336,7 @@ def test_how_far_the_policy_moved_is_measured_on_the_answers_it_was_trained_on(m
     def half_tied(problem: int, text: str, stopped: bool) -> ReasoningReward:
         return ReasoningReward(1.0, 1.0) if problem < 2 else reward_by_text(problem, text, stopped)
 
-    monkeypatch.setattr(stage, "reasoning_reward", half_tied)
+    monkeypatch.setattr(stage, "reasoning_rewards", one_by_one(half_tied))
     masks, stats = [], stage.ratio_stats
 
     def keep(logp, logp_old, mask, *clips):
@@ -370,9 +371,15 @@ def test_answers_are_left_out_only_where_nothing_but_their_gradient_counts():
     assert kept([3, 0, 2], ranks=2) == [3, 0, 2]
 
 
+def all_right(*_) -> ReasoningReward:
+    return ReasoningReward(1.0, 1.0)
+
+
 @pytest.mark.parametrize("loss", REDUCTIONS)
 def test_tied_groups_leave_the_weights_alone(monkeypatch, loss):
-    monkeypatch.setattr(stage, "reasoning_reward", lambda *_: ReasoningReward(1.0, 1.0))
+    monkeypatch.setattr(
+        stage, "reasoning_rewards", one_by_one(lambda *_: ReasoningReward(1.0, 1.0))
+    )
     module = make(loss, max_steps=2, epochs=2, resample_rounds=1, clip_norm=1.0)
     before = weights(module)
     metrics = fit(module, prompt_batches(2)).callback_metrics
@@ -382,7 +389,9 @@ def test_tied_groups_leave_the_weights_alone(monkeypatch, loss):
 
 
 def test_a_kl_to_the_start_pulls_even_tied_groups(monkeypatch):
-    monkeypatch.setattr(stage, "reasoning_reward", lambda *_: ReasoningReward(1.0, 1.0))
+    monkeypatch.setattr(
+        stage, "reasoning_rewards", one_by_one(lambda *_: ReasoningReward(1.0, 1.0))
+    )
     module = make(kl_coef=0.5, lr=1e-3)
     before = weights(module)
     found = seen_by(module)

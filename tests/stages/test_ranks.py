@@ -21,6 +21,7 @@ from fourstage.rl.rewards import ReasoningReward
 from fourstage.stages import GRPOModule, RewardModule, SFTModule
 from fourstage.stages import grpo as grpo_stage
 from fourstage.stages.base import StageModule
+from tests.fakes import one_by_one
 from tests.stages.test_grpo import SMALL, reward_by_text
 from tests.stages.test_reward import pairs
 from tests.stages.test_supervised import ragged
@@ -122,7 +123,7 @@ def first_group_tied(problem: int, text: str, stopped: bool) -> ReasoningReward:
 
 def main(stage: str, ranks: int, folder: str) -> None:
     StageModule.configure_optimizers = sgd
-    grpo_stage.reasoning_reward = first_group_tied
+    grpo_stage.reasoning_rewards = one_by_one(first_group_tied)
     if stage == "sft":
         module = SFTModule(make_policy(), steady("sft", **SHARED, balance_router=True), 0)
         batches = [ragged(8)] * 2

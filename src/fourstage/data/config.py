@@ -73,18 +73,38 @@ class PreferenceConfig:
 class ReasoningConfig:
     """Problems: a file, or without one `size` and `heldout_size` from tasks of reasoning-gym.
 
-    A task has its keyword arguments, and may have `weight`, its part of both sizes (1).
+    A task has its keyword arguments, and may have `weight`, its part of both sizes (1). `only`
+    takes the place of `tasks`: names, whose arguments are those in `tasks`, or {name: arguments}.
     """
 
     path: str | None = None
     heldout_path: str | None = None
     tasks: dict[str, Any] = field(default_factory=dict)
+    only: list[Any] | dict[str, Any] | None = None
     size: int = 4000
     heldout_size: int = 400
 
     def __post_init__(self) -> None:
         _at_least("size", self.size, 1)
         _at_least("heldout_size", self.heldout_size, 1)
+        if self.only is not None and not (
+            self.only and all(isinstance(entry, str | dict) for entry in self.only)
+        ):
+            raise UserError(
+                "only: expected tasks of reasoning-gym, [NAME, ...] or {NAME: {ARGUMENT: VALUE}}, "
+                f"got {self.only!r}"
+            )
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """{task: arguments} of the tasks that problems are drawn from."""
+        if self.only is None:
+            return self.tasks
+        chosen: dict[str, Any] = {}
+        for entry in [self.only] if isinstance(self.only, dict) else self.only:
+            named = entry if isinstance(entry, dict) else {entry: self.tasks.get(entry, {})}
+            chosen |= {str(task): settings or {} for task, settings in named.items()}
+        return chosen
 
 
 @dataclass(frozen=True, kw_only=True)

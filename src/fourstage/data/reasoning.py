@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
+from difflib import get_close_matches
 from itertools import chain, islice
 from typing import Any
 
@@ -29,7 +31,7 @@ def load_reasoning(config: DataConfig) -> Problems:
     """
     if config.reasoning.path is not None:
         train, heldout, notes = _from_file(config)
-    elif config.reasoning.tasks:
+    elif config.reasoning.chosen:
         train, heldout, notes = _from_gym(config)
     else:
         raise UserError("stages.grpo needs data.reasoning.path=FILE (a file in gsm8k's schema)")
@@ -47,7 +49,7 @@ def load_reasoning(config: DataConfig) -> Problems:
 @cached("reasoning")
 def heldout_keys(config: DataConfig) -> frozenset[str]:
     """Normalised questions and expressions of held-out problems: no source trains on them."""
-    if config.reasoning.path is None and not config.reasoning.tasks:
+    if config.reasoning.path is None and not config.reasoning.chosen:
         return frozenset()
     return frozenset(_keys(load_reasoning(config).heldout))
 
@@ -66,7 +68,7 @@ def worked_train_problems(config: DataConfig, count: int) -> list[Problem]:
     """The first `count` train problems that have a worked solution."""
     if count == 0:
         return []
-    if config.reasoning.path is None and not config.reasoning.tasks:
+    if config.reasoning.path is None and not config.reasoning.chosen:
         raise UserError(
             "data.corpus.problems and data.chat.demonstrations take problems from the reasoning "
             "source: give data.reasoning.path=FILE (a file in gsm8k's schema), or set both to 0"
@@ -97,11 +99,11 @@ def _from_file(config: DataConfig) -> tuple[list[Problem], list[Problem], dict[s
 
 def _from_gym(config: DataConfig) -> tuple[list[Problem], list[Problem], dict[str, int]]:
     reasoning = config.reasoning
-    weights = {task: _weight(task, settings) for task, settings in reasoning.tasks.items()}
+    weights = {task: _weight(task, settings) for task, settings in reasoning.chosen.items()}
     total = sum(weights.values())
     heldout: list[Problem] = []
     drawn: dict[str, tuple[list[Problem], Iterator[Problem]]] = {}
-    for task, settings in reasoning.tasks.items():
+    for task, settings in reasoning.chosen.items():
         size, heldout_size = (
             round(n * weights[task] / total) for n in (reasoning.size, reasoning.heldout_size)
         )
@@ -148,6 +150,26 @@ def _weight(task: str, settings: Any) -> float:
     return weight
 
 
+def check_task(task: str, arguments: dict[str, Any]) -> None:
+    """Raise UserError for a task or an argument that reasoning-gym doesn't have, and name those
+    that it has."""
+    import reasoning_gym.factory
+
+    where, known = f"data.reasoning.tasks.{task}", reasoning_gym.factory.DATASETS
+    if task not in known:
+        near = get_close_matches(task, known, n=3) or sorted(known)
+        raise UserError(f"{where}: no such task of reasoning-gym: {_or(near)}")
+    names = [field.name for field in fields(known[task][1])]
+    names = [name for name in names if name not in ("seed", "size")]
+    for name in arguments:
+        if name not in names:
+            raise UserError(f"{where}.{name}: no such argument: it has {', '.join(names)}, weight")
+
+
+def _or(names: list[str]) -> str:
+    return f"did you mean {' or '.join(names)}?" if len(names) < 4 else f"it has {', '.join(names)}"
+
+
 def _draw(task: str, arguments: dict[str, Any], most: int) -> Iterator[Problem]:
     """Distinct problems of a task, from at most `most` draws; a small range ends sooner.
 
@@ -155,16 +177,22 @@ def _draw(task: str, arguments: dict[str, Any], most: int) -> Iterator[Problem]:
     """
     import reasoning_gym
 
+    check_task(task, arguments)
     try:
         dataset = reasoning_gym.create_dataset(task, size=most, seed=0, **arguments)
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, ArithmeticError, AssertionError) as error:
         raise UserError(f"data.reasoning.tasks.{task}: {error}") from None
     seen: set[str] = set()
     last_new = 0
     for i in range(most):
         if i - last_new > max(100, STALE * len(seen)):
             return
-        entry = dataset[i]
+        try:
+            entry = dataset[i]
+        except Exception as error:  # of a task's own, on arguments that it did not check
+            raise UserError(
+                f"data.reasoning.tasks.{task}: reasoning-gym can't draw with {arguments}: {error!r}"
+            ) from None
         question = short_question(task, entry)
         if question in seen:
             continue

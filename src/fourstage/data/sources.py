@@ -82,7 +82,7 @@ def sample_prompts(config: DataConfig) -> list[dict[str, Any]]:
         {"id": f"question-{i}", "messages": [{"role": "user", "content": question}]}
         for i, question in enumerate(QUESTIONS, start=1)
     ]
-    if config.reasoning.path is None and not config.reasoning.tasks:
+    if config.reasoning.path is None and not config.reasoning.chosen:
         return prompts
     heldout = load_reasoning(config).heldout
     one_a_task = list({p.task: p for p in reversed(heldout)}.values())[::-1]

@@ -16,9 +16,10 @@ A constant or empty answer scores at most 0; the best possible answer scores 3.5
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from fourstage.verify import Verifiable, has_form, verify
+from fourstage.verify import Verifiable, has_form, verify_all
 
 RULE_VERSION = 1
 BEST_LENGTH = 12
@@ -72,23 +73,28 @@ class ReasoningReward(NamedTuple):
         return self.correct + form_weight * self.form
 
 
-def reasoning_reward(problem: Verifiable, answer: str, stopped: bool) -> ReasoningReward:
-    """Judge one answer to one problem; an answer that was cut off earns nothing."""
-    if not stopped:
-        return ReasoningReward(0.0, 0.0)
-    return ReasoningReward(float(verify(problem, answer) == 1.0), float(has_form(answer)))
+def reasoning_rewards(
+    problems: Sequence[Verifiable], answers: Sequence[str], stopped: Sequence[bool]
+) -> list[ReasoningReward]:
+    """Judge an answer to each problem; an answer that was cut off earns nothing."""
+    forms = [has_form(answer, problem) for problem, answer in zip(problems, answers, strict=True)]
+    return [
+        ReasoningReward(float(score == 1.0), float(form)) if ended else ReasoningReward(0.0, 0.0)
+        for score, form, ended in zip(verify_all(problems, answers), forms, stopped, strict=True)
+    ]
 
 
-def well_formed(answer: str, stopped: bool, is_problem: bool) -> bool:
+def well_formed(answer: str, stopped: bool, problem: Verifiable | None = None) -> bool:
     """Whether an answer stopped and has the form that instruction tuning taught.
 
-    A problem's answer ends in exactly one marked final answer. A chat answer is text: at least
-    three quarters of what stands between its spaces are plain words or numbers, punctuation aside.
+    A problem's answer ends in exactly one marked final answer. A chat answer, to no problem, is
+    text: at least three quarters of what stands between its spaces are plain words or numbers,
+    punctuation aside.
     """
     if not stopped:
         return False
-    if is_problem:
-        return has_form(answer)
+    if problem is not None:
+        return has_form(answer, problem)
     pieces = answer.split()
     plain = sum(bool(_PLAIN.fullmatch(piece)) for piece in pieces)
     return bool(pieces) and plain >= 0.75 * len(pieces)

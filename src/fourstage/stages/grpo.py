@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from fourstage.batch import PromptBatch, Rollout
 from fourstage.model import Transformer
 from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k3, ratio_stats
-from fourstage.rl.rewards import ReasoningReward, reasoning_reward
+from fourstage.rl.rewards import ReasoningReward, reasoning_rewards
 from fourstage.rl.rollout import answer_logprobs, answer_texts
 from fourstage.stages.base import check_range
 from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings
@@ -176,15 +176,8 @@ class GRPOModule(OnPolicyModule):
         prompts = [ids for ids in batch.prompt_ids for _ in range(s.group_size)]
         problems = [problem for problem in batch.records for _ in range(s.group_size)]
         rollout = self.sample_answers(policy, prompts, attempt)
-        rewards = [
-            reasoning_reward(problem, text, stopped)
-            for problem, text, stopped in zip(
-                problems,
-                answer_texts(rollout, self.tokenizer),
-                rollout.stopped.tolist(),
-                strict=True,
-            )
-        ]
+        texts = answer_texts(rollout, self.tokenizer)
+        rewards = reasoning_rewards(problems, texts, rollout.stopped.tolist())
         total_B = torch.tensor([r.total(s.form_weight) for r in rewards], device=self.device)
         total_B += overlong_penalty(rollout.length, s.max_new_tokens, s.overlong_window)
         return Answers(rollout, rewards, total_B)
