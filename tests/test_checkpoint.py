@@ -186,3 +186,12 @@ def test_weights_with_a_name_missing(folder):
     some.pop("norm.weight")
     save_file(some, folder / WEIGHTS)
     assert "do not fit" in refused(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_do_not_load(folder, value):
+    stored = load_file(folder / WEIGHTS)
+    stored["norm.weight"][3] = value
+    save_file(stored, folder / WEIGHTS)
+    with pytest.raises(UserError, match="norm.weight is not finite: train it again"):
+        load_policy(folder)

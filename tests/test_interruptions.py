@@ -232,7 +232,16 @@ def test_a_broken_resume_state_is_one_line(outputs: Path, tmp_path: Path, kind: 
     train(outputs)
 
 
-def test_weights_that_are_not_finite_end_in_numbers_too(tmp_path: Path) -> None:
-    """A run that skips to its end is evaluated: the sampler has no token past the vocabulary."""
-    folder = train(tmp_path, "stages.pretrain.lr=1e30", "stages.pretrain.max_skipped=100")
-    assert read_record(folder)["cost"]["skipped_steps"] > 0
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("stages.pretrain.lr=1e38", "embedding.weight is not finite after the last step: lower lr"),
+        ("model.z_loss_coef=1e30", "none of 3 optimizer steps had a finite loss and gradient"),
+    ],
+)
+def test_a_run_that_diverged_is_not_finished(setting: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=reason):
+        train(tmp_path, setting)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert read_record(folder)["status"] == "failed"
+    assert not (folder / "model.safetensors").exists()

@@ -18,11 +18,13 @@ from pathlib import Path
 import pytest
 
 from fourstage import lineage, ranks
+from fourstage.data import source_of_stage
 from fourstage.errors import UserError
 from fourstage.job import STAGES, read_record, write_record
 from fourstage.lineage import climb, one_line
 from fourstage.plan import SETTINGS, make_plan
 from fourstage.ranks import Ranks
+from fourstage.runner import train_stage
 from fourstage.runs import RunStore
 from tests.fakes import FakeTrain, config, own_files
 
@@ -51,6 +53,48 @@ def test_ids_are_letters_and_do_not_change(base) -> None:
     assert list(first) == list(STAGES) and first == ids(base)
     assert len(set(first.values())) == 5
     assert all(re.fullmatch("[a-z]{10}", run_id) for run_id in first.values())
+
+
+@pytest.mark.parametrize(
+    ("model", "stages"),
+    [
+        ("model.balance=bias", []),
+        ("model.z_loss_coef=0.1", []),
+        ("model.balance=switch", ["pretrain", "sft"]),
+        ("model.dropout=0.1", ["pretrain", "sft"]),
+    ],
+)
+def test_the_size_of_a_piece_counts_where_the_weights_depend_on_it(base, model, stages) -> None:
+    for stage in STAGES:
+        one, other = (
+            ids([*base, model, f"stages.{stage}.micro_batch_size={size}"], stage) for size in (2, 3)
+        )
+        assert (one[stage] != other[stage]) == (stage in stages), stage
+    more = ids([*base, model, "trainer.devices=2"])
+    assert (more["pretrain"] != ids([*base, model])["pretrain"]) == bool(stages)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_file_that_is_edited_after_the_plan_trains_nothing(base, tmp_path, stage) -> None:
+    """Else its weights would be found later, under the id of the file as it was."""
+    source = source_of_stage[stage]
+    path = next(tmp_path.glob(f"files/{source}.*"))
+    kept = path.read_text()
+
+    def edit_and_train(job):
+        if job.stage == stage:
+            path.write_text(
+                kept.replace("Say 7", "Say 77").replace("lazy", "busy").replace("+ 1", "+ 2")
+            )
+        return train_stage(job)
+
+    quick = [*base, "debug=fast", "data.corpus.problems=0", "data.chat.demonstrations=0"]
+    with pytest.raises(UserError, match=f"data.{source} has changed since the plan was made"):
+        climb(config(*quick, f"stage={stage}"), train=edit_and_train)
+    (folder,) = tmp_path.glob(f"outputs/runs/{stage}-*")
+    assert read_record(folder)["status"] == "failed"
+    planned = {run.stage: run for run in make_plan(config(*quick, f"stage={stage}")).runs}
+    assert planned[stage].id not in folder.name and planned[stage].status == "train"
 
 
 @pytest.mark.parametrize(

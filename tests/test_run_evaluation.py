@@ -76,6 +76,7 @@ def job(tmp_path, **changes) -> StageJob:
         model=TINY,
         tokenizer=TokenizerConfig(),
         data=make("files"),
+        digest="",
         logger=LoggerConfig(name="none"),
         evaluation=EvaluationConfig(seed=0, **one),
         seed=3,

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -98,6 +99,9 @@ def _load(folder: Path, kind: Kind) -> tuple[Transformer | ScalarModel, Tokenize
         raise UserError(f"{folder}: holds {wanted[shape.kind]}, but {wanted[kind]} is needed here")
     network = Transformer(shape.model, shape.vocab_size)
     network = network if kind == "policy" else ScalarModel(network)
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise UserError(f"{folder}: {name} is not finite: train it again with a lower lr")
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

@@ -23,7 +23,7 @@ from fourstage.batch import PairBatch
 from fourstage.errors import UserError
 from fourstage.eval_items import EvaluationConfig, HeldOut, policy_items
 from fourstage.interruptions import run_command
-from fourstage.job import read_jsonl, write_atomic, write_jsonl
+from fourstage.job import read_jsonl, write_json, write_jsonl
 from fourstage.judges import NO_REWARD, NO_SFT, Judges, judged, pair_items
 from fourstage.model import ScalarModel, Transformer
 from fourstage.suite import SUITE, Item, Metric, joined, metrics
@@ -167,13 +167,13 @@ def write_evaluation(
             )
     write_jsonl(folder / f"eval_items{suffix}.jsonl", items)
     summary = {"suite": SUITE, "seed": seed, "metrics": table}
-    write_atomic(path, json.dumps(summary, indent=1) + "\n")
+    write_json(path, summary)
 
 
 def write_ladder_evaluation(folder: Path, found: dict[str, Table], late: list[Item]) -> None:
     """ladder_eval.json and ladder_eval_items.jsonl in the folder of the run that judges."""
     write_jsonl(folder / "ladder_eval_items.jsonl", late)
-    write_atomic(folder / "ladder_eval.json", json.dumps(found, indent=1) + "\n")
+    write_json(folder / "ladder_eval.json", found)
 
 
 def read_summary(path: Path) -> dict[str, Any]:

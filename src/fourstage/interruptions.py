@@ -11,7 +11,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,7 @@ NO_READER = (
     "what read this command's output has ended (as `| head` does): run the same command again: "
     "it resumes"
 )
-FREE_SETTINGS = ("micro_batch_size",)  # the run's weights do not depend on them
+FREE_SETTINGS = ("micro_batch_size",)  # the weights of most runs don't depend on them
 SIZES = ("batch_size", "minibatch_size", "group_size", "max_new_tokens", "max_tokens", "block_size")
 
 
@@ -69,11 +69,16 @@ def handle_stops(handler: Callable[[int, Any], None]) -> None:
 
 @contextmanager
 def explained(
-    name: str, stage: str, settings: Mapping[str, Any], steps: Callable[[], int]
+    name: str,
+    stage: str,
+    settings: Mapping[str, Any],
+    steps: Callable[[], int],
+    free: Sequence[str] = FREE_SETTINGS,
 ) -> Iterator[None]:
     """Whatever ends the run inside says which run, at which step, and what to do.
 
-    `steps`: those that are done by then. Raises UserError for what is no bug; others pass.
+    `steps`: those that are done by then; `free`: settings that this run's weights don't depend on.
+    Raises UserError for what is no bug; others pass.
     """
     try:
         yield
@@ -83,13 +88,18 @@ def explained(
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     except Exception as error:
-        found = advice(error, f"stages.{stage}", settings)
+        found = advice(error, f"stages.{stage}", settings, free)
         if found is None:
             raise
         raise UserError(f"{name}, after step {steps()}: {found}") from error
 
 
-def advice(error: BaseException, where: str, settings: Mapping[str, Any]) -> str | None:
+def advice(
+    error: BaseException,
+    where: str,
+    settings: Mapping[str, Any],
+    free: Sequence[str] = FREE_SETTINGS,
+) -> str | None:
     """What happened and what to do about it; None for an error that is none of these."""
     if (full := disk_full(error)) is not None:
         return full
@@ -97,10 +107,13 @@ def advice(error: BaseException, where: str, settings: Mapping[str, Any]) -> str
         return NO_READER
     text = str(error)
     if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
-        free = [f"{where}.{key} (now {settings[key]})" for key in FREE_SETTINGS]
+        names = [f"{where}.{key} (now {settings[key]})" for key in FREE_SETTINGS]
         others = [key for key in SIZES if key in settings]
+        if not free:  # a loss or dropout that sees the pieces of a batch
+            others = [*FREE_SETTINGS, *others]
+            return f"out of memory: lower {', '.join(others)}, which makes a new run"
         return (
-            f"out of memory: lower {', '.join(free)} and run the same command again: it resumes; "
+            f"out of memory: lower {', '.join(names)} and run the same command again: it resumes; "
             f"or lower {', '.join(others)}, which makes a new run"
         )
     lost = [words for words in NO_PEER if words in text]

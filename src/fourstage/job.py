@@ -123,6 +123,7 @@ class StageJob:
     model: ModelConfig
     tokenizer: TokenizerConfig
     data: DataConfig
+    digest: str  # of what the stage reads of its data, as planned
     trainer: TrainerConfig  # resolved
     logger: LoggerConfig
     evaluation: EvaluationConfig
@@ -179,8 +180,13 @@ def write_record(folder: Path, **changes: Any) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(record.get(key), dict):
             value = {**record[key], **value}
         record[key] = value
-    write_atomic(folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / "run.json", record)
     return record
+
+
+def write_json(path: Path, value: Any) -> None:
+    """An indented JSON file, atomically. Raises UserError for numbers that are not finite."""
+    write_atomic(path, _json(path, value, indent=1) + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -189,8 +195,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line, atomically."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """One JSON object a line, atomically. Raises UserError for numbers that are not finite."""
+    write_atomic(path, "".join(_json(path, row) + "\n" for row in rows))
+
+
+def _json(path: Path, value: Any, indent: int | None = None) -> str:
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise UserError(
+            f"{path.name}: the model's numbers are not finite: its weights have grown too large: "
+            "train with a lower lr"
+        ) from None
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -155,6 +155,7 @@ def stage_job(plan: Plan, run: PlannedRun) -> StageJob:
         model=command.model,
         tokenizer=command.tokenizer,
         data=command.data,
+        digest=run.data["digest"],
         trainer=command.trainer,
         logger=command.logger,
         evaluation=command.evaluation,

@@ -201,6 +201,9 @@ def plan_run(plan: Plan, stage: str, settings: StageSettings) -> PlannedRun:
         "data": digest,
         "debug": command.debug,
     }
+    pieces = settings.pieces(command.model, command.trainer.devices * command.trainer.num_nodes)
+    if pieces is not None:
+        identity["pieces"] = pieces
     if stage == "reward" and command.data.has_hidden_rule:
         identity["pairs"] = [PAIRS_VERSION, RULE_VERSION]
     run_id = letters(identity)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -21,6 +21,7 @@ from fourstage.data.datamodule import (
     reward_data,
     sft_data,
 )
+from fourstage.errors import UserError
 from fourstage.job import StageJob, read_jsonl, write_jsonl, write_record
 from fourstage.model import ScalarModel, Transformer
 from fourstage.rl.rewards import true_score
@@ -35,6 +36,8 @@ from fourstage.stages import (
 )
 from fourstage.stages.reward import sample_pairs
 from fourstage.tokenizer import Tokenizer
+
+Source = TypeVar("Source", data.Corpus, data.Chats, data.Pairs, data.Problems)
 
 ENDLESS = 10**9  # batches of a run whose budget is a time
 PROBE_TOKENS = 512  # on which the router's drift is measured: a step has many more
@@ -90,6 +93,17 @@ def device_of(job: StageJob) -> torch.device:
     return torch.device(kind if torch.get_device_module(kind).is_available() else "cpu")
 
 
+def as_planned(job: StageJob, source: Source) -> Source:
+    """A source of the run's data, as it was read; UserError where it is not what the plan read, on
+    which the run's id depends."""
+    if source.digest != job.digest:
+        raise UserError(
+            f"data.{data.source_of_stage[job.stage]} has changed since the plan was made: run the "
+            "same command again: it plans anew"
+        )
+    return source
+
+
 def parent_policy(job: StageJob) -> tuple[Transformer, Tokenizer]:
     policy, tokenizer = load_policy(job.parents["policy"])
     policy.train()
@@ -99,7 +113,7 @@ def parent_policy(job: StageJob) -> tuple[Transformer, Tokenizer]:
 def prepare_pretrain(job: StageJob) -> Prepared:
     tokenizer = Tokenizer.from_config(job.tokenizer)
     policy = Transformer(job.model, tokenizer.vocab_size)
-    corpus = data.load_corpus(job.data)
+    corpus = as_planned(job, data.load_corpus(job.data))
     loaders = pretrain_data(
         corpus, tokenizer, block_size=job.settings.block_size, **_loader_options(job)
     )
@@ -110,7 +124,7 @@ def prepare_pretrain(job: StageJob) -> Prepared:
 
 def prepare_sft(job: StageJob) -> Prepared:
     policy, tokenizer = parent_policy(job)
-    chats = data.load_chat(job.data)
+    chats = as_planned(job, data.load_chat(job.data))
     loaders = sft_data(
         chats.train,
         chats.heldout,
@@ -124,7 +138,8 @@ def prepare_sft(job: StageJob) -> Prepared:
 
 def prepare_reward(job: StageJob) -> Prepared:
     policy, tokenizer = parent_policy(job)
-    pairs = data.load_preference(job.data) or sampled_pairs(job, policy, tokenizer)
+    stored = data.load_preference(job.data)
+    pairs = as_planned(job, stored) if stored else sampled_pairs(job, policy, tokenizer)
     loaders = reward_data(
         pairs.train,
         pairs.heldout,
@@ -142,7 +157,7 @@ def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> d
 
     Sampled once and kept as pairs.jsonl and pairs_heldout.jsonl, which a resumed run reads.
     """
-    prompts = data.load_prompts(job.data)
+    prompts = as_planned(job, data.load_prompts(job.data))
     if world_size(job) == 1:  # several have no devices of their own yet
         policy.to(device_of(job))
     for draw, (name, records) in enumerate(
@@ -191,7 +206,7 @@ def prepare_ppo(job: StageJob) -> Prepared:
         seed=job.seed,
         judge=true_score if job.data.has_hidden_rule else None,
     )
-    prompts = data.load_prompts(job.data)
+    prompts = as_planned(job, data.load_prompts(job.data))
     loaders = prompt_loaders(job, prompts.train, tokenizer)
     rows = heldout_prompts(job, prompts.heldout, tokenizer)
     return Prepared(module, loaders, rows, tokenizer)
@@ -199,7 +214,7 @@ def prepare_ppo(job: StageJob) -> Prepared:
 
 def prepare_grpo(job: StageJob) -> Prepared:
     policy, tokenizer = parent_policy(job)
-    problems = data.load_reasoning(job.data)
+    problems = as_planned(job, data.load_reasoning(job.data))
     module = GRPOModule(policy, deepcopy(policy), tokenizer, job.settings, job.seed)
     loaders = prompt_loaders(job, problems.train, tokenizer)
     rows = heldout_prompts(job, problems.heldout, tokenizer)

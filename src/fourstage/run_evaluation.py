@@ -158,6 +158,7 @@ def evaluate_again(folder: Path, ancestors: dict[str, Path], outputs: Path) -> N
         model=build(ModelConfig, config["model"], "model"),
         tokenizer=build(TokenizerConfig, config["tokenizer"], "tokenizer"),
         data=build(data.DataConfig, config["data"], "data"),
+        digest=record.get("data", {}).get("digest", ""),
         trainer=build(TrainerConfig, config["trainer"], "trainer"),
         logger=LoggerConfig(name="none"),
         evaluation=build(evaluation.EvaluationConfig, config["evaluation"], "evaluation"),

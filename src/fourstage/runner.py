@@ -29,7 +29,7 @@ from fourstage.checkpoint import save_weights
 from fourstage.cost import CostMeter, peak_flops
 from fourstage.errors import UserError
 from fourstage.generate import generate
-from fourstage.interruptions import advice, explained
+from fourstage.interruptions import FREE_SETTINGS, advice, explained
 from fourstage.job import StageJob
 from fourstage.loggers import build_loggers, finish_wandb
 from fourstage.model import ScalarModel, Transformer
@@ -49,7 +49,10 @@ def train_stage(job: StageJob) -> dict[str, Any]:
     meter = CostMeter()
     trainer = None
     settings = asdict(job.settings)
-    with explained(job.name, job.stage, settings, lambda: steps_done(trainer) if trainer else 0):
+    sees_pieces = job.settings.pieces(job.model, world_size(job)) is not None
+    free = () if sees_pieces else FREE_SETTINGS
+    steps = lambda: steps_done(trainer) if trainer else 0  # noqa: E731
+    with explained(job.name, job.stage, settings, steps, free):
         torch.set_flush_denormal(True)  # denormal floats make a CPU step 4 to 10 times slower
         torch.manual_seed(job.seed)
         gc.collect()  # an earlier stage's networks, which hang in cycles
@@ -186,6 +189,7 @@ def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trai
 
 def finish(job: StageJob, prepared: Prepared, trainer: L.Trainer) -> None:
     """Plain weights and evaluation: what stays of a stage."""
+    prepared.module.check_trained()
     result = prepared.result
     kind = "scalar" if isinstance(result, ScalarModel) else "policy"
     with strategies.others_wait():

@@ -45,6 +45,13 @@ def token_batches(n: int, rows: int = 2, tokens: int = 6) -> list[TokenBatch]:
 # --- settings
 
 
+def test_the_kl_coefficient_of_ppo_stays_above_0():
+    assert settings("ppo", kl_target=6.0, kl_horizon=13, batch_size=64).kl_horizon == 13
+    with pytest.raises(UserError, match="kl_horizon: must be above 0.2 x batch_size = 12.8, got 1"):
+        settings("ppo", kl_target=6.0, kl_horizon=12, batch_size=64)
+    assert settings("ppo", kl_target=0.0, kl_horizon=1).kl_horizon == 1, "nothing adapts"
+
+
 def test_every_shipped_file_builds():
     assert set(SETTINGS) < set(FILES)
     for name in FILES:
@@ -293,8 +300,8 @@ class Poisoned(SFTModule):
         super().__init__(policy, settings, 0)
         self.bad = bad
 
-    def piece_loss(self, batch, n_targets):
-        loss, nll = super().piece_loss(batch, n_targets)
+    def piece_loss(self, batch, n_targets, n_tokens):
+        loss, nll = super().piece_loss(batch, n_targets, n_tokens)
         kind = self.bad.get(self.steps_done + 1)
         if kind == "gradient":  # of a finite loss: d sqrt(x) / dx at 0
             loss = loss + (self.policy.norm.weight[0] * 0).sqrt()

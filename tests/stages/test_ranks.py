@@ -34,6 +34,7 @@ from tests.stages.tiny import (
     prompt_batches,
     steady,
     weights,
+    with_balance,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +126,8 @@ def main(stage: str, ranks: int, folder: str) -> None:
     StageModule.configure_optimizers = sgd
     grpo_stage.reasoning_rewards = one_by_one(first_group_tied)
     if stage == "sft":
-        module = SFTModule(make_policy(), steady("sft", **SHARED, balance_router=True), 0)
+        policy = make_policy(model=with_balance("bias", z_loss_coef=0.5))
+        module = SFTModule(policy, steady("sft", **SHARED, balance_router=True), 0)
         batches = [ragged(8)] * 2
     elif stage == "reward":
         module = RewardModule(make_scalar(), steady("reward", **SHARED), 0)

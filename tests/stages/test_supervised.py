@@ -173,6 +173,21 @@ def test_one_piece_of_eight_rows_equals_eight_of_one(monkeypatch, clip_norm):
             assert others[name].item() == pytest.approx(metrics[name].item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("z_loss_coef", [0.0, 0.5])
+def test_the_z_loss_adds_up_over_pieces(monkeypatch, z_loss_coef):
+    """Whatever share of a piece's tokens are targets: the routers see them all."""
+    use_sgd(monkeypatch)
+    batch = ragged(8)
+    batch.targets[1, :8] = IGNORE  # a long prompt
+    model = with_balance("bias", z_loss_coef=z_loss_coef)
+    whole, _ = train_sft(batch, model, micro_batch_size=8, max_steps=3)
+    for size in (1, 3):
+        pieces, _ = train_sft(batch, model, micro_batch_size=size, max_steps=3)
+        assert distance(whole, pieces) < 1e-6
+    without, _ = train_sft(batch, with_balance("bias"), micro_batch_size=8, max_steps=3)
+    assert (distance(whole, without) > 1e-4) == (z_loss_coef > 0)
+
+
 def test_pieces_without_a_target_are_no_trouble(monkeypatch):
     use_sgd(monkeypatch)
     batch = ragged(4)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fourstage import strategies
 from fourstage.errors import UserError
-from fourstage.model import ScalarModel, Transformer
+from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.muon import Muon, hidden_matrices
 
 _TIME = re.compile(r"\d{1,3}:\d{1,2}:\d{1,2}:\d{1,2}")  # Lightning's DD:HH:MM:SS
@@ -54,6 +54,9 @@ class StageSettings:
     max_skipped: int = 5  # optimizer steps in a row without a finite gradient that end the run
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of attention and experts
 
+    # whether the loss has terms, or the networks dropout, that see a piece of a batch as a whole
+    sees_pieces: ClassVar[bool] = False
+
     # fmt: off
     NOT_HASHED: ClassVar[frozenset[str]] = frozenset((
         "parent", "reward_parent", "micro_batch_size", "val_every", "log_every", "sample_every",
@@ -79,6 +82,17 @@ class StageSettings:
             raise UserError(f"max_time: must be above 0, got {self.max_time!r}")
         if self.max_time is None and self.max_steps == -1:
             raise UserError("max_steps: -1 means no limit and needs a max_time=DD:HH:MM:SS")
+
+    def pieces(self, model: ModelConfig, processes: int) -> list[int] | None:
+        """[processes, rows at once], where the weights depend on how a batch is split, else None.
+
+        They do with dropout, which draws for each piece, and with the switch loss, a product of two
+        means over the tokens of a piece. All other terms add up over any pieces.
+        """
+        has_switch_loss = model.balance == "switch" and not model.dense
+        if not self.sees_pieces or not (model.dropout or has_switch_loss):
+            return None
+        return [processes, min(self.micro_batch_size, self.batch_size // processes)]
 
     @property
     def seconds(self) -> float | None:
@@ -150,7 +164,8 @@ class StageModule(L.LightningModule):
         self.tokens_generated = 0
         self.load_LE: Tensor | None = None  # of the policy, over all ranks, since the last take
         self.validated_at = -1  # steps_done at the last validation
-        self.skipped_steps = 0  # optimizer steps that were not taken, so far and in a row until now
+        self.taken_steps = 0  # optimizer steps
+        self.skipped_steps = 0  # and those that were not taken, so far and in a row until now
         self.skipped_in_a_row = 0
 
     def transformers(self) -> list[Transformer]:
@@ -263,6 +278,7 @@ class StageModule(L.LightningModule):
         if not taken:
             self.skip()
             return norm
+        self.taken_steps += 1
         self.skipped_in_a_row = 0
         self.balance()
         return norm
@@ -285,11 +301,27 @@ class StageModule(L.LightningModule):
                 f"max_skipped past them"
             )
 
+    def check_trained(self) -> None:
+        """Raise UserError where training has left nothing to use: no step, or no finite weights."""
+        if self.skipped_steps and not self.taken_steps:
+            raise UserError(
+                f"none of {self.skipped_steps} optimizer steps had a finite loss and gradient: "
+                f"lower lr ({self.settings.lr:g}) or the coefficients of the loss"
+            )
+        for name, weight in self.result().state_dict().items():
+            if not torch.isfinite(weight).all():
+                raise UserError(
+                    f"{name} is not finite after the last step: lower lr ({self.settings.lr:g}) or "
+                    f"weight_decay ({self.settings.weight_decay:g})"
+                )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["steps_skipped"] = self.skipped_steps  # DeepSpeed has its own "skipped_steps"
+        checkpoint["steps_taken"] = self.taken_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped_steps = checkpoint["steps_skipped"]
+        self.taken_steps = checkpoint["steps_taken"]
 
     # --- the routers
 

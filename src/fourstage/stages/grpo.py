@@ -47,11 +47,15 @@ class GRPOSettings(OnPolicySettings):
 # --- the formulas; G groups of K answers, B = G K answers, A answer tokens
 
 
+def tied_groups(rewards_GK: Tensor) -> Tensor:
+    """bool [G]: all answers earned the same; by rounding their standard deviation may not be 0."""
+    return (rewards_GK == rewards_GK[:, :1]).all(1)
+
+
 def group_advantages(rewards_GK: Tensor, scaled: bool) -> Tensor:
     """(r - mean) / (std + 1e-4) in each group, unbiased std; only r - mean if not scaled."""
     centred_GK = rewards_GK - rewards_GK.mean(1, keepdim=True)
-    tied_G1 = (rewards_GK == rewards_GK[:, :1]).all(1, keepdim=True)
-    centred_GK = centred_GK.masked_fill(tied_G1, 0)  # the mean of equal numbers may be rounded
+    centred_GK = centred_GK.masked_fill(tied_groups(rewards_GK)[:, None], 0)
     if not scaled:
         return centred_GK
     return centred_GK / (rewards_GK.std(1, keepdim=True) + 1e-4)
@@ -164,7 +168,7 @@ class GRPOModule(OnPolicyModule):
         with whole(self.policy) as policy:
             answers = self.answer(policy, batch, attempt=0)
             for attempt in range(1, self.settings.resample_rounds + 1):
-                tied = (answers.total_B.view(-1, k).std(1) == 0).tolist()
+                tied = tied_groups(answers.total_B.view(-1, k)).tolist()
                 if not any(tied):
                     break
                 again = self.answer(policy, batch, attempt)
@@ -255,7 +259,7 @@ class GRPOModule(OnPolicyModule):
                 "reward_std": total_GK.std(1).mean(),
                 "reward_correct": correct_GK.mean(),
                 "reward_form": form,
-                "zero_spread": (total_GK.std(1) == 0).float().mean(),
+                "zero_spread": tied_groups(total_GK).float().mean(),
                 "pass_at_1": (correct_GK == 1).float().mean(),
                 f"pass_at_{s.group_size}": (correct_GK == 1).any(1).float().mean(),
                 "kl": kl,  # nats a token, to the policy that the stage started from

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fourstage.batch import PromptBatch, Rollout
+from fourstage.errors import UserError
 from fourstage.model import ScalarModel, Transformer
 from fourstage.rl.ops import (
     KL_ESTIMATORS,
@@ -35,6 +36,8 @@ from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings
 from fourstage.strategies import whole
 from fourstage.tokenizer import Tokenizer
 
+MOST_ERROR = 0.2  # of the KL from its target that a step corrects
+
 
 @dataclass(frozen=True, kw_only=True)
 class PPOSettings(OnPolicySettings):
@@ -55,6 +58,12 @@ class PPOSettings(OnPolicySettings):
         check_range(self, 0, "kl_coef", "kl_target", "missing_eos_penalty", "value_coef")
         check_range(self, 0, "gamma", "gae_lambda", most=1)
         check_positive(self, "value_clip", "kl_horizon")
+        if self.kl_target and self.kl_horizon <= MOST_ERROR * self.batch_size:
+            raise UserError(
+                f"kl_horizon: must be above {MOST_ERROR} x batch_size = "
+                f"{MOST_ERROR * self.batch_size:g}, got {self.kl_horizon}: "
+                "a single step could make kl_coef negative"
+            )
 
 
 # --- the formulas; B answers, A answer tokens
@@ -111,11 +120,12 @@ def variance(moments: Tensor) -> Tensor:
 
 
 def adapted_kl_coef(coef: Tensor, kl: Tensor, target: float, n: int, horizon: int) -> Tensor:
-    """coef (1 + clip(kl / target - 1, +-0.2) n / horizon) (arXiv 1909.08593, eq. in 2.2).
+    """coef (1 + clip(kl / target - 1, +-MOST_ERROR) n / horizon) (arXiv 1909.08593, eq. in 2.2).
 
     A KL that is no number leaves it: its updates are skipped too.
     """
-    return coef * (1 + (kl / target - 1).nan_to_num(0.0).clamp(-0.2, 0.2) * n / horizon)
+    error = (kl / target - 1).nan_to_num(0.0).clamp(-MOST_ERROR, MOST_ERROR)
+    return coef * (1 + error * n / horizon)
 
 
 # --- the stage

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fourstage.model import Transformer
-from fourstage.stages.base import StageSettings, check_range
-from fourstage.stages.supervised import NextTokenModule
+from fourstage.stages.base import check_range
+from fourstage.stages.supervised import NextTokenModule, NextTokenSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings(StageSettings):
+class PretrainSettings(NextTokenSettings):
     """`stages.pretrain`"""
 
     block_size: int  # tokens a row

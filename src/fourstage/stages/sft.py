@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fourstage.stages.base import StageSettings, check_range
-from fourstage.stages.supervised import NextTokenModule
+from fourstage.stages.base import check_range
+from fourstage.stages.supervised import NextTokenModule, NextTokenSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTSettings(StageSettings):
+class SFTSettings(NextTokenSettings):
     """`stages.sft`"""
 
     max_tokens: int  # longer conversations are cut

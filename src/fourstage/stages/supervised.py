@@ -22,6 +22,12 @@ def next_token_nll(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     )
 
 
+class NextTokenSettings(StageSettings):
+    """Settings of a stage whose loss has the routers' terms, and whose networks have dropout."""
+
+    sees_pieces = True
+
+
 class NextTokenModule(StageModule):
     """Minimises the mean -log p(target) over the targets of a TokenBatch."""
 
@@ -36,27 +42,34 @@ class NextTokenModule(StageModule):
     def transformers(self) -> list[Transformer]:
         return [self.policy]
 
-    def piece_loss(self, batch: TokenBatch, n_targets: Tensor) -> tuple[Tensor, Tensor]:
-        """A piece's share of the step's loss, and its summed -log p."""
+    def piece_loss(
+        self, batch: TokenBatch, n_targets: Tensor, n_tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A piece's share of the step's loss, and its summed -log p.
+
+        The step has n_targets that are predicted, and n_tokens that the routers see.
+        """
         output = self.policy(batch.ids, valid_BT=batch.valid)
         nll = next_token_nll(self.policy.logits(output.hidden_BTD), batch.targets)
         loss = nll / n_targets
         if output.router is not None:
-            loss = loss + output.router.aux_loss * (batch.targets != IGNORE).sum() / n_targets
+            loss = loss + output.router.aux_loss * batch.valid.sum() / n_tokens
         return loss, nll.detach()
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        n_targets = self.sum_over_ranks((batch.targets != IGNORE).sum())
+        n_tokens = batch.valid.sum()
+        totals = torch.stack([(batch.targets != IGNORE).sum(), n_tokens])
+        n_targets, n_all = self.sum_over_ranks(totals)
         nlls: list[Tensor] = []
 
         def piece(rows: slice) -> Tensor:
             part = TokenBatch(batch.ids[rows], batch.targets[rows])
-            loss, nll = self.piece_loss(part, n_targets)
+            loss, nll = self.piece_loss(part, n_targets, n_all)
             nlls.append(nll)
             return loss
 
         norm = self.update(piece, len(batch.ids))
-        self.tokens_seen += int(batch.valid.sum())
+        self.tokens_seen += int(n_tokens)
         loss = self.sum_over_ranks(torch.stack(nlls).sum()) / n_targets
         self.record("train", {"loss": loss, "grad_norm": norm, "lr": self.learning_rate()})
 
