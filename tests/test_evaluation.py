@@ -110,7 +110,7 @@ def test_the_sft_policy_ties_with_itself():
     judges = Judges(reference=policy)
     metrics, items = evaluate_policy(policy, TOKENIZER, HELDOUT, CONFIG, judges, policy)
     assert metrics["kl_to_sft"]["value"] == pytest.approx(0.0, abs=1e-3)
-    assert metrics["win_rate"] == {"value": 0.5, "n": 7, "low": 0.5, "high": 0.5}
+    assert (metrics["win_rate"]["value"], metrics["win_rate"]["n"]) == (0.5, 7)
     assert metrics["win_rate_ties"]["value"] == 1.0
     assert metrics["router_drift"]["value"] == 0.0
     assert nulls(metrics) == dict.fromkeys(BY_REWARD, NO_REWARD)
