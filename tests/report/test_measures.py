@@ -277,6 +277,11 @@ def test_the_caption_says_what_is_drawn(rollouts: int, said: str, heads: str) ->
     assert "Over-optimisation is where" in both[1].figures[0].caption
 
 
+def test_a_tiny_negative_kl_is_shown_as_0() -> None:
+    table = over_optimisation_blocks({"train/kl": [(1.0, -1e-6)], "train/score": [(1.0, 0.5)]})[-1]
+    assert isinstance(table, Table) and list(table.rows[0]) == ["0.00", "0.500"]
+
+
 def test_no_true_score_and_no_kl_are_said() -> None:
     columns = {"train/kl": [(1.0, 0.5)], "train/score": [(1.0, 0.1)]}
     said = over_optimisation_blocks(columns)[1]

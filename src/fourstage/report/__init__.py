@@ -108,7 +108,10 @@ def document(
         goal_table(rows),
         *_kl(rows),
         Heading("The alignment tax"),
-        Paragraph("What each stage changed on every key: the paired difference to its parent."),
+        Paragraph(
+            "What each stage changed: for every key the paired difference to the policy that it "
+            "started from."
+        ),
         _tax(rows, whole),
         *_answers(rows),
         *learning_curves(curves),

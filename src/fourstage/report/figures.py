@@ -158,7 +158,10 @@ def _score_table(series: dict[str, Points]) -> Table:
     means = {name: neighbours(p, width) for name, p in some.items()}
     first = next(iter(means.values()))
     rows = [
-        [f"{x:.2f}", *(f"{m[at][1]:.3f}" if at < len(m) else NONE for m in means.values())]
+        [
+            f"{round(x, 2) + 0.0:.2f}",
+            *(f"{m[at][1]:.3f}" if at < len(m) else NONE for m in means.values()),
+        ]
         for at, (x, _) in enumerate(first)
     ]
     return Table(["KL, nats" if width == 1 else "mean KL, nats", *means], rows)
