@@ -1,4 +1,4 @@
-"""Ladders of run folders with invented items of suite 2, for the report."""
+"""Ladders of run folders with invented items, for the report."""
 
 from __future__ import annotations
 

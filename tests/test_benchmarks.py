@@ -7,11 +7,24 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, generate, grpo, kernels, peers, profile, scaling, time_to_loss, train
+from benchmarks import (
+    common,
+    coverage,
+    generate,
+    grpo,
+    kernels,
+    peers,
+    profile,
+    scaling,
+    time_to_loss,
+    train,
+)
 from benchmarks.common import Seconds, Shape, dense_twin, shipped_model
+from fourstage import suite
 from fourstage.errors import UserError
 from fourstage.model import Transformer, native
 from fourstage.model.flops import forward_flops
@@ -398,3 +411,21 @@ def test_balanced_routers() -> None:
     generate.balance(model)
     assert busiest() < min(before, 1.5)
     assert model.config.bias_step == shipped_model("moe_nano").bias_step
+
+
+# --- coverage
+
+
+def test_coverage(capsys: pytest.CaptureFixture[str]) -> None:
+    coverage.main(["sizes=5,20", "repeats=40"])
+    figures = last_line(capsys.readouterr().out, "coverage")["figures"]
+    assert set(figures) == {f"{name}, n {n}" for name in coverage.CASES for n in (5, 20)}
+    assert all(share <= 1 for share in figures.values())
+
+
+@pytest.mark.parametrize("name", coverage.CASES)
+def test_the_truth_of_a_case_is_true(name: str) -> None:
+    case = coverage.CASES[name]
+    drawn = case.draw(np.random.default_rng(1), 200_000)
+    values = suite.linear(drawn) if drawn.ndim == 2 else drawn
+    assert abs(values.mean() - case.truth) < 4 * values.std() / 200_000**0.5

@@ -32,6 +32,7 @@ from tests.test_judges import ramp
 
 FIXED = [name for name in suite.DEFINITIONS if not name.startswith("pair_")]  # of every policy
 DENSE = replace(TINY, num_experts=1, top_k=1)
+AGAIN = "(to evaluate again: python -m fourstage.evaluation run=NAME ladder=true)"
 NO_SFT, NO_REWARD = "no sft policy on this ladder yet", "no reward model on this ladder yet"
 
 
@@ -110,7 +111,7 @@ def test_the_sft_policy_ties_with_itself():
     judges = Judges(reference=policy)
     metrics, items = evaluate_policy(policy, TOKENIZER, HELDOUT, CONFIG, judges, policy)
     assert metrics["kl_to_sft"]["value"] == pytest.approx(0.0, abs=1e-3)
-    assert metrics["win_rate"] == {"value": 0.5, "n": 7, "low": 0.5, "high": 0.5}
+    assert (metrics["win_rate"]["value"], metrics["win_rate"]["n"]) == (0.5, 7)
     assert metrics["win_rate_ties"]["value"] == 1.0
     assert metrics["router_drift"]["value"] == 0.0
     assert nulls(metrics) == dict.fromkeys(BY_REWARD, NO_REWARD)
@@ -264,7 +265,7 @@ def test_files_round_trip(tmp_path, done):
         write_evaluation(tmp_path, done.metrics, items, seed=5, suffix=suffix)
         assert stored_items(tmp_path, suffix) == items
         summary = json.loads((tmp_path / f"eval{suffix}.json").read_text())
-        assert summary == {"suite": "2", "seed": 5, "metrics": done.metrics}
+        assert summary == {"suite": "3", "seed": 5, "metrics": done.metrics}
     assert len(list(tmp_path.iterdir())) == 4  # no temporary file is left
     assert stored_items(tmp_path, "_other") == f"{tmp_path.name} has no eval_other.json"
 
@@ -281,7 +282,7 @@ def test_items_of_another_suite_or_broken_ones_are_not_read(tmp_path, done):
     (folder / "eval_items.jsonl").write_text('{"set": "cha')
     assert stored_items(folder) == "sft-a/eval_items.jsonl is missing or broken"
     of_suite_1(folder)
-    assert stored_chats(folder) == "sft-a/eval.json is of suite 1, not 2"
+    assert stored_chats(folder) == f"sft-a/eval.json is of suite 1, not 3 {AGAIN}"
     (folder / "eval.json").write_text("{")
     assert stored_items(folder) == "sft-a has no eval.json"
     write_evaluation(folder, {}, [{"set": "corpus", "id": 0}], seed=0)
@@ -341,7 +342,7 @@ def test_rows_of_another_suite_are_not_judged_and_a_line_says_so(rows, done, cap
     assert list(found) == ["random"] and {item["row"] for item in late} == {"random"}
     assert found["random"]["win_rate_learned"] == {"value": None, "why": NO_SFT}
     assert capsys.readouterr().out.splitlines() == [
-        "  not judged: pretrain-p/eval.json is of suite 1, not 2",
+        f"  not judged: pretrain-p/eval.json is of suite 1, not 3 {AGAIN}",
         "  not judged: sft-gone has no eval.json",
     ]
 
@@ -351,7 +352,7 @@ def test_sft_answers_of_another_suite_leave_the_wins_open(done, tmp_path):
     of_suite_1(tmp_path / "sft-a")
     judges = Judges(done.reward, done.reference, stored_chats(tmp_path / "sft-a"))
     metrics, _ = evaluate_policy(make_policy(), TOKENIZER, HELDOUT, CONFIG, judges, make_policy(3))
-    why = "sft-a/eval.json is of suite 1, not 2"
+    why = f"sft-a/eval.json is of suite 1, not 3 {AGAIN}"
     assert nulls(metrics) == dict.fromkeys(("win_rate", "win_rate_ties", "win_rate_learned"), why)
     assert metrics["kl_to_sft"] == done.metrics["kl_to_sft"]
 

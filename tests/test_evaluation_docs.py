@@ -35,7 +35,8 @@ def test_a_line_says_what_the_definition_does(name: str) -> None:
     defined, row = suite.DEFINITIONS[name], KEYS[name]
     assert len(row) == len(COLUMNS) and all(row)
     assert row[1] == ", ".join(defined.sets)
-    assert row[3] == ("Wilson" if defined.yes_no else "bootstrap")
+    of_ratio = "Wilson" if defined.yes_no else "t"
+    assert row[3] == (of_ratio if defined.statistic is suite.ratio else "bootstrap")
     assert row[4] == (defined.better or "-")
 
 

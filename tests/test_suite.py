@@ -81,12 +81,7 @@ def coverage(truth, draw, name, seeds=400):
     return covered / seeds
 
 
-@pytest.fixture
-def few_bootstraps(monkeypatch):
-    monkeypatch.setattr(suite, "BOOTSTRAPS", 400)
-
-
-def test_intervals_of_a_model_of_known_accuracy_cover_it(few_bootstraps):
+def test_intervals_of_a_model_of_known_accuracy_cover_it():
     """A fake model answers each of 60 problems right with probability 0.3."""
 
     def draw(rng):
@@ -95,7 +90,7 @@ def test_intervals_of_a_model_of_known_accuracy_cover_it(few_bootstraps):
     assert 0.93 <= coverage(0.3, draw, "reasoning_accuracy") <= 0.98
 
 
-def test_intervals_of_pass_at_k_cover_it(few_bootstraps):
+def test_intervals_of_pass_at_k_cover_it():
     """Problem i is solved with its own probability, drawn from Beta(1, 2): of 4 independent
     answers one is right with probability 1 - E[(1 - p)^4] = 1 - 2 / 6."""
 
@@ -107,16 +102,16 @@ def test_intervals_of_pass_at_k_cover_it(few_bootstraps):
     assert 0.92 <= coverage(1 / 3, draw, "pass_at_1", seeds=300) <= 0.98
 
 
-def test_intervals_of_a_mean_cover_it(few_bootstraps):
-    """A skewed distribution with mean 1; a percentile interval is a little narrow there."""
+def test_intervals_of_a_mean_cover_it():
+    """A skewed distribution with mean 1."""
 
     def draw(rng):
         return [chat(i, preference_score=rng.gamma(4.0, 0.25)) for i in range(60)]
 
-    assert 0.92 <= coverage(1.0, draw, "preference_score") <= 0.98
+    assert 0.93 <= coverage(1.0, draw, "preference_score") <= 0.98
 
 
-def test_intervals_of_a_paired_difference_cover_it(few_bootstraps):
+def test_intervals_of_a_paired_difference_cover_it():
     """The second stage solves every problem of the first and a tenth of the others: a gain of
     0.06, which intervals of the two stages apart would hide."""
     covered, above = 0, 0
@@ -129,22 +124,109 @@ def test_intervals_of_a_paired_difference_cover_it(few_bootstraps):
         covered += cell["low"] <= 0.06 <= cell["high"]
         above += cell["low"] > 0
         assert cell["n"] == 150
-    assert 0.9 <= covered / 400 <= 0.98
-    assert above / 400 > 0.9
+    assert 0.93 <= covered / 400 <= 0.98
+    assert above / 400 > 0.85
     accuracies = [metrics(side, {}, 0)["reasoning_accuracy"] for side in items]
     assert accuracies[0]["low"] < accuracies[1]["high"]
 
 
-def test_a_difference_against_an_explicit_loop(monkeypatch):
-    monkeypatch.setattr(suite, "BOOTSTRAPS", 200)
+@pytest.mark.parametrize(
+    ("df", "quantile"),
+    [(2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (19, 2.093), (99, 1.984), (10**6, 1.960)],
+)
+def test_t_quantiles_against_a_table(df, quantile):
+    assert suite.t_quantile(df) == pytest.approx(quantile, rel=0.01 if df < 4 else 1e-3)
+
+
+def test_a_difference_by_hand():
+    """Of 3 gains 2, -0.5 and 2; their mean is 7 / 6, the furthest is 5 / 3 away: -0.5."""
     after, before = [3.0, 1.0, 2.0, 9.0], [1.0, 1.5, 0.0]
     a = [chat(i, preference_score=x) for i, x in enumerate(after)]  # the last has no partner
     b = [chat(i, preference_score=x) for i, x in enumerate(before)]
     cell = differences(a, b, seed=5)["preference_score"]
-    gains = np.subtract(after[:3], before)
-    drawn = [gains[rows].mean() for rows in np.random.default_rng(5).integers(0, 3, (200, 3))]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    assert cell == pytest.approx({"value": 3.5 / 3, "n": 3, "low": low, "high": high}, abs=1e-6)
+    padded = [2.0, -0.5, 2.0, 7 / 6 - 5 / 3, 7 / 6 + 5 / 3]
+    half = 4.271 * np.std(padded, ddof=1) / math.sqrt(5)
+    assert cell["value"] == pytest.approx(7 / 6, abs=1e-6) and cell["n"] == 3
+    assert (cell["low"], cell["high"]) == pytest.approx((7 / 6 - half, 7 / 6 + half), abs=1e-3)
+
+
+def paired(name, before, after):
+    sides = [[problem(i, bool(x)) for i, x in enumerate(side)] for side in (after, before)]
+    return differences(*sides, 0)[name]
+
+
+def test_a_paired_difference_of_yes_no_items_is_nearly_bonett_and_price():
+    """24 gained and 4 lost of 100; theirs is a normal quantile over population variances."""
+    before = [0] * 24 + [1] * 4 + [0] * 72
+    after = [1] * 24 + [0] * 4 + [0] * 72
+    cell = paired("reasoning_accuracy", before, after)
+    p_gained, p_lost = 25 / 102, 5 / 102
+    half = 1.96 * math.sqrt((p_gained + p_lost - (p_gained - p_lost) ** 2) / 102)
+    assert cell["value"] == pytest.approx(0.2)
+    assert cell["low"] == pytest.approx(p_gained - p_lost - half, abs=3e-3)
+    assert cell["high"] == pytest.approx(p_gained - p_lost + half, abs=3e-3)
+
+
+def test_a_difference_that_never_varies_still_has_an_interval():
+    """20 items that go from wrong to right; and 20 scores that all gain 1."""
+    cell = paired("reasoning_accuracy", [0] * 20, [1] * 20)
+    assert cell["value"] == cell["high"] == 1.0 and 0.6 < cell["low"] < 0.8
+    cell = paired("reasoning_accuracy", [0] * 20, [0] * 20)
+    assert cell["low"] == pytest.approx(-cell["high"]) and 0.05 < cell["high"] < 0.2
+
+
+def mcnemar_exact(gained, lost):
+    """The two-sided exact p of McNemar's test: a fair coin for each item that changed."""
+    n, fewer = gained + lost, min(gained, lost)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+
+
+def test_four_of_400_is_no_gain():
+    cell = paired("reasoning_accuracy", [0] * 400, [1] * 4 + [0] * 396)
+    assert mcnemar_exact(4, 0) == 0.125
+    assert cell["low"] < 0 < cell["value"] == 0.01
+
+
+def test_an_interval_without_0_agrees_with_mcnemar():
+    """Wherever it excludes 0, the mid-p of McNemar's exact test is below 0.05."""
+    for n in (1, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20, 50, 100, 400):
+        for gained in range(1, min(n, 60) + 1):
+            for lost in range(min(gained, n - gained + 1)):
+                gains = np.repeat([1.0, -1.0, 0.0], [gained, lost, n - gained - lost])
+                low, _ = suite.padded_t(gains, (-1.0, 1.0))
+                changed = gained + lost
+                mid_p = mcnemar_exact(gained, lost) - math.comb(changed, lost) / 2**changed
+                assert low <= 0 or mid_p < 0.05, (n, gained, lost)
+
+
+def test_a_few_changed_scores_are_no_gain():
+    """As with yes or no: 4 of 400 scores that gain 1 are no certainty."""
+    before = [chat(i, preference_score=0.0) for i in range(400)]
+    after = [chat(i, preference_score=float(i < 4)) for i in range(400)]
+    cell = differences(after, before, 0)["preference_score"]
+    assert cell["low"] < 0 < cell["value"] == 0.01
+
+
+def test_one_item():
+    """One yes or no, or one share, says next to nothing; one unbounded value has no width."""
+    cells = metrics([sampled(0, 8), problem(1, True), chat(2, preference_score=1.5)], {}, 0)
+    wide = [(cells[k]["low"], cells[k]["high"]) for k in ("pass_at_1", "reasoning_accuracy")]
+    assert wide == [(0.0, 1.0), (pytest.approx(0.2065, abs=1e-4), 1.0)]
+    assert cells["preference_score"] == {"value": 1.5, "n": 1, "low": 1.5, "high": 1.5}
+    cell = paired("reasoning_accuracy", [0], [1])
+    assert (cell["low"], cell["high"]) == (-1.0, 1.0)
+
+
+def test_a_ratio_has_the_delta_methods_variance():
+    """Against resampling the ratio itself."""
+    rng = np.random.default_rng(0)
+    chars = rng.integers(50, 200, 300).astype(float)
+    vectors = np.stack([chars * rng.gamma(9, 0.3, 300), chars], 1)
+    values = suite.linear(vectors)
+    assert values.mean() == pytest.approx(vectors[:, 0].sum() / vectors[:, 1].sum())
+    drawn = suite.ratio(suite.resampled_sums(vectors, seed=0))
+    assert values.std() / math.sqrt(300) == pytest.approx(drawn.std(), rel=0.05)
+    assert suite.linear(np.array([[3.0, 1.0], [5.0, 1.0]])) == pytest.approx([3.0, 5.0])
 
 
 def test_a_difference_of_ratios_is_of_the_ratios():
@@ -170,7 +252,7 @@ def block(i, bits, chars):
 def test_bits_weigh_by_characters():
     """7 bits over 4 characters, not the mean of 1 and 2; a block of no character is none."""
     cell = metrics([block(0, 1.0, 1), block(1, 6.0, 3), block(2, 2.0, 0)], {}, 0)["bits_per_char"]
-    assert cell == {"value": 1.75, "n": 2, "low": 1.0, "high": 2.0}
+    assert (cell["value"], cell["n"]) == (1.75, 2)
 
 
 def test_accuracy_of_all_of_each_task_and_of_each_difficulty():
@@ -214,7 +296,7 @@ def test_pass_at_k_is_the_mean_over_problems_up_to_the_samples():
 def test_a_share_that_never_varies_still_has_an_interval():
     """Nobody solved any of 20 problems: a bootstrap of zeros would be sure of 0."""
     cell = metrics([sampled(i, 0) for i in range(20)], {}, 0)["pass_at_8"]
-    assert (cell["low"], cell["high"]) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert (cell["low"], cell["high"]) == pytest.approx((0.0, 0.1406), abs=1e-4)
 
 
 def test_what_is_read_off_chat_answers():
@@ -322,7 +404,11 @@ def test_the_order_of_the_items_does_not_matter():
 
 
 def test_seeds_repeat_and_differ():
-    items = [chat(i, preference_score=float(i * i)) for i in range(30)]
+    loads = np.random.default_rng(0).integers(1, 9, (30, 1, 4)).tolist()
+    items = [
+        {"set": "router", "id": i, "tokens": 8, "load": load, "drift": None}
+        for i, load in enumerate(loads)
+    ]
     assert metrics(items, {}, 1) == metrics(items, {}, 1)
     assert metrics(items, {}, 1) != metrics(items, {}, 2)
 

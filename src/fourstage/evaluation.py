@@ -191,7 +191,10 @@ def stored_items(folder: Path, suffix: str = "") -> list[Item] | str:
     if suite is None:
         return f"{folder.name} has no {summary.name}"
     if suite != SUITE:
-        return f"{folder.name}/{summary.name} is of suite {suite}, not {SUITE}"
+        return (
+            f"{folder.name}/{summary.name} is of suite {suite}, not {SUITE} "
+            "(to evaluate again: python -m fourstage.evaluation run=NAME ladder=true)"
+        )
     try:
         return read_jsonl(path)
     except (OSError, ValueError):

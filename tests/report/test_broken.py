@@ -49,7 +49,7 @@ GARBAGE = [
     "[]",
     "7",
     '{"a": ',
-    '{"suite": "2"}',
+    json.dumps({"suite": suite.SUITE}),
     "[" * 100_000,
     '{"set": "corpus", "id": 1, "bits": NaN, "chars": 3}',
     '{"set": "router", "id": 1, "tokens": 1, "load": [[1], [1, 2]], "drift": null}',

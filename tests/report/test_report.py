@@ -16,7 +16,7 @@ import pytest
 from fourstage.report import main
 from fourstage.report.figures import MOST_POINTS, panels, thinned
 from fourstage.report.html import Answers, Bullets, Paragraph, Table, markdown, page
-from fourstage.report.tables import apart
+from fourstage.report.tables import COIN, apart
 
 PRETRAIN, SFT, REWARD, PPO, GRPO = "aaaaaaaaaa", "bbbbbbbbbb", "cccccccccc", "dddddddddd", "e" * 10
 LLM, ADD = "What is an LLM?", "26 + 4 = ?"
@@ -242,6 +242,14 @@ def test_a_shorter_ladder_has_fewer_rows_and_says_what_it_cannot_know(tmp_path: 
     assert "- sft: reward-model score: no reward model on this ladder yet" in text
 
 
+def test_one_stage_alone_says_nothing_of_others(tmp_path: Path) -> None:
+    write_run(tmp_path, "pretrain")
+    report(tmp_path)
+    text = report_md(tmp_path)
+    for word in ("reward model gives", "train/gold_score", "better or worse"):
+        assert word not in text
+
+
 def test_grpo_on_sft_has_no_preference_rows(tmp_path: Path) -> None:
     for stage in ("pretrain", "sft", "reward"):
         write_run(tmp_path, stage)
@@ -355,6 +363,8 @@ def test_each_stage_on_its_own_goal(full: Path) -> None:
         ("bits_per_char", cell(5, 4, 6), cell(2, 1, 3), "apart: better"),
         ("bits_per_char", cell(2, 1, 3), cell(5, 4, 6), "apart: worse"),
         ("bits_per_char", null("no text"), cell(5, 4, 6), "not measured"),
+        ("bits_per_char", cell(5, 5, 5, n=1), cell(2, 2, 2, n=1), "an interval without width"),
+        ("pair_accuracy", COIN, cell(0.8, 0.7, 0.9), "apart: better"),
     ],
 )
 def test_intervals_apart(name: str, before: dict, after: dict, verdict: str) -> None:

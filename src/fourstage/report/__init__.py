@@ -99,23 +99,19 @@ def document(
     whole, parts = keys(rows)
     return [
         Heading(f"From random weights to {tip.stage}", 1),
-        *_introduction(tip, files.suite, others),
+        *_introduction(tip, files, others),
         *lineage_figures(rows),
         Heading("What each stage did"),
-        Paragraph(
-            "Every row was measured on the same held-out data: value, 95 % interval, and n, the "
-            "number of answers, problems, pairs or blocks of text. Below it the difference to the "
-            "policy that the stage started from, with the paired 95 % interval over the items of "
-            "both; it is called better or worse where that interval excludes 0. "
-            f"{NONE} is not measured: the last section says why; a reward model gives no answers, "
-            "and only reward models are asked about pairs."
-        ),
+        Paragraph(_how_to_read(rows)),
         stage_table(rows),
         Heading("Each stage on its own goal"),
         goal_table(rows),
         *_kl(rows),
         Heading("The alignment tax"),
-        Paragraph("What each stage changed on every key: the paired difference to its parent."),
+        Paragraph(
+            "What each stage changed: for every key the paired difference to the policy that it "
+            "started from."
+        ),
         _tax(rows, whole),
         *_answers(rows),
         *learning_curves(curves),
@@ -133,7 +129,7 @@ def document(
     ]
 
 
-def _introduction(tip: Run, suite: str, others: list[Run]) -> list[Block]:
+def _introduction(tip: Run, files: Files, others: list[Run]) -> list[Block]:
     blocks: list[Block] = []
     if tip.is_debug:
         blocks.append(
@@ -143,11 +139,29 @@ def _introduction(tip: Run, suite: str, others: list[Run]) -> list[Block]:
             )
         )
     facts = [f"Run {tip.name}", *(f"{key} {value}" for key, value in tip.facts().items())]
-    blocks.append(Paragraph(", ".join(facts) + f"; evaluation suite {suite}."))
+    blocks.append(Paragraph(", ".join(facts) + f"; evaluation suite {files.suite}."))
+    blocks += map(Paragraph, files.suite_notes(tip.name))
     if others:
         names = ", ".join(run.name for run in others)
         blocks.append(Paragraph(f"Other ladders found (run=NAME reports on one): {names}."))
     return blocks
+
+
+def _how_to_read(rows: list[Row]) -> str:
+    text = (
+        "Every row was measured on the same held-out data: value, 95 % interval, and n, the number "
+        "of answers, problems, pairs or blocks of text. "
+    )
+    if any(row.differences for row in rows):
+        text += (
+            "Below it is the difference to the policy that the stage started from, with the paired "
+            "95 % interval over the items of both; it is called better or worse where that "
+            "interval excludes 0. "
+        )
+    text += f"{NONE}: not measured, and the last section says why."
+    if any(row.stage == "reward" for row in rows):
+        text += " A reward model gives no answers, and only reward models are asked about pairs."
+    return text
 
 
 def _kl(rows: list[Row]) -> list[Block]:

@@ -38,8 +38,8 @@ def lines(xlabel: str, ylabel: str, series: Mapping[str, Points]) -> str:
 def over_optimisation(xlabel: str, ylabel: str, series: Mapping[str, Points]) -> str:
     """Scores against KL, x on a square-root axis (Gao et al. 2022, arXiv 2210.10760, section 3).
 
-    Every rollout is a dot, and the line goes through means of neighbours in KL. Estimates of a
-    small KL may be negative: those are drawn at 0.
+    Every rollout is a dot, and the line joins means of `group_size` neighbours in KL. Estimates of
+    a small KL may be negative: those are drawn at 0.
     """
 
     def draw(axes: Any) -> None:
@@ -49,7 +49,7 @@ def over_optimisation(xlabel: str, ylabel: str, series: Mapping[str, Points]) ->
             points = sorted((max(x, 0.0), y) for x, y in points)
             style = {"color": _nth(COLOURS, n), "marker": MARKERS[n], "ls": "none"}
             axes.plot(*zip(*points, strict=True), ms=3, alpha=0.35, mew=0, **style)
-            means = neighbours(points, math.ceil(len(points) / 12))
+            means = neighbours(points, group_size(points))
             style |= {"ls": _nth(DASHES, n), "ms": 5}
             axes.plot(*zip(*means, strict=True), label=name, lw=1.6, **style)
         axes.set_xlim(0, max(furthest, 1e-3) * 1.05)
@@ -82,6 +82,11 @@ def intervals(
         axes.set_title(ylabel, loc="left", fontsize="medium")
 
     return _svg(draw, (5.0, 3.0), legend="right")
+
+
+def group_size(points: Points) -> int:
+    """How many rollouts a point of the over-optimisation's line is the mean of: 12 points or so."""
+    return math.ceil(len(points) / 12)
 
 
 def neighbours(points: Points, width: int) -> Points:

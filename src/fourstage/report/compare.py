@@ -228,7 +228,7 @@ def document(ladders: Sequence[Ladder], labels: Sequence[str], files: Files) -> 
     whole, parts = keys([row for ladder in ladders for row in ladder.rows])
     blocks: list[Block] = [
         Heading(f"{len(ladders)} ladders compared", 1),
-        *_introduction(ladders, labels, files.suite),
+        *_introduction(ladders, labels, files),
         Heading("Each stage on its own goal"),
         _goal_table(ladders, labels),
         Heading("Mean and spread"),
@@ -255,7 +255,7 @@ def document(ladders: Sequence[Ladder], labels: Sequence[str], files: Files) -> 
     ]
 
 
-def _introduction(ladders: Sequence[Ladder], labels: Sequence[str], suite: str) -> list[Block]:
+def _introduction(ladders: Sequence[Ladder], labels: Sequence[str], files: Files) -> list[Block]:
     differs = differing(ladders)
     seeds = differs.get("seed", [])
     if not differs:
@@ -269,7 +269,8 @@ def _introduction(ladders: Sequence[Ladder], labels: Sequence[str], suite: str) 
         for label, ladder in zip(labels, ladders, strict=True)
     ]
     blocks: list[Block] = [
-        Paragraph(f"{said} Evaluation suite {suite}."),
+        Paragraph(f"{said} Evaluation suite {files.suite}."),
+        *map(Paragraph, files.suite_notes("NAME")),
         Table(["ladder", "its last run", "stages"], table),
     ]
     if differs and set(differs) != {"seed"}:

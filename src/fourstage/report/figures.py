@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fourstage import suite
-from fourstage.report.charts import intervals, lines, neighbours, over_optimisation
+from fourstage.report.charts import group_size, intervals, lines, neighbours, over_optimisation
 from fourstage.report.drawings import Node, heat_map, lineage
 from fourstage.report.files import Item, Points
 from fourstage.report.html import Block, Cell, Figure, Figures, Heading, Paragraph, Table
@@ -30,7 +30,6 @@ PANELS = (
 # ppo's reward holds the KL of a whole answer, grpo's loss that of a token
 UNITS = {("grpo", "KL to the reference"): "nats a token"}
 MOST_POINTS = 300  # a longer curve is drawn as means of neighbouring points
-BINS = 24  # of KL, where the scores of PPO's rollouts are averaged
 SHORT = {  # of the stages' own goals
     "bits_per_char": "bits a character",
     "well_formed": "well-formed",
@@ -68,6 +67,15 @@ def lineage_figures(rows: list[Row]) -> list[Block]:
 def learning_curves(curves: Curves) -> list[Block]:
     """The curves of every stage, each stage on a line of its own."""
     blocks: list[Block] = []
+    text = "Lines are named as the columns of metrics.csv"
+    if "ppo" in curves:
+        text += " (train/score: the learned reward; train/gold_score: the true score)"
+    text += "."
+    points = max((len(p) for columns in curves.values() for p in columns.values()), default=0)
+    if points > MOST_POINTS:
+        text += (
+            f" Where one has more than {MOST_POINTS} points, means of neighbouring ones are drawn."
+        )
     for stage, columns in curves.items():
         figures = [
             Figure(name, lines("step", unit, series))
@@ -75,10 +83,6 @@ def learning_curves(curves: Curves) -> list[Block]:
         ]
         if figures:
             blocks.append(Figures(figures))
-    text = (
-        "Lines are named as the columns of metrics.csv (train/score: the learned reward; "
-        "train/gold_score: the true score)."
-    )
     return [Heading("While training"), Paragraph(text), *blocks] if blocks else []
 
 
@@ -105,7 +109,7 @@ def over_optimisation_blocks(columns: dict[str, Points] | None) -> list[Block]:
     """PPO's learned reward and true score against the KL from its reference (Gao et al. 2022)."""
     if columns is None:
         return []
-    heading = Heading("Reward against true score over PPO")
+    heading = Heading("Scores against KL over PPO")
     kl = dict(columns.get("train/kl", ()))
     series = {
         name: [(kl[step], score) for step, score in columns.get(column, ()) if step in kl]
@@ -115,10 +119,13 @@ def over_optimisation_blocks(columns: dict[str, Points] | None) -> list[Block]:
     if not series:
         return [heading, Paragraph("Not drawn: metrics.csv has no KL with scores beside it.")]
     text = (
-        "Dots are PPO's rollouts, lines their means over neighbours in KL; x is on a square-root "
-        "axis, as in Gao et al. 2022 (arXiv 2210.10760). Over-optimisation is where the learned "
-        "reward still rises and the true score falls."
+        f"{_what_is_drawn(series)} x is on a square-root axis, as in Gao et al. 2022 "
+        "(arXiv 2210.10760)."
     )
+    if len(series) == 2:
+        text += (
+            " Over-optimisation is where the learned reward still rises and the true score falls."
+        )
     blocks: list[Block] = [heading]
     if "true score" not in series:
         blocks.append(
@@ -128,21 +135,36 @@ def over_optimisation_blocks(columns: dict[str, Points] | None) -> list[Block]:
             )
         )
     svg = over_optimisation("KL from the sft policy, nats an answer", "score", series)
-    blocks.append(Figures([Figure("Learned reward and true score", svg, text)], "large"))
+    title = " and ".join(series).capitalize()
+    blocks.append(Figures([Figure(title, svg, text)], "large"))
     return [*blocks, _score_table(series)]
+
+
+def _what_is_drawn(series: dict[str, Points]) -> str:
+    """What the dots and lines of the over-optimisation are."""
+    most = max(series.values(), key=len)
+    if len(most) == 1:
+        return "PPO's only rollout is drawn as one point of each score."
+    if (size := group_size(most)) == 1:
+        return "Each point is one of PPO's rollouts, and lines join them in order of KL."
+    return f"Dots are PPO's rollouts; lines join the means of {size} neighbours in KL."
 
 
 def _score_table(series: dict[str, Points]) -> Table:
     """The same in figures: quarters of the rollouts, in order of their KL."""
     some = {name: sorted(points) for name, points in series.items()}
     count = max(len(points) for points in some.values())
-    means = {name: neighbours(p, math.ceil(count / 4)) for name, p in some.items()}
+    width = math.ceil(count / 4)
+    means = {name: neighbours(p, width) for name, p in some.items()}
     first = next(iter(means.values()))
     rows = [
-        [f"{x:.2f}", *(f"{m[at][1]:.3f}" if at < len(m) else NONE for m in means.values())]
+        [
+            f"{round(x, 2) + 0.0:.2f}",
+            *(f"{m[at][1]:.3f}" if at < len(m) else NONE for m in means.values()),
+        ]
         for at, (x, _) in enumerate(first)
     ]
-    return Table(["mean KL, nats", *means], rows)
+    return Table(["KL, nats" if width == 1 else "mean KL, nats", *means], rows)
 
 
 # --- of the evaluations
@@ -158,9 +180,9 @@ def difficulty_blocks(rows: list[Row]) -> list[Block]:
         return []
     svg = intervals(suite.DIFFICULTIES, "share of problems right", series)
     text = (
-        "Greedy answers to held-out problems, with 95 % intervals. Difficulty is a third, within "
-        "each task, by the length of the worked solution, and the thirds hold other shares of the "
-        "tasks: compare stages at one difficulty."
+        "Greedy answers to held-out problems, with 95 % intervals. Each task's problems are split "
+        "into thirds by the length of the worked solution, or of the question where there is none. "
+        "The thirds hold different mixes of tasks, so compare stages at one difficulty."
     )
     figure = Figures([Figure("Reasoning accuracy by difficulty", svg, text)], "large")
     grpo = next((row for row in rows if row.stage == "grpo"), None)
@@ -174,8 +196,7 @@ def difficulty_blocks(rows: list[Row]) -> list[Block]:
         for line, name in zip(lines_, names, strict=True):
             parts = change(name, grpo.differences.get(name))
             line.append(Cell(parts) if parts else NONE)
-    heading = "Accuracy by difficulty" if grpo is None else "GRPO accuracy by difficulty"
-    return [Heading(heading), figure, Table(head, lines_)]
+    return [Heading("Accuracy by difficulty"), figure, Table(head, lines_)]
 
 
 def _known(row: Row, name: str) -> dict | None:
@@ -195,8 +216,9 @@ def heat_map_blocks(rows: list[Row]) -> list[Block]:
     top = max(float(share.max()) for share in known.values())
     experts = next(iter(known.values())).shape[1]
     text = (
-        f"Share of the held-out text's tokens that each expert of each layer gets. An even share "
-        f"is {100 / experts:.1f} %; the deepest colour is {100 * top:.1f} % in all drawings."
+        f"Share of the held-out tokens that each expert of each layer gets. An even share is "
+        f"{100 / experts:.1f} %; the deepest colour is {100 * top:.1f} %"
+        f"{' in every drawing' * (len(known) > 1)}."
     )
     figures = [Figure(stage, heat_map(share.tolist(), top)) for stage, share in known.items()]
     return [heading, Paragraph(text), Figures(figures)]

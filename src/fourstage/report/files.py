@@ -48,6 +48,19 @@ class Files:
         """The latest evaluation's suite."""
         return self.suites[-1] if self.suites else "1"
 
+    def suite_notes(self, run: str) -> list[str]:
+        """A line where not all evaluations are by this version's suite, with the way to make them
+        so; `run` is what the command should name."""
+        used = sorted(set(self.suites))
+        if used in ([], [suite.SUITE]):
+            return []
+        plural = "s" * (len(used) > 1)
+        return [
+            f"Evaluated by suite{plural} {' and '.join(used)}; this version has suite "
+            f"{suite.SUITE}, and figures of different suites are not comparable. To evaluate "
+            f"again, without training: python -m fourstage.evaluation run={run} ladder=true"
+        ]
+
     def json(self, path: Path) -> dict[str, Any] | None:
         """The object that a JSON file holds."""
         text = self._text(path)

@@ -270,7 +270,7 @@ def _differences(row: Row, run: Run, parent: Row, files: Files) -> dict[str, Met
             if side.suite:
                 files.problems.append(
                     f"{row.stage}: no differences to {parent.stage}: {side.stage} was evaluated "
-                    f"with suite {side.suite}, and items are compared for suite {suite.SUITE}"
+                    f"by suite {side.suite}, and only items of suite {suite.SUITE} are compared"
                 )
             return {}
     path = run.folder / "eval_items.jsonl"

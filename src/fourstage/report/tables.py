@@ -85,9 +85,12 @@ def measured_cell(name: str, cell: Metric | None, remark: str = "") -> str | Cel
 
 
 def verdict(name: str, difference: Metric) -> str:
-    """better or worse, where the paired interval excludes 0 and the key has a better side."""
-    defined = about(name)
-    if defined is None or defined.better is None or difference["low"] <= 0 <= difference["high"]:
+    """better or worse, where the paired interval excludes 0 and the key has a better side.
+
+    An interval without width tells nothing: one item, or several that are all equal.
+    """
+    defined, low, high = about(name), difference["low"], difference["high"]
+    if defined is None or defined.better is None or low <= 0 <= high or low == high:
         return "unclear"
     return "better" if (difference["low"] > 0) == (defined.better == "higher") else "worse"
 
@@ -207,7 +210,9 @@ def goals(rows: list[Row]) -> list[Goal]:
         else:
             start, before = "", suite.missing("its parent is not there")
         after = row.metrics[name]
-        found.append(Goal(row.stage, name, start, before, after, apart(name, before, after)))
+        suites = {row.suite, row.parent.suite} - {""} if row.parent else set()
+        said = "different suites" if len(suites) > 1 else apart(name, before, after)
+        found.append(Goal(row.stage, name, start, before, after, said))
     return found
 
 
@@ -227,9 +232,14 @@ def goal_table(rows: list[Row]) -> Table:
 
 
 def apart(name: str, before: Metric, after: Metric) -> str:
-    """Whether the intervals of two cells overlap, and if not, which is better."""
+    """Whether the intervals of two cells overlap, and if not, which is better.
+
+    One item, or several that are all equal, have no interval to speak of.
+    """
     if before["value"] is None or after["value"] is None:
         return "not measured"
+    if any(cell["low"] == cell["high"] for cell in (before, after) if cell is not COIN):
+        return "an interval without width"
     above, below = after["low"] > before["high"], after["high"] < before["low"]
     defined = about(name)
     if defined is not None and defined.better == "lower":
@@ -266,9 +276,9 @@ COSTS: dict[str, tuple[str, Callable[[float], str], Callable[..., float] | None,
 }
 
 COST_TEXT = (
-    "The time that is neither training nor evaluation went into reading the data, sampling "
-    "(reward: its pairs) and saving. Peak memory is the process's: stages that one command trains "
-    "one after another include the earlier ones."
+    "The time that is neither training nor evaluation went into reading the data, sampling (for "
+    "reward, its pairs) and saving. Peak memory is that of the process: where one command trains "
+    "several stages, a stage's peak includes those before it."
 )
 
 
