@@ -8,7 +8,8 @@ import pytest
 from fourstage import data
 from fourstage.data.chat import demonstrations
 from fourstage.data.corpus import without_heldout
-from fourstage.data.reasoning import heldout_keys
+from fourstage.data.heldout import heldout_keys
+from fourstage.data.keys import HeldOutKeys, keys_of
 from fourstage.data.split import is_heldout, normalise
 from fourstage.errors import UserError
 from fourstage.verify import has_form, verify
@@ -92,13 +93,19 @@ def test_the_corpus_is_the_reference_cut_by_position(embedded):
 
     corpus = data.load_corpus(make("embedded", corpus={"problems": 0}))
     whole = "".join(topics[name].strip() for name in sorted(topics))
-    dropped = corpus.notes["paragraphs_dropped_with_a_heldout_problem"]
+    dropped = corpus.notes["paragraphs_dropped_with_a_heldout_prompt"]
     assert dropped == 0 and "".join(corpus.train + corpus.heldout) == whole
     assert sum(map(len, corpus.train)) == int(0.9 * len(whole))
 
 
+def problem(question: str, task: str) -> data.Problem:
+    return data.Problem(question, "", task, None, {})
+
+
 def test_a_paragraph_with_a_heldout_problem_is_left_out():
-    keys = frozenset({normalise("26 + 4 = ?"), normalise("Reverse: hello")})
+    keys = keys_of(
+        [problem("26 + 4 = ?", "chain_sum"), problem("Reverse: hello", "spell_backward")]
+    )
     text = "One.\n\nAdd 4+26 here.\n\nTry reverse: HELLO too.\n\nLast 126 + 4."
     assert without_heldout(text, keys) == ("One.\n\nLast 126 + 4.", 2)
     assert without_heldout("Nothing 1 + 1.", keys) == ("Nothing 1 + 1.", 0)
@@ -191,7 +198,7 @@ def test_bad_settings_are_one_clear_line(changes, message):
 
 
 def test_keys_are_empty_without_problems(files):
-    assert heldout_keys(files()) == frozenset()
+    assert heldout_keys(files()) == HeldOutKeys()
 
 
 def test_a_share_of_a_tasks_demonstrations_is_terse() -> None:
@@ -209,7 +216,7 @@ def test_a_share_of_a_tasks_demonstrations_is_terse() -> None:
 def test_a_range_with_few_problems_ends_early_with_all_of_them(monkeypatch):
     import reasoning_gym
 
-    from fourstage.data.reasoning import _draw
+    from fourstage.data.problems import _draw
 
     drawn = []
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from fourstage.data.config import DataConfig, cached
 from fourstage.data.files import is_text, read_records, read_text
-from fourstage.data.reasoning import (
-    heldout_keys,
-    holds_heldout,
-    load_reasoning,
-    worked_train_problems,
-)
+from fourstage.data.heldout import heldout_keys
+from fourstage.data.keys import HeldOutKeys
+from fourstage.data.reasoning import load_reasoning, worked_train_problems
 from fourstage.data.records import Corpus, Problem, content_digest
 from fourstage.data.schemas import document_from, usable
-from fourstage.data.split import is_heldout, normalise
+from fourstage.data.split import is_heldout
 from fourstage.errors import UserError
 
+LONG = 2000  # characters: a file without blank lines is one paragraph
 
-@cached("corpus", "reasoning")
+
+@cached("corpus", "chat", "preference", "reasoning")
 def load_corpus(config: DataConfig) -> Corpus:
     """Documents for pretrain.
 
@@ -49,7 +48,7 @@ def load_corpus(config: DataConfig) -> Corpus:
 
     keys = heldout_keys(config)
     cleaned = [without_heldout(document, keys) for document in train]
-    notes["paragraphs_dropped_with_a_heldout_problem"] = sum(n for _, n in cleaned)
+    notes["paragraphs_dropped_with_a_heldout_prompt"] = sum(n for _, n in cleaned)
     train = [document for document, _ in cleaned]
     problems = worked_train_problems(config, corpus.problems)
     train += [render(p) for p in problems]
@@ -93,21 +92,21 @@ def by_position(documents: list[str], share: float) -> tuple[list[str], list[str
     return train, heldout
 
 
-def without_heldout(document: str, keys: frozenset[str]) -> tuple[str, int]:
-    """The document without paragraphs that state a held-out problem, and how many those were."""
-    if not keys:
-        return document, 0
-    paragraphs = document.split("\n\n")
-    text = normalise(document)
-    questions = [key for key in keys if key in text]
-    kept = [
-        p
-        for p in paragraphs
-        if not holds_heldout(p, keys) and not any(q in normalise(p) for q in questions)
-    ]
-    if len(kept) == len(paragraphs):
-        return document, 0
-    return "\n\n".join(kept), len(paragraphs) - len(kept)
+def without_heldout(document: str, keys: HeldOutKeys) -> tuple[str, int]:
+    """The document without paragraphs that state a held-out prompt, and how many those were.
+
+    Of a paragraph longer than LONG only the lines go that state one, if it is stated in one line.
+    """
+    kept, dropped = [], 0
+    for paragraph in document.split("\n\n"):
+        if keys.in_text(paragraph):
+            dropped += 1
+            lines = paragraph.split("\n") if len(paragraph) > LONG else []
+            paragraph = "\n".join(line for line in lines if not keys.in_text(line))
+            if not paragraph or keys.in_text(paragraph):
+                continue
+        kept.append(paragraph)
+    return ("\n\n".join(kept), dropped) if dropped else (document, 0)
 
 
 def _documents(path: str, notes: dict[str, int]) -> list[str]:

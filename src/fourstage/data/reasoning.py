@@ -1,67 +1,38 @@
-"""The reasoning source: problems of reasoning-gym, or a file in gsm8k's schema."""
+"""The reasoning source: problems that no held-out prompt of any source gives away."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import fields
-from difflib import get_close_matches
-from itertools import chain, islice
-from typing import Any
+from itertools import islice
 
 from fourstage.data.config import DataConfig, cached
-from fourstage.data.files import read_records
+from fourstage.data.heldout import heldout_keys
+from fourstage.data.problems import split_problems
 from fourstage.data.records import Problem, Problems, content_digest
-from fourstage.data.schemas import problem_from, usable
-from fourstage.data.split import expressions, is_heldout, normalise, short_hash, whole_expressions
-from fourstage.data.tasks import short_question, worked_solution
 from fourstage.errors import UserError
-from fourstage.verify import FROM_FILE
-
-DRAWS = 20  # give up on a task's share after so many draws for each problem wanted
-STALE = 3  # or after so many in a row for each problem found, none of which was new
 
 
-@cached("reasoning")
+@cached("chat", "preference", "reasoning")
 def load_reasoning(config: DataConfig) -> Problems:
-    """Train and held-out problems. No train problem holds the expression of a held-out one.
+    """Train and held-out problems.
 
     Raises:
         UserError: no path and no tasks, a bad file, an unknown task or a bad argument of one.
     """
-    if config.reasoning.path is not None:
-        train, heldout, notes = _from_file(config)
-    elif config.reasoning.chosen:
-        train, heldout, notes = _from_gym(config)
-    else:
+    if config.reasoning.path is None and not config.reasoning.chosen:
         raise UserError("stages.grpo needs data.reasoning.path=FILE (a file in gsm8k's schema)")
-    for name, side in (("train", train), ("held out", heldout)):
+    train, heldout, notes = split_problems(config)
+    keys = heldout_keys(config)
+    clean = [p for p in train if not keys.in_text(p.question)]
+    notes = notes | {"dropped_with_a_heldout_prompt": len(train) - len(clean)}
+    for name, side in (("train", clean), ("held out", heldout)):
         if not side:
             raise UserError(
                 f"data.reasoning: no problem is left to be {name}: give more problems or another "
                 "data.heldout"
             )
-    notes |= {"train": len(train), "heldout": len(heldout)}
-    digest = content_digest(*(_content(p) for p in train), "", *(_content(p) for p in heldout))
-    return Problems(train, heldout, digest, notes)
-
-
-@cached("reasoning")
-def heldout_keys(config: DataConfig) -> frozenset[str]:
-    """Normalised questions and expressions of held-out problems: no source trains on them."""
-    if config.reasoning.path is None and not config.reasoning.chosen:
-        return frozenset()
-    return frozenset(_keys(load_reasoning(config).heldout))
-
-
-def holds_heldout(text: str, keys: frozenset[str] | set[str]) -> bool:
-    """True if a text spells out one of the keys as its whole or as an expression in it."""
-    return bool(keys) and (normalise(text) in keys or not keys.isdisjoint(expressions(text)))
-
-
-def _keys(problems: list[Problem]) -> set[str]:
-    keys = {normalise(p.question) for p in problems}
-    return keys.union(*(whole_expressions(p.question) for p in problems if p.task != FROM_FILE))
+    notes |= {"train": len(clean), "heldout": len(heldout)}
+    digest = content_digest(*(_content(p) for p in clean), "", *(_content(p) for p in heldout))
+    return Problems(clean, heldout, digest, notes)
 
 
 def worked_train_problems(config: DataConfig, count: int) -> list[Problem]:
@@ -78,125 +49,3 @@ def worked_train_problems(config: DataConfig, count: int) -> list[Problem]:
 
 def _content(problem: Problem) -> str:
     return f"{problem.task}\x1f{problem.question}\x1f{problem.answer}\x1f{problem.worked}"
-
-
-def _from_file(config: DataConfig) -> tuple[list[Problem], list[Problem], dict[str, int]]:
-    reasoning = config.reasoning
-    assert reasoning.path is not None
-    problems, unusable = usable(read_records(reasoning.path), problem_from)
-    notes = {"unusable_records": unusable}
-    if reasoning.heldout_path is None:
-        heldout = [p for p in problems if is_heldout(p.question, config.heldout)]
-    else:
-        heldout, unusable = usable(read_records(reasoning.heldout_path), problem_from)
-        notes["unusable_records"] += unusable
-    keys = {normalise(p.question) for p in heldout}
-    train = [p for p in problems if normalise(p.question) not in keys]
-    if reasoning.heldout_path is not None:
-        notes["dropped_from_train_as_heldout"] = len(problems) - len(train)
-    return train, heldout, notes
-
-
-def _from_gym(config: DataConfig) -> tuple[list[Problem], list[Problem], dict[str, int]]:
-    reasoning = config.reasoning
-    weights = {task: _weight(task, settings) for task, settings in reasoning.chosen.items()}
-    total = sum(weights.values())
-    heldout: list[Problem] = []
-    drawn: dict[str, tuple[list[Problem], Iterator[Problem]]] = {}
-    for task, settings in reasoning.chosen.items():
-        size, heldout_size = (
-            round(n * weights[task] / total) for n in (reasoning.size, reasoning.heldout_size)
-        )
-        arguments = {k: v for k, v in settings.items() if k != "weight"}
-        problems = _draw(task, arguments, DRAWS * (size + int(heldout_size / config.heldout)))
-        before: list[Problem] = []
-        held = 0
-        while held < heldout_size and (problem := next(problems, None)):
-            if is_heldout(problem.question, config.heldout):
-                heldout.append(problem)
-                held += 1
-            else:
-                before.append(problem)
-        drawn[task] = (before, problems)
-
-    forbidden = _keys(heldout)
-    train: list[Problem] = []
-    spelt_out = 0
-    for task, (before, problems) in drawn.items():
-        size = round(reasoning.size * weights[task] / total)
-        taken = 0
-        for problem in chain(before, problems):
-            if taken == size:
-                break
-            if is_heldout(problem.question, config.heldout):
-                continue
-            if holds_heldout(f"{problem.question}\n{problem.worked}", forbidden):
-                spelt_out += 1
-                continue
-            train.append(problem)
-            taken += 1
-    notes = {"dropped_with_a_heldout_expression": spelt_out}
-    shuffled = (sorted(side, key=lambda p: short_hash("order" + p.id)) for side in (train, heldout))
-    return *shuffled, notes  # type: ignore[return-value]
-
-
-def _weight(task: str, settings: Any) -> float:
-    where = f"data.reasoning.tasks.{task}"
-    if not isinstance(settings, dict):
-        raise UserError(f"{where}: expected the task's arguments, e.g. {{}}, got {settings!r}")
-    weight = settings.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0:
-        raise UserError(f"{where}.weight: expected a number above 0, got {weight!r}")
-    return weight
-
-
-def check_task(task: str, arguments: dict[str, Any]) -> None:
-    """Raise UserError for a task or an argument that reasoning-gym doesn't have, and name those
-    that it has."""
-    import reasoning_gym.factory
-
-    where, known = f"data.reasoning.tasks.{task}", reasoning_gym.factory.DATASETS
-    if task not in known:
-        near = get_close_matches(task, known, n=3) or sorted(known)
-        raise UserError(f"{where}: no such task of reasoning-gym: {_or(near)}")
-    names = [field.name for field in fields(known[task][1])]
-    names = [name for name in names if name not in ("seed", "size")]
-    for name in arguments:
-        if name not in names:
-            raise UserError(f"{where}.{name}: no such argument: it has {', '.join(names)}, weight")
-
-
-def _or(names: list[str]) -> str:
-    return f"did you mean {' or '.join(names)}?" if len(names) < 4 else f"it has {', '.join(names)}"
-
-
-def _draw(task: str, arguments: dict[str, Any], most: int) -> Iterator[Problem]:
-    """Distinct problems of a task, from at most `most` draws; a small range ends sooner.
-
-    (Were there one problem more, as likely as the others, it would be missed once in 20.)
-    """
-    import reasoning_gym
-
-    check_task(task, arguments)
-    try:
-        dataset = reasoning_gym.create_dataset(task, size=most, seed=0, **arguments)
-    except (ValueError, TypeError, ArithmeticError, AssertionError) as error:
-        raise UserError(f"data.reasoning.tasks.{task}: {error}") from None
-    seen: set[str] = set()
-    last_new = 0
-    for i in range(most):
-        if i - last_new > max(100, STALE * len(seen)):
-            return
-        try:
-            entry = dataset[i]
-        except Exception as error:  # of a task's own, on arguments that it did not check
-            raise UserError(
-                f"data.reasoning.tasks.{task}: reasoning-gym can't draw with {arguments}: {error!r}"
-            ) from None
-        question = short_question(task, entry)
-        if question in seen:
-            continue
-        seen.add(question)
-        last_new = i
-        plain = json.loads(json.dumps(entry, default=str))
-        yield Problem(question, entry["answer"], task, worked_solution(task, entry), plain)

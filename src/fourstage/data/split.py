@@ -45,17 +45,19 @@ def is_heldout(prompt: str, share: float) -> bool:
     return int(short_hash(normalise(prompt)), 16) < share * 16**12
 
 
-def expressions(text: str) -> set[str]:
+def expressions(text: str, longest: int | None = None) -> set[str]:
     """The arithmetic that a text spells out, in the form of `normalise("... = ?")`.
 
     Spacing and the order of operands do not matter, and of a longer chain every run of neighbours
-    counts: "1 + 26 + 4" holds "4+26" too, and "-26+4" holds it as characters.
+    counts: "1 + 26 + 4" holds "4+26" too, and "-26+4" holds it as characters. Those of more than
+    `longest` operands are left out.
     """
     found: set[str] = set()
     for match in EXPRESSION.finditer(text.lower()):
         parts = _parts(match[0])
         for start in range(0, len(parts), 2):
-            for end in range(start + 3, len(parts) + 1, 2):
+            last = len(parts) if longest is None else start + 2 * longest - 1
+            for end in range(start + 3, min(last, len(parts)) + 1, 2):
                 found.add(_key(parts[start:end]))
                 found.add(_key([parts[start].removeprefix("-"), *parts[start + 1 : end]]))
         if len(parts) == 1:

@@ -1,0 +1,96 @@
+"""How texts are searched for held-out prompts.
+
+A text holds a held-out prompt where it is one, or contains one word by word: "Solve this: " in
+front hides nothing, nor do case, spacing or punctuation around it. A prompt of fewer words and
+signs than LEAST counts only where it is the whole of a user's message: a held-out "Hello" would
+forbid half of all texts. Problems of reasoning-gym also count by their expression, in any order of
+its operands.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from fourstage.data.records import Conversation, Message, Pair, Problem, opening
+from fourstage.data.split import expressions, normalise, whole_expressions
+from fourstage.verify import FROM_FILE
+
+LEAST = 5  # words and signs of a chat prompt that is searched for inside texts
+LEAST_PROBLEM = 3  # of a problem's question, which is rarely said by chance
+NUMBER = re.compile(r"\d+")
+WORD = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class HeldOutKeys:
+    """Held-out prompts in the forms in which texts are searched for them."""
+
+    problems: frozenset[str] = frozenset()  # normalised questions and expressions
+    prompts: frozenset[str] = frozenset()  # normalised prompts of chats and pairs
+    longest: int = 0  # operands of an expression among the problems
+    # the first words of a phrase -> the phrases that begin so
+    phrases: dict[tuple[str, ...], list[tuple[str, ...]]] = field(default_factory=dict)
+
+    def hold(self, prompt: str) -> bool:
+        """Whether a prompt is held out."""
+        key = normalise(prompt)
+        return key in self.prompts or key in self.problems
+
+    def in_text(self, text: str) -> bool:
+        """Whether a text is or contains a held-out problem, or contains a held-out prompt."""
+        if self.problems and normalise(text) in self.problems:
+            return True
+        if self.longest and not self.problems.isdisjoint(expressions(text, self.longest)):
+            return True
+        return bool(self.phrases) and self._has_phrase(words(text))
+
+    def in_messages(self, messages: Iterable[Message]) -> bool:
+        """Whether any message does so, or asks a held-out prompt."""
+        return any(
+            self.in_text(m["content"])
+            or (m["role"] == "user" and normalise(m["content"]) in self.prompts)
+            for m in messages
+        )
+
+    def _has_phrase(self, text: tuple[str, ...]) -> bool:
+        for at in range(len(text) - LEAST_PROBLEM + 1):
+            for phrase in self.phrases.get(text[at : at + LEAST_PROBLEM], ()):
+                if text[at : at + len(phrase)] == phrase:
+                    return True
+        return False
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Words and signs in lower case, without the signs at the end."""
+    found = WORD.findall(text.lower())
+    while found and not found[-1].isalnum():
+        found.pop()
+    return tuple(found)
+
+
+def keys_of(problems: Iterable[Problem], prompts: Iterable[str] = ()) -> HeldOutKeys:
+    """The keys of held-out problems and of held-out prompts."""
+    prompts = list(prompts)
+    whole: set[str] = set()
+    longest = 0
+    questions: list[str] = []
+    for problem in problems:
+        whole.add(normalise(problem.question))
+        spelt_out = set() if problem.task == FROM_FILE else whole_expressions(problem.question)
+        whole |= spelt_out
+        longest = max(longest, *(len(NUMBER.findall(key)) for key in spelt_out), 0)
+        if not spelt_out:
+            questions.append(problem.question)
+    phrases: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for least, texts in ((LEAST_PROBLEM, questions), (LEAST, prompts)):
+        for phrase in {words(text) for text in texts}:
+            if len(phrase) >= least:
+                phrases.setdefault(phrase[:LEAST_PROBLEM], []).append(phrase)
+    return HeldOutKeys(frozenset(whole), frozenset(map(normalise, prompts)), longest, phrases)
+
+
+def openings(records: Iterable[Conversation | Pair]) -> list[str]:
+    """What the records ask first."""
+    return [opening(record.messages) for record in records]
