@@ -11,6 +11,7 @@ import torch
 from fourstage import eval_items as module
 from fourstage.eval_items import (
     Block,
+    askable,
     batches,
     changed_sets,
     chat_items,
@@ -44,7 +45,7 @@ def of_set(items, name):
 
 def corpus_items(policy, documents):
     blocks = corpus_blocks(documents, TOKENIZER, policy)
-    return of_set(text_items(policy, blocks, None), "corpus")
+    return of_set(text_items(policy, blocks, None, TOKENIZER.unk_id), "corpus")
 
 
 # --- bits per character
@@ -60,7 +61,8 @@ def test_a_uniform_model_needs_log2_v_bits_a_character():
 
 
 def test_bits_are_those_of_a_direct_computation():
-    """Each block of 64 tokens, the context, on its own; <bos> costs bits, but is no character."""
+    """Each block of 64 tokens, the context, on its own; <bos> costs bits, but is no character, and
+    <unk> is none either, nor costs any."""
     assert TINY.max_seq_len == 64
     policy = make_policy()
     documents = ["First document. " * 9, "Odd \u2603!", "Last one, " * 95]
@@ -68,16 +70,45 @@ def test_bits_are_those_of_a_direct_computation():
     for text in documents:
         ids += [TOKENIZER.bos_id, *TOKENIZER.encode(text)]
     items = corpus_items(policy, documents)
-    assert sum(item["chars"] for item in items) == sum(map(len, documents))
+    assert sum(item["chars"] for item in items) == sum(map(len, documents)) - 1
     assert [item["id"] for item in items] == list(range(len(items)))
     assert len(items) == 18  # more than one forward holds
     for k, item in enumerate(items):
         block = torch.tensor(ids[64 * k : 64 * k + 65])
         with torch.no_grad():
             logp = policy.logits(policy(block[None, :-1]).hidden_BTD)[0].log_softmax(-1)
-        nats = -logp[torch.arange(len(block) - 1), block[1:]].sum().item()
+        known = block[1:] != TOKENIZER.unk_id
+        nats = -logp[torch.arange(len(block) - 1), block[1:]][known].sum().item()
         assert item["bits"] == pytest.approx(nats * 1.442695, abs=1e-2)
-        assert item["chars"] == (block[1:] != TOKENIZER.bos_id).sum()
+        assert item["chars"] == (block[1:][known] != TOKENIZER.bos_id).sum()
+
+
+def test_unknown_text_is_no_success():
+    """A model that has learnt to say <unk> knew all of a Chinese text."""
+    policy = make_policy()
+    torch.nn.init.zeros_(policy.head.weight)
+    items = corpus_items(policy, ["\u4f60\u597d" * 40, "ab"])
+    assert sum(item["chars"] for item in items) == 2
+
+
+# --- prompts that are asked
+
+
+def test_prompts_that_do_not_fit_are_not_asked(capsys):
+    """Truncating changes the question; training leaves them out as well."""
+    long = "word " * 20
+    chats = [chat("Hello?"), chat(long), chat("Bye?")]
+    problems = [problem(long, "1"), problem(long + "!", "2")]
+    room = len(TOKENIZER.prompt(chats[0].prompt_messages))
+    found = askable(replace(HELDOUT, chats=chats, problems=problems), TOKENIZER, room)
+    assert found.chats == [chats[0], chats[2]]
+    assert found.problems == (
+        f"no prompt fits into model.max_seq_len - evaluation.max_new_tokens = {room} tokens"
+    )
+    said = capsys.readouterr().out
+    assert f"1 of 3 held-out chats are not asked: their prompts exceed {room} tokens" in said
+    assert "2 of 2 held-out problems are not asked" in said
+    assert askable(HELDOUT, TOKENIZER, 500) == HELDOUT and capsys.readouterr().out == ""
 
 
 # --- routers

@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ from fourstage.model import Transformer
 from fourstage.model.moe import Router
 from fourstage.rl.ops import token_logprobs
 from fourstage.rl.rewards import true_score, well_formed
-from fourstage.rl.rollout import fitted_prompt
 from fourstage.suite import Item, difficulties
 from fourstage.tokenizer import Tokenizer
 from fourstage.verify import verify_all
@@ -80,7 +79,8 @@ def policy_items(
     items: list[Item] = []
     if not isinstance(heldout.corpus, str):
         blocks = corpus_blocks(heldout.corpus, tokenizer, policy)
-        items += text_items(policy, evenly(blocks, config.max_blocks), parent)
+        some = evenly(blocks, config.max_blocks)
+        items += text_items(policy, some, parent, tokenizer.unk_id)
     elif not isinstance(heldout.chats, str):
         read = text_items(policy, chat_blocks(heldout.chats, tokenizer, policy, config), parent)
         items += [item for item in read if item["set"] == "router"]
@@ -93,6 +93,23 @@ def policy_items(
     return items
 
 
+def askable(heldout: HeldOut, tokenizer: Tokenizer, room: int) -> HeldOut:
+    """Without prompts of more than `room` tokens: truncating changes the question. A line says how
+    many they are. The room is the same for all stages of a ladder, so their items are too."""
+    sides: dict[str, Sequence[Any] | str] = {}
+    for name in ("chats", "problems"):
+        records = getattr(heldout, name)
+        if isinstance(records, str):
+            continue
+        fit = [r for r in records if len(tokenizer.prompt(r.prompt_messages)) <= room]
+        why = f"no prompt fits into model.max_seq_len - evaluation.max_new_tokens = {room} tokens"
+        if len(fit) < len(records):
+            lost = f"{len(records) - len(fit):,} of {len(records):,} held-out {name} are not asked"
+            print(f"  {lost}: their prompts exceed {room} tokens", flush=True)
+            sides[name] = fit or why
+    return replace(heldout, **sides)
+
+
 # --- text
 
 
@@ -102,7 +119,7 @@ class Block:
 
     id: int | str
     ids: list[int]
-    chars: int  # that the predicted ids stand for; the ends of documents are none
+    chars: int  # that the predicted ids stand for: <unk> and the ends of documents are none
 
 
 def corpus_blocks(
@@ -114,7 +131,8 @@ def corpus_blocks(
     blocks = []
     for number, at in enumerate(range(0, len(ids) - 1, size)):
         block = ids[at : at + size + 1]
-        blocks.append(Block(number, block, chars=len(tokenizer.decode(block[1:]))))
+        chars = len(tokenizer.decode(block[1:])) - tokenizer.count_unknown(block[1:])
+        blocks.append(Block(number, block, chars))
     return blocks
 
 
@@ -134,8 +152,13 @@ def chat_blocks(
 
 
 @torch.no_grad()
-def text_items(policy: Transformer, blocks: list[Block], parent: Transformer | None) -> list[Item]:
-    """A corpus item for each block, and where there are routers a router item."""
+def text_items(
+    policy: Transformer, blocks: list[Block], parent: Transformer | None, unk_id: int | None = None
+) -> list[Item]:
+    """A corpus item for each block, and where there are routers a router item.
+
+    The bits are of the tokens that are not unk_id.
+    """
     device = next(policy.parameters()).device
     items: list[Item] = []
     for at in range(0, len(blocks), 16):
@@ -146,7 +169,8 @@ def text_items(policy: Transformer, blocks: list[Block], parent: Transformer | N
         valid_BT = ids[:, 1:] >= 0
         with expert_choices(policy) as chosen:
             hidden_BTD = policy(inputs_BT, valid_BT=valid_BT).hidden_BTD
-        logp_BT = token_logprobs(policy.logits(hidden_BTD), targets_BT) * valid_BT
+        known_BT = valid_BT if unk_id is None else valid_BT & (targets_BT != unk_id)
+        logp_BT = token_logprobs(policy.logits(hidden_BTD), targets_BT) * known_BT
         bits = (-logp_BT.sum(1) / math.log(2)).tolist()
         items += [
             {"set": "corpus", "id": block.id, "bits": round(bit, 4), "chars": block.chars}
@@ -220,8 +244,7 @@ def answers(
 
     Prompts of like length are answered together, because the others of a batch are padded.
     """
-    room = policy.config.max_seq_len - config.max_new_tokens
-    prompts = [fitted_prompt(tokenizer, record.prompt_messages, room) for record in records]
+    prompts = [tokenizer.prompt(record.prompt_messages) for record in records]
     found: dict[int, tuple[list[int], list[float], bool]] = {}
     for rows in batches([len(prompt) + config.max_new_tokens for prompt in prompts]):
         part = generate(
@@ -264,7 +287,6 @@ def chat_items(
     records = heldout.chats[: config.max_prompts]
     seeds = [draw_seed(config.seed, "chat", record.id) for record in records]
     said = answers(policy, tokenizer, records, config, seeds)
-    room = policy.config.max_seq_len - config.max_new_tokens
     items = []
     for record, ids, logprobs, stopped in zip(
         records, said.answer_ids, said.logprobs, said.stopped, strict=True
@@ -283,7 +305,7 @@ def chat_items(
                 "distinct_2": distinct(text, 2),
                 "preference_score": score,
                 "logprob": round(sum(logprobs), 4),
-                "prompt_ids": fitted_prompt(tokenizer, record.prompt_messages, room),
+                "prompt_ids": tokenizer.prompt(record.prompt_messages),
                 "ids": ids,
             }
         )

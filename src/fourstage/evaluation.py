@@ -21,7 +21,7 @@ from typing import Any
 
 from fourstage.batch import PairBatch
 from fourstage.errors import UserError
-from fourstage.eval_items import EvaluationConfig, HeldOut, policy_items
+from fourstage.eval_items import EvaluationConfig, HeldOut, askable, policy_items
 from fourstage.interruptions import run_command
 from fourstage.job import read_jsonl, write_json, write_jsonl
 from fourstage.judges import NO_REWARD, NO_SFT, Judges, judged, pair_items
@@ -53,6 +53,7 @@ def evaluate_policy(
     there is none. The sft policy's own judge is the policy itself (`judges.reference is policy`).
     """
     judges = judges or Judges()
+    heldout = askable(heldout, tokenizer, policy.config.max_seq_len - config.max_new_tokens)
     was_training = policy.training
     policy.eval()
     start = None if isinstance(parent, str) else parent.eval()

@@ -79,6 +79,7 @@ class PlannedRun:
     status: Status
     estimate: float | None = None  # seconds, where it has to be trained
     record: Record = field(default_factory=dict)  # of the finished run
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -120,7 +121,8 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
     tokenizer = Tokenizer.from_config(command.tokenizer)
     for run in plan.runs:
         if run.to_do:
-            check_records(command.data, run.stage, run.settings, tokenizer)
+            room = command.model.max_seq_len
+            run.warnings = check_records(command.data, run.stage, run.settings, tokenizer, room)
             run.estimate = estimate(command, store, run)
     return plan
 
@@ -328,6 +330,8 @@ def show(plan: Plan, console: Console, commit: str | None) -> None:
         soft_wrap=True,
     )
     console.print(table)
+    for warning in dict.fromkeys(line for run in plan.runs for line in run.warnings):
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True, markup=False)
     for run in plan.runs:
         made_by = run.record["git"]["commit"] if run.record else None
         if commit and made_by and made_by != commit:

@@ -117,8 +117,9 @@ def prepare_pretrain(job: StageJob) -> Prepared:
     loaders = pretrain_data(
         corpus, tokenizer, block_size=job.settings.block_size, **_loader_options(job)
     )
-    chars = sum(map(len, corpus.heldout))
-    module = PretrainModule(policy, job.settings, job.seed, chars)
+    notes = loaders.notes
+    known = notes["heldout_characters"] - notes["heldout_unknown_characters"]
+    module = PretrainModule(policy, job.settings, job.seed, known)
     return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
 
 

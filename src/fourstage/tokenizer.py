@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -189,6 +190,15 @@ class Tokenizer:
     def count_unknown(self, ids: Sequence[int]) -> int:
         """How many of the ids stand for a character that the tokenizer does not know."""
         return sum(1 for i in ids if i == self.unk_id)
+
+    def unknown_characters(self, text: str) -> Counter[str]:
+        """How often a text has each character that the tokenizer does not know."""
+        return Counter(self._unknown.findall(text))
+
+    @cached_property
+    def _unknown(self) -> re.Pattern[str]:
+        known = [token for token in self._text if len(token) == 1] + list(LOOK_ALIKES)
+        return re.compile(f"[^{re.escape(''.join(known))}]")
 
     def chat(self, messages: Messages) -> tuple[list[int], list[int]]:
         """A conversation as ids, and a mask of equal length: 1 where the loss falls.

@@ -16,6 +16,7 @@ from fourstage.data.datamodule import (
     pretrain_data,
     prompt_data,
     reward_data,
+    says_the_same,
     sft_data,
 )
 from fourstage.errors import UserError
@@ -133,6 +134,15 @@ def test_blocks_make_each_token_a_target_once():
     assert blocks([5, 6], 4).tolist() == [[5, 6, IGNORE, IGNORE, IGNORE]]
 
 
+def test_validation_leaves_out_what_the_tokenizer_does_not_know():
+    corpus = Corpus(["abcdefgh" * 4], ["ab\u2603cd\u2603"], "", {})
+    loaders = pretrain_data(corpus, TOK, block_size=8, **OPTIONS)
+    (batch,) = loaders.val
+    targets = [t for t in batch.targets.flatten().tolist() if t != IGNORE]
+    assert TOK.decode(targets) == "abcd"
+    assert TOK.decode(batch.ids[0, 1:6].tolist()) == "ab\ufffdcd", "the context stays"
+
+
 def test_pretrain_batches_and_whole_validation():
     corpus = Corpus(["abcdefgh" * 20, "xyé"], ["held out text, é", "two"], "", {})
     loaders = pretrain_data(corpus, TOK, block_size=8, **OPTIONS)
@@ -143,9 +153,9 @@ def test_pretrain_batches_and_whole_validation():
     expected = join(corpus.heldout, TOK)
     assert expected[0] == TOK.bos_id and expected.count(TOK.bos_id) == 2
     targets = [t for b in loaders.val for row in b.targets for t in row.tolist() if t != IGNORE]
-    assert targets == expected[1:]
-    inputs = [t for b in loaders.val for ids, _ in rows_of(b) for t in ids]
-    assert inputs == expected[:-1]
+    assert targets == [t for t in expected[1:] if t != TOK.unk_id]
+    inputs = [t for b in loaders.val for row in b.ids.tolist() for t in row]
+    assert inputs[: len(expected) - 1] == expected[:-1]
     assert loaders.notes == {
         "train_tokens": 164,
         "train_characters": 163,
@@ -202,13 +212,10 @@ def test_sft_cuts_drops_and_counts():
         **OPTIONS,
     )
     notes = loaders.notes
-    assert (notes["train_truncated"], notes["train_dropped"], notes["train_rows"]) == (1, 1, 3)
+    assert (notes["train_truncated"], notes["train_dropped"], notes["train_rows"]) == (0, 2, 2)
     assert notes["train_unknown_characters"] == 2
-    (ids, mask), cut = fit_conversation(long_question.messages, TOK, 20)
-    assert cut and len(ids) == len(mask) == 20
-    shown = TOK.decode(ids, keep_special=True)
-    assert shown == "<bos><user>qqqqqqqqqq<eot><assistant>aaaaa<eot>"
-    assert mask == [0] * 14 + [1] * 6
+    for conversation_ in (long_question, long_answer):  # truncating changes the question
+        assert fit_conversation(conversation_.messages, TOK, 20)[0] is None
     with pytest.raises(UserError, match="no train record fits into stages.sft.max_tokens=20"):
         sft_data([long_answer], [fits], TOK, max_tokens=20, **OPTIONS)
 
@@ -254,17 +261,29 @@ def test_an_answer_that_was_cut_off_has_no_end_of_turn(unfinished, answers):
 
 
 def test_long_pairs_are_cut_alike_or_dropped():
+    exchange = conversation("old", "reply").messages
     pairs = [
-        Pair([{"role": "user", "content": "0123456789"}], "good", "b"),
+        Pair([*exchange, {"role": "user", "content": "56789"}], "good", "b"),
         Pair([{"role": "user", "content": "q"}], "good", "b" * 30),
+        Pair([{"role": "user", "content": "0123456789"}], "good", "b"),
     ]
     loaders = reward_data(pairs, pairs, TOK, max_tokens=14, **OPTIONS)
-    assert (loaders.notes["train_truncated"], loaders.notes["train_dropped"]) == (1, 1)
+    assert (loaders.notes["train_truncated"], loaders.notes["train_dropped"]) == (1, 2)
     batch = next(iter(loaders.val))
     chosen = TOK.decode(batch.chosen_ids[0].tolist(), keep_special=True)
     rejected = TOK.decode(batch.rejected_ids[0].tolist(), keep_special=True)
     assert chosen == "<bos><user>56789<eot><assistant>good<eot>"
     assert rejected == "<bos><user>56789<eot><assistant>b<eot><pad><pad><pad>"
+
+
+def test_pairs_that_say_the_same_to_the_tokenizer_are_no_pairs():
+    """Their margin would stay 0 for ever."""
+    quotes = Pair([{"role": "user", "content": "q"}], "It\u2019s \u201cso\u201d", 'It\'s "so"')
+    real = Pair([{"role": "user", "content": "q"}], "good", "bad")
+    cut_off = Pair([{"role": "user", "content": "q"}], "good", "good", ("rejected",))
+    assert [says_the_same(p, TOK) for p in (quotes, real, cut_off)] == [True, False, False]
+    loaders = reward_data([quotes, real, cut_off], [real], TOK, max_tokens=30, **OPTIONS)
+    assert (loaders.notes["train_same_tokens"], loaders.notes["train_rows"]) == (1, 2)
 
 
 # --- prompts

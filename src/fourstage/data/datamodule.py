@@ -131,7 +131,7 @@ def pretrain_data(
     world: int = 1,
     val_batch_size: int | None = None,
 ) -> LoaderPair:
-    """TokenBatch of [B, block_size]. Validation covers every held-out token once.
+    """TokenBatch of [B, block_size]. Validation covers every held-out token that is known, once.
 
     Notes count tokens that are targets, and held-out characters for bits per character.
 
@@ -163,6 +163,8 @@ def pretrain_data(
         _block_batch(rows, tokenizer.pad_id)
         for rows in sides["heldout"].split(val_batch_size or batch_size)
     ]
+    for batch in val:  # <unk> is no character that could have been predicted
+        batch.targets[batch.targets == tokenizer.unk_id] = IGNORE
     return _loaders(train, val, notes)
 
 
@@ -242,24 +244,25 @@ def fit_conversation(
 ) -> tuple[Row | None, bool]:
     """A conversation as a row of at most `max_tokens`, and whether it was cut.
 
-    The oldest exchanges go first, then the beginning of the last question. None where the last
-    answer does not fit, or is nothing to learn from.
+    The oldest exchanges go first. None where the last one does not fit, since truncating changes
+    the question, or is nothing to learn from.
     """
-    messages, cut = list(messages), False
-    while True:
-        ids, mask = tokenizer.chat(messages)
-        system = messages[0]["role"] == "system"
-        if len(ids) <= max_tokens or len(messages) - system <= 2:
-            break
-        del messages[system : system + 2]
+    cut = False
+    for recent in without_oldest(messages):
+        ids, mask = tokenizer.chat(recent)
+        if len(ids) <= max_tokens:
+            return ((ids, mask) if any(mask) else None), cut
         cut = True
-    if len(ids) > max_tokens:
-        keep = sum(mask) + 2  # the answer, and <eot><assistant> in front of it
-        shorter = tokenizer.shorten(ids, max_tokens, keep)
-        if shorter is None:
-            return None, True
-        ids, mask, cut = shorter, [0, 0, *mask[len(mask) - (max_tokens - 2) :]], True
-    return ((ids, mask) if any(mask) else None), cut
+    return None, cut
+
+
+def without_oldest(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """A dialogue, then without its oldest exchange, and so on down to the last user message."""
+    messages = list(messages)
+    start = messages[0]["role"] == "system"
+    while messages[start:]:
+        yield messages
+        messages = messages[:start] + messages[start + 2 :]
 
 
 def _row_batch(rows: Sequence[Row], pad_id: int) -> TokenBatch:
@@ -295,8 +298,10 @@ def reward_data(
     notes: dict[str, int] = {}
     sides = []
     for name, pairs in (("train", train), ("heldout", heldout)):
-        fitted = [fit_pair(p, tokenizer, max_tokens) for p in pairs]
+        differ = [pair for pair in pairs if not says_the_same(pair, tokenizer)]
+        fitted = [fit_pair(pair, tokenizer, max_tokens) for pair in differ]
         rows = [row for row, _ in fitted if row is not None]
+        notes[f"{name}_same_tokens"] = len(pairs) - len(differ)
         notes[f"{name}_truncated"] = sum(cut for row, cut in fitted if row is not None)
         notes[f"{name}_dropped"] = len(fitted) - len(rows)
         notes[f"{name}_rows"] = len(rows)
@@ -321,26 +326,33 @@ def reward_data(
     return _loaders(batches, val, notes)
 
 
+def says_the_same(pair: Pair, tokenizer: Tokenizer) -> bool:
+    """Whether a pair's two answers are the same tokens, of which none can be preferred."""
+    unfinished = [side in pair.unfinished for side in ("chosen", "rejected")]
+    same = tokenizer.encode(pair.chosen) == tokenizer.encode(pair.rejected)
+    return same and unfinished[0] == unfinished[1]
+
+
 def fit_pair(
     pair: Pair, tokenizer: Tokenizer, max_tokens: int
 ) -> tuple[tuple[list[int], list[int]] | None, bool]:
-    """Chosen and rejected ids of at most `max_tokens`, and whether the prompt was cut.
+    """Chosen and rejected ids of at most `max_tokens`, and whether the prompt lost its oldest
+    exchanges to fit. None where its last message does not.
 
     An answer that was cut off has no end of turn, as none will when ppo has it scored.
     """
-    prompt = tokenizer.prompt(pair.messages)
     answers = [
         [*tokenizer.encode(text), *([] if side in pair.unfinished else [tokenizer.eot_id])]
         for side, text in (("chosen", pair.chosen), ("rejected", pair.rejected))
     ]
     room = max_tokens - max(map(len, answers))
-    cut = len(prompt) > room
-    if cut:
-        shorter = tokenizer.shorten(prompt, room, keep=2)
-        if shorter is None:
-            return None, True
-        prompt = shorter
-    return (prompt + answers[0], prompt + answers[1]), cut
+    cut = False
+    for recent in without_oldest(pair.messages):
+        prompt = tokenizer.prompt(recent)
+        if len(prompt) <= room:
+            return (prompt + answers[0], prompt + answers[1]), cut
+        cut = True
+    return None, cut
 
 
 def _pair_batch(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> PairBatch:
@@ -365,7 +377,7 @@ def prompt_data(
     world: int = 1,
     max_prompt_tokens: int,
 ) -> LoaderPair:
-    """PromptBatch of B prompts; longer ones are left out, since a cut question is another one.
+    """PromptBatch of B prompts; longer ones are left out, since truncating changes the question.
 
     Raises:
         UserError: no prompt fits into max_prompt_tokens.

@@ -1,70 +1,215 @@
-"""Whether any record of a stage fits into its token limits: asked before the stages below train.
+"""What of a stage's data its settings and the tokenizer leave: asked before anything trains.
 
-The first record that fits is the answer, so no file is encoded twice as a whole.
+A stage that would be left without data is refused. Where more than LOUD of it would be lost, a
+warning says how much, by which setting, and what another value would keep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from fourstage.data.chat import load_chat
 from fourstage.data.config import DataConfig
-from fourstage.data.datamodule import fit_conversation, fit_pair, some_left
+from fourstage.data.corpus import load_corpus
+from fourstage.data.datamodule import fit_conversation, fit_pair, says_the_same, some_left
 from fourstage.data.preference import load_preference, load_prompts
+from fourstage.data.problems import split_problems
 from fourstage.data.reasoning import load_reasoning
-from fourstage.data.records import Chats, Conversation, Pairs, Problem
+from fourstage.data.records import Chats, Conversation, Message, Pairs, Problem
+from fourstage.data.sources import kept, left_out, source_of_stage
 from fourstage.errors import UserError
 from fourstage.tokenizer import Tokenizer
 
 LEAST_PROMPT = 8  # tokens of a prompt whose beginning is cut
+LOUD = 0.1  # share of records whose loss is said loudly
+ENOUGH = 0.99  # share of records that a better setting keeps
+LOUD_UNKNOWN = 0.01  # share of characters that the tokenizer doesn't know
+MOST_UNKNOWN = 0.2
 
 
-def check_records(config: DataConfig, stage: str, settings: Any, tokenizer: Tokenizer) -> None:
-    """Raise UserError, as the stage itself would, where its `settings` leave it no record.
+def check_records(
+    config: DataConfig, stage: str, settings: Any, tokenizer: Tokenizer, max_seq_len: int
+) -> list[str]:
+    """Warnings of what the stage will not read of its data.
 
-    pretrain has no stage below it that would train in vain, and is not asked.
+    Raises UserError, as the stage itself would, where that leaves it no record.
     """
+    warnings = lost_on_reading(config, stage)
     match stage:
+        case "pretrain":
+            corpus = load_corpus(config)
+            warnings += check_unknown("data.corpus", [*corpus.train, *corpus.heldout], tokenizer)
+            warnings += without_steps(config, "data.corpus.problems", config.corpus.problems)
         case "sft":
-            check_conversations(load_chat(config), tokenizer, settings.max_tokens)
+            chats = load_chat(config)
+            texts = (text for c in chats.train for text in contents(c.messages))
+            warnings += check_unknown("data.chat", texts, tokenizer)
+            warnings += check_conversations(chats, tokenizer, settings.max_tokens, max_seq_len)
+            warnings += without_steps(
+                config, "data.chat.demonstrations", config.chat.demonstrations
+            )
         case "reward":
             pairs = load_preference(config)
             if pairs is not None:
-                check_pairs(pairs, tokenizer, settings.max_tokens)
+                texts = (text for p in pairs.train for text in (*contents(p.messages), p.chosen))
+                warnings += check_unknown("data.preference", texts, tokenizer)
+                warnings += check_pairs(pairs, tokenizer, settings.max_tokens, max_seq_len)
             elif settings.max_tokens - settings.max_new_tokens < LEAST_PROMPT:
                 raise UserError(
                     f"stages.reward.max_new_tokens: {settings.max_new_tokens} tokens leave no room "
                     f"for a prompt in stages.reward.max_tokens={settings.max_tokens}: lower it"
                 )
-        case "ppo":
-            prompts = load_prompts(config).train
-            check_prompts(prompts, tokenizer, "stages.ppo", settings.max_prompt_tokens)
-        case "grpo":
-            problems = load_reasoning(config).train
-            check_prompts(problems, tokenizer, "stages.grpo", settings.max_prompt_tokens)
+        case "ppo" | "grpo":
+            source = load_prompts if stage == "ppo" else load_reasoning
+            records = source(config).train
+            where, limit = f"stages.{stage}", settings.max_prompt_tokens
+            room = max_seq_len - settings.max_new_tokens
+            texts = (text for r in records for text in contents(r.prompt_messages))
+            warnings += check_unknown(f"data.{source_of_stage[stage]}", texts, tokenizer)
+            warnings += check_prompts(records, tokenizer, where, limit, room)
+    return warnings
 
 
-def check_conversations(chats: Chats, tokenizer: Tokenizer, max_tokens: int) -> None:
+def contents(messages: Iterable[Message]) -> list[str]:
+    return [message["content"] for message in messages]
+
+
+def lost_on_reading(config: DataConfig, stage: str) -> list[str]:
+    """What was left out of a user's file when it was read, where that is much."""
+    source = source_of_stage[stage]
+    if getattr(config, source).path is None:
+        return []
+    rest = kept(config, stage)
+    return [
+        f"data.{source}: {name.replace('_', ' ')}: {count:,} of {count + rest:,} records"
+        for name, count in left_out(config, stage).items()
+        if count > LOUD * (count + rest) and "paragraphs" not in name
+    ]
+
+
+def check_unknown(where: str, texts: Iterable[str], tokenizer: Tokenizer) -> list[str]:
+    """A warning, or UserError, where many characters are all the same <unk> to the model."""
+    total, unknown = 0, Counter[str]()
+    for text in texts:
+        total += len(text)
+        unknown += tokenizer.unknown_characters(text)
+    share = unknown.total() / max(1, total)
+    if share <= LOUD_UNKNOWN:
+        return []
+    commonest = " ".join(character for character, _ in unknown.most_common(8))
+    line = (
+        f"{where}: the tokenizer doesn't know {100 * share:.1f} % of the characters "
+        f"(most often {commonest}): the model sees them all as one <unk>"
+    )
+    if share > MOST_UNKNOWN:
+        raise UserError(f"{line}: transliterate the text, or choose other data")
+    return [line]
+
+
+def without_steps(config: DataConfig, where: str, wanted: int) -> list[str]:
+    """The tasks of which no worked solution is known, where the stage is to learn from some."""
+    if not wanted:
+        return []
+    train = split_problems(config)[0]
+    mute = sorted({p.task for p in train} - {p.task for p in train if p.worked})
+    names = ", ".join(mute)
+    return [f"{where}: {names} has no worked solutions to learn from"] if mute else []
+
+
+def check_conversations(
+    chats: Chats, tokenizer: Tokenizer, limit: int, max_seq_len: int
+) -> list[str]:
     """Raise UserError where sft_data would have no row to train or to validate on."""
+
+    def keeps(records: Sequence[Conversation], limit: int) -> int:
+        return sum(fit_conversation(c.messages, tokenizer, limit)[0] is not None for c in records)
+
     for name, side in (("train", chats.train), ("heldout", chats.heldout)):
-        some = any(fit_conversation(c.messages, tokenizer, max_tokens)[0] for c in side)
-        some_left("data.chat", "stages.sft.max_tokens", name, some, max_tokens)
+        some_left("data.chat", "stages.sft.max_tokens", name, keeps(side, limit), limit)
+    return loss("stages.sft.max_tokens", chats.train, keeps, limit, max_seq_len)
 
 
-def check_pairs(pairs: Pairs, tokenizer: Tokenizer, max_tokens: int) -> None:
+def check_pairs(pairs: Pairs, tokenizer: Tokenizer, limit: int, max_seq_len: int) -> list[str]:
     """Raise UserError where reward_data would have no row to train or to validate on."""
+
+    def keeps(records: Sequence[Any], limit: int) -> int:
+        return sum(fit_pair(pair, tokenizer, limit)[0] is not None for pair in records)
+
+    warnings = []
     for name, side in (("train", pairs.train), ("heldout", pairs.heldout)):
-        some = any(fit_pair(pair, tokenizer, max_tokens)[0] for pair in side)
-        some_left("data.preference", "stages.reward.max_tokens", name, some, max_tokens)
+        differ = [pair for pair in side if not says_the_same(pair, tokenizer)]
+        if not differ:
+            raise UserError(
+                f"data.preference: the two answers of each {name} pair are the same to the "
+                "tokenizer: give pairs whose answers differ in characters that it knows"
+            )
+        if (same := len(side) - len(differ)) > LOUD * len(side):
+            warnings.append(
+                f"data.preference: {same:,} of {len(side):,} {name} pairs are left out: their two "
+                "answers are the same to the tokenizer"
+            )
+        some_left("data.preference", "stages.reward.max_tokens", name, keeps(differ, limit), limit)
+        if name == "train":
+            warnings += loss("stages.reward.max_tokens", differ, keeps, limit, max_seq_len)
+    return warnings
 
 
 def check_prompts(
-    records: Sequence[Problem | Conversation], tokenizer: Tokenizer, where: str, most: int
-) -> None:
-    """Raise UserError where prompt_data would leave every prompt out."""
-    if not any(len(tokenizer.prompt(r.prompt_messages)) <= most for r in records):
+    records: Sequence[Problem | Conversation],
+    tokenizer: Tokenizer,
+    where: str,
+    limit: int,
+    room: int,
+) -> list[str]:
+    """Raise UserError where prompt_data would leave out every prompt, or all those of a task."""
+    where = f"{where}.max_prompt_tokens"
+    lengths = [len(tokenizer.prompt(record.prompt_messages)) for record in records]
+    tasks = [getattr(record, "task", None) for record in records]
+    every = Counter(tasks)
+    fit = Counter(t for t, length in zip(tasks, lengths, strict=True) if length <= limit)
+    gone = [str(task) for task in every if not fit[task]]
+    if len(gone) == len(every):
         raise UserError(
-            f"{where}.max_prompt_tokens: none of {len(records)} prompts fits into {most} tokens: "
-            "raise it or give shorter prompts"
+            f"{where}: none of {len(records)} prompts fits into {limit} tokens: raise it or give "
+            "shorter prompts"
         )
+    if gone:
+        needed = max(
+            min(n for t, n in zip(tasks, lengths, strict=True) if str(t) == task) for task in gone
+        )
+        raise UserError(
+            f"{where}={limit}: no problem of {', '.join(gone)} fits: raise it (to {needed} or "
+            f"more) or leave {'it' if len(gone) == 1 else 'them'} out"
+        )
+
+    def keeps(lengths: Sequence[int], limit: int) -> int:
+        return sum(length <= limit for length in lengths)
+
+    warnings = loss(where, lengths, keeps, limit, room)
+    if warnings and len(every) > 1:
+        counts = (f"{task} {fit[task]:,} of {n:,}" for task, n in every.items())
+        warnings[0] += f" (kept: {', '.join(counts)})"
+    return warnings
+
+
+def loss(
+    where: str,
+    records: Sequence[Any],
+    keeps: Callable[[Sequence[Any], int], int],
+    limit: int,
+    most: int,
+) -> list[str]:
+    """A warning where a limit loses much, with the least of its doublings that keeps ENOUGH."""
+    lost = len(records) - keeps(records, limit)
+    if lost <= LOUD * len(records):
+        return []
+    line = f"{where}={limit} leaves out {lost:,} of {len(records):,} records"
+    other, fit = limit, len(records) - lost
+    while other < most and fit < ENOUGH * len(records):
+        other = min(2 * other, most)
+        fit = keeps(records, other)
+    if fit > len(records) - lost:
+        return [f"{line}: {other} would keep {fit:,}"]
+    return [f"{line}: they are too long for model.max_seq_len as well"]

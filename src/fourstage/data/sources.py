@@ -60,17 +60,26 @@ def digest(config: DataConfig, stage: str) -> str:
 
 def left_out(config: DataConfig, stage: str) -> dict[str, int]:
     """What of a stage's source was left out when it was read, and why: {reason: records}."""
+    notes = _notes(config, stage)
+    return {name: count for name, count in notes.items() if count and name not in KEPT}
+
+
+def kept(config: DataConfig, stage: str) -> int:
+    """The records of a stage's source on both sides of the split."""
+    notes = _notes(config, stage)
+    return notes.get("train", 0) + notes.get("heldout", 0)
+
+
+def _notes(config: DataConfig, stage: str) -> dict[str, int]:
     source = source_of_stage[stage]
     if source == "corpus":
-        notes = load_corpus(config).notes
-    elif source == "chat":
-        notes = load_chat(config).notes
-    elif source == "reasoning":
-        notes = load_reasoning(config).notes
-    else:
-        pairs = load_preference(config)
-        notes = {} if pairs is None else pairs.notes
-    return {name: count for name, count in notes.items() if count and name not in KEPT}
+        return load_corpus(config).notes
+    if source == "chat":
+        return load_chat(config).notes
+    if source == "reasoning":
+        return load_reasoning(config).notes
+    pairs = load_preference(config)
+    return {} if pairs is None else pairs.notes
 
 
 def sample_prompts(config: DataConfig) -> list[dict[str, Any]]:
