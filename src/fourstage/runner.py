@@ -68,6 +68,7 @@ def train_stage(job: StageJob) -> dict[str, Any]:
             with meter.evaluating():
                 evaluate_random(job, prepared.result, prepared.tokenizer)
         notes = {**data.left_out(job.data, job.stage), **prepared.loaders.notes}
+        notes = {name: n for name, n in notes.items() if not name.startswith(data.NOT_READ)}
         words = (f"{name.replace('_', ' ')} {count:,}" for name, count in notes.items())
         say("  data: " + ", ".join(words))
         cost = None  # where the stage fails

@@ -152,7 +152,7 @@ BAD_RECORDS = [
     (document_from, {"text": 5}, '"text" must be a text, got int'),
     (conversation_from, {"instruction": "a"}, "unknown schema"),
     (conversation_from, {"instruction": "a", "output": ""}, '"output" is empty'),
-    (conversation_from, {"instruction": None, "output": "b"}, "must be a text, got nothing"),
+    (conversation_from, {"instruction": None, "output": "b"}, '"instruction" is empty'),
     (conversation_from, {"messages": "a"}, "must be a list of messages"),
     (conversation_from, {"messages": ["a"]}, "objects with role and content"),
     (conversation_from, {"messages": [{"role": "user"}]}, "lacks a role or a text"),
@@ -215,7 +215,7 @@ def test_json_variants(write):
         ("a.jsonl", " \n\n", "the file is empty"),
         ("a.jsonl", b'{"text": "\xff"}', "not UTF-8 text (byte 10)"),
         ("a.parquet", b"PAR1 no", "not a readable Parquet file"),
-        ("a.csv", "text\na\n", "unknown kind of file"),
+        ("a.doc", "text\na\n", "unknown kind of file"),
         ("a.txt", "a", "plain text has no records"),
     ],
 )
@@ -232,9 +232,9 @@ def test_missing_files_and_folders(tmp_path, read):
     for suffix in ("txt", "json", "jsonl", "parquet", "csv"):
         with pytest.raises(UserError, match="no such file"):
             read(str(tmp_path / f"none.{suffix}"))
-    with pytest.raises(UserError, match="not a file"):
+    with pytest.raises(UserError, match="a folder without a .json, .jsonl, "):
         read(str(tmp_path))
-    with pytest.raises(UserError, match="^'': not a file"):
+    with pytest.raises(UserError, match="^'': no such file"):
         read("")
 
 
@@ -274,7 +274,7 @@ def test_a_separate_test_file(write, files):
 def test_unusable_records_are_counted_and_left_out(write, files):
     rows = [{"instruction": f"q{i}", "output": "a" if i else ""} for i in range(60)]
     chats = data.load_chat(files(chat={"path": write("a.json", rows)}))
-    assert chats.notes["unusable_records"] == 1
+    assert chats.notes["unusable_empty_text"] == 1
     assert len(chats.train) + len(chats.heldout) == 59
     with pytest.raises(UserError, match='record 1: "output" is empty'):
         data.load_chat(files(chat={"path": write("b.json", rows[:1])}))
@@ -285,13 +285,13 @@ def test_an_unanswered_dialogue_or_problem_is_no_reason_to_stop(write, files):
     rows = [{"chosen": hh.format(i, "a"), "rejected": hh.format(i, "b")} for i in range(60)]
     rows[3]["rejected"] = hh.format(3, "").strip(" ")
     config = files(preference={"path": write("hh.jsonl", rows)})
-    assert data.load_preference(config).notes["unusable_records"] == 1
-    assert data.left_out(config, "reward") == {"unusable_records": 1}
+    assert data.load_preference(config).notes["unusable_without_an_answer"] == 1
+    assert data.left_out(config, "reward") == {"unusable_without_an_answer": 1}
 
     rows = [{"question": f"q{i}", "answer": f"so\n#### {i if i else ''}"} for i in range(60)]
     paths = {"path": write("a.jsonl", rows), "heldout_path": write("b.jsonl", rows[:2])}
     problems = data.load_reasoning(files(reasoning=paths))
-    assert problems.notes["unusable_records"] == 2
+    assert problems.notes["unusable_no_result"] == 2
     assert (len(problems.train), len(problems.heldout)) == (58, 1)
 
 

@@ -113,7 +113,7 @@ def test_unknown_characters_are_said_and_then_refused(said):
 def test_what_was_unusable_is_said_where_it_is_much(said):
     rows = chats([10] * 60) + [{"instruction": f"x{i}", "output": ""} for i in range(20)]
     assert said("chat", "sft", rows, max_tokens=64) == [
-        "data.chat: unusable records: 20 of 80 records"
+        "data.chat: unusable empty text: 20 of 80 records"
     ]
     assert said("chat", "sft", rows[:63], max_tokens=64) == []
 

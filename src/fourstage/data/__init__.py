@@ -12,9 +12,11 @@ from fourstage.data.corpus import load_corpus
 from fourstage.data.preference import load_preference, load_prompts
 from fourstage.data.reasoning import load_reasoning
 from fourstage.data.records import Chats, Conversation, Corpus, Pair, Pairs, Problem, Problems
+from fourstage.data.schemas import NOT_READ
 from fourstage.data.sources import digest, left_out, sample_prompts, source_of_stage
 
 __all__ = [
+    "NOT_READ",
     "ChatConfig",
     "Chats",
     "Conversation",

@@ -8,6 +8,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fourstage.data.files import files_of
 from fourstage.errors import UserError
 
 T = TypeVar("T")
@@ -27,8 +28,9 @@ def _is_share(name: str, value: float) -> None:
 class CorpusConfig:
     """Text for pretrain; its last `heldout` is held out by position, records by their hash."""
 
-    path: str | None = None
-    heldout_path: str | None = None
+    path: str | list[str] | None = None
+    heldout_path: str | list[str] | None = None
+    columns: dict[str, str] | None = None  # {name in the schema: name in the user's files}
     heldout: float = 0.1
     problems: int = 0  # worked train problems rendered as documents, at most
 
@@ -41,8 +43,9 @@ class CorpusConfig:
 class ChatConfig:
     """Conversations for sft."""
 
-    path: str | None = None
-    heldout_path: str | None = None
+    path: str | list[str] | None = None
+    heldout_path: str | list[str] | None = None
+    columns: dict[str, str] | None = None  # {name in the schema: name in the user's files}
     max_answer_chars: int | None = None  # conversations with a longer answer are left out
     max_prompt_chars: int | None = None
     exclude: list[str] = field(default_factory=list)  # categories of chatterbot-corpus
@@ -65,8 +68,9 @@ class ChatConfig:
 class PreferenceConfig:
     """Preference pairs; without a path, data=embedded samples them from the sft model."""
 
-    path: str | None = None
-    heldout_path: str | None = None
+    path: str | list[str] | None = None
+    heldout_path: str | list[str] | None = None
+    columns: dict[str, str] | None = None  # {name in the schema: name in the user's files}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +81,9 @@ class ReasoningConfig:
     takes the place of `tasks`: names, whose arguments are those in `tasks`, or {name: arguments}.
     """
 
-    path: str | None = None
-    heldout_path: str | None = None
+    path: str | list[str] | None = None
+    heldout_path: str | list[str] | None = None
+    columns: dict[str, str] | None = None  # {name in the schema: name in the user's files}
     tasks: dict[str, Any] = field(default_factory=dict)
     only: list[Any] | dict[str, Any] | None = None
     size: int = 4000
@@ -141,8 +146,8 @@ class DataConfig:
             "reasoning": self.reasoning,
         }
         chosen = [sources[name] for name in names]
-        paths = [Path(p).expanduser() for s in chosen for p in (s.path, s.heldout_path) if p]
-        stats = [path.stat() for path in paths if path.exists()]
+        named = [p for s in chosen for p in (s.path, s.heldout_path) if p]
+        stats = [Path(file).expanduser().stat() for path in named for file in files_of(path)]
         files = [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats]
         return self.name, self.heldout, repr(chosen), *files
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from fourstage.data.config import DataConfig, cached
-from fourstage.data.files import read_records
+from fourstage.data.files import Paths, read_records
 from fourstage.data.keys import HeldOutKeys, keys_of, openings
 from fourstage.data.problems import split_problems
 from fourstage.data.records import Conversation, opening, prompt_text
-from fourstage.data.schemas import conversation_from, usable
+from fourstage.data.schemas import added, conversation_from, usable
 from fourstage.data.split import is_heldout
 from fourstage.errors import UserError
 
@@ -31,9 +31,9 @@ def split_chats(
             return [], [], notes
         conversations = _limited(chatterbot(chat.exclude, notes), config, notes)
     else:
-        conversations = _limited(_from_file(chat.path, notes), config, notes)
+        conversations = _limited(_from_file(chat.path, config, notes), config, notes)
     if chat.heldout_path is not None:
-        heldout = _limited(_from_file(chat.heldout_path, notes), config, notes)
+        heldout = _limited(_from_file(chat.heldout_path, config, notes), config, notes)
         keys = keys_of(split_problems(config)[1], openings(heldout))
         train = [c for c in conversations if not keys.hold(opening(c.messages))]
         notes["dropped_from_train_as_heldout"] = len(conversations) - len(train)
@@ -91,9 +91,10 @@ def chatterbot(exclude: list[str], notes: dict[str, int]) -> list[Conversation]:
     return list(distinct.values())
 
 
-def _from_file(path: str, notes: dict[str, int]) -> list[Conversation]:
-    conversations, unusable = usable(read_records(path), conversation_from)
-    notes["unusable_records"] = notes.get("unusable_records", 0) + unusable
+def _from_file(path: Paths, config: DataConfig, notes: dict[str, int]) -> list[Conversation]:
+    records = read_records(path, config.chat.columns)
+    conversations, more = usable(records, conversation_from)
+    notes |= added(notes, more)
     return conversations
 
 

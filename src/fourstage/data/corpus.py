@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fourstage.data.config import DataConfig, cached
-from fourstage.data.files import is_text, read_records, read_text
+from fourstage.data.files import Paths, files_of, is_text, read_records, read_text
 from fourstage.data.heldout import heldout_keys
 from fourstage.data.keys import HeldOutKeys
 from fourstage.data.reasoning import load_reasoning, worked_train_problems
 from fourstage.data.records import Corpus, Problem, content_digest
-from fourstage.data.schemas import document_from, usable
+from fourstage.data.schemas import added, document_from, usable
 from fourstage.data.split import is_heldout
 from fourstage.errors import UserError
 
@@ -32,11 +32,13 @@ def load_corpus(config: DataConfig) -> Corpus:
             raise UserError("stages.pretrain needs data.corpus.path=FILE (text to learn from)")
         train, heldout = by_position(language_reference(), corpus.heldout)
     elif corpus.heldout_path is not None:
-        train, heldout = (_documents(path, notes) for path in (corpus.path, corpus.heldout_path))
+        train, heldout = (
+            _documents(path, config, notes) for path in (corpus.path, corpus.heldout_path)
+        )
     elif is_text(corpus.path):
-        train, heldout = by_position([read_text(corpus.path)], corpus.heldout)
+        train, heldout = by_position(_documents(corpus.path, config, notes), corpus.heldout)
     else:
-        documents = _documents(corpus.path, notes)
+        documents = _documents(corpus.path, config, notes)
         train = [d for d in documents if not is_heldout(d, corpus.heldout)]
         heldout = [d for d in documents if is_heldout(d, corpus.heldout)]
     for name, side in (("train", train), ("held-out", heldout)):
@@ -109,9 +111,9 @@ def without_heldout(document: str, keys: HeldOutKeys) -> tuple[str, int]:
     return ("\n\n".join(kept), dropped) if dropped else (document, 0)
 
 
-def _documents(path: str, notes: dict[str, int]) -> list[str]:
+def _documents(path: Paths, config: DataConfig, notes: dict[str, int]) -> list[str]:
     if is_text(path):
-        return [read_text(path)]
-    documents, unusable = usable(read_records(path), document_from)
-    notes["unusable_records"] = notes.get("unusable_records", 0) + unusable
+        return [read_text(file) for file in files_of(path)]
+    documents, more = usable(read_records(path, config.corpus.columns), document_from)
+    notes |= added(notes, more)
     return documents

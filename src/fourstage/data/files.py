@@ -1,93 +1,192 @@
-"""Local files to records: .txt, .json, .jsonl and .parquet, with errors that name the line."""
+"""Local files to texts and records, with errors that name the line.
+
+A source's path is a file, a folder (its files, by name) or a list of these.
+"""
 
 from __future__ import annotations
 
+import codecs
+import csv
+import gzip
+import io
 import json
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fourstage.errors import UserError
 
-KINDS = ".txt, .json, .jsonl or .parquet"
+Paths = str | list[str]
+
+BOMS = (  # the longer ones first: UTF-32's begins as UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+)
+MAGIC = {
+    b"\x1f\x8b": "gzip (name it .gz)",
+    b"PK\x03\x04": "a zip archive, as .docx and .xlsx are",
+    b"PAR1": "Parquet (name it .parquet)",
+    b"%PDF": "PDF",
+}
 
 
 @dataclass(frozen=True)
 class Record:
-    """A JSON object or a row, with where it stands, for messages."""
+    """A JSON object or a row, with where it stands, for messages, and which fields were read."""
 
     values: dict[str, Any]
     where: str  # "pairs.jsonl, line 3"
+    read: set[str] = field(default_factory=set)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def get(self, name: str) -> Any:
+        """The field, None where it is missing; it counts as read."""
+        self.read.add(name)
+        return self.values.get(name)
+
+    def unread(self) -> list[str]:
+        """The fields that hold something and were not read."""
+        names = (name for name in self.values if name not in self.read)
+        return [name for name in names if self.values[name] not in (None, "", [], {})]
 
 
-def is_text(path: str) -> bool:
-    """True for a plain-text file, which is split by position."""
-    return Path(path).suffix.lower() == ".txt"
+def files_of(paths: Paths) -> list[str]:
+    """The files that a path means.
+
+    Raises:
+        UserError: no such file or folder, something else, or a folder without a known file.
+    """
+    if isinstance(paths, list):
+        if not paths:
+            raise UserError("an empty list of files: name one")
+        return [file for path in paths for file in files_of(path)]
+    path = Path(paths).expanduser()
+    if not paths or not path.exists():
+        where = paths or repr(paths)
+        raise UserError(f"{where}: no such file (paths count from the folder of the command)")
+    if not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"{paths}: not a file: give one {kinds()} file")
+        return [paths]
+    found = sorted(file for file in path.iterdir() if _kind(file) in READERS and file.is_file())
+    if not found:
+        raise UserError(f"{paths}: a folder without a {kinds()} file")
+    return [str(file) for file in found]
+
+
+def is_text(paths: Paths) -> bool:
+    """True for plain text, which is split by position.
+
+    Raises:
+        UserError: as files_of, or text and records in one list.
+    """
+    texts = [_kind(Path(file)) == ".txt" for file in files_of(paths)]
+    if any(texts) and not all(texts):
+        raise UserError(f"{paths}: .txt files beside files of records: give the one or the other")
+    return texts[0]
 
 
 def read_text(path: str) -> str:
     """The whole file, with line ends as \\n.
 
     Raises:
-        UserError: missing, a folder, empty, or not UTF-8.
+        UserError: missing, a folder, empty, not text, or in another encoding than it says.
     """
-    file = _existing(path)
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # universal newlines; a byte-order mark is cut
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8, "
-            f"e.g. iconv -f latin1 -t utf-8"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    text = _decoded(path, _bytes(path)).replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise UserError(f"{path}: the file is empty: give one with data in it")
+    if (at := text.find("\0")) >= 0:
+        line = text.count("\n", 0, at) + 1
+        raise UserError(
+            f"{path}, line {line}: a NUL character: a binary file, or text in another encoding "
+            "(iconv -f utf-16le -t utf-8 makes it UTF-8)"
+        )
     return text
 
 
-def read_records(path: str) -> list[Record]:
-    """The records of a JSON list, JSON lines or a Parquet table.
+def read_records(paths: Paths, columns: Mapping[str, str] | None = None) -> list[Record]:
+    """The records of JSON lists, JSON lines, tables (.csv, .tsv) or Parquet.
+
+    Args:
+        columns: {name in the schema: name in the file}.
 
     Raises:
-        UserError: missing, empty or non-UTF-8 file, broken JSON, or another kind of file.
+        UserError: a missing, empty or damaged file, another kind, or a column that isn't there.
     """
-    kind = Path(path).suffix.lower()
-    if kind == ".parquet":
-        rows = _parquet(path)
-    elif kind == ".jsonl":
-        rows = _json_lines(path)
-    elif kind == ".json":
-        rows = _json(path)
-    elif kind == ".txt":
-        _existing(path)
-        raise UserError(f"{path}: plain text has no records: give a .json, .jsonl or .parquet file")
-    else:
-        _existing(path)
-        raise UserError(f"{path}: unknown kind of file: give a {KINDS} file")
-    if not rows:
-        raise UserError(f"{path}: the file has no records: give one with data in it")
-    for row in rows:
-        if not isinstance(row.values, dict):
-            raise UserError(f"{row.where}: expected an object with named fields")
-    return rows
+    records: list[Record] = []
+    for path in files_of(paths):
+        kind = _kind(Path(path))
+        if kind == ".txt":
+            raise UserError(f"{path}: plain text has no records: give a {kinds(but='.txt')} file")
+        if kind not in READERS:
+            raise UserError(f"{path}: unknown kind of file: give a {kinds()} file")
+        rows = READERS[kind](path)
+        if not rows:
+            raise UserError(f"{path}: the file has no records: give one with data in it")
+        records += rows
+    for record in records:
+        if not isinstance(record.values, dict):
+            raise UserError(f"{record.where}: expected an object with named fields")
+    return [_renamed(record, columns) for record in records] if columns else records
 
 
-def _existing(path: str) -> Path:
-    file = Path(path).expanduser()
-    if not file.exists():
-        raise UserError(f"{path}: no such file (paths count from the folder of the command)")
-    if not file.is_file():
-        raise UserError(f"{path or repr(path)}: not a file: give one {KINDS} file")
-    return file
+def _renamed(record: Record, columns: Mapping[str, str]) -> Record:
+    for name, own in columns.items():
+        if own not in record:
+            has = ", ".join(list(record.values)[:8])
+            raise UserError(f"{record.where}: no field {own!r} for {name}: it has {has}")
+    rest = {name: v for name, v in record.values.items() if name not in columns.values()}
+    renamed = {name: record.values[own] for name, own in columns.items()}
+    return Record({**rest, **renamed}, record.where)
+
+
+def _kind(path: Path) -> str:
+    """.jsonl for a.jsonl, A.JSONL and a.jsonl.gz."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix == ".gz" else suffix
+
+
+def _bytes(path: str) -> bytes:
+    (file,) = files_of(path)
+    try:
+        content = Path(file).expanduser().read_bytes()
+        if file.lower().endswith(".gz"):
+            content = gzip.decompress(content)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: not a whole gzip file ({error}): get it anew") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    for magic, kind in MAGIC.items():
+        if content.startswith(magic) and _kind(Path(file)) != ".parquet":
+            raise UserError(f"{path}: this is {kind}, not text: give a {kinds()} file")
+    return content
+
+
+def _decoded(path: str, content: bytes) -> str:
+    encoding = next((name for bom, name in BOMS if content.startswith(bom)), "utf-8")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        guess = "utf-16le" if b"\0" in content else "latin1"
+        raise UserError(
+            f"{path}: not {encoding.removesuffix('-sig').upper()} text (byte {error.start}): save "
+            f"it as UTF-8, e.g. iconv -f {guess} -t utf-8"
+        ) from None
 
 
 def _json_lines(path: str) -> list[Record]:
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
+        if line.strip("\ufeff \t"):
             where = f"{path}, line {number}"
-            rows.append(Record(_parsed(line, where), where))
+            rows.append(Record(_parsed(line.lstrip("\ufeff"), where), where))
     return rows
 
 
@@ -99,13 +198,24 @@ def _json(path: str) -> list[Record]:
         if error.msg == "Extra data":  # JSON lines under the name .json, as on the hub
             return _json_lines(path)
         raise UserError(f"{path}, line {error.lineno}: broken JSON ({error.msg})") from None
-    except RecursionError:
-        raise UserError(f"{path}: lists or objects are nested too deep to be read") from None
+    except (RecursionError, ValueError):
+        values = _parsed(text, path)
     if isinstance(values, dict):
-        values = values["data"] if isinstance(values.get("data"), list) else [values]
+        values = values["data"] if isinstance(values.get("data"), list) else _rows(values)
     if not isinstance(values, list):
         raise UserError(f"{path}: expected a list of objects")
     return [Record(value, f"{path}, record {i}") for i, value in enumerate(values, start=1)]
+
+
+def _rows(table: dict[str, Any]) -> list[dict[str, Any]]:
+    """{name: column of plain values} as rows; anything else is one record."""
+    columns = list(table.values())
+    is_table = len({len(c) if isinstance(c, list) else -1 for c in columns}) == 1 and all(
+        isinstance(c, list) and c and not isinstance(c[0], dict) for c in columns
+    )
+    if not is_table:
+        return [table]
+    return [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _parsed(line: str, where: str) -> Any:
@@ -115,18 +225,51 @@ def _parsed(line: str, where: str) -> Any:
         raise UserError(f"{where}: broken JSON ({error.msg}): fix or remove the line") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deep to be read: fix or remove the line") from None
+    except ValueError:  # Python's limit of 4,300 digits
+        raise UserError(f"{where}: a number of too many digits: fix or remove the line") from None
+
+
+def _table(path: str) -> list[Record]:
+    delimiter = "\t" if _kind(Path(path)) == ".tsv" else ","
+    lines = csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter)
+    try:
+        rows = [dict(row) for row in lines]
+    except csv.Error as error:
+        raise UserError(f"{path}, line {lines.line_num}: not a table ({error})") from None
+    if any(None in row or None in row.values() for row in rows):
+        raise UserError(f"{path}: rows of different lengths: give each as many fields as the first")
+    return [Record(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]
 
 
 def _parquet(path: str) -> list[Record]:
-    file = _existing(path)
-    from datasets import load_dataset, logging  # slow to import
-    from pyarrow import ArrowException
+    import pyarrow
+    from pyarrow import parquet
 
-    logging.set_verbosity(logging.CRITICAL)  # what is wrong with the file is said below, once
     try:
-        # streamed, so that nothing is copied to a cache
-        rows = list(load_dataset("parquet", data_files=str(file), split="train", streaming=True))
-    except (ArrowException, OSError, ValueError, StopIteration) as error:
+        # opened here: PyArrow and `datasets` read a name as a pattern or an address
+        with open(Path(path).expanduser(), "rb") as file:
+            rows = [
+                row
+                for batch in parquet.ParquetFile(file).iter_batches()
+                for row in batch.to_pylist()
+            ]
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a readable Parquet file ({reason})") from None
     return [Record(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]
+
+
+READERS: dict[str, Callable[[str], list[Record]]] = {
+    ".json": _json,
+    ".jsonl": _json_lines,
+    ".parquet": _parquet,
+    ".csv": _table,
+    ".tsv": _table,
+    ".txt": _json_lines,  # by read_text: text has no records
+}
+
+
+def kinds(but: str = "") -> str:
+    """ ".json, .jsonl or .parquet" """
+    names = [kind for kind in READERS if kind != but]
+    return f"{', '.join(names[:-1])} or {names[-1]}"

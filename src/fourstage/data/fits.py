@@ -18,6 +18,7 @@ from fourstage.data.preference import load_preference, load_prompts
 from fourstage.data.problems import split_problems
 from fourstage.data.reasoning import load_reasoning
 from fourstage.data.records import Chats, Conversation, Message, Pairs, Problem
+from fourstage.data.schemas import NOT_READ
 from fourstage.data.sources import kept, left_out, source_of_stage
 from fourstage.errors import UserError
 from fourstage.tokenizer import Tokenizer
@@ -81,12 +82,17 @@ def lost_on_reading(config: DataConfig, stage: str) -> list[str]:
     source = source_of_stage[stage]
     if getattr(config, source).path is None:
         return []
-    rest = kept(config, stage)
-    return [
+    rest, counts = kept(config, stage), left_out(config, stage)
+    unread = {name: counts.pop(name) for name in list(counts) if name.startswith(NOT_READ)}
+    lines = [
         f"data.{source}: {name.replace('_', ' ')}: {count:,} of {count + rest:,} records"
-        for name, count in left_out(config, stage).items()
+        for name, count in counts.items()
         if count > LOUD * (count + rest) and "paragraphs" not in name
     ]
+    if unread:
+        names = (f"{name.removeprefix(NOT_READ)} ({n:,})" for name, n in unread.items())
+        lines.append(f"data.{source}: fields that are not read: {', '.join(names)}")
+    return lines
 
 
 def check_unknown(where: str, texts: Iterable[str], tokenizer: Tokenizer) -> list[str]:

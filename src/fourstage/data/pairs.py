@@ -8,7 +8,7 @@ from fourstage.data.files import read_records
 from fourstage.data.keys import keys_of, openings
 from fourstage.data.problems import split_problems
 from fourstage.data.records import Pair, opening
-from fourstage.data.schemas import pair_from, usable
+from fourstage.data.schemas import added, pair_from, usable
 
 
 @cached("preference", "reasoning")
@@ -22,16 +22,16 @@ def split_pairs(config: DataConfig) -> tuple[list[Pair], list[Pair], dict[str, i
     preference = config.preference
     if preference.path is None:
         return [], [], {}
-    pairs, unusable = usable(read_records(preference.path), pair_from)
-    notes = {"unusable_records": unusable}
+    pairs, notes = usable(read_records(preference.path, preference.columns), pair_from)
     if preference.heldout_path is None:
         keys = keys_of(split_problems(config)[1])
         heldout = [p for p in pairs if is_held_out(opening(p.messages), config, keys)]
         train = [p for p in pairs if not is_held_out(opening(p.messages), config, keys)]
     else:
-        heldout, unusable = usable(read_records(preference.heldout_path), pair_from)
+        records = read_records(preference.heldout_path, preference.columns)
+        heldout, more = usable(records, pair_from)
+        notes = added(notes, more)
         keys = keys_of(split_problems(config)[1], openings(heldout))
         train = [p for p in pairs if not keys.hold(opening(p.messages))]
-        notes["unusable_records"] += unusable
         notes["dropped_from_train_as_heldout"] = len(pairs) - len(train)
     return train, heldout, notes

@@ -13,7 +13,7 @@ from fourstage.data.config import DataConfig, cached
 from fourstage.data.files import read_records
 from fourstage.data.keys import keys_of
 from fourstage.data.records import Problem
-from fourstage.data.schemas import problem_from, usable
+from fourstage.data.schemas import added, problem_from, usable
 from fourstage.data.split import is_heldout, normalise, short_hash
 from fourstage.data.tasks import short_question, worked_solution
 from fourstage.errors import UserError
@@ -39,13 +39,13 @@ def split_problems(config: DataConfig) -> tuple[list[Problem], list[Problem], di
 def _from_file(config: DataConfig) -> tuple[list[Problem], list[Problem], dict[str, int]]:
     reasoning = config.reasoning
     assert reasoning.path is not None
-    problems, unusable = usable(read_records(reasoning.path), problem_from)
-    notes = {"unusable_records": unusable}
+    problems, notes = usable(read_records(reasoning.path, reasoning.columns), problem_from)
     if reasoning.heldout_path is None:
         heldout = [p for p in problems if is_heldout(p.question, config.heldout)]
     else:
-        heldout, unusable = usable(read_records(reasoning.heldout_path), problem_from)
-        notes["unusable_records"] += unusable
+        records = read_records(reasoning.heldout_path, reasoning.columns)
+        heldout, more = usable(records, problem_from)
+        notes = added(notes, more)
     keys = {normalise(p.question) for p in heldout}
     train = [p for p in problems if normalise(p.question) not in keys]
     if reasoning.heldout_path is not None:

@@ -6,6 +6,7 @@ The schema is read off the record's fields; a record that fits none names itself
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,12 +19,23 @@ T = TypeVar("T")
 
 
 class Unusable(UserError):
-    """A record of the right schema that cannot be used: left out and counted."""
+    """A record of the right schema that cannot be used: left out and counted by its reason."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 CHAT_SCHEMAS = '"instruction" and "output", "messages", "conversations", or "prompt" and "response"'
 PAIR_SCHEMAS = '"chosen" and "rejected", with "prompt" or "instruction" or as dialogues'
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
+    "system": "system",
+}
+TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
+NOT_READ = "not_read_"  # in front of a field's name, in notes
+BOXED = "\\boxed{"
 TIGHT_MARK = re.compile(r"####[ \t]*(?=\S)")  # "####42" is meant as "#### 42"
 CALCULATOR = re.compile(r"<<.*?>>")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half an emoji, as JSON may escape it
@@ -36,7 +48,7 @@ def document_from(record: Record) -> str:
     Raises:
         UserError: no such field, or it is empty or no text.
     """
-    if "text" not in record.values:
+    if "text" not in record:
         raise _unknown(record, '"text"')
     return _text(record, "text")
 
@@ -44,19 +56,25 @@ def document_from(record: Record) -> str:
 def conversation_from(record: Record) -> Conversation:
     """alpaca {instruction, input, output}, {messages}, {conversations}, {prompt, response}.
 
+    Beside any of them {system}; beside alpaca's and prompts {history}, [[question, answer], ...].
+    Prompt and response may be lists of messages.
+
     Raises:
-        UserError: no such schema, a field that is not text, or turns out of order.
+        UserError: no such schema, or a field of another type.
+        Unusable: an empty text, an image, a tool's turn, or turns out of order.
     """
-    fields = record.values
-    if "messages" in fields:
-        return Conversation(_dialogue(record, _messages(record, "messages")))
-    if "conversations" in fields:
-        return Conversation(_dialogue(record, _messages(record, "conversations")))
-    if "instruction" in fields and "output" in fields:
-        return Conversation([_user(_instruction(record)), _assistant(_text(record, "output"))])
+    for name in ("messages", "conversations"):
+        if name in record:
+            return Conversation(_dialogue(record, _with_system(record, _messages(record, name))))
+    if "instruction" in record and "output" in record:
+        asked = [*_history(record), _user(_instruction(record))]
+        turns = [*asked, _assistant(_text(record, "output"))]
+        return Conversation(_dialogue(record, _with_system(record, turns)))
     for answer in ("response", "completion"):
-        if "prompt" in fields and answer in fields:
-            return Conversation([_user(_text(record, "prompt")), _assistant(_text(record, answer))])
+        if "prompt" in record and answer in record:
+            turns = [*_history(record), *_turns(record, "prompt", _user)]
+            turns += _turns(record, answer, _assistant)
+            return Conversation(_dialogue(record, _with_system(record, turns)))
     raise _unknown(record, CHAT_SCHEMAS)
 
 
@@ -69,74 +87,115 @@ def pair_from(record: Record) -> Pair:
     Raises:
         UserError: no such schema, a field of another type, or dialogues with two prompts.
     """
-    fields = record.values
-    if "chosen" not in fields or "rejected" not in fields:
+    if "chosen" not in record or "rejected" not in record:
         raise _unknown(record, PAIR_SCHEMAS)
-    if "prompt" in fields:
-        if isinstance(fields["prompt"], list):
-            asked = _messages(record, "prompt")
-        else:
-            text = _text(record, "prompt")
-            asked = _split_turns(text) or [_user(text)]
-        return _pair(record, asked, _answer(record, "chosen"), _answer(record, "rejected"))
-    if "instruction" in fields:
-        asked = [_user(_instruction(record))]
-        return _pair(record, asked, _answer(record, "chosen"), _answer(record, "rejected"))
-    chosen, rejected = (_whole_dialogue(record, name) for name in ("chosen", "rejected"))
+    sides = ("chosen", "rejected")
+    asked: list[Message] | None = None
+    if "prompt" in record:
+        asked = _turns(record, "prompt", _user)
+    elif "instruction" in record:
+        asked = [*_history(record), _user(_instruction(record))]
+    else:
+        for name in ("messages", "conversations"):  # the prompt, as in LLaMA-Factory's ranking
+            if name in record and asked is None:
+                asked = _messages(record, name)
+    if asked is not None:
+        chosen, rejected = (_answer(record, side) for side in sides)
+        return _pair(record, _with_system(record, asked), chosen, rejected)
+    chosen, rejected = (_with_system(record, _whole_dialogue(record, side)) for side in sides)
     if chosen[:-1] != rejected[:-1]:
-        raise Unusable(f"{record.where}: chosen and rejected answer different prompts")
+        where = f"{record.where}: chosen and rejected answer different prompts"
+        raise Unusable(where, "two_prompts")
     return _pair(record, chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
 
 def problem_from(record: Record) -> Problem:
-    """gsm8k {question, answer}, the answer ending in "#### RESULT" or being the result alone.
+    """gsm8k {question, answer}; the answer ends in "#### RESULT", holds \\boxed{RESULT}, or is the
+    result alone, which may be a number.
 
     Raises:
-        UserError: no such schema, or a field that is empty or no text.
+        UserError: no such schema, or a field that is no text.
+        Unusable: a field that is empty, or nothing after the mark.
     """
-    if "question" not in record.values or "answer" not in record.values:
+    if "question" not in record or "answer" not in record:
         raise _unknown(record, '"question" and "answer"')
-    question, solution = _text(record, "question"), _text(record, "answer")
-    solution = TIGHT_MARK.sub(MARK, solution)
+    question = _text(record, "question")
+    answer = record.get("answer")
+    is_value = isinstance(answer, int | float)
+    solution = TIGHT_MARK.sub(MARK, str(answer) if is_value else _text(record, "answer"))
     final = extract(f"{solution} ")  # the space completes a mark at the very end
+    if final is None and (result := boxed(solution)) is not None:
+        solution, final = f"{solution}\n{MARK}{result}", result
     if final is None:
         return Problem(question, solution, FROM_FILE, f"{MARK}{solution}", {"answer": solution})
     if not final:
-        raise Unusable(f"{record.where}: nothing follows '{MARK}' in the answer")
+        raise Unusable(f"{record.where}: nothing follows '{MARK}' in the answer", "no_result")
     worked = CALCULATOR.sub("", solution)
     return Problem(question, final, FROM_FILE, worked, {"answer": final})
 
 
-def usable(records: list[Record], build: Callable[[Record], T]) -> tuple[list[T], int]:
-    """What `build` makes of the records, and how many were left out as unusable.
+def boxed(text: str) -> str | None:
+    """What the last \\boxed{...} of a text holds, with the braces inside it; None without one."""
+    start = text.rfind(BOXED) + len(BOXED)
+    if start < len(BOXED):
+        return None
+    depth = 1
+    for at in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        if depth == 0:
+            return text[start:at].strip()
+    return None
+
+
+def usable(records: list[Record], build: Callable[[Record], T]) -> tuple[list[T], dict[str, int]]:
+    """What `build` makes of the records, and notes: how many were left out, "unusable_REASON", and
+    how many hold something in a field that nothing reads, "not_read_FIELD".
 
     Raises:
         UserError: a record of another schema, or no record can be used.
     """
     built: list[T] = []
     first: Unusable | None = None
+    notes = Counter[str]()
     for record in records:
         try:
             built.append(build(record))
         except Unusable as error:
             first = first or error
+            notes[f"unusable_{error.reason}"] += 1
+        else:
+            notes.update(f"{NOT_READ}{name}" for name in record.unread())
     if not built:
         assert first is not None
         raise first
-    return built, len(records) - len(built)
+    return built, dict(notes)
+
+
+def added(notes: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    """The notes of two files together."""
+    return {name: notes.get(name, 0) + more.get(name, 0) for name in {**notes, **more}}
 
 
 def _pair(record: Record, asked: list[Message], chosen: str, rejected: str) -> Pair:
     if not asked or asked[-1]["role"] != "user":
-        raise Unusable(f"{record.where}: the prompt must end with a message of the user")
+        what = f"{record.where}: the prompt must end with a message of the user"
+        raise Unusable(what, "turns_out_of_order")
     _alternating(record, asked)
     return Pair(asked, chosen, rejected)
 
 
+def _turns(record: Record, name: str, message: Callable[[str], Message]) -> list[Message]:
+    """A list of messages, hh-rlhf's text of a dialogue, or a text as one message."""
+    if isinstance(record.get(name), list):
+        return _messages(record, name)
+    text = _text(record, name)
+    return (_split_turns(text) if message is _user else None) or [message(text)]
+
+
 def _answer(record: Record, name: str) -> str:
-    """The last message of a list, or the text, without a dialogue in front of it."""
-    value = record.values[name]
-    if isinstance(value, list):
+    """The last message of a list, one message, or the text, without a dialogue in front of it."""
+    value = record.get(name)
+    if isinstance(value, list | dict):
         messages = _messages(record, name)
         if not messages or messages[-1]["role"] != "assistant":
             raise UserError(f"{record.where}: {name} must end with a message of the assistant")
@@ -147,8 +206,8 @@ def _answer(record: Record, name: str) -> str:
 
 
 def _whole_dialogue(record: Record, name: str) -> list[Message]:
-    value = record.values[name]
-    if isinstance(value, list):
+    value = record.get(name)
+    if isinstance(value, list | dict):
         messages = _messages(record, name)
     else:
         messages = _split_turns(_text(record, name)) or []
@@ -175,17 +234,84 @@ def _split_turns(text: str) -> list[Message] | None:
 
 
 def _messages(record: Record, name: str) -> list[Message]:
-    value = record.values[name]
+    value = record.get(name)
+    if isinstance(value, dict):  # one message; or as columns, which `datasets` makes of a sequence
+        is_columns = all(isinstance(column, list) for column in value.values())
+        rows = zip(*value.values(), strict=False) if is_columns else [value.values()]
+        value = [dict(zip(value, row, strict=True)) for row in rows]
+    if value is None:
+        raise _empty(record, name)
     if not isinstance(value, list):
         raise UserError(f'{record.where}: "{name}" must be a list of messages')
-    messages = []
-    for item in value:
-        if not isinstance(item, dict):
-            raise UserError(f'{record.where}: "{name}" must hold objects with role and content')
-        role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise UserError(f'{record.where}: a message in "{name}" lacks a role or a text content')
-        messages.append({"role": ROLES.get(role, role), "content": _clean(content)})
+    messages = [_message(record, name, item) for item in value]
+    return [message for message in messages if message["content"]]  # but for an empty system text
+
+
+def _message(record: Record, name: str, item: Any) -> Message:
+    """{role, content} or {from, value}; content may be OpenAI's parts."""
+    if not isinstance(item, dict):
+        raise UserError(f'{record.where}: "{name}" must hold objects with role and content')
+    role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+    if not isinstance(role, str):
+        raise UserError(f'{record.where}: a message in "{name}" lacks a role or a text content')
+    role = role.strip().lower()
+    if role in TOOL_ROLES or item.get("tool_calls"):
+        raise Unusable(
+            f'{record.where}: "{name}" has the turn of a tool: remove the record', "tools"
+        )
+    if role not in ROLES:
+        raise Unusable(
+            f"{record.where}: unknown role {role[:40]!r}: known are {', '.join(ROLES)}",
+            "unknown_role",
+        )
+    if isinstance(content, list):
+        content = "\n".join(_part(record, part) for part in content)
+    if content is not None and not isinstance(content, str):
+        raise UserError(f'{record.where}: a message in "{name}" lacks a role or a text content')
+    if "content" not in item and "value" not in item:
+        raise UserError(f'{record.where}: a message in "{name}" lacks a role or a text content')
+    text = _clean(content or "")
+    if not text and ROLES[role] != "system":
+        raise _empty(record, name)
+    return {"role": ROLES[role], "content": text}
+
+
+def _part(record: Record, part: Any) -> str:
+    """The text of one of OpenAI's content parts."""
+    text = part.get("text") if isinstance(part, dict) else part
+    if isinstance(text, str):
+        return text
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise Unusable(
+        f"{record.where}: a message holds {str(kind)[:40]!r}, but only text is read", "not_text"
+    )
+
+
+def _with_system(record: Record, messages: list[Message]) -> list[Message]:
+    """With the record's own system text in front, where the messages have none."""
+    has_one = bool(messages) and messages[0]["role"] == "system"
+    if has_one or "system" not in record:
+        return messages
+    system = record.get("system")
+    if system is not None and not isinstance(system, str):
+        raise UserError(f'{record.where}: "system" must be a text, got {_kind(system)}')
+    text = _clean(system or "")
+    return [{"role": "system", "content": text}, *messages] if text else messages
+
+
+def _history(record: Record) -> list[Message]:
+    """alpaca's earlier turns, [[question, answer], ...]."""
+    history = record.get("history") or []
+    if not isinstance(history, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        for turn in history
+    ):
+        raise UserError(f'{record.where}: "history" must be a list of [question, answer]')
+    messages = [
+        m for turn in history for m in (_user(_clean(turn[0])), _assistant(_clean(turn[1])))
+    ]
+    if not all(message["content"] for message in messages):
+        raise _empty(record, "history")
     return messages
 
 
@@ -194,7 +320,8 @@ def _dialogue(record: Record, messages: list[Message]) -> list[Message]:
     if messages and messages[-1]["role"] == "user":
         messages = messages[:-1]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise Unusable(f"{record.where}: the conversation has no answer of the assistant")
+        what = f"{record.where}: the conversation has no answer of the assistant"
+        raise Unusable(what, "without_an_answer")
     _alternating(record, messages)
     return messages
 
@@ -205,24 +332,31 @@ def _alternating(record: Record, messages: list[Message]) -> None:
     expected = ["user", "assistant"] * len(turns)
     if turns != expected[: len(turns)]:
         raise Unusable(
-            f"{record.where}: the roles are {', '.join(roles)}: after an optional system message, "
-            "user and assistant must take turns, the user first"
+            f"{record.where}: the roles are {', '.join(roles[:8])}: after an optional system "
+            "message, user and assistant must take turns, the user first",
+            "turns_out_of_order",
         )
 
 
 def _instruction(record: Record) -> str:
     text = _text(record, "instruction")
-    extra = record.values.get("input")
+    extra = record.get("input")
     return f"{text}\n{_clean(extra)}" if isinstance(extra, str) and extra.strip() else text
 
 
 def _text(record: Record, name: str) -> str:
-    value = record.values[name]
+    value = record.get(name)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise _empty(record, name)
     if not isinstance(value, str):
         raise UserError(f'{record.where}: "{name}" must be a text, got {_kind(value)}')
-    if not value.strip():
-        raise Unusable(f'{record.where}: "{name}" is empty: fill it or remove the record')
     return _clean(value)
+
+
+def _empty(record: Record, name: str) -> Unusable:
+    return Unusable(
+        f'{record.where}: "{name}" is empty: fill it or remove the record', "empty_text"
+    )
 
 
 def _clean(text: str) -> str:
@@ -230,7 +364,7 @@ def _clean(text: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+    return f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def _user(text: str) -> Message:
