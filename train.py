@@ -1,8 +1,12 @@
 """Climb the ladder up to a stage: python train.py stage=grpo model=moe_small (see --help)."""
 
 import os
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # nothing can be lost before there is a plan: Ctrl-C just ends it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,12 +21,14 @@ CONF = str(Path(__file__).resolve().parent / "conf")
 @hydra.main(config_path=CONF, config_name="config", version_base="1.3")
 def main(config: DictConfig) -> None:
     from fourstage.interruptions import Stopped, handle_stops, one_line, stop_now
+    from fourstage.ranks import check_environment
 
     handle_stops(stop_now)
-    from fourstage.lineage import climb  # after Hydra, so that --help is fast
-
     hydra_config = HydraConfig.get()
     try:
+        check_environment()
+        from fourstage.lineage import climb  # after Hydra, so that --help is fast
+
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         climb(tree, overrides=hydra_config.overrides.task)
     except Stopped as stopped:

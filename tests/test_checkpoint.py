@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -119,7 +121,39 @@ def test_a_file_in_place_of_the_folder(tmp_path):
 def test_cut_weights(folder, size):
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[:size])
+    assert "damaged, its bytes are not those that training wrote" in refused(folder)
+    forget_the_checksum(folder)
     assert "broken weights or config" in refused(folder)
+
+
+def forget_the_checksum(folder) -> None:
+    """Make it a run of before there was one."""
+    shape = json.loads((folder / "config.json").read_text())
+    del shape["weights_sha256"]
+    (folder / "config.json").write_text(json.dumps(shape))
+
+
+def test_a_flipped_bit(folder):
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-40] ^= 1
+    (folder / WEIGHTS).write_bytes(content)
+    assert "model.safetensors: damaged, " in refused(folder)
+    forget_the_checksum(folder)
+    load_policy(folder)
+
+
+def test_a_run_may_be_copied_under_another_name(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    load_policy(tmp_path / "copy")
+
+
+def test_every_file_may_be_read_by_whom_the_umask_says(tmp_path):
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(umask)
+        save_weights(tmp_path / str(umask), make_policy().state_dict(), TINY, TOKENIZER)
+        os.umask(before)
+        files = list((tmp_path / str(umask)).iterdir())
+        assert {file.stat().st_mode & 0o777 for file in files} == {mode} and len(files) == 4
 
 
 def test_weights_that_are_no_weights(folder):
@@ -185,6 +219,7 @@ def test_weights_with_a_name_missing(folder):
     some = load_file(folder / WEIGHTS)
     some.pop("norm.weight")
     save_file(some, folder / WEIGHTS)
+    forget_the_checksum(folder)
     assert "do not fit" in refused(folder)
 
 
@@ -193,5 +228,6 @@ def test_weights_that_are_not_finite_do_not_load(folder, value):
     stored = load_file(folder / WEIGHTS)
     stored["norm.weight"][3] = value
     save_file(stored, folder / WEIGHTS)
+    forget_the_checksum(folder)
     with pytest.raises(UserError, match="norm.weight is not finite: train it again"):
         load_policy(folder)

@@ -30,6 +30,7 @@ def add(store: RunStore, stage: str, letter: str, **changes) -> Path:
     folder = store.folder(stage, letter * 10)
     record = read_record(store.find("pretrain"))
     new = {"id": letter * 10, "stage": stage, "name": folder.name, "parents": {}, **changes}
+    record["config"]["stages"] = {stage: {}}
     folder.mkdir()
     write_atomic(folder / "run.json", json.dumps({**record, **new}))
     return folder

@@ -1,14 +1,16 @@
 """Plain weights in and out, whatever trained them: model.safetensors, config.json, tokenizer.json.
 
-`config.json` is {"model": {...}, "vocab_size": n, "kind": "policy" | "scalar"}: enough to build the
-network again with none of the project's configuration. Files are written under a temporary name,
-synced and renamed, so that a kill leaves the old file or the new one, never half of one.
+`config.json` is {"model": {...}, "vocab_size": n, "kind": "policy" | "scalar", "weights_sha256"}:
+enough to build the network again with none of the project's configuration, and to tell whether the
+weights are whole. Files are written under a temporary name, synced and renamed, so that a kill
+leaves the old file or the new one, never half of one.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fourstage.errors import UserError
-from fourstage.job import write_atomic
+from fourstage.job import read_json, write_json
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.settings import build
 from fourstage.tokenizer import Tokenizer
@@ -38,18 +40,26 @@ def save_weights(
 ) -> None:
     """Write the weights (any dtype, any device), the shape and the tokenizer into `folder`."""
     tokenizer.save(folder)
-    shape = {"kind": kind, "vocab_size": tokenizer.vocab_size, "model": asdict(model)}
-    write_atomic(folder / "config.json", json.dumps(shape, indent=1) + "\n")
     # clones: tied or expanded tensors share memory, which safetensors refuses
     plain = {name: w.detach().cpu().clone().contiguous() for name, w in weights.items()}
     partial = folder / f".{WEIGHTS}.{os.getpid()}"
     try:
         save_file(plain, partial)
+        shutil.copymode(folder / "tokenizer.json", partial)  # safetensors lets nobody else read it
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
+        digest = sha256(partial)
         os.replace(partial, folder / WEIGHTS)
     finally:
         partial.unlink(missing_ok=True)
+    shape = {"kind": kind, "vocab_size": tokenizer.vocab_size, "model": asdict(model)}
+    write_json(folder / "config.json", {**shape, "weights_sha256": digest})
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_policy(folder: Path) -> tuple[Transformer, Tokenizer]:
@@ -76,6 +86,7 @@ class Shape:
     kind: Kind
     vocab_size: int
     model: ModelConfig
+    weights_sha256: str | None = None  # of model.safetensors; older runs have none
 
     def __post_init__(self) -> None:
         if self.vocab_size < 1:
@@ -84,14 +95,21 @@ class Shape:
 
 def _load(folder: Path, kind: Kind) -> tuple[Transformer | ScalarModel, Tokenizer]:
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = read_json(folder / "config.json")
         shape = build(Shape, values, f"{folder}/config.json")
         tokenizer = Tokenizer.load(folder)
+        if shape.weights_sha256 not in (None, sha256(folder / WEIGHTS)):
+            raise UserError(
+                f"{folder / WEIGHTS}: damaged, its bytes are not those that training wrote: copy "
+                "it anew, or train it again"
+            )
         weights = load_file(folder / WEIGHTS)
     except (FileNotFoundError, NotADirectoryError) as error:
         missing = Path(error.filename or WEIGHTS).name
         raise UserError(f"{folder}: no {missing}: is it a finished run?") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except (ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: broken weights or config ({reason}): train it again") from error
     if shape.kind != kind:

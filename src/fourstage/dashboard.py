@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fourstage.dashboard_spec import SECTIONS, STEP, Panel, Section, resolved
 from fourstage.errors import UserError
 from fourstage.interruptions import run_command
-from fourstage.job import LoggerConfig, read_record, write_atomic
+from fourstage.job import LoggerConfig, read_json, read_record, write_atomic
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import Report
@@ -167,7 +167,7 @@ def save(outputs: Path, entity: str, project: str, sections: list[Section]) -> l
 
     entity = entity or wandb.Api().default_entity
     path = outputs / "dashboard" / "saved.json"
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    saved = read_json(path) if path.exists() else {}
     place = saved.setdefault(f"{entity}/{project}", {})
     contents = {workspace: ("sections", "settings", "runset_settings"), report: ("blocks", "width")}
     for build, parts in contents.items():

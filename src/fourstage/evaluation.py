@@ -13,7 +13,6 @@ the bottom up, which brings a ladder of an older suite to this one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from fourstage.batch import PairBatch
 from fourstage.errors import UserError
 from fourstage.eval_items import EvaluationConfig, HeldOut, askable, policy_items
 from fourstage.interruptions import run_command
-from fourstage.job import read_jsonl, write_json, write_jsonl
+from fourstage.job import read_json, read_jsonl, write_json, write_jsonl
 from fourstage.judges import NO_REWARD, NO_SFT, Judges, judged, pair_items
 from fourstage.model import ScalarModel, Transformer
 from fourstage.suite import SUITE, Item, Metric, joined, metrics
@@ -179,10 +178,16 @@ def write_ladder_evaluation(folder: Path, found: dict[str, Table], late: list[It
 
 def read_summary(path: Path) -> dict[str, Any]:
     """An eval.json; with no suite and no metrics where it is missing or broken."""
+    nothing = {"suite": None, "metrics": {}}
     try:
-        return {"suite": None, "metrics": {}, **json.loads(path.read_text(encoding="utf-8"))}
+        summary = read_json(path)
     except (OSError, ValueError):
-        return {"suite": None, "metrics": {}}
+        return nothing
+    cells = summary.get("metrics") if isinstance(summary, dict) else None
+    is_whole = isinstance(cells, dict) and all(
+        isinstance(cell, dict) and "value" in cell for cell in cells.values()
+    )
+    return {**nothing, **summary} if is_whole else nothing
 
 
 def stored_items(folder: Path, suffix: str = "") -> list[Item] | str:

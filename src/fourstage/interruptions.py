@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from typing import Any
 
 from fourstage.errors import UserError
 
-STOPS = (signal.SIGTERM, signal.SIGUSR1)  # the end, and a scheduler's warning that it comes
+# the end, a scheduler's warning that it comes, and the end of the terminal or the connection
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 NO_MEMORY = (
     "out of memory",  # CUDA
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -62,9 +64,30 @@ def stop_now(signum: int, frame: Any) -> None:
 
 
 def handle_stops(handler: Callable[[int, Any], None]) -> None:
-    """Let `handler` answer the signals that ask for an end."""
+    """Let `handler` answer the signals that ask for an end, but for a SIGHUP that nohup ignores."""
+
+    def answer(signum: int, frame: Any) -> None:
+        if signum == signal.SIGHUP:
+            leave_the_terminal()
+        handler(signum, frame)
+
     for signum in STOPS:
-        signal.signal(signum, handler)
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, answer)
+
+
+def heed_ctrl_c() -> None:
+    """From now on there is something to lose: before, Ctrl-C just ended the process (train.py)."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def leave_the_terminal() -> None:
+    """Print to nowhere where the terminal is gone: an error would stop what saves the state."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for file in (1, 2):
+        if stat.S_ISCHR(os.fstat(file).st_mode):
+            os.dup2(null, file)
 
 
 @contextmanager
@@ -146,6 +169,8 @@ def one_line(error: BaseException) -> str | None:
         return f"{error.filename}: {error.strerror}: choose another outputs=FOLDER"
     if isinstance(error, BrokenPipeError):
         return NO_READER
+    if isinstance(error, MemoryError):
+        return "out of memory: take a smaller model or batch, or less data"
     return disk_full(error)
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
 from fourstage.errors import UserError
@@ -22,7 +24,33 @@ if TYPE_CHECKING:  # types only: the record is read by programs that never need 
     from fourstage.tokenizer import TokenizerConfig
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "grpo")
-RECORDED = ("id", "stage", "parents", "group", "status", "debug", "started", "config", "cost")
+RUN_ID = re.compile("[a-z]{10}")
+# what every record has, by type, and what it may have
+RECORDED: dict[str, type | tuple[type, ...]] = {
+    "id": str,
+    "stage": str,
+    "parents": dict,
+    "group": str,
+    "status": str,
+    "debug": (str, NoneType),
+    "started": str,
+    "config": dict,
+    "config.seed": int,
+    "config.model": dict,
+    "config.model.name": str,
+    "config.stages": dict,
+    "cost": dict,
+    "cost.seconds": (int, float),
+}
+OPTIONAL: dict[str, type | tuple[type, ...]] = {
+    "finished": (str, NoneType),
+    "data": dict,
+    "git": dict,
+    "git.commit": (str, NoneType),
+    "versions": dict,
+    "threads": int,
+    "config.evaluation": dict,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,22 +176,48 @@ class StageJob:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The run.json of a run's folder. Raises UserError when it is missing or broken."""
+    """The run.json of a run's folder.
+
+    Raises UserError when it is missing, broken, or of a stage that this version doesn't know.
+    """
     record = _stored(folder)
-    missing = [key for key in RECORDED if key not in record]
-    if missing:
-        lacks = f"it has no {', '.join(missing)}"
-        raise UserError(
-            f"{folder / 'run.json'}: broken ({lacks}): remove the folder and train again"
-        )
+    if wrong := what_is_wrong(record):
+        path = folder / "run.json"
+        raise UserError(f"{path}: broken ({wrong}): remove the folder and train again")
+    if record["stage"] not in STAGES:
+        raise UserError(f"{folder}: of a stage that is not known here ({record['stage'][:40]})")
     return record
+
+
+def what_is_wrong(record: dict[str, Any]) -> str | None:
+    """The first key of a record that is missing or of another type, or that makes no sense."""
+    for kinds, must_be in ((RECORDED, True), (OPTIONAL, False)):
+        for key, kind in kinds.items():
+            value: Any = record
+            for name in key.split("."):
+                value = value.get(name, MISSING) if isinstance(value, dict) else MISSING
+            if value is MISSING and must_be:
+                return f"it has no {key}"
+            if value is not MISSING and (not isinstance(value, kind) or isinstance(value, bool)):
+                return f"{key} is {str(value)[:40]!r}"
+    ids = [record["id"], record["group"], *record["parents"].values()]
+    for run_id in ids:
+        if not isinstance(run_id, str) or not RUN_ID.fullmatch(run_id):  # it names files
+            return f"{str(run_id)[:40]!r} is no run's id, which is ten letters a to z"
+    if record["stage"] in STAGES and not isinstance(
+        record["config"]["stages"].get(record["stage"]), dict
+    ):
+        return f"it has no config.stages.{record['stage']}"
+    if record["status"] == "finished" and not isinstance(record.get("finished"), str):
+        return "it has no finished"
+    return None
 
 
 def _stored(folder: Path) -> dict[str, Any]:
     """The object in run.json, whatever it holds."""
     path = folder / "run.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: not a run (it has no run.json)") from None
     except ValueError as error:
@@ -190,8 +244,32 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """One JSON object a line; other line separators than a newline may stand in their texts."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    """One JSON object a line; other line separators than a newline may stand in their texts.
+
+    Raises ValueError for what is none.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = [parse_json(line) for line in lines if line]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a line without a JSON object")
+    return rows
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises OSError, and ValueError for what is no JSON."""
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """json.loads, whose every refusal is a ValueError: too deep, too many digits, NaN."""
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -234,18 +312,18 @@ def swap_in(new: Path, place: Path) -> None:
     if not place.is_dir():  # a rename replaces a file, but not a folder
         os.replace(new, place)
         return
-    os.rename(place, set_aside(new))
+    os.rename(place, set_aside(new))  # of a link to a folder, the link
     os.rename(new, place)
-    shutil.rmtree(set_aside(new))
+    remove(set_aside(new))
 
 
 def undo_swap(new: Path, place: Path) -> None:
     """Put the old folder back that `swap_in` set aside before a kill, or remove it at last."""
     old = set_aside(new)
-    if not old.exists():
+    if not old.exists() and not old.is_symlink():
         return
     if place.exists():
-        shutil.rmtree(old)
+        remove(old)
     else:
         os.rename(old, place)
 
@@ -262,8 +340,8 @@ def part_of(state: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
-    if path.is_dir():
+    """A file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

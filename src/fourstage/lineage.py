@@ -24,7 +24,7 @@ from rich.console import Console
 
 from fourstage import __version__
 from fourstage.errors import UserError
-from fourstage.interruptions import one_line
+from fourstage.interruptions import heed_ctrl_c, one_line
 from fourstage.job import StageJob, clean_up, read_record, swap_in, undo_swap, write_record
 from fourstage.ranks import Ranks
 from fourstage.runs import find_run
@@ -55,6 +55,7 @@ def climb(
         require_ancestors(plan, overrides)
     if train is None:
         from fourstage.runner import train_stage as train
+    heed_ctrl_c()
     with ranks.job():
         for run in plan.runs:
             if run.status != "not needed":

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import netrc
 import os
+import secrets
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -36,6 +36,7 @@ from fourstage.job import (
     STAGES,
     LoggerConfig,
     StageJob,
+    read_json,
     read_jsonl,
     read_record,
     write_atomic,
@@ -121,8 +122,14 @@ def build_loggers(job: StageJob) -> list[Logger]:
     folder = job.outputs.resolve() / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_DATA_DIR", str(folder))  # artifact files, else in the home folder
+    os.environ.pop("WANDB_RUN_ID", None)  # it would be that of every stage
+    if os.path.expanduser("~") == "~":  # in a container, as a user that it doesn't know
+        os.environ["HOME"] = str(folder)
     try:
         wandb.setup()  # reads the WANDB_ variables
+    except wandb.errors.UsageError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"W&B: {reason}: correct its variable, or take logger=none") from None
     except ValidationError as error:
         wrong = error.errors()[0]
         raise UserError(
@@ -145,12 +152,13 @@ def start_wandb(job: StageJob, mode: Literal["online", "offline"]) -> Run:
     import wandb
 
     wandb.finish()  # a run that an earlier job of this process left open
+    stored = read_record(job.folder).get("wandb") if job.resume else None
     tags = [job.stage, job.model.name, job.data.name, f"seed{job.seed}"]
     run = wandb.init(
         name=job.name,
         project=job.logger.project,
         entity=job.logger.entity,
-        id=read_record(job.folder).get("wandb") if job.resume else None,
+        id=stored or secrets.token_hex(4),
         resume="allow" if mode == "online" else None,
         group=job.group,
         job_type=job.stage,
@@ -217,9 +225,7 @@ def summary(folder: Path, cost: Mapping[str, float]) -> dict[str, float]:
 
 def _measured(path: Path) -> dict[str, Any]:
     """The metrics of an evaluation that have a value; none where there is no such file."""
-    if not path.exists():
-        return {}
-    return _with_values(json.loads(path.read_text(encoding="utf-8"))["metrics"])
+    return _with_values(read_json(path)["metrics"]) if path.exists() else {}
 
 
 def _with_values(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -235,7 +241,7 @@ def ladder_table(job: StageJob) -> Table:
     late = job.folder / "ladder_eval.json"
     if late.exists():
         stages = {folder.name.split("-")[1]: stage for stage, folder in job.ancestors.items()}
-        for run_id, metrics in json.loads(late.read_text(encoding="utf-8")).items():
+        for run_id, metrics in read_json(late).items():
             row = ("random", "") if run_id == "random" else (stages[run_id], run_id)
             found.append((*row, _with_values(metrics)))
     columns = ["row", "run", "metric", "value", "low", "high", "n"]
@@ -244,6 +250,14 @@ def ladder_table(job: StageJob) -> Table:
         for row, run, metrics in found
         for name, cell in metrics.items()
     ]
+
+
+def _samples(path: Path) -> list[dict[str, Any]]:
+    """The sample answers of a run; none where its file is missing or broken."""
+    try:
+        return [row for row in read_jsonl(path) if {"prompt_id", "prompt", "answer"} <= set(row)]
+    except (OSError, ValueError):
+        return []
 
 
 def samples_by_stage(job: StageJob) -> Table:
@@ -257,7 +271,7 @@ def samples_by_stage(job: StageJob) -> Table:
     if (job.folder / "samples.jsonl").exists():
         paths = {s: folders[s] / "samples.jsonl" for s in STAGES if s in folders}
         for stage, path in paths.items():
-            for sample in read_jsonl(path) if path.exists() else []:
+            for sample in _samples(path):
                 row = "random" if sample["step"] == 0 else stage
                 prompts[sample["prompt_id"]] = sample["prompt"]
                 # in order of the steps: the last answer stays

@@ -7,10 +7,12 @@ import fcntl
 import itertools
 import json
 import os
+import re
+import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +24,42 @@ PATIENCE = 600.0  # seconds in which the first process must show itself
 GRACE = 20.0  # seconds in which a process must notice by itself that the first one has ended
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without flock
 ENDED = "the first process of this job has ended: its own output says why"
+STALE = 86_400.0  # seconds after which a lock that nobody holds is left over from a killed job
+OF_TORCHRUN = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+OF_SRUN = ("SLURM_JOB_ID", "SLURM_STEP_ID")
+OF_A_TASK = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS")
+OF_A_RANK = ("RANK", "LOCAL_RANK")
+NUMBERS = (*OF_A_RANK, *OF_A_TASK, "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+
+
+def check_environment() -> None:
+    """Make the environment say only what holds of this process; Lightning and PyTorch believe it.
+
+    Notebooks set LOCAL_RANK and RANK for one process, and an allocation of SLURM has variables of
+    tasks though no srun started any: these go. Raises UserError for what cannot be meant.
+    """
+    env = os.environ
+    for name in NUMBERS:
+        if name in env and not env[name].strip():
+            del env[name]
+        elif name in env and not env[name].isdecimal():
+            raise UserError(f"{name}={env[name]} in the environment: expected a number: unset it")
+    if not _has(OF_SRUN):
+        for name in OF_A_TASK:
+            env.pop(name, None)
+    is_child = "LOCAL_RANK" in env and "FOURSTAGE_JOB" in env
+    if _has(OF_TORCHRUN) or _has(OF_SRUN) or is_child:
+        return
+    for name in OF_A_RANK:
+        if int(env.pop(name, 0)):
+            raise UserError(
+                f"{name} in the environment, but this process was started by neither torchrun nor "
+                f"srun: start it with one of them, or unset {name}"
+            )
+
+
+def _has(names: Sequence[str]) -> bool:
+    return all(name in os.environ for name in names)
 
 
 class Ranks:
@@ -39,6 +77,7 @@ class Ranks:
 
     def __init__(self, outputs: Path) -> None:
         env = os.environ
+        check_environment()
         ranks = [int(env[key]) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in env]
         self.is_first = int(env.get("NODE_RANK", 0)) == 0 and (ranks or [0])[0] == 0
         if Ranks._key is None:
@@ -53,15 +92,17 @@ class Ranks:
     def _name_of_launch(self) -> str:
         """The same in every process of a launch by torchrun, by srun or by Lightning."""
         env = os.environ
-        for names in (
-            # a restart by torchrun is another launch; its usual run id is "none", everywhere
-            ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"),
-            ("SLURM_JOB_ID", "SLURM_STEP_ID"),
-        ):
-            if all(name in env for name in names):
-                return "-".join(env[name] for name in names)
-        if self.is_first:
-            env["FOURSTAGE_JOB"] = str(os.getpid())  # Lightning's children inherit it
+        # a restart by torchrun is another launch; its usual run id is "none", everywhere
+        for names in (OF_TORCHRUN, OF_SRUN):
+            if _has(names):
+                return "-".join(re.sub(r"[^\w.:-]", "_", env[name]) for name in names)
+        if self.is_first:  # no process id: in two containers both are 1
+            env["FOURSTAGE_JOB"] = secrets.token_hex(8)  # Lightning's children inherit it
+        if "FOURSTAGE_JOB" not in env:
+            raise UserError(
+                f"NODE_RANK={env.get('NODE_RANK')}: give all nodes of a job the same FOURSTAGE_JOB "
+                "(any word), or start them with torchrun or srun"
+            )
         return env["FOURSTAGE_JOB"]
 
     @contextmanager
@@ -73,6 +114,7 @@ class Ranks:
     @contextmanager
     def _first(self) -> Iterator[None]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(self.path.parent)
         self.path.unlink(missing_ok=True)  # of an earlier launch of this name
         with open(self.lock, "a") as file:
             self._hold(file)
@@ -166,3 +208,13 @@ class Ranks:
                 raise
             return True  # for all that can be known
         return False
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove the locks and decisions of jobs that were killed: old, and held by nobody."""
+    for lock in folder.glob("*.lock"):
+        with suppress(OSError), open(lock) as file:
+            if time.time() - os.fstat(file.fileno()).st_mtime > STALE:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.with_suffix(".decisions").unlink(missing_ok=True)
+                lock.unlink()

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from fourstage.errors import UserError
 from fourstage.interruptions import run_command
-from fourstage.job import STAGES, read_record
+from fourstage.job import RUN_ID, STAGES, read_record
 
 Record = dict[str, Any]
 
@@ -41,7 +41,12 @@ class RunStore:
 
     def retrain_folder(self, stage: str, run_id: str) -> Path:
         """Where force=true trains a run again, until it takes the old one's place."""
-        return self.outputs / "retrain" / f"{stage}-{run_id}"
+        return self.beside / "retrain" / f"{stage}-{run_id}"
+
+    @property
+    def beside(self) -> Path:
+        """The folder of `root` on its own disk, which may be another where `root` is a link."""
+        return self.root.resolve().parent if self.root.is_symlink() else self.outputs
 
     def folders(self) -> list[Path]:
         """Every run, finished or not, in order of stage and start; broken ones are left out."""
@@ -95,8 +100,10 @@ class RunStore:
 
     def is_busy(self, run_id: str) -> bool:
         """Whether some process trains it now."""
+        lock = self._lock(run_id)
         try:
-            with self._lock(run_id).acquire(timeout=0):
+            with lock.acquire(timeout=0):
+                Path(lock.lock_file).unlink(missing_ok=True)
                 return False
         except Timeout:
             return True
@@ -116,27 +123,32 @@ class RunStore:
         try:
             yield
         finally:
+            Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it takes a new one
             lock.release()
 
     def _lock(self, run_id: str) -> FileLock:
+        assert RUN_ID.fullmatch(run_id), run_id
         folder = self.outputs / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / f"{run_id}.lock")
 
     def remove(self, folder: Path, *, force: bool) -> None:
         """Remove a run. Raises UserError while it is trained, or where others descend from it."""
-        if folder.resolve().parents[1] != self.outputs.resolve():
+        if folder.parent.resolve() != self.root.resolve():
             raise UserError(f"{folder}: not a run of {self.outputs}: give its own outputs=FOLDER")
         record = _read(folder)
-        run_id = folder.name.partition("-")[2] if isinstance(record, str) else record["id"]
+        run_id = folder.name.rpartition("-")[2] if isinstance(record, str) else record["id"]
         children = ", ".join(f.name for f in self.children(run_id))
         if children and not force:
             raise UserError(
                 f"{folder.name}: {children} descend from it: remove them first, or add force=true"
             )
-        if self.is_busy(run_id):
+        if RUN_ID.fullmatch(run_id) and self.is_busy(run_id):
             raise UserError(f"{folder.name}: a process is training it now: stop that first")
-        trash = self.outputs / "trash" / f"{folder.name}.{os.getpid()}"
+        if folder.is_symlink():
+            folder.unlink()
+            return
+        trash = self.beside / "trash" / f"{folder.name}.{os.getpid()}"
         trash.parent.mkdir(parents=True, exist_ok=True)
         os.rename(folder, trash)  # at once, so that no half-removed run is ever found
         shutil.rmtree(trash)
@@ -238,10 +250,13 @@ def main(arguments: list[str]) -> None:
             _show(store, store.find(name, finished=False))
     elif command == "rm" and names:
         for name in names:
-            folder = store.find(name, finished=False).resolve()
-            size = disk_use(folder)
+            folder = store.find(name, finished=False)
+            folder = folder.parent.resolve() / folder.name if folder.name else folder.resolve()
+            target = folder.readlink() if folder.is_symlink() else None
+            size = f"{disk_use(folder) / 1e6:.1f} MB"
             store.remove(folder, force=options["force"] == "true")
-            print(f"removed {folder.name} ({size / 1e6:.1f} MB)")
+            what = f"the link only: its files stay in {target}" if target else size
+            print(f"removed {folder.name} ({what})")
     else:
         raise UserError("usage: python -m fourstage.runs [list | show NAME... | rm NAME...]")
 
