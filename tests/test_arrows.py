@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "fourstage"
 ARROWS = {
     "train": {"lineage"},
     "lineage": {"plan", "ranks", "runs", "runner"},
-    "plan": {"runs", "stages", "data", "callbacks", "evaluation"},
+    "plan": {"runs", "stages", "data", "callbacks", "evaluation", "scaling"},
     "runner": {"resume", "cost", "prepare", "run_evaluation", "strategies"},
     "run_evaluation": {"evaluation", "prepare"},
     "prepare": {"stages", "data"},

@@ -36,6 +36,7 @@ from fourstage.tokenizer import Tokenizer
 from fourstage.verify import verify
 
 BLOCK = 256  # tokens of text that are read at once
+MOST_SAMPLES = 1000  # answers a problem: they are all made before the first is judged
 TOKENS_AT_ONCE = 32_768  # prompts, answers and padding of a batch: what its KV cache holds
 
 
@@ -53,9 +54,13 @@ class EvaluationConfig:
     max_blocks: int = 1000  # of held-out text, 256 tokens each, evenly spread over it
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed: must be between 0 and {2**32 - 1}, got {self.seed}")
         for name, value in vars(self).items():
             if name != "seed" and value < 1:
                 raise UserError(f"{name}: must be at least 1, got {value}")
+        if self.samples > MOST_SAMPLES:
+            raise UserError(f"samples: must be at most {MOST_SAMPLES}, got {self.samples}")
 
 
 @dataclass(frozen=True)

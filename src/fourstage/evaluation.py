@@ -8,7 +8,8 @@
     python -m fourstage.evaluation run=NAME [ladder=true]    evaluates a finished run again
 
 needs no training and gives the same bytes; ladder=true also evaluates the run's ancestors, from
-the bottom up, which brings a ladder of an older suite to this one.
+the bottom up, which brings a ladder of an older suite to this one. evaluation.max_problems=800
+and the like change what is asked, and are recorded.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from fourstage.model import ScalarModel, Transformer
 from fourstage.suite import SUITE, Item, Metric, joined, metrics
 from fourstage.tokenizer import Tokenizer
 
-USAGE = "usage: python -m fourstage.evaluation run=NAME [ladder=true] [outputs=outputs]"
+USAGE = (
+    "usage: python -m fourstage.evaluation run=NAME [ladder=true] [evaluation.KEY=NUMBER…] "
+    "[outputs=outputs]"
+)
 NO_TRUE_SCORE = "the true score is known for data=embedded only"
 # what the sft run and the reward run say of earlier rows
 BY_SFT = ("kl_to_sft", "win_rate", "win_rate_ties")
@@ -207,12 +211,22 @@ def stored_chats(folder: Path) -> list[Item] | str:
     return chats or f"{folder.name}/eval_items.jsonl has no chat answers"
 
 
+def whole_number(text: str) -> int | str:
+    """The number; a text that is none stays one, and is refused where a number is expected."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 def main(arguments: list[str]) -> None:
     """Evaluate a finished run again. Raises UserError for an unknown run or argument."""
     from fourstage.run_evaluation import evaluate_again
     from fourstage.runs import RunStore
 
     values = dict(argument.partition("=")[::2] for argument in arguments)
+    changed = [key for key in values if key.startswith("evaluation.")]
+    changes = {key.removeprefix("evaluation."): whole_number(values.pop(key)) for key in changed}
     if set(values) - {"run", "outputs", "ladder"} or not values.get("run"):
         raise UserError(USAGE)
     ladder = values.get("ladder", "false")
@@ -222,7 +236,7 @@ def main(arguments: list[str]) -> None:
     folder = store.find(values["run"])
     ancestors = list(store.ancestors(folder).values()) if ladder == "true" else []
     for run in (*ancestors, folder):  # each judges rows below it, so from the bottom up
-        evaluate_again(run, store.ancestors(run), store.outputs)
+        evaluate_again(run, store.ancestors(run), store.outputs, changes)
         print(f"evaluated {run.name}: {run / 'eval.json'}", flush=True)
 
 

@@ -8,6 +8,7 @@ the old run stays where it is, and usable, until the new one is finished and tak
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -175,10 +176,10 @@ def require_ancestors(plan: Plan, overrides: Sequence[str]) -> None:
     missing = [run.stage for run in plan.runs[:-1] if run.to_do]
     if plan.command.ancestors == "require" and missing:
         mine = ("stage=", "ancestors=", "force=")
-        kept = "".join(f" {o}" for o in overrides if not o.startswith(mine))
+        kept = [o for o in overrides if not o.startswith(mine)]
         raise UserError(
             f"ancestors=require: {', '.join(missing)} must be trained first: "
-            f"python train.py stage={missing[-1]}{kept}"
+            + shlex.join(["python", "train.py", f"stage={missing[-1]}", *kept])
         )
 
 

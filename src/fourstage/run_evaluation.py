@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fourstage.checkpoint import load_policy, load_scalar
 from fourstage.data.datamodule import reward_data
 from fourstage.errors import UserError
 from fourstage.evaluation import BY_REWARD, BY_SFT
-from fourstage.job import LoggerConfig, StageJob, TrainerConfig, read_record
+from fourstage.job import LoggerConfig, StageJob, TrainerConfig, read_record, write_record
 from fourstage.judges import NO_SFT, Judges
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.prepare import device_of, stored_pairs
@@ -139,9 +139,15 @@ def heldout_pairs(job: StageJob, tokenizer: Tokenizer) -> list[PairBatch]:
     return list(loaders.val)
 
 
-def evaluate_again(folder: Path, ancestors: dict[str, Path], outputs: Path) -> None:
+def evaluate_again(
+    folder: Path,
+    ancestors: dict[str, Path],
+    outputs: Path,
+    changes: Mapping[str, Any] | None = None,
+) -> None:
     """Evaluate a finished run with the config in its record: eval.json gets the same bytes.
 
+    `changes` of `evaluation` in that config are recorded, so that the next time agrees again.
     Raises UserError where the data has changed since, and there is an eval.json to lose.
     """
     torch.set_flush_denormal(True)  # as in training: it is faster, and the digits are the same
@@ -160,7 +166,9 @@ def evaluate_again(folder: Path, ancestors: dict[str, Path], outputs: Path) -> N
         data=build(data.DataConfig, config["data"], "data"),
         trainer=build(TrainerConfig, config["trainer"], "trainer"),
         logger=LoggerConfig(name="none"),
-        evaluation=build(evaluation.EvaluationConfig, config["evaluation"], "evaluation"),
+        evaluation=build(
+            evaluation.EvaluationConfig, {**config["evaluation"], **(changes or {})}, "evaluation"
+        ),
         seed=record["config"]["seed"],
         parents={
             role: path
@@ -181,6 +189,8 @@ def evaluate_again(folder: Path, ancestors: dict[str, Path], outputs: Path) -> N
         evaluate_random(job, random_weights(job, tokenizer), tokenizer)
     network, tokenizer = (load_scalar if stage == "reward" else load_policy)(folder)
     evaluate_run(job, network.to(device_of(job)), tokenizer)
+    if changes:
+        write_record(folder, config={"evaluation": asdict(job.evaluation)})
 
 
 def has_other_data(job: StageJob, record: dict[str, Any]) -> bool:

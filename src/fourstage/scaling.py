@@ -11,6 +11,7 @@ Not counted: activations, DeepSpeed's buffers (two of 0.75 GiB for gradients), w
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -57,6 +58,11 @@ def bytes_per_gpu(trainer: str, stage: str, parameters: int, gpus: int) -> float
     trained = STATES[trainer].on_gpu(TRAINED[stage] * parameters, gpus)
     whole = 1 if trainer.startswith("zero3") else FROZEN[stage]
     return trained + WEIGHTS * whole * parameters
+
+
+def machine_memory() -> int:
+    """Bytes of this machine's own memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def main(arguments: list[str]) -> None:
