@@ -85,9 +85,9 @@ def test_step_seed_depends_on_everything() -> None:
 
 
 def test_time_left() -> None:
-    assert time_left(130.2, []) == "0:02:10 left"
+    assert time_left(130.2, []) == "0:02:10 left before the evaluation"
     text = time_left(60, [("reward", 60.0), ("ppo", None), ("grpo", 3600.0)])
-    assert text == "0:01:00 left, 1:02:00 with reward, grpo, then ppo"
+    assert text == "0:01:00 left before the evaluation, 1:02:00 with reward, grpo, then ppo"
 
 
 def test_progress_in_a_log_file_and_in_a_terminal(tmp_path) -> None:
@@ -98,5 +98,5 @@ def test_progress_in_a_log_file_and_in_a_terminal(tmp_path) -> None:
         bar.line_every = 0.0
         fit(tmp_path / str(terminal), bar)
         assert "step 12 · loss" in out.getvalue()
-        assert "0:00:00 left, then reward" in out.getvalue()
+        assert "0:00:00 left before the evaluation, then reward" in out.getvalue()
         assert ("\x1b[" in out.getvalue()) == terminal

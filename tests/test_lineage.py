@@ -197,6 +197,41 @@ def test_a_ladder_without_preferences_needs_no_preference_data(base) -> None:
     assert run([*overrides, "experiment=no_preferences"]).stages == ["pretrain", "sft", "grpo"]
 
 
+class Evaluated(FakeTrain):
+    """Leaves an eval.json too: a tenth well-formed after pretrain, nine tenths after sft."""
+
+    def __call__(self, job):
+        value = {"pretrain": 0.1, "sft": 0.9}.get(job.stage)
+        cell = {"value": value, "n": 50, "low": value, "high": 0.95} if value else {"value": None}
+        cell |= {} if value else {"why": "no pairs"}
+        metrics = {"pair_accuracy" if job.stage == "reward" else "well_formed": cell}
+        evaluation = {"suite": "2", "seed": 0, "metrics": metrics}
+        (job.folder / "eval.json").write_text(json.dumps(evaluation))
+        return super().__call__(job)
+
+
+def test_the_end_says_what_it_came_to_where_it_is_and_what_comes_next(base, capsys) -> None:
+    of, place = ids(base), base[0].removeprefix("outputs=")
+    run(base, "sft", Evaluated())
+    expected = f"""\
+sft: well-formed answers 10.0 % [10.0, 95.0] (pretrain) → 90.0 % [90.0, 95.0] (95 % intervals)
+run: {place}/runs/sft-{of["sft"]}
+next:
+  python -m fourstage.chat run=sft-{of["sft"]} outputs={place}
+  python -m fourstage.report run=sft-{of["sft"]} outputs={place}
+  python train.py stage=reward {" ".join(base)}
+"""
+    assert capsys.readouterr().out.endswith(expected)
+    run(base, "sft")  # found
+    assert capsys.readouterr().out.endswith(expected)
+    run(base, "reward", Evaluated())
+    said = capsys.readouterr().out
+    assert "\nreward: held-out pairs ordered right not measured: no pairs\nrun: " in said
+    assert "fourstage.chat" not in said
+    run(base, "grpo", Evaluated())
+    assert "train.py" not in capsys.readouterr().out
+
+
 # --- what goes wrong
 
 
@@ -656,13 +691,15 @@ def test_ranks_of_every_launcher(tmp_path, monkeypatch, env, first, key) -> None
 def test_time_left_is_estimated_from_runs_of_the_same_kind(base, tmp_path) -> None:
     run([*base, "stages.sft.max_steps=100"], "sft")
     folder = RunStore(tmp_path / "outputs").find("sft")
-    write_record(folder, cost={"seconds": 50.0})
+    write_record(folder, cost={"seconds": 50.0, "eval_seconds": 20.0})  # 30 s for 100 steps
+    before = RunStore(tmp_path / "outputs").find("pretrain")
+    write_record(before, cost={"seconds": 90.0, "eval_seconds": 40.0})
     plan = make_plan(config(*base, "seed=1", "stage=reward", "stages.sft.max_steps=300"))
-    assert [r.estimate for r in plan.runs][1:] == [150.0, None]
+    assert [r.estimate for r in plan.runs][1:] == [110.0, None]
     timed = config(*base, "seed=1", "stages.pretrain.max_time=00:00:02:00")
-    assert make_plan(timed).runs[0].estimate == 120.0
+    assert make_plan(timed).runs[0].estimate == 120.0 + 40.0
     train = run([*base, "seed=1", "stages.sft.max_steps=300"], "reward")
-    assert train.jobs[0].plan_left == [("sft", 150.0), ("reward", None)]
+    assert train.jobs[0].plan_left == [("sft", 110.0), ("reward", None)]
 
 
 def test_paths_of_a_relative_outputs_folder(base, tmp_path, monkeypatch) -> None:

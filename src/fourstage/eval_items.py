@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,9 +80,14 @@ def policy_items(
     heldout: HeldOut,
     config: EvaluationConfig,
     parent: Transformer | None,
+    tell: Callable[[str], None] = lambda what: None,
 ) -> list[Item]:
-    """Everything that is asked of a language model; `parent` is the policy it started from."""
+    """Everything that is asked of a language model; `parent` is the policy it started from.
+
+    `tell` hears what comes next.
+    """
     items: list[Item] = []
+    tell("held-out text")
     if not isinstance(heldout.corpus, str):
         blocks = corpus_blocks(heldout.corpus, tokenizer, policy)
         items += text_items(policy, evenly(blocks, config.max_blocks), parent)
@@ -90,10 +95,14 @@ def policy_items(
         read = text_items(policy, chat_blocks(heldout.chats, tokenizer, policy, config), parent)
         items += [item for item in read if item["set"] == "router"]
     if not isinstance(heldout.chats, str):
+        tell("sampled chat answers")
         items += chat_items(policy, tokenizer, heldout, config)
+        tell("greedy chat answers")
         items += greedy_chat_items(policy, tokenizer, heldout, config)
     if not isinstance(heldout.problems, str):
+        tell("answers to problems")
         items += problem_items(policy, tokenizer, heldout.problems, config)
+        tell(f"{config.samples} answers to each problem")
         items += sampled_problem_items(policy, tokenizer, heldout.problems, config)
     return items
 

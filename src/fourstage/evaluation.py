@@ -15,7 +15,7 @@ and the like change what is asked, and are recorded.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,17 +50,20 @@ def evaluate_policy(
     config: EvaluationConfig,
     judges: Judges | None = None,
     parent: Transformer | str = "random weights have no parent",
+    tell: Callable[[str], None] = lambda what: None,
 ) -> tuple[Table, list[Item]]:
     """All metrics of a language model, and the items they are made of.
 
     `judges` is what the ladder has come to; `parent` the policy that this one started from, or why
     there is none. The sft policy's own judge is the policy itself (`judges.reference is policy`).
+    `tell` hears what comes next.
     """
     judges = judges or Judges()
     was_training = policy.training
     policy.eval()
     start = None if isinstance(parent, str) else parent.eval()
-    items = policy_items(policy, tokenizer, heldout, config, start)
+    items = policy_items(policy, tokenizer, heldout, config, start, tell)
+    tell("what other stages say of the answers")
     chats = [item for item in items if item["set"] == "chat"]
     if judges.reference is policy:
         judges = replace(judges, sft_chats=chats)

@@ -326,10 +326,10 @@ def named_run(
 
 
 def estimate(command: Command, store: RunStore, run: PlannedRun) -> float | None:
-    """Seconds of training: the time budget, else from the latest finished run of its kind."""
-    if run.settings.seconds is not None:
-        return run.settings.seconds
-    best: tuple[str, float] | None = None
+    """Seconds of training and evaluation, as the latest finished run of its kind took for a step
+    and for its evaluation; without one a time budget alone is known."""
+    latest: Record | None = None
+    timed = run.settings.seconds
     for folder in store.folders():
         record = read_record(folder)
         if (record["stage"], record["status"]) != (run.stage, "finished"):
@@ -338,14 +338,22 @@ def estimate(command: Command, store: RunStore, run: PlannedRun) -> float | None
         alike = (
             shape(config["model"]) == shape(asdict(command.model))
             and record["debug"] == command.debug
-            and settings["batch_size"] == run.settings.batch_size
+        )
+        same_steps = (
+            settings["batch_size"] == run.settings.batch_size
             and settings["max_steps"] > 0
             and settings["max_time"] is None
         )
-        if alike and (best is None or record["finished"] > best[0]):
-            seconds = record["cost"]["seconds"] * run.settings.max_steps / settings["max_steps"]
-            best = record["finished"], seconds
-    return best[1] if best else None
+        newer = latest is None or record["finished"] > latest["finished"]
+        if alike and newer and (timed or same_steps):
+            latest = record
+    if latest is None:
+        return timed
+    evaluation = latest["cost"].get("eval_seconds", 0.0)
+    if timed:
+        return timed + evaluation
+    steps = run.settings.max_steps / latest["config"]["stages"][run.stage]["max_steps"]
+    return steps * (latest["cost"]["seconds"] - evaluation) + evaluation
 
 
 def show(plan: Plan, console: Console, commit: str | None) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fourstage import data, evaluation
 from fourstage.batch import PairBatch
+from fourstage.callbacks import telling
 from fourstage.checkpoint import load_policy, load_scalar
 from fourstage.data.datamodule import reward_data
 from fourstage.errors import UserError
@@ -79,11 +80,11 @@ def random_weights(job: StageJob, tokenizer: Tokenizer) -> Transformer:
 
 def evaluate_random(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> None:
     """The row of random weights, measured before the first step of pre-training."""
-    print("  random weights: evaluating")
     policy.to(device_of(job))
-    table, items = evaluation.evaluate_policy(
-        policy, tokenizer, heldout_sets(job.data), job.evaluation
-    )
+    with telling("random weights") as tell:
+        table, items = evaluation.evaluate_policy(
+            policy, tokenizer, heldout_sets(job.data), job.evaluation, tell=tell
+        )
     policy.cpu()  # where training takes it from
     evaluation.write_evaluation(job.folder, table, items, job.evaluation.seed, "_random")
 
@@ -91,7 +92,15 @@ def evaluate_random(job: StageJob, policy: Transformer, tokenizer: Tokenizer) ->
 def evaluate_run(job: StageJob, result: nn.Module, tokenizer: Tokenizer) -> None:
     """eval.json and eval_items.jsonl of the run, from it and its ancestors only; and, where the
     run makes earlier rows measurable, ladder_eval.json and ladder_eval_items.jsonl."""
+    with telling(job.stage) as tell:
+        _evaluate_run(job, result, tokenizer, tell)
+
+
+def _evaluate_run(
+    job: StageJob, result: nn.Module, tokenizer: Tokenizer, tell: Callable[[str], None]
+) -> None:
     if isinstance(result, ScalarModel):
+        tell("held-out pairs")
         judges = Judges(reward=result, sft_chats=sft_chats(job))
         table, items = evaluation.evaluate_reward_model(
             result, heldout_pairs(job, tokenizer), job.evaluation
@@ -106,8 +115,10 @@ def evaluate_run(job: StageJob, result: nn.Module, tokenizer: Tokenizer) -> None
             job.evaluation,
             judges,
             parent_policy(job, tokenizer, next(result.parameters()).device),
+            tell,
         )
     evaluation.write_evaluation(job.folder, table, items, job.evaluation.seed)
+    tell("the answers of earlier stages")
     if job.stage == "sft":
         judge_earlier_rows(job, tokenizer, replace(judges, sft_chats=sft_chats(job)), BY_SFT)
     elif job.stage == "reward":
