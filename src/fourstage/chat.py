@@ -238,9 +238,6 @@ def start(settings: ChatSettings) -> Chat:
 
 def main(arguments: list[str]) -> None:
     """The command. Raises UserError for what the user did wrong."""
-    if "-h" in arguments or "--help" in arguments:
-        print(__doc__)
-        return
     settings = parse(arguments)
     chat = start(settings)
 

@@ -1,15 +1,20 @@
-"""Evaluates models by the frozen suite (suite.py): which cells a row has, and its files.
+"""Evaluate a finished run again, by the frozen suite (suite.py).
+
+    python -m fourstage.evaluation run=NAME [ladder=true] [evaluation.KEY=NUMBER…] [outputs=outputs]
+
+For example:
+
+    python -m fourstage.evaluation run=grpo ladder=true
+    python -m fourstage.evaluation run=sft evaluation.max_problems=800
+
+It trains nothing and gives the same bytes again. ladder=true evaluates the run's ancestors too,
+from the bottom up, which brings a ladder of an older suite to this one. Changed settings are
+recorded.
 
     eval.json           {"suite", "seed", "metrics"} of a run, from it and its ancestors only
     eval_items.jsonl    the items that the metrics are computed from
     ladder_eval.json    in sft and reward runs: what they make measurable in earlier rows,
                         {"random" or a run's id: metrics}; ladder_eval_items.jsonl has the items
-
-    python -m fourstage.evaluation run=NAME [ladder=true]    evaluates a finished run again
-
-needs no training and gives the same bytes; ladder=true also evaluates the run's ancestors, from
-the bottom up, which brings a ladder of an older suite to this one. evaluation.max_problems=800
-and the like change what is asked, and are recorded.
 """
 
 from __future__ import annotations

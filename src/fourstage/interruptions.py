@@ -138,12 +138,16 @@ def one_line(error: BaseException) -> str | None:
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:
     """What `python -m` does: main() with the arguments; whatever is no bug ends in one line, Ctrl-C
-    and a reader that has enough (`| head`) in none."""
+    and a reader that has enough (`| head`) in none. --help prints the docstring of main's module.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal cannot show is escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     code: int | str | None
     try:
-        code = main(sys.argv[1:])
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            code = print(sys.modules[main.__module__].__doc__)
+        else:
+            code = main(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130

@@ -1,4 +1,10 @@
-"""What a model takes of each GPU's memory: `python -m fourstage.scaling [vocab_size=32768]`.
+"""What a model takes of each GPU's memory under each trainer.
+
+    python -m fourstage.scaling [vocab_size=NUMBER]
+
+For example:
+
+    python -m fourstage.scaling vocab_size=32768
 
 Bytes a parameter after Rajbhandari et al. 2020 (arXiv 1910.02054, section 3.1 and figure 1): of the
 model states that N GPUs hold, ZeRO-1 spreads the optimizer's over them, ZeRO-2 the gradients too,

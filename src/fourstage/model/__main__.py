@@ -1,4 +1,11 @@
-"""`python -m fourstage.model [vocab_size=32768]`: a table of all model configs and their sizes."""
+"""A table of all model configs and their sizes; by default characters are the vocabulary.
+
+    python -m fourstage.model [vocab_size=NUMBER]
+
+For example:
+
+    python -m fourstage.model vocab_size=32768
+"""
 
 from __future__ import annotations
 
