@@ -336,10 +336,17 @@ MISTAKES = [
     ("model.d_model=30", "d_model: must be a multiple of 4 in 32-true, got 30: take 28 or 32, or"),
     ("model.d_expert=3", "model.d_expert: must be a multiple of 4 in 32-true, got 3: take 4, or"),
     ("model.n_layers=1000000000000", "stages.pretrain: 37,312,000,000,013,248 parameters"),
-    ("model.num_experts=1000000000000", "8 rows of 256 tokens take at least 185,012,817 GiB, this"),
-    ("stages.pretrain.batch_size=1000000000000", "batches of 1,000,000,000,000 rows of 256"),
-    ("stages.grpo.group_size=1000000000000", "batches of 64,000,000,000,000 rows of"),
+    (
+        "model.num_experts=1000000000000",
+        "2,048 tokens at once take at least 185,012,817 GiB of memory",
+    ),
+    (
+        "stages.pretrain.batch_size=1000000000000",
+        "87,872 parameters and 256,000,000,000,000 tokens",
+    ),
+    ("stages.grpo.group_size=1000000000000", "87,872 parameters and 10,240,000,000,000,000 tokens"),
     ("stages.sft.batch_size=100000000000000000000", "must be at most 9223372036854775807 in size"),
+    ("stages.reward.pairs_per_prompt=1000000000000", "stages.reward: 87,872 parameters and"),
     ("evaluation.samples=1000000000000", "evaluation.samples: must be at most 1000, got"),
     ("stages.grpo.temperature=1e-40", "stages.grpo.temperature: must be at least 0.01, got 1e-40"),
     ("stages.ppo.max_steps=0", "stages.ppo.max_steps: must be at least 1, got 0"),
@@ -415,7 +422,7 @@ def test_a_stage_that_cannot_fit_is_refused_until_it_is_there(base, monkeypatch)
     assert run(base, "pretrain").stages == ["pretrain"]  # 16 bytes a parameter, 8 a token
     monkeypatch.setattr("fourstage.plan.machine_memory", lambda: 87_872 * 16 + 8 * 8 * 256 - 1)
     assert run(base, "pretrain").stages == []
-    with pytest.raises(UserError, match="^stages.pretrain: 87,872 parameters and batches of 8 "):
+    with pytest.raises(UserError, match="^stages.pretrain: 87,872 parameters and 2,048 tokens at"):
         run([*base, "seed=1"], "pretrain")
 
 

@@ -185,13 +185,14 @@ def check_memory(command: Command, run: PlannedRun, vocab_size: int) -> None:
     rows = max(values["batch_size"], values.get("pairs_per_prompt", 1))
     rows *= values.get("group_size", 1)
     lengths = ("block_size", "max_tokens", "max_prompt_tokens", "max_new_tokens")
-    tokens = sum(values.get(key, 0) for key in lengths)
-    needed = trainer.devices * networks + 8 * max(rows * tokens, command.evaluation.max_new_tokens)
+    tokens = rows * sum(values.get(key, 0) for key in lengths)
+    tokens = max(tokens, command.evaluation.max_new_tokens)
+    needed = trainer.devices * networks + 8 * tokens
     if needed > (there := machine_memory()):
         raise UserError(
-            f"stages.{run.stage}: {parameters:,} parameters and batches of {rows:,} rows of "
-            f"{tokens:,} tokens take at least {needed / GIB:,.0f} GiB, this machine has "
-            f"{there / GIB:,.0f} GiB: take a smaller model= or lower batch_size"
+            f"stages.{run.stage}: {parameters:,} parameters and {tokens:,} tokens at once take at "
+            f"least {needed / GIB:,.0f} GiB of memory, and this machine has {there / GIB:,.0f}: "
+            "take a smaller model, batch or number of tokens"
         )
 
 
