@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from fourstage import lineage, ranks
 from fourstage.errors import UserError
 from fourstage.job import STAGES, read_record, write_record
 from fourstage.lineage import climb, one_line
-from fourstage.plan import SETTINGS, make_plan
+from fourstage.plan import SETTINGS, make_plan, python_word
 from fourstage.ranks import Ranks
 from fourstage.runs import RunStore
 from tests.fakes import FakeTrain, config, own_files
@@ -210,7 +211,10 @@ class Evaluated(FakeTrain):
         return super().__call__(job)
 
 
-def test_the_end_says_what_it_came_to_where_it_is_and_what_comes_next(base, capsys) -> None:
+def test_the_end_says_what_it_came_to_where_it_is_and_what_comes_next(
+    base, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: sys.executable)
     of, place = ids(base), base[0].removeprefix("outputs=")
     run(base, "sft", Evaluated())
     expected = f"""\
@@ -320,7 +324,21 @@ def test_a_command_to_paste_survives_the_shell(base, tmp_path) -> None:
     with pytest.raises(UserError) as caught:
         climb(tree | {"stage": "sft", "ancestors": "require"}, overrides=["stage=sft", path])
     command = str(caught.value).split("trained first: ")[1]
-    assert shlex.split(command) == ["python", "train.py", "stage=pretrain", path]
+    assert shlex.split(command) == [python_word(), "train.py", "stage=pretrain", path]
+
+
+def test_a_command_to_paste_names_this_interpreter(tmp_path, monkeypatch) -> None:
+    python = tmp_path / ".venv" / "bin" / "python"
+    monkeypatch.setattr(sys, "executable", str(python))
+    for found, here, word in (
+        (str(python), tmp_path, "python"),  # activated
+        ("/usr/bin/python", tmp_path, ".venv/bin/python"),
+        (None, Path("/"), str(python)[1:]),
+        (None, Path(__file__).parent, str(python)),
+    ):
+        monkeypatch.setattr("shutil.which", lambda name, found=found: found)
+        monkeypatch.chdir(here)
+        assert python_word() == word
 
 
 MISTAKES = [
@@ -453,7 +471,7 @@ def test_other_settings_of_a_stored_evaluation_are_named(base, tmp_path, capsys)
     of = ids(base, "sft")
     assert (
         f"note: pretrain-{of['pretrain']}, sft-{of['sft']} were evaluated with other settings: "
-        f"python -m fourstage.evaluation run=sft-{of['sft']} ladder=true "
+        f"{python_word()} -m fourstage.evaluation run=sft-{of['sft']} ladder=true "
         f"evaluation.max_problems=9 evaluation.samples=4 outputs={tmp_path}/outputs\n"
     ) in capsys.readouterr().out
 

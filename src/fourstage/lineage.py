@@ -69,11 +69,11 @@ def climb(
 
 def ending(plan: Plan, folder: Path, overrides: Sequence[str]) -> str:
     """What the stage that was asked for came to, where it lies, and which commands go on."""
-    from fourstage.plan import outputs_word
+    from fourstage.plan import outputs_word, python_word
 
     stage, last = plan.command.stage, [f"run={folder.name}", *outputs_word(plan)]
     shows = ["report"] if stage == "reward" else ["chat", "report"]  # a reward model has no answers
-    commands = [shlex.join(["python", "-m", f"fourstage.{show}", *last]) for show in shows]
+    commands = [shlex.join([python_word(), "-m", f"fourstage.{show}", *last]) for show in shows]
     if stage != STAGES[-1]:
         commands.append(train_command(STAGES[STAGES.index(stage) + 1], overrides))
     lines = [gain(plan.store.outputs, folder.name), f"run: {folder}", "next:"]
@@ -101,9 +101,11 @@ def gain(outputs: Path, name: str) -> str:
 
 def train_command(stage: str, overrides: Sequence[str]) -> str:
     """The command for another stage of the same ladder, to paste."""
+    from fourstage.plan import python_word
+
     mine = ("stage=", "ancestors=", "force=")
     kept = [override for override in overrides if not override.startswith(mine)]
-    return shlex.join(["python", "train.py", f"stage={stage}", *kept])
+    return shlex.join([python_word(), "train.py", f"stage={stage}", *kept])
 
 
 def complete(plan: Plan, run: PlannedRun, train: Train, ranks: Ranks) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
@@ -406,7 +408,7 @@ def evaluated_otherwise(plan: Plan) -> str:
             changes |= found
     if not names:
         return ""
-    words = ["python", "-m", "fourstage.evaluation", f"run={names[-1]}"]
+    words = [python_word(), "-m", "fourstage.evaluation", f"run={names[-1]}"]
     words += ["ladder=true"] * (len(names) > 1)
     words += [f"evaluation.{key}={value}" for key, value in changes.items()]
     words += outputs_word(plan)
@@ -418,3 +420,11 @@ def outputs_word(plan: Plan) -> list[str]:
     """outputs=FOLDER for a command to paste, where it is not the default one."""
     outputs = plan.command.outputs
     return [] if outputs == "outputs" else [f"outputs={outputs}"]
+
+
+def python_word() -> str:
+    """This interpreter for a command to paste: as short as the shell here understands."""
+    here, path = Path.cwd(), Path(sys.executable)
+    if shutil.which("python") == sys.executable:  # an activated .venv
+        return "python"
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
