@@ -243,7 +243,7 @@ def test_a_broken_resume_state_is_one_line(outputs: Path, tmp_path: Path, kind: 
         if kind == "other run"
         else "broken, or not of this run and version: remove it to train the stage from its start"
     )
-    assert line == f"{name}: {path}: {what}: rm {shlex.quote(str(path))}"
+    assert line == f"{name}: {path}: {what}: rm -r {shlex.quote(str(path))}"
     assert path.read_bytes() == before and not (tmp_path / "executed").exists()
     path.unlink()
     train(outputs)

@@ -219,7 +219,7 @@ def telling(name: str, console: Console | None = None) -> Iterator[Callable[[str
     printed = -math.inf
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     bar = Progress(*columns, console=console, transient=True, refresh_per_second=2)
-    task = bar.add_task("", total=None)
+    task = bar.add_task(f"{name}: evaluating", total=None)
 
     def tell(what: str) -> None:
         nonlocal printed

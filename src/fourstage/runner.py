@@ -123,7 +123,7 @@ def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
             raise
         raise UserError(
             f"{checkpoint}: broken, or not of this run and version: remove it to train the "
-            f"stage from its start: rm {shlex.quote(checkpoint)}"
+            f"stage from its start: rm -r {shlex.quote(checkpoint)}"
         ) from error
     if loaders.val is not None and module.validated_at != module.steps_done:
         trainer.validate(module, loaders.val, verbose=False)

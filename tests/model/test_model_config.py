@@ -98,8 +98,11 @@ def test_the_table_names_every_config_and_its_sizes(capsys):
     for name in NAMES:
         assert name in table
     assert "1.80 M" in table and "0.62 M" in table
-    with pytest.raises(UserError, match="expected vocab_size=NUMBER, got 'vocab=3'"):
+    with pytest.raises(UserError, match=r"expected vocab_size=NUMBER below 2\^32, got 'vocab=3'"):
         main(["vocab=3"])
+    for number in ("0", "4294967296", "9" * 5000):
+        with pytest.raises(UserError, match="^expected vocab_size=NUMBER"):
+            main([f"vocab_size={number}"])
 
 
 def test_importing_the_model_loads_no_trainer():
