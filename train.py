@@ -14,14 +14,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONF = str(Path(__file__).resolve().parent / "conf")
+GROUPS = {path.name for path in Path(CONF).iterdir() if path.is_dir()}
 NAMELESS = re.compile(r"|null|true|false|[-+.\d]+", re.IGNORECASE)
 
 
 @hydra.main(config_path=CONF, config_name="config", version_base="1.3")
 def main(config: DictConfig) -> None:
-    from fourstage.interruptions import Stopped, handle_stops, one_line, stop_now
+    from fourstage.interruptions import Stopped, escape_output, handle_stops, one_line, stop_now
 
     handle_stops(stop_now)
+    escape_output()
     from fourstage.lineage import climb  # after Hydra, so that --help is fast
 
     hydra_config = HydraConfig.get()
@@ -62,8 +64,8 @@ def refuse_nameless_groups(arguments: list[str]) -> None:
     for argument in arguments:
         key, is_override, value = argument.lstrip("+").partition("=")
         group = key.partition("@")[0]
-        options = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
-        if is_override and group and options and NAMELESS.fullmatch(value):
+        if is_override and group in GROUPS and NAMELESS.fullmatch(value):
+            options = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
             sys.exit(f"{argument}: expected one of {', '.join(options)}; or leave {key} out")
 
 

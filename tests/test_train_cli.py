@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -129,6 +130,15 @@ def test_a_group_without_a_name_is_one_line(argument, options) -> None:
         train.refuse_nameless_groups(["seed=1", argument])
     fine = ["--help", "stage=5", "model=moe_nano", "~debug", "seed=null", "model.name=null", "=1"]
     train.refuse_nameless_groups(fine)
+
+
+def test_a_terminal_without_unicode_sees_escapes(call, monkeypatch) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr("fourstage.lineage.gain", lambda outputs, name: "1 → 2")
+    assert call("stage=pretrain")[0] == 0
+    screen.flush()
+    assert b"\n1 \\u2192 2\nrun: " in screen.buffer.getvalue()
 
 
 def test_help_begins_with_what_it_is_and_commands_that_compose() -> None:

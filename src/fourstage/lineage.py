@@ -103,7 +103,7 @@ def train_command(stage: str, overrides: Sequence[str]) -> str:
     """The command for another stage of the same ladder, to paste."""
     from fourstage.plan import python_word
 
-    mine = ("stage=", "ancestors=", "force=")
+    mine = ("stage=", "ancestors=", "force=", "sweep=")
     kept = [override for override in overrides if not override.startswith(mine)]
     return shlex.join([python_word(), "train.py", f"stage={stage}", *kept])
 

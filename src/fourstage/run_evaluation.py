@@ -118,7 +118,8 @@ def _evaluate_run(
             tell,
         )
     evaluation.write_evaluation(job.folder, table, items, job.evaluation.seed)
-    tell("the answers of earlier stages")
+    if job.stage in ("sft", "reward"):
+        tell("the answers of earlier stages")
     if job.stage == "sft":
         judge_earlier_rows(job, tokenizer, replace(judges, sft_chats=sft_chats(job)), BY_SFT)
     elif job.stage == "reward":
