@@ -69,15 +69,17 @@ $(READY): constraints.txt pyproject.toml $(shell test -x $(PY) || echo no-interp
 	@rm -f $@
 	@$(PY) -m pip --version > /dev/null 2>&1 || { $(MAKE_VENV); }
 	@echo "installing into $(VENV) (some minutes the first time)"
-	$(if $(TORCH_INDEX),$(PIP) torch --index-url $(TORCH_INDEX))
-	@$(PIP) -e ".[test]" || { echo "make: the install failed: pip's reason is above. (pycosat is" \
-	  "compiled, which needs a C compiler and Python's headers: on Debian and Ubuntu" \
-	  "apt install gcc python3-dev)" >&2; exit 1; }
+	@[ -z "$(TORCH_INDEX)" ] || $(PIP) torch --index-url "$(TORCH_INDEX)" || { echo "make: PyTorch" \
+	  "could not be installed from TORCH_INDEX=$(TORCH_INDEX): pip's reason is above. Is the address" \
+	  "right, and is there a network?" >&2; exit 1; }
+	@$(PIP) -e ".[test]" || { echo "make: the install failed: pip's reason is above. (It needs a" \
+	  "network, and pycosat is compiled, which needs a C compiler and Python's headers: on Debian and" \
+	  "Ubuntu apt install gcc python3-dev)" >&2; exit 1; }
 	-@$(PY) -c "from fourstage.model import native; native.library()"  # compiled once, here
 	@touch $@
 
 no-interpreter:
 
 $(READY_DEV): $(READY)
-	$(PIP) -e ".[dev]"
+	@$(PIP) -e ".[dev]" || { echo "make: the install failed: pip's reason is above" >&2; exit 1; }
 	@touch $@

@@ -1,9 +1,11 @@
 """Climb the ladder up to a stage: python train.py stage=grpo model=moe_small (see --help)."""
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # nothing can be lost before there is a plan: Ctrl-C just ends it
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -16,14 +18,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONF = str(Path(__file__).resolve().parent / "conf")
+GROUPS = {path.name for path in Path(CONF).iterdir() if path.is_dir()}
+NAMELESS = re.compile(r"|null|true|false|[-+.\d]+", re.IGNORECASE)
 
 
 @hydra.main(config_path=CONF, config_name="config", version_base="1.3")
 def main(config: DictConfig) -> None:
-    from fourstage.interruptions import Stopped, handle_stops, one_line, stop_now
+    from fourstage.interruptions import Stopped, escape_output, handle_stops, one_line, stop_now
     from fourstage.ranks import check_environment
 
     handle_stops(stop_now)
+    escape_output()
     hydra_config = HydraConfig.get()
     try:
         check_environment()
@@ -48,16 +53,30 @@ def main(config: DictConfig) -> None:
         sys.exit(line)
 
 
-def make_folder(path: str) -> str:
+def make_folder(outputs: Any) -> str:
     """Hydra makes its folder before main() runs; where it cannot, one line says why."""
+    if not isinstance(outputs, str) or not outputs:
+        sys.exit(f"outputs: expected a folder, got {outputs!r}")
+    path = Path(outputs, "hydra")
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"{path}: {error.strerror}: free space, or choose another outputs=FOLDER")
-    return path
+    return str(path)
+
+
+def refuse_nameless_groups(arguments: list[str]) -> None:
+    """One line for a group such as model=null, where Hydra would show a traceback."""
+    for argument in arguments:
+        key, is_override, value = argument.lstrip("+").partition("=")
+        group = key.partition("@")[0]
+        if is_override and group in GROUPS and NAMELESS.fullmatch(value):
+            options = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
+            sys.exit(f"{argument}: expected one of {', '.join(options)}; or leave {key} out")
 
 
 OmegaConf.register_new_resolver("make_folder", make_folder, replace=True)
 
 if __name__ == "__main__":
+    refuse_nameless_groups(sys.argv[1:])
     main()

@@ -17,10 +17,10 @@ PACKAGE = ROOT / "src" / "fourstage"
 # unit (a file or a folder of the package) -> what it stands on; and so on down
 ARROWS = {
     "train": {"lineage"},
-    "lineage": {"plan", "ranks", "runs", "runner"},
-    "plan": {"runs", "stages", "data", "callbacks", "evaluation"},
+    "lineage": {"plan", "ranks", "runs", "runner", "report"},
+    "plan": {"runs", "stages", "data", "callbacks", "evaluation", "scaling"},
     "runner": {"resume", "cost", "prepare", "run_evaluation", "strategies"},
-    "run_evaluation": {"evaluation", "prepare"},
+    "run_evaluation": {"evaluation", "prepare", "callbacks"},
     "prepare": {"stages", "data"},
     "chat": {"runs", "generate", "checkpoint"},
     "stages": {"rl", "checkpoint", "model", "muon", "strategies"},

@@ -16,6 +16,7 @@ from fourstage.callbacks import (
     Sample,
     SampleLog,
     step_seed,
+    telling,
     time_left,
 )
 from tests.one_weight import N_STEPS, Tiny, fit, read
@@ -85,9 +86,31 @@ def test_step_seed_depends_on_everything() -> None:
 
 
 def test_time_left() -> None:
-    assert time_left(130.2, []) == "0:02:10 left"
+    assert time_left(130.2, []) == "0:02:10 left before the evaluation"
     text = time_left(60, [("reward", 60.0), ("ppo", None), ("grpo", 3600.0)])
-    assert text == "0:01:00 left, 1:02:00 with reward, grpo, then ppo"
+    assert text == "0:01:00 left before the evaluation, 1:02:00 with reward, grpo, then ppo"
+
+
+def test_an_evaluation_says_what_it_is_at(monkeypatch) -> None:
+    for terminal in (False, True):
+        out = io.StringIO()
+        console = Console(file=out, force_terminal=terminal, width=80)
+        with telling("sft", console) as tell:
+            tell("held-out text")
+            tell("too soon for another line")
+            monkeypatch.setattr("fourstage.callbacks.LINE_EVERY", -1.0)
+            tell("greedy chat answers")
+        monkeypatch.undo()
+        lines = out.getvalue().splitlines()
+        if terminal:
+            assert "sft: evaluating: greedy chat answers" in out.getvalue()
+            assert lines[-1].endswith("sft: evaluated in 0:00:00")
+        else:
+            assert lines == [
+                "sft: evaluating: held-out text",
+                "sft: evaluating: greedy chat answers",
+                "sft: evaluated in 0:00:00",
+            ]
 
 
 def test_progress_in_a_log_file_and_in_a_terminal(tmp_path) -> None:
@@ -98,5 +121,5 @@ def test_progress_in_a_log_file_and_in_a_terminal(tmp_path) -> None:
         bar.line_every = 0.0
         fit(tmp_path / str(terminal), bar)
         assert "step 12 · loss" in out.getvalue()
-        assert "0:00:00 left, then reward" in out.getvalue()
+        assert "0:00:00 left before the evaluation, then reward" in out.getvalue()
         assert ("\x1b[" in out.getvalue()) == terminal

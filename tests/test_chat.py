@@ -121,7 +121,15 @@ def test_the_oldest_exchange_is_forgotten_first() -> None:
 
 
 def test_unknown_characters_are_counted() -> None:
-    assert "(characters unknown to the tokenizer: 2)\n" in talk(Script("a").chat(), "naïve 😀")
+    said = talk(Script("a").chat(), "naïve 😀")
+    assert "(2 characters unknown to the tokenizer were replaced)\n" in said
+
+
+def test_one_shot_says_so_on_stderr(outputs: Path, capsys: pytest.CaptureFixture) -> None:
+    main([f"outputs={outputs}", "prompt=Who? 😀", "max_new_tokens=5"])
+    said = capsys.readouterr()
+    assert said.err == "1 character unknown to the tokenizer was replaced\n"
+    assert said.out == one_shot(capsys, outputs, "prompt=Who? �", "max_new_tokens=5")
 
 
 @pytest.mark.parametrize(
@@ -214,6 +222,7 @@ def test_the_furthest_stage_that_writes_is_talked_to(outputs: Path, tmp_path: Pa
         (["run=reward"], "holds a reward model, but a language model is needed"),
         (["run=nobody"], "unknown run 'nobody'"),
         (["top_p=0"], "top_p: must be above 0"),
+        (["temperature=1e-40"], "temperature: must be 0 \\(greedy\\) or at least 0.01, got 1e-40"),
         (["max_new_tokens=600"], "max_seq_len"),
     ],
 )
@@ -238,11 +247,11 @@ def test_a_mistake_is_one_line_on_stderr_with_exit_code_1() -> None:
 
 
 def test_help_does_not_wait_for_pytorch() -> None:
-    code = "import sys, fourstage.chat as c; c.main(['--help']); print('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-X", "importtime", "-m", "fourstage.chat", "--help"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "prompt=" in done.stdout and done.stdout.endswith("\nFalse\n")
+    assert done.stdout.startswith("Talk to the model of any stage.\n\n    python -m fourstage.chat")
+    assert "prompt=" in done.stdout and "| torch\n" not in done.stderr
 
 
 @pytest.mark.slow

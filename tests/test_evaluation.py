@@ -369,13 +369,14 @@ def test_a_row_without_chats_has_nothing_to_judge(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["sft"], ["run=sft", "seed=1"], ["outputs=x"], ["run="], ["run=a", "--help"]]
+    "arguments",
+    [[], ["sft"], ["run=sft", "seed=1"], ["outputs=x"], ["run="], ["run=a", "max_problems=9"]],
 )
 def test_the_command_says_how_it_is_used(arguments):
     with pytest.raises(UserError) as error:
         module.main(arguments)
-    usage = "usage: python -m fourstage.evaluation run=NAME [ladder=true] [outputs=outputs]"
-    assert one_line(error) == usage
+    usage = "usage: python -m fourstage.evaluation run=NAME [ladder=true] [evaluation.KEY=NUMBER…] "
+    assert one_line(error) == f"{usage}[outputs=outputs]"
 
 
 @pytest.mark.parametrize("value", ["maybe", "True", "1", ""])

@@ -251,7 +251,8 @@ def test_prompts_that_leave_no_room_are_refused_in_one_line(model):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"temperature": -1.0}, "temperature: must be 0 (greedy) or more, got -1.0"),
+        ({"temperature": -1.0}, "temperature: must be 0 (greedy) or at least 0.01, got -1.0"),
+        ({"temperature": 1e-40}, "temperature: must be 0 (greedy) or at least 0.01, got 1e-40"),
         ({"top_k": -1}, "top_k: must be 0 (all tokens) or more, got -1"),
         ({"top_p": 0.0}, "top_p: must be above 0 and at most 1, got 0.0"),
     ],

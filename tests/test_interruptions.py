@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
@@ -98,6 +100,21 @@ def test_a_command_ends_in_one_line(ending: BaseException, code: str) -> None:
 def test_a_bug_in_a_command_shows() -> None:
     with pytest.raises(TypeError):
         run_command(lambda arguments: len(1))
+
+
+@pytest.mark.parametrize(
+    "name", ["chat", "dashboard", "evaluation", "model.__main__", "report", "runs", "scaling"]
+)
+def test_help_is_a_line_the_usage_and_an_example(name, capsys, monkeypatch) -> None:
+    module = importlib.import_module(f"fourstage.{name}")
+    monkeypatch.setattr(sys, "argv", ["x", "run=a", "--help"])
+    with pytest.raises(SystemExit) as end:
+        run_command(module.main)
+    assert end.value.code is None
+    first, empty, *rest = capsys.readouterr().out.splitlines()
+    assert len(first) < 100 and first[-1] == "." and empty == ""
+    command = f"    python -m fourstage.{name.split('.')[0]}"
+    assert rest[0].startswith(command) and sum(line.startswith(command) for line in rest) >= 2
 
 
 @pytest.mark.parametrize("name", ["report", "chat", "dashboard", "runs"])
@@ -226,7 +243,7 @@ def test_a_broken_resume_state_is_one_line(outputs: Path, tmp_path: Path, kind: 
         if kind == "other run"
         else "broken, or not of this run and version: remove it to train the stage from its start"
     )
-    assert line == f"{name}: {path}: {what}: rm '{path}'"
+    assert line == f"{name}: {path}: {what}: rm -r {shlex.quote(str(path))}"
     assert path.read_bytes() == before and not (tmp_path / "executed").exists()
     path.unlink()
     train(outputs)

@@ -219,6 +219,22 @@ def test_evaluating_again_gives_the_same_bytes(ladder) -> None:
         assert evaluations(place) == before, stage
 
 
+def test_other_settings_are_taken_and_recorded(ladder, capsys) -> None:
+    place = folder(ladder, "sft")
+    before = evaluations(place)
+    call = ["run=sft", f"outputs={ladder}"]
+    evaluation.main([*call, "evaluation.max_problems=2"])
+    assert evaluated(ladder, "sft")["reasoning_accuracy"]["n"] == 2
+    fewer = evaluations(place)
+    evaluation.main(call)  # as recorded
+    assert evaluations(place) == fewer
+    with pytest.raises(UserError, match="^evaluation.max_problems: expected a whole number, got"):
+        evaluation.main([*call, "evaluation.max_problems=all"])
+    evaluation.main([*call, "evaluation.max_problems=4"])
+    assert evaluations(place) == before
+    assert "sft: evaluating: held-out text\nsft: evaluated in 0:0" in capsys.readouterr().err
+
+
 def test_what_other_data_would_say_replaces_no_evaluation(ladder) -> None:
     """A text that has grown holds out what the run trained on."""
     place = folder(ladder, "sft")

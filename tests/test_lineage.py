@@ -9,7 +9,9 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from fourstage.data import source_of_stage
 from fourstage.errors import UserError
 from fourstage.job import STAGES, read_record, write_record
 from fourstage.lineage import climb, one_line
-from fourstage.plan import SETTINGS, make_plan
+from fourstage.plan import SETTINGS, make_plan, python_word
 from fourstage.ranks import Ranks
 from fourstage.runner import train_stage
 from fourstage.runs import RunStore
@@ -240,6 +242,44 @@ def test_a_ladder_without_preferences_needs_no_preference_data(base) -> None:
     assert run([*overrides, "experiment=no_preferences"]).stages == ["pretrain", "sft", "grpo"]
 
 
+class Evaluated(FakeTrain):
+    """Leaves an eval.json too: a tenth well-formed after pretrain, nine tenths after sft."""
+
+    def __call__(self, job):
+        value = {"pretrain": 0.1, "sft": 0.9}.get(job.stage)
+        cell = {"value": value, "n": 50, "low": value, "high": 0.95} if value else {"value": None}
+        cell |= {} if value else {"why": "no pairs"}
+        metrics = {"pair_accuracy" if job.stage == "reward" else "well_formed": cell}
+        evaluation = {"suite": "2", "seed": 0, "metrics": metrics}
+        (job.folder / "eval.json").write_text(json.dumps(evaluation))
+        return super().__call__(job)
+
+
+def test_the_end_says_what_it_came_to_where_it_is_and_what_comes_next(
+    base, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: sys.executable)
+    of, place = ids(base), base[0].removeprefix("outputs=")
+    run(base, "sft", Evaluated())
+    expected = f"""\
+sft: well-formed answers 10.0 % [10.0, 95.0] (pretrain) → 90.0 % [90.0, 95.0] (95 % intervals)
+run: {place}/runs/sft-{of["sft"]}
+next:
+  python -m fourstage.chat run=sft-{of["sft"]} outputs={place}
+  python -m fourstage.report run=sft-{of["sft"]} outputs={place}
+  python train.py stage=reward {" ".join(base)}
+"""
+    assert capsys.readouterr().out.endswith(expected)
+    run(base, "sft")  # found
+    assert capsys.readouterr().out.endswith(expected)
+    run(base, "reward", Evaluated())
+    said = capsys.readouterr().out
+    assert "\nreward: held-out pairs ordered right not measured: no pairs\nrun: " in said
+    assert "fourstage.chat" not in said
+    run(base, "grpo", Evaluated())
+    assert "train.py" not in capsys.readouterr().out
+
+
 # --- what goes wrong
 
 
@@ -321,13 +361,57 @@ def test_ancestors_require(base) -> None:
     assert run(overrides, "ppo").stages == ["ppo"]
 
 
+def test_a_command_to_paste_survives_the_shell(base, tmp_path) -> None:
+    files = own_files(tmp_path / "my texts, [a]")
+    path = f'data.corpus.path="{tmp_path}/my texts, [a]/corpus.txt"'  # as Hydra wants it
+    tree = config(*[o for o in files if "corpus" not in o and "my texts" not in o], path, *base)
+    with pytest.raises(UserError) as caught:
+        climb(tree | {"stage": "sft", "ancestors": "require"}, overrides=["stage=sft", path])
+    command = str(caught.value).split("trained first: ")[1]
+    assert shlex.split(command) == [python_word(), "train.py", "stage=pretrain", path]
+
+
+def test_a_command_to_paste_names_this_interpreter(tmp_path, monkeypatch) -> None:
+    python = tmp_path / ".venv" / "bin" / "python"
+    monkeypatch.setattr(sys, "executable", str(python))
+    for found, here, word in (
+        (str(python), tmp_path, "python"),  # activated
+        ("/usr/bin/python", tmp_path, ".venv/bin/python"),
+        (None, Path("/"), str(python)[1:]),
+        (None, Path(__file__).parent, str(python)),
+    ):
+        monkeypatch.setattr("shutil.which", lambda name, found=found: found)
+        monkeypatch.chdir(here)
+        assert python_word() == word
+
+
 MISTAKES = [
     ("stage=foo", "stage: expected one of pretrain, sft, reward, ppo, grpo, got 'foo'"),
     ("seed=1.5", "seed: expected a whole number, got 1.5"),
     ("seed=abc", "seed: expected a whole number, got 'abc'"),
     ("seed=-1", "seed: must be between 0 and 4294967295, got -1"),
-    ("seed=99999999999999999999", "seed: must be between 0 and 4294967295, got 9999"),
+    ("seed=99999999999999999999", "seed: must be at most 9223372036854775807 in size, got 99999"),
     ("evaluation.seed=-1", "evaluation.seed: must be between 0 and 4294967295, got -1"),
+    ("stages.grpo=null", "stages.grpo: expected keys and values, got None"),
+    ("+stages.dpo={lr: 1}", "stages.dpo: unknown key"),
+    ("evaluation=null", "evaluation: expected keys and values, got None"),
+    ("model.d_model=30", "d_model: must be a multiple of 4 in 32-true, got 30: take 28 or 32, or"),
+    ("model.d_expert=3", "model.d_expert: must be a multiple of 4 in 32-true, got 3: take 4, or"),
+    ("model.n_layers=1000000000000", "stages.pretrain: 37,312,000,000,013,248 parameters"),
+    (
+        "model.num_experts=1000000000000",
+        "2,048 tokens at once take at least 185,012,817 GiB of memory",
+    ),
+    (
+        "stages.pretrain.batch_size=1000000000000",
+        "87,872 parameters and 256,000,000,000,000 tokens",
+    ),
+    ("stages.grpo.group_size=1000000000000", "87,872 parameters and 10,240,000,000,000,000 tokens"),
+    ("stages.sft.batch_size=100000000000000000000", "must be at most 9223372036854775807 in size"),
+    ("stages.reward.pairs_per_prompt=1000000000000", "stages.reward: 87,872 parameters and"),
+    ("evaluation.samples=1000000000000", "evaluation.samples: must be at most 1000, got"),
+    ("stages.grpo.temperature=1e-40", "stages.grpo.temperature: must be at least 0.01, got 1e-40"),
+    ("stages.ppo.max_steps=0", "stages.ppo.max_steps: must be at least 1, got 0"),
     ("evaluation.max_new_tokens=505", "505 tokens leave no room for a prompt in model.max_seq_len"),
     ("stages.sft.max_tokens=10", "no train record fits into stages.sft.max_tokens=10"),
     ("stages.reward.max_tokens=8", "no train record fits into stages.reward.max_tokens=8"),
@@ -345,7 +429,6 @@ MISTAKES = [
     ("evaluation.max_pairs=0", "evaluation.max_pairs: must be at least 1"),
     ("stages.grpo.group_size=1", "stages.grpo.group_size: must be at least 2, got 1"),
     ("stages.sft.lr=-1", "stages.sft.lr: must be above 0, got -1.0"),
-    ("stages.ppo.max_steps=-2", "stages.ppo.max_steps: must be at least -1, got -2"),
     ("stages.ppo.max_time=later", "stages.ppo.max_time: expected DD:HH:MM:SS"),
     ("stages.reward.lr=fast", "stages.reward.lr: expected a number, got 'fast'"),
     ("stages.pretrain.block_size=513", "513 tokens do not fit model.max_seq_len=512"),
@@ -370,6 +453,71 @@ def test_a_mistake_is_one_line_before_anything_trains(base, tmp_path, override, 
         climb(config(*base, *stage, override), train=train)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert train.jobs == [] and not (tmp_path / "outputs" / "runs").exists()
+
+
+@pytest.mark.parametrize("group", ["stages.grpo", "stages", "model", "data.chat", "evaluation"])
+def test_a_deleted_group_is_one_line(base, group) -> None:
+    """As `~stages.grpo` deletes it."""
+    tree = config(*base)
+    parent, _, key = group.rpartition(".")
+    del (tree[parent] if parent else tree)[key]
+    with pytest.raises(UserError, match=f"^{group}: missing, expected keys and values$"):
+        make_plan(tree)
+
+
+def test_half_precision_wants_wider_rows_and_the_loop_none(base) -> None:
+    half = [*base, "trainer.precision=bf16-mixed"]
+    with pytest.raises(UserError) as caught:
+        ids([*half, "model.d_expert=36"], "pretrain")
+    assert str(caught.value) == (
+        "model.d_expert: must be a multiple of 8 in bf16-mixed, got 36: take 32 or 40, or "
+        "model.expert_path=loop, which is slower"
+    )
+    assert ids([*base, "model.d_expert=36"], "pretrain")
+    assert ids([*half, "model.d_expert=3", "model.expert_path=loop"], "pretrain")
+    dense = ["model.num_experts=1", "model.top_k=1", "model.d_expert=3"]
+    assert ids([*half, *dense], "pretrain")
+
+
+def test_a_stage_that_cannot_fit_is_refused_until_it_is_there(base, monkeypatch) -> None:
+    monkeypatch.setattr("fourstage.plan.machine_memory", lambda: 87_872 * 16 + 8 * 8 * 256)
+    assert run(base, "pretrain").stages == ["pretrain"]  # 16 bytes a parameter, 8 a token
+    monkeypatch.setattr("fourstage.plan.machine_memory", lambda: 87_872 * 16 + 8 * 8 * 256 - 1)
+    assert run(base, "pretrain").stages == []
+    with pytest.raises(UserError, match="^stages.pretrain: 87,872 parameters and 2,048 tokens at"):
+        run([*base, "seed=1"], "pretrain")
+
+
+def test_an_unfinished_run_with_another_budget_is_named(base, capsys) -> None:
+    stopped = FakeTrain("pretrain", KeyboardInterrupt(), checkpoint=True)
+    with pytest.raises(KeyboardInterrupt):
+        run([*base, "stages.pretrain.max_steps=40"], "pretrain", stopped)
+    capsys.readouterr()
+    longer = [*base, "stages.pretrain.max_steps=80"]
+    assert "note:" not in capsys.readouterr().out
+    run([*longer, "seed=1"], "pretrain")  # differs in more
+    assert "note:" not in capsys.readouterr().out
+    assert run([*longer, "stages.pretrain.max_time=00:00:01:00"], "pretrain").stages
+    timed = capsys.readouterr().out
+    assert "stages.pretrain.max_steps=40 stages.pretrain.max_time=null goes on with it" in timed
+    assert run(longer, "pretrain").stages == ["pretrain"]
+    line = f"note: {stopped.jobs[0].run_id} is unfinished and differs in its budget alone: "
+    assert f"{line}stages.pretrain.max_steps=40 goes on with it" in capsys.readouterr().out
+    assert run(longer, "pretrain").stages == [] and "note:" not in capsys.readouterr().out
+
+
+def test_other_settings_of_a_stored_evaluation_are_named(base, tmp_path, capsys) -> None:
+    run(base, "sft")
+    run([*base, "seed=0"], "sft")
+    assert "note:" not in capsys.readouterr().out
+    fewer = [*base, "evaluation.max_problems=9", "evaluation.samples=4"]
+    assert run(fewer, "sft").stages == []
+    of = ids(base, "sft")
+    assert (
+        f"note: pretrain-{of['pretrain']}, sft-{of['sft']} were evaluated with other settings: "
+        f"{python_word()} -m fourstage.evaluation run=sft-{of['sft']} ladder=true "
+        f"evaluation.max_problems=9 evaluation.samples=4 outputs={tmp_path}/outputs\n"
+    ) in capsys.readouterr().out
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler (g++)")
@@ -612,13 +760,15 @@ def test_ranks_of_every_launcher(tmp_path, monkeypatch, env, first, key) -> None
 def test_time_left_is_estimated_from_runs_of_the_same_kind(base, tmp_path) -> None:
     run([*base, "stages.sft.max_steps=100"], "sft")
     folder = RunStore(tmp_path / "outputs").find("sft")
-    write_record(folder, cost={"seconds": 50.0})
+    write_record(folder, cost={"seconds": 50.0, "eval_seconds": 20.0})  # 30 s for 100 steps
+    before = RunStore(tmp_path / "outputs").find("pretrain")
+    write_record(before, cost={"seconds": 90.0, "eval_seconds": 40.0})
     plan = make_plan(config(*base, "seed=1", "stage=reward", "stages.sft.max_steps=300"))
-    assert [r.estimate for r in plan.runs][1:] == [150.0, None]
+    assert [r.estimate for r in plan.runs][1:] == [110.0, None]
     timed = config(*base, "seed=1", "stages.pretrain.max_time=00:00:02:00")
-    assert make_plan(timed).runs[0].estimate == 120.0
+    assert make_plan(timed).runs[0].estimate == 120.0 + 40.0
     train = run([*base, "seed=1", "stages.sft.max_steps=300"], "reward")
-    assert train.jobs[0].plan_left == [("sft", 150.0), ("reward", None)]
+    assert train.jobs[0].plan_left == [("sft", 110.0), ("reward", None)]
 
 
 def test_paths_of_a_relative_outputs_folder(base, tmp_path, monkeypatch) -> None:

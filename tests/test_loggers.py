@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,6 +91,15 @@ def test_where_a_key_is_found(no_key, monkeypatch, tmp_path) -> None:
     assert has_key()
     (tmp_path / "netrc").write_text("nonsense")
     assert not has_key()
+
+
+def test_the_hint_survives_a_shell(tmp_path, capsys) -> None:
+    folder = tmp_path / "my outputs" / "wandb"
+    (folder / "offline-run-1").mkdir(parents=True)
+    loggers._say_offline("no API key", folder)
+    command = capsys.readouterr().out.strip().split("later: ")[1]
+    words = subprocess.check_output(["sh", "-c", command.replace("wandb", "echo", 1)], text=True)
+    assert words == f"sync {folder}/offline-run-1\n"
 
 
 def test_without_a_key_it_logs_offline_and_says_so_once(no_key, job, capsys) -> None:

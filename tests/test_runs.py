@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import json
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fourstage.errors import UserError
-from fourstage.job import read_record, swap_in, write_atomic, write_record
+from fourstage.job import (
+    parse_json,
+    read_json,
+    read_jsonl,
+    read_record,
+    swap_in,
+    what_is_wrong,
+    write_atomic,
+    write_json,
+    write_record,
+)
 from fourstage.lineage import climb, find_run
 from fourstage.runs import RunStore, main
 from tests.fakes import FakeTrain, config, own_files
@@ -210,3 +224,161 @@ def test_swap_in_replaces_files_and_folders(tmp_path) -> None:
         swap_in(tmp_path / new, tmp_path / place)
     assert (tmp_path / "old.txt").read_text() == (tmp_path / "old" / "file").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "old.txt"]
+
+
+# --- damaged records
+
+DAMAGE: list[tuple[str, Any, str]] = [
+    ("cost", {}, "it has no cost.seconds"),
+    ("cost", None, "cost is 'None'"),
+    ("cost.seconds", "5", "cost.seconds is '5'"),
+    ("cost.seconds", True, "cost.seconds is 'True'"),
+    ("git", None, "git is 'None'"),
+    ("git.commit", 5, "git.commit is '5'"),
+    ("config", [], "config is '[]'"),
+    ("config.model", {}, "it has no config.model.name"),
+    ("config.seed", "0", "config.seed is '0'"),
+    ("config.stages", {}, "it has no config.stages.sft"),
+    ("parents", [], "parents is '[]'"),
+    ("parents.policy", "../../x", "'../../x' is no run's id"),
+    ("parents.policy", None, "'None' is no run's id"),
+    ("id", "../../x", "'../../x' is no run's id, which is ten letters a to z"),
+    ("group", "ABC", "'ABC' is no run's id"),
+    ("status", None, "status is 'None'"),
+    ("started", 5, "started is '5'"),
+    ("finished", None, "it has no finished"),
+    ("data", "x", "data is 'x'"),
+    ("threads", "2", "threads is '2'"),
+    ("debug", False, "debug is 'False'"),
+]
+
+
+def changed(record: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    record = copy.deepcopy(record)
+    *path, last = key.split(".")
+    place = record
+    for name in path:
+        place = place[name]
+    place[last] = value
+    return record
+
+
+@pytest.mark.parametrize(("key", "value", "what"), DAMAGE)
+def test_a_damaged_record_is_named_and_nothing_else_suffers(
+    store, key, value, what, capsys
+) -> None:
+    folder = store.find("sft")
+    record = read_record(folder)
+    assert what_is_wrong(record) is None
+    (folder / "run.json").write_text(json.dumps(changed(record, key, value)))
+    with pytest.raises(UserError, match=re.escape(what)):
+        read_record(folder)
+    main([f"outputs={store.outputs}"])
+    said = capsys.readouterr()
+    assert what in said.err and "pretrain-" in said.out and folder.name not in said.out
+    assert store.find("pretrain") and store.find("ppo")
+    main(["rm", folder.name, "force=true", f"outputs={store.outputs}"])
+    assert not folder.exists() and not list(store.outputs.glob("../x*"))
+
+
+def test_a_run_of_an_unknown_stage_is_named_and_left_alone(store, capsys) -> None:
+    folder = store.root / "distill-abcdefghij"
+    folder.mkdir()
+    record = {**read_record(store.find("sft")), "stage": "distill", "id": "abcdefghij"}
+    write_json(folder / "run.json", record)
+    main([f"outputs={store.outputs}"])
+    said = capsys.readouterr()
+    assert "distill-abcdefghij: of a stage that is not known here (distill)" in said.err
+    assert store.find("sft") and folder.exists()
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": ' + "9" * 5000 + "}", "[" * 100_000, '{"a": NaN}', "{", "\x00"]
+)
+def test_json_that_is_none(tmp_path, text) -> None:
+    with pytest.raises(ValueError):
+        parse_json(text)
+    for name, read in (("run.json", read_json), ("a.jsonl", read_jsonl)):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError):
+            read(tmp_path / name)
+    with pytest.raises(UserError, match="run.json: broken") as caught:
+        read_record(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_are_not_finite_are_not_written(tmp_path) -> None:
+    write_json(tmp_path / "a.json", {"a": 1.5})
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="a.json: the model's numbers are not finite"):
+            write_json(tmp_path / "a.json", {"a": [value]})
+    assert read_json(tmp_path / "a.json") == {"a": 1.5}
+
+
+# --- links and locks
+
+
+def test_rm_of_a_link_leaves_what_it_stands_for(store, tmp_path, capsys) -> None:
+    folder = store.find("ppo")
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    main(["rm", "ppo", f"outputs={store.outputs}"])
+    assert "the link only: its files stay in " in capsys.readouterr().out
+    assert not folder.is_symlink() and (tmp_path / "elsewhere" / "run.json").exists()
+
+
+def other_disk(monkeypatch, tmp_path) -> None:
+    """Renames between outputs/ and elsewhere/ fail, as between two disks."""
+    rename = os.rename
+
+    def across(old, new) -> None:
+        sides = {"elsewhere" in str(Path(path).resolve()) for path in (old, Path(new).parent)}
+        if len(sides) > 1:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", across)
+
+
+def test_runs_on_another_disk(store, tmp_path, monkeypatch) -> None:
+    """outputs/runs is a link: rm, and force=true, which came to its end and failed then."""
+    disk = tmp_path / "elsewhere"
+    disk.mkdir()
+    store.root.rename(disk / "runs")
+    store.root.symlink_to(disk / "runs")
+    other_disk(monkeypatch, tmp_path)
+    main(["rm", "ppo", f"outputs={store.outputs}"])
+    files = own_files(tmp_path / "files")
+    tree = config("stage=sft", f"outputs={store.outputs}", "model=moe_nano", "logger=none", *files)
+    before = (store.find("sft") / "model.safetensors").read_text()
+    again = FakeTrain()
+    again.jobs += [None, None]  # so that its weights are other ones
+    climb({**tree, "force": True}, train=again)
+    assert (store.find("sft") / "model.safetensors").read_text() != before
+
+
+def test_force_replaces_a_link_and_not_what_it_stands_for(store, tmp_path) -> None:
+    folder = store.find("sft")
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    kept = (tmp_path / "elsewhere" / "run.json").read_text()
+    files = own_files(tmp_path / "files")
+    tree = config("stage=sft", f"outputs={store.outputs}", "model=moe_nano", "logger=none", *files)
+    climb({**tree, "force": True}, train=FakeTrain())
+    assert not folder.is_symlink() and read_record(folder)["status"] == "finished"
+    assert (tmp_path / "elsewhere" / "run.json").read_text() == kept
+
+
+def test_no_lock_stays(store) -> None:
+    assert not list((store.outputs / "locks").iterdir())
+    with store.locked("sft-a", "a" * 10):
+        assert store.is_busy("a" * 10)
+    assert not store.is_busy("a" * 10)
+    assert not list((store.outputs / "locks").iterdir())
+
+
+def test_no_lock_outside_of_outputs(store) -> None:
+    with pytest.raises(AssertionError):
+        store.is_busy("../../x")
+    with pytest.raises(UserError, match="unknown run '../../x'"):
+        store.find("../../x")

@@ -74,6 +74,8 @@ def test_good_values() -> None:
         ({"lr": "1e-3"}, "lr: expected a number, got '1e-3'"),
         ({"lr": True}, "lr: expected a number, got True"),
         ({"lr": float("nan")}, "lr: expected a finite number, got nan"),
+        ({"lr": 1e300}, "lr: must be at most 3.4e+38 in size, got 1e+300"),
+        ({"lr": -(10**400)}, f"lr: must be at most 3.4e+38 in size, got -1{'0' * 400}"),
         ({"loss": "ppo"}, "loss: expected one of grpo, dapo, got 'ppo'"),
         ({"top": True}, "top: expected one of 1, 2, got True"),
         ({"shuffle": 1}, "shuffle: expected true or false, got 1"),

@@ -61,3 +61,28 @@ def test_make_says_which_python_it_needs(tmp_path: Path, python: str) -> None:
     done = make(tmp_path, "test", f"PYTHON={python}")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("make: no Python 3.11, 3.12 or 3.13 found as '")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["TORCH_INDEX=http://nowhere"],
+            "make: PyTorch could not be installed from TORCH_INDEX=http:",
+        ),
+        ([], "make: the install failed: pip's reason is above. (It needs a network, and pycosat "),
+    ],
+)
+def test_an_install_that_fails_says_why(tmp_path: Path, arguments: list[str], line: str) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in *"pip --version") exit 0;; esac\necho no >&2; exit 1\n'
+    )
+    python.chmod(0o755)
+    done = make(tmp_path, "setup", *arguments)
+    assert done.returncode == 2 and not (tmp_path / ".venv" / ".ready").exists()
+    said = done.stderr.splitlines()
+    assert said[0] == "no" and said[1].startswith(line) and len(said) == 3  # and make's own

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -85,6 +87,8 @@ def test_sweep_seeds(call) -> None:
         (["stage=foo"], "stage: expected one of pretrain, sft, reward, ppo, grpo, got 'foo'"),
         (["stages.pretrain.lr=${nope}"], "Interpolation key 'nope' not found"),
         (["data.corpus.path=/nope.txt"], "/nope.txt: no such file (paths count from the folder"),
+        (["outputs=null"], "outputs: expected a folder, got None"),
+        (["outputs="], "outputs: expected a folder, got ''"),
         (["outputs=/dev/null"], "/dev/null/hydra: Not a directory: free space, or choose another"),
     ],
 )
@@ -108,6 +112,49 @@ def test_what_hydra_refuses(call, capsys, argument, words) -> None:
     code, fake = call(argument)
     err = capsys.readouterr().err
     assert (code, fake.stages) == (1, []) and words in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [
+        ("model=null", "dense_small, dense_tiny, moe_large, "),
+        ("debug=null", "fast; or leave debug out"),
+        ("data=5", "embedded, files; or leave data out"),
+        ("+experiment=true", "no_preferences; or leave experiment out"),
+        ("tokenizer=", "char; or leave tokenizer out"),
+        ("stages@stages.grpo=null", "grpo, grpo_dapo, grpo_dr, ppo, "),
+    ],
+)
+def test_a_group_without_a_name_is_one_line(argument, options) -> None:
+    with pytest.raises(SystemExit, match=re.escape(f"{argument}: expected one of {options}")):
+        train.refuse_nameless_groups(["seed=1", argument])
+    fine = ["--help", "stage=5", "model=moe_nano", "~debug", "seed=null", "model.name=null", "=1"]
+    train.refuse_nameless_groups(fine)
+
+
+def test_a_terminal_without_unicode_sees_escapes(call, monkeypatch) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr("fourstage.lineage.gain", lambda outputs, name: "1 → 2")
+    assert call("stage=pretrain")[0] == 0
+    screen.flush()
+    assert b"\n1 \\u2192 2\nrun: " in screen.buffer.getvalue()
+
+
+def test_help_begins_with_what_it_is_and_commands_that_compose() -> None:
+    words = [sys.executable, str(REPO / "train.py"), "--help"]
+    text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert text.startswith("Train one small language model stage by stage")
+    examples = re.findall(r"^  python train\.py (?:-m )?(.+?)(?:  .*)?$", text, re.M)
+    assert len(examples) == 5
+    for example in examples:
+        config(*(word.split(",")[0] for word in example.split()))
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    assert set(re.findall(r"^(\w+): \w", text, re.M)) == groups
+    assert "--cfg job" in text and "stages:\n" not in text  # no dump
+    null = subprocess.run([*words[:2], "model=null"], capture_output=True, text=True)
+    assert null.returncode == 1 and null.stderr.startswith("model=null: expected one of dense_")
+    assert null.stderr.count("\n") == 1
 
 
 def test_a_full_disk_is_one_line(call, capsys) -> None:
@@ -209,6 +256,7 @@ def options() -> list[str]:
 def test_every_shipped_config_makes_a_plan(option, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # planning touches no GPU
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("fourstage.plan.machine_memory", lambda: 10**15)
     base = ["stage=grpo", f"outputs={tmp_path}", *own_files(tmp_path / "files")]
     if option == "data=embedded":
         base = [*base[:2], "debug=fast"]

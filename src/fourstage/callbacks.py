@@ -7,8 +7,10 @@ so that step 0 is the state before the first one.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +20,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -205,15 +207,43 @@ class SampleLog(Callback):
         write_jsonl(self.path, self.rows)
 
 
+LINE_EVERY = 30.0  # seconds, where the output is no terminal
+
+
+@contextmanager
+def telling(name: str, console: Console | None = None) -> Iterator[Callable[[str], None]]:
+    """What an evaluation of `name` is at, as it says itself: in a terminal with the time that it
+    takes, in a log file as a line at the start and every LINE_EVERY seconds."""
+    console = console or Console(stderr=True)
+    start = time.monotonic()
+    printed = -math.inf
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    bar = Progress(*columns, console=console, transient=True, refresh_per_second=2)
+    task = bar.add_task(f"{name}: evaluating", total=None)
+
+    def tell(what: str) -> None:
+        nonlocal printed
+        bar.update(task, description=f"{name}: evaluating: {what}")
+        now = time.monotonic()
+        if not console.is_terminal and now - printed > LINE_EVERY:
+            printed = now
+            console.print(f"{name}: evaluating: {what}", highlight=False, soft_wrap=True)
+
+    with bar if console.is_terminal else nullcontext():
+        yield tell
+    took = clock(time.monotonic() - start)
+    console.print(f"{name}: evaluated in {took}", highlight=False, soft_wrap=True)
+
+
 class PlanProgress(Callback):
-    """A progress bar with the time left in the stage and in the plan; plain lines in a log file.
+    """A progress bar with the time left in training and in the plan; plain lines in a log file.
 
     `later`: the stages still to train after this one, with their estimates in seconds.
     The module's progress() is the share of its budget, in steps or in time, that is spent.
     """
 
     shown = ("train/loss", "train/accuracy", "train/score", "train/reward", "train/pass_at_1")
-    line_every = 30.0  # seconds, where the output is no terminal
+    line_every = LINE_EVERY
 
     def __init__(
         self, stage: str, later: list[tuple[str, float | None]], console: Console | None = None
@@ -258,8 +288,9 @@ class PlanProgress(Callback):
 
 
 def time_left(seconds: float, later: list[tuple[str, float | None]]) -> str:
-    """ "0:02:10 left", and of the later stages what is known: "0:09:00 with sft", "then ppo"."""
-    text = f"{clock(seconds)} left"
+    """ "0:02:10 left before the evaluation", and of later stages what is known: "0:09:00 with sft",
+    "then ppo"."""
+    text = f"{clock(seconds)} left before the evaluation"
     known = [(stage, estimate) for stage, estimate in later if estimate is not None]
     unknown = [stage for stage, estimate in later if estimate is None]
     if known:

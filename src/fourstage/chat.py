@@ -145,6 +145,12 @@ class Chat:
         raise UserError(f"unknown command {line!r}: /help lists them")
 
 
+def replaced(unknown: int) -> str:
+    """What the model does not see of a prompt."""
+    what = "1 character" if unknown == 1 else f"{unknown} characters"
+    return f"{what} unknown to the tokenizer {'was' if unknown == 1 else 'were'} replaced"
+
+
 def converse(chat: Chat, read: Callable[[], str], write: Callable[[str], None]) -> None:
     """Lines from `read` to answers, until /quit, or read raises EOFError or KeyboardInterrupt."""
     try:
@@ -167,7 +173,7 @@ def respond(chat: Chat, line: str, write: Callable[[str], None]) -> None:
             write(chat.command(line))
             return
         if unknown := chat.unknown(line):
-            write(f"(characters unknown to the tokenizer: {unknown})\n")
+            write(f"({replaced(unknown)})\n")
         for piece in chat.answer(line):
             write(piece)
     except UserError as error:
@@ -238,9 +244,6 @@ def start(settings: ChatSettings) -> Chat:
 
 def main(arguments: list[str]) -> None:
     """The command. Raises UserError for what the user did wrong."""
-    if "-h" in arguments or "--help" in arguments:
-        print(__doc__)
-        return
     settings = parse(arguments)
     chat = start(settings)
 
@@ -253,7 +256,7 @@ def main(arguments: list[str]) -> None:
         converse(chat, lambda: input("> "), write)
         return
     if unknown := chat.unknown(settings.prompt):
-        print(f"characters unknown to the tokenizer: {unknown}", file=sys.stderr)
+        print(replaced(unknown), file=sys.stderr)
     for piece in chat.answer(settings.prompt):
         write(piece)
     write("\n")

@@ -3,6 +3,10 @@
     python -m fourstage.dashboard [outputs=outputs] [project=fourstage] [entity=NAME]
                                   [mode=auto|online|offline]
 
+For example:
+
+    python -m fourstage.dashboard mode=offline
+
 dashboard_spec.py says which panel shows which keys. Online (where a key is configured, by the rules
 of the runs' own logger) both are saved to W&B, over those that an earlier call saved. Their JSON is
 written to outputs/dashboard/ either way: the same runs give the same bytes.
@@ -185,9 +189,6 @@ def save(outputs: Path, entity: str, project: str, sections: list[Section]) -> l
 def main(arguments: list[str]) -> None:
     """Run the command. Raises UserError for an unknown argument, for mode=online without a key,
     and where W&B refuses (the JSON is written first)."""
-    if "-h" in arguments or "--help" in arguments:
-        print(__doc__)
-        return
     options = dict(OPTIONS)
     for argument in arguments:
         key, _, value = argument.partition("=")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +35,7 @@ from fourstage.tokenizer import Tokenizer
 from fourstage.verify import verify_all
 
 BLOCK = 256  # tokens of text that are read at once
+MOST_SAMPLES = 1000  # answers a problem: they are all made before the first is judged
 TOKENS_AT_ONCE = 32_768  # prompts, answers and padding of a batch: what its KV cache holds
 
 
@@ -52,9 +53,13 @@ class EvaluationConfig:
     max_blocks: int = 1000  # of held-out text, 256 tokens each, evenly spread over it
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed: must be between 0 and {2**32 - 1}, got {self.seed}")
         for name, value in vars(self).items():
             if name != "seed" and value < 1:
                 raise UserError(f"{name}: must be at least 1, got {value}")
+        if self.samples > MOST_SAMPLES:
+            raise UserError(f"samples: must be at most {MOST_SAMPLES}, got {self.samples}")
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,14 @@ def policy_items(
     heldout: HeldOut,
     config: EvaluationConfig,
     parent: Transformer | None,
+    tell: Callable[[str], None] = lambda what: None,
 ) -> list[Item]:
-    """Everything that is asked of a language model; `parent` is the policy it started from."""
+    """Everything that is asked of a language model; `parent` is the policy it started from.
+
+    `tell` hears what comes next.
+    """
     items: list[Item] = []
+    tell("held-out text")
     if not isinstance(heldout.corpus, str):
         blocks = corpus_blocks(heldout.corpus, tokenizer, policy)
         some = evenly(blocks, config.max_blocks)
@@ -85,10 +95,14 @@ def policy_items(
         read = text_items(policy, chat_blocks(heldout.chats, tokenizer, policy, config), parent)
         items += [item for item in read if item["set"] == "router"]
     if not isinstance(heldout.chats, str):
+        tell("sampled chat answers")
         items += chat_items(policy, tokenizer, heldout, config)
+        tell("greedy chat answers")
         items += greedy_chat_items(policy, tokenizer, heldout, config)
     if not isinstance(heldout.problems, str):
+        tell("answers to problems")
         items += problem_items(policy, tokenizer, heldout.problems, config)
+        tell(f"{config.samples} answers to each problem")
         items += sampled_problem_items(policy, tokenizer, heldout.problems, config)
     return items
 

@@ -1,19 +1,25 @@
-"""Evaluates models by the frozen suite (suite.py): which cells a row has, and its files.
+"""Evaluate a finished run again, by the frozen suite (suite.py).
+
+    python -m fourstage.evaluation run=NAME [ladder=true] [evaluation.KEY=NUMBER…] [outputs=outputs]
+
+For example:
+
+    python -m fourstage.evaluation run=grpo ladder=true
+    python -m fourstage.evaluation run=sft evaluation.max_problems=800
+
+It trains nothing and gives the same bytes again. ladder=true evaluates the run's ancestors too,
+from the bottom up, which brings a ladder of an older suite to this one. Changed settings are
+recorded.
 
     eval.json           {"suite", "seed", "metrics"} of a run, from it and its ancestors only
     eval_items.jsonl    the items that the metrics are computed from
     ladder_eval.json    in sft and reward runs: what they make measurable in earlier rows,
                         {"random" or a run's id: metrics}; ladder_eval_items.jsonl has the items
-
-    python -m fourstage.evaluation run=NAME [ladder=true]    evaluates a finished run again
-
-needs no training and gives the same bytes; ladder=true also evaluates the run's ancestors, from
-the bottom up, which brings a ladder of an older suite to this one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +34,10 @@ from fourstage.model import ScalarModel, Transformer
 from fourstage.suite import SUITE, Item, Metric, joined, metrics
 from fourstage.tokenizer import Tokenizer
 
-USAGE = "usage: python -m fourstage.evaluation run=NAME [ladder=true] [outputs=outputs]"
+USAGE = (
+    "usage: python -m fourstage.evaluation run=NAME [ladder=true] [evaluation.KEY=NUMBER…] "
+    "[outputs=outputs]"
+)
 NO_TRUE_SCORE = "the true score is known for data=embedded only"
 # what the sft run and the reward run say of earlier rows
 BY_SFT = ("kl_to_sft", "win_rate", "win_rate_ties")
@@ -45,18 +54,21 @@ def evaluate_policy(
     config: EvaluationConfig,
     judges: Judges | None = None,
     parent: Transformer | str = "random weights have no parent",
+    tell: Callable[[str], None] = lambda what: None,
 ) -> tuple[Table, list[Item]]:
     """All metrics of a language model, and the items they are made of.
 
     `judges` is what the ladder has come to; `parent` the policy that this one started from, or why
     there is none. The sft policy's own judge is the policy itself (`judges.reference is policy`).
+    `tell` hears what comes next.
     """
     judges = judges or Judges()
     heldout = askable(heldout, tokenizer, policy.config.max_seq_len - config.max_new_tokens)
     was_training = policy.training
     policy.eval()
     start = None if isinstance(parent, str) else parent.eval()
-    items = policy_items(policy, tokenizer, heldout, config, start)
+    items = policy_items(policy, tokenizer, heldout, config, start, tell)
+    tell("what other stages say of the answers")
     chats = [item for item in items if item["set"] == "chat"]
     if judges.reference is policy:
         judges = replace(judges, sft_chats=chats)
@@ -216,12 +228,22 @@ def stored_chats(folder: Path) -> list[Item] | str:
     return chats or f"{folder.name}/eval_items.jsonl has no chat answers"
 
 
+def whole_number(text: str) -> int | str:
+    """The number; a text that is none stays one, and is refused where a number is expected."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 def main(arguments: list[str]) -> None:
     """Evaluate a finished run again. Raises UserError for an unknown run or argument."""
     from fourstage.run_evaluation import evaluate_again
     from fourstage.runs import RunStore
 
     values = dict(argument.partition("=")[::2] for argument in arguments)
+    changed = [key for key in values if key.startswith("evaluation.")]
+    changes = {key.removeprefix("evaluation."): whole_number(values.pop(key)) for key in changed}
     if set(values) - {"run", "outputs", "ladder"} or not values.get("run"):
         raise UserError(USAGE)
     ladder = values.get("ladder", "false")
@@ -231,7 +253,7 @@ def main(arguments: list[str]) -> None:
     folder = store.find(values["run"])
     ancestors = list(store.ancestors(folder).values()) if ladder == "true" else []
     for run in (*ancestors, folder):  # each judges rows below it, so from the bottom up
-        evaluate_again(run, store.ancestors(run), store.outputs)
+        evaluate_again(run, store.ancestors(run), store.outputs, changes)
         print(f"evaluated {run.name}: {run / 'eval.json'}", flush=True)
 
 

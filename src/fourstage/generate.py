@@ -19,6 +19,7 @@ from fourstage.errors import UserError
 from fourstage.model import Decoder, Transformer
 
 COMPACT_BELOW = 0.75  # finished rows leave the batch when fewer than this share are unfinished
+LEAST_TEMPERATURE = 0.01  # dividing by much less makes logits overflow
 MOST_SHARED = 0.5  # rows for each answer, above which every answer gets a row of its own
 
 
@@ -48,8 +49,11 @@ class Sampling:
     forbid: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature: must be 0 (greedy) or more, got {self.temperature}")
+        if self.temperature != 0 and not self.temperature >= LEAST_TEMPERATURE:
+            raise UserError(
+                f"temperature: must be 0 (greedy) or at least {LEAST_TEMPERATURE}, "
+                f"got {self.temperature}"
+            )
         if self.top_k < 0:
             raise UserError(f"top_k: must be 0 (all tokens) or more, got {self.top_k}")
         if not 0 < self.top_p <= 1:

@@ -174,14 +174,23 @@ def one_line(error: BaseException) -> str | None:
     return disk_full(error)
 
 
+def escape_output() -> None:
+    """Print what the terminal cannot show as an escape, rather than fail over it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def run_command(main: Callable[[list[str]], int | None]) -> None:
     """What `python -m` does: main() with the arguments; whatever is no bug ends in one line, Ctrl-C
-    and a reader that has enough (`| head`) in none."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal cannot show is escaped
-        sys.stdout.reconfigure(errors="backslashreplace")
+    and a reader that has enough (`| head`) in none. --help prints the docstring of main's module.
+    """
+    escape_output()
     code: int | str | None
     try:
-        code = main(sys.argv[1:])
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            code = print(sys.modules[main.__module__].__doc__)
+        else:
+            code = main(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130

@@ -8,6 +8,7 @@ the old run stays where it is, and usable, until the new one is finished and tak
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from rich.console import Console
 from fourstage import __version__
 from fourstage.errors import UserError
 from fourstage.interruptions import heed_ctrl_c, one_line
-from fourstage.job import StageJob, clean_up, read_record, swap_in, undo_swap, write_record
+from fourstage.job import STAGES, StageJob, clean_up, read_record, swap_in, undo_swap, write_record
 from fourstage.ranks import Ranks
 from fourstage.runs import find_run
 
@@ -61,7 +62,51 @@ def climb(
             if run.status != "not needed":
                 complete(plan, run, train, ranks)
     last = plan.runs[-1]
-    return plan.store.folder(last.stage, last.id)
+    place = plan.store.folder(last.stage, last.id)
+    if ranks.is_first:
+        print(ending(plan, place, overrides), flush=True)
+    return place
+
+
+def ending(plan: Plan, folder: Path, overrides: Sequence[str]) -> str:
+    """What the stage that was asked for came to, where it lies, and which commands go on."""
+    from fourstage.plan import outputs_word, python_word
+
+    stage, last = plan.command.stage, [f"run={folder.name}", *outputs_word(plan)]
+    shows = ["report"] if stage == "reward" else ["chat", "report"]  # a reward model has no answers
+    commands = [shlex.join([python_word(), "-m", f"fourstage.{show}", *last]) for show in shows]
+    if stage != STAGES[-1]:
+        commands.append(train_command(STAGES[STAGES.index(stage) + 1], overrides))
+    lines = [gain(plan.store.outputs, folder.name), f"run: {folder}", "next:"]
+    return "\n".join([*lines, *(f"  {command}" for command in commands)])
+
+
+def gain(outputs: Path, name: str) -> str:
+    """A run's goal before it and after it, with 95 % intervals, as its report has them."""
+    from fourstage.report.files import Files
+    from fourstage.report.ladder import choose, ladder, read_rows, read_runs
+    from fourstage.report.tables import goals, measured, title
+
+    files = Files()
+    runs = read_runs(outputs, files)
+    tip = choose(runs, name, outputs)
+    goal = next(
+        g for g in goals(read_rows(ladder(tip, runs, files), files)) if g.stage == tip.stage
+    )
+    values = [measured(goal.name, cell) for cell in (goal.before, goal.after)]
+    if goal.after["value"] is None:
+        return f"{tip.stage}: {title(goal.name)} not measured: {goal.after['why']}"
+    start = f" ({goal.start})" if goal.start else ""
+    return f"{tip.stage}: {title(goal.name)} {values[0]}{start} → {values[1]} (95 % intervals)"
+
+
+def train_command(stage: str, overrides: Sequence[str]) -> str:
+    """The command for another stage of the same ladder, to paste."""
+    from fourstage.plan import python_word
+
+    mine = ("stage=", "ancestors=", "force=", "sweep=")
+    kept = [override for override in overrides if not override.startswith(mine)]
+    return shlex.join([python_word(), "train.py", f"stage={stage}", *kept])
 
 
 def complete(plan: Plan, run: PlannedRun, train: Train, ranks: Ranks) -> None:
@@ -176,11 +221,9 @@ def require_ancestors(plan: Plan, overrides: Sequence[str]) -> None:
     """Raise UserError where ancestors=require and one of them is not there."""
     missing = [run.stage for run in plan.runs[:-1] if run.to_do]
     if plan.command.ancestors == "require" and missing:
-        mine = ("stage=", "ancestors=", "force=")
-        kept = "".join(f" {o}" for o in overrides if not o.startswith(mine))
         raise UserError(
             f"ancestors=require: {', '.join(missing)} must be trained first: "
-            f"python train.py stage={missing[-1]}{kept}"
+            + train_command(missing[-1], overrides)
         )
 
 

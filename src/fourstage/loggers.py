@@ -22,6 +22,7 @@ import io
 import netrc
 import os
 import secrets
+import shlex
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -345,4 +346,5 @@ def has_key() -> bool:
 
 @cache  # once a process: a ladder has five runs
 def _say_offline(why: str, folder: Path) -> None:
-    print(f"W&B: {why}: logging offline; to send it later: wandb sync {folder}/offline-run-*")
+    runs = f"{shlex.quote(str(folder))}/offline-run-*"
+    print(f"W&B: {why}: logging offline; to send it later: wandb sync {runs}")

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +27,15 @@ from fourstage.job import STAGES, LoggerConfig, TrainerConfig, read_record
 from fourstage.model import ModelConfig
 from fourstage.rl.rewards import RULE_VERSION
 from fourstage.runs import Record, RunStore
+from fourstage.scaling import GIB, WEIGHTS, bytes_per_gpu, machine_memory
 from fourstage.settings import build
 from fourstage.stages import SETTINGS, StageSettings
 from fourstage.stages.reward import PAIRS_VERSION
 from fourstage.tokenizer import Tokenizer, TokenizerConfig
 
 LADDER = {"sft": "pretrain", "reward": "sft", "ppo": "sft", "grpo": "ppo"}  # the usual parents
+# every stage's settings, by its name
+StagesConfig = make_dataclass("StagesConfig", SETTINGS.items(), frozen=True, kw_only=True)
 Status = Literal["found", "resume", "train", "not needed"]
 
 
@@ -44,7 +50,7 @@ class Command:
     ancestors: Literal["train", "require"]
     keep_checkpoints: bool
     debug: str | None
-    stages: dict[str, dict[str, Any]]
+    stages: StagesConfig
     model: ModelConfig
     tokenizer: TokenizerConfig
     data: data.DataConfig
@@ -53,9 +59,8 @@ class Command:
     evaluation: EvaluationConfig
 
     def __post_init__(self) -> None:
-        for name, seed in (("seed", self.seed), ("evaluation.seed", self.evaluation.seed)):
-            if not 0 <= seed < 2**32:  # they are multiplied into the seeds of steps and rows
-                raise UserError(f"{name}: must be between 0 and {2**32 - 1}, got {seed}")
+        if not 0 <= self.seed < 2**32:  # it is multiplied into the seeds of steps and rows
+            raise UserError(f"seed: must be between 0 and {2**32 - 1}, got {self.seed}")
         room = self.model.max_seq_len - self.evaluation.max_new_tokens
         if room < LEAST_PROMPT:
             raise UserError(
@@ -78,6 +83,7 @@ class PlannedRun:
     data: dict[str, str]  # name, source, digest: what this stage reads
     status: Status
     estimate: float | None = None  # seconds, where it has to be trained
+    hint: str = ""  # how to go on with a run that was begun with another budget
     record: Record = field(default_factory=dict)  # of the finished run
     warnings: list[str] = field(default_factory=list)
 
@@ -108,9 +114,8 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
     command = replace(command, trainer=command.trainer.resolved())
     store = RunStore(Path(command.outputs))
     plan = Plan(command=command, store=store, runs=[])
-    settings = {
-        stage: build(SETTINGS[stage], command.stages[stage], f"stages.{stage}") for stage in STAGES
-    }
+    command.model.check_widths(command.trainer.precision)
+    settings = vars(command.stages)
     for stage in needed_stages(command, settings):
         check_stage(command, stage, settings[stage])
         plan.runs.append(plan_run(plan, stage, settings[stage]))
@@ -121,6 +126,7 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
     tokenizer = Tokenizer.from_config(command.tokenizer)
     for run in plan.runs:
         if run.to_do:
+            check_memory(command, run, tokenizer.vocab_size)
             room = command.model.max_seq_len
             run.warnings = check_records(command.data, run.stage, run.settings, tokenizer, room)
             run.estimate = estimate(command, store, run)
@@ -170,6 +176,28 @@ def check_stage(command: Command, stage: str, settings: StageSettings) -> None:
             raise UserError(
                 f"{where}.{key}: {rows} rows cannot be shared evenly by {processes} devices"
             )
+
+
+def check_memory(command: Command, run: PlannedRun, vocab_size: int) -> None:
+    """Raise UserError for a stage that takes more memory than this machine has, at the very least:
+    its networks (on a GPU: the weights, which are made here) and one batch of token ids."""
+    trainer, values = command.trainer, asdict(run.settings)
+    parameters, _ = command.model.count_params(vocab_size)
+    networks = WEIGHTS * parameters
+    if trainer.accelerator == "cpu":
+        networks = int(bytes_per_gpu("ddp", run.stage, parameters, 1))
+    rows = max(values["batch_size"], values.get("pairs_per_prompt", 1))
+    rows *= values.get("group_size", 1)
+    lengths = ("block_size", "max_tokens", "max_prompt_tokens", "max_new_tokens")
+    tokens = rows * sum(values.get(key, 0) for key in lengths)
+    tokens = max(tokens, command.evaluation.max_new_tokens)
+    needed = trainer.devices * networks + 8 * tokens
+    if needed > (there := machine_memory()):
+        raise UserError(
+            f"stages.{run.stage}: {parameters:,} parameters and {tokens:,} tokens at once take at "
+            f"least {needed / GIB:,.0f} GiB of memory, and this machine has {there / GIB:,.0f}: "
+            "take a smaller model, batch or number of tokens"
+        )
 
 
 def plan_run(plan: Plan, stage: str, settings: StageSettings) -> PlannedRun:
@@ -223,7 +251,30 @@ def plan_run(plan: Plan, stage: str, settings: StageSettings) -> PlannedRun:
         data={"name": command.data.name, "source": source, "digest": digest},
         status=status,
         record=record,
+        hint=other_budget(store, identity) if status == "train" else "",
     )
+
+
+def other_budget(store: RunStore, identity: Mapping[str, Any]) -> str:
+    """How to go on with an unfinished run that differs from this one in nothing but its budget."""
+    stage, mine = identity["stage"], identity["settings"]
+    for folder in store.folders():
+        record = read_record(folder)
+        if record["stage"] != stage or find_status(folder)[0] != "resume":
+            continue
+        its = record["config"]["stages"][stage]
+        budget = {
+            key: its.get(key) for key in ("max_steps", "max_time") if its.get(key) != mine[key]
+        }
+        if letters({**identity, "settings": {**mine, **budget}}) == record["id"]:
+            words = " ".join(
+                f"stages.{stage}.{key}={value or 'null'}" for key, value in budget.items()
+            )
+            return (
+                f"{record['id']} is unfinished and differs in its budget alone: {words} goes on "
+                "with it (another budget is another run: the learning rate follows it)"
+            )
+    return ""
 
 
 def find_status(folder: Path) -> tuple[Status, Record]:
@@ -283,10 +334,10 @@ def named_run(
 
 
 def estimate(command: Command, store: RunStore, run: PlannedRun) -> float | None:
-    """Seconds of training: the time budget, else from the latest finished run of its kind."""
-    if run.settings.seconds is not None:
-        return run.settings.seconds
-    best: tuple[str, float] | None = None
+    """Seconds of training and evaluation, as the latest finished run of its kind took for a step
+    and for its evaluation; without one a time budget alone is known."""
+    latest: Record | None = None
+    timed = run.settings.seconds
     for folder in store.folders():
         record = read_record(folder)
         if (record["stage"], record["status"]) != (run.stage, "finished"):
@@ -295,14 +346,22 @@ def estimate(command: Command, store: RunStore, run: PlannedRun) -> float | None
         alike = (
             shape(config["model"]) == shape(asdict(command.model))
             and record["debug"] == command.debug
-            and settings["batch_size"] == run.settings.batch_size
+        )
+        same_steps = (
+            settings["batch_size"] == run.settings.batch_size
             and settings["max_steps"] > 0
             and settings["max_time"] is None
         )
-        if alike and (best is None or record["finished"] > best[0]):
-            seconds = record["cost"]["seconds"] * run.settings.max_steps / settings["max_steps"]
-            best = record["finished"], seconds
-    return best[1] if best else None
+        newer = latest is None or record["finished"] > latest["finished"]
+        if alike and newer and (timed or same_steps):
+            latest = record
+    if latest is None:
+        return timed
+    evaluation = latest["cost"].get("eval_seconds", 0.0)
+    if timed:
+        return timed + evaluation
+    steps = run.settings.max_steps / latest["config"]["stages"][run.stage]["max_steps"]
+    return steps * (latest["cost"]["seconds"] - evaluation) + evaluation
 
 
 def show(plan: Plan, console: Console, commit: str | None) -> None:
@@ -332,6 +391,9 @@ def show(plan: Plan, console: Console, commit: str | None) -> None:
     console.print(table)
     for warning in dict.fromkeys(line for run in plan.runs for line in run.warnings):
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True, markup=False)
+    for line in [*(run.hint for run in plan.runs), evaluated_otherwise(plan)]:
+        if line:
+            console.print(f"note: {line}", highlight=False, soft_wrap=True, markup=False)
     for run in plan.runs:
         made_by = run.record["git"]["commit"] if run.record else None
         if commit and made_by and made_by != commit:
@@ -341,3 +403,35 @@ def show(plan: Plan, console: Console, commit: str | None) -> None:
                 highlight=False,
                 soft_wrap=True,
             )
+
+
+def evaluated_otherwise(plan: Plan) -> str:
+    """How to evaluate the finished runs again whose stored evaluation has other settings."""
+    mine, names, changes = asdict(plan.command.evaluation), [], {}
+    for run in plan.runs:
+        its = run.record["config"]["evaluation"] if run.record else {}
+        if found := {key: mine[key] for key in mine if its.get(key, mine[key]) != mine[key]}:
+            names.append(run.name)
+            changes |= found
+    if not names:
+        return ""
+    words = [python_word(), "-m", "fourstage.evaluation", f"run={names[-1]}"]
+    words += ["ladder=true"] * (len(names) > 1)
+    words += [f"evaluation.{key}={value}" for key, value in changes.items()]
+    words += outputs_word(plan)
+    verb = "was" if len(names) == 1 else "were"
+    return f"{', '.join(names)} {verb} evaluated with other settings: {shlex.join(words)}"
+
+
+def outputs_word(plan: Plan) -> list[str]:
+    """outputs=FOLDER for a command to paste, where it is not the default one."""
+    outputs = plan.command.outputs
+    return [] if outputs == "outputs" else [f"outputs={outputs}"]
+
+
+def python_word() -> str:
+    """This interpreter for a command to paste: as short as the shell here understands."""
+    here, path = Path.cwd(), Path(sys.executable)
+    if shutil.which("python") == sys.executable:  # an activated .venv
+        return "python"
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

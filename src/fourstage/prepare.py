@@ -172,7 +172,13 @@ def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> d
         ids = [fitted_prompt(tokenizer, record.prompt_messages, room) for record in records]
         seed = 2 * job.seed + draw
         rows, skipped = sample_pairs(policy, tokenizer, ids, true_score, job.settings, seed)
-        say(f"  {len(rows):,} pairs; skipped because both answers are as good: {skipped:,}")
+        say(f"  {len(rows):,} pairs; skipped because both answers score the same: {skipped:,}")
+        if not rows:
+            raise UserError(
+                f"{name}: both answers to each of {len(records):,} prompts score the same: sample "
+                "more of them (stages.reward.pairs_per_prompt) or longer ones "
+                "(stages.reward.max_new_tokens)"
+            )
         if rank() == 0:  # every rank samples the same, and two would overwrite each other's keys
             write_record(job.folder, sampled_pairs={name: {"kept": len(rows), "tied": skipped}})
         write_jsonl(path, ({**r, "prompt": records[r["prompt"]].prompt_messages} for r in rows))

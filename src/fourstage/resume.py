@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class Checkpointer(Checkpoint):
         if state_dict["run"] != self.run:
             raise UserError(
                 f"{self.path}: the state of {state_dict['run']}: remove it to train {self.run} "
-                f"from its start: rm '{self.path}'"
+                f"from its start: rm -r {shlex.quote(str(self.path))}"
             )
 
     def request(self, signum: int, frame: Any) -> None:

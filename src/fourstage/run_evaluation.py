@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch import nn
 
 from fourstage import data, evaluation
 from fourstage.batch import PairBatch
+from fourstage.callbacks import telling
 from fourstage.checkpoint import load_policy, load_scalar
 from fourstage.data.datamodule import reward_data
 from fourstage.errors import UserError
 from fourstage.evaluation import BY_REWARD, BY_SFT
-from fourstage.job import LoggerConfig, StageJob, TrainerConfig, read_record
+from fourstage.job import LoggerConfig, StageJob, TrainerConfig, read_record, write_record
 from fourstage.judges import NO_SFT, Judges
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.prepare import device_of, stored_pairs
@@ -79,11 +80,11 @@ def random_weights(job: StageJob, tokenizer: Tokenizer) -> Transformer:
 
 def evaluate_random(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> None:
     """The row of random weights, measured before the first step of pre-training."""
-    print("  random weights: evaluating")
     policy.to(device_of(job))
-    table, items = evaluation.evaluate_policy(
-        policy, tokenizer, heldout_sets(job.data), job.evaluation
-    )
+    with telling("random weights") as tell:
+        table, items = evaluation.evaluate_policy(
+            policy, tokenizer, heldout_sets(job.data), job.evaluation, tell=tell
+        )
     policy.cpu()  # where training takes it from
     evaluation.write_evaluation(job.folder, table, items, job.evaluation.seed, "_random")
 
@@ -91,7 +92,15 @@ def evaluate_random(job: StageJob, policy: Transformer, tokenizer: Tokenizer) ->
 def evaluate_run(job: StageJob, result: nn.Module, tokenizer: Tokenizer) -> None:
     """eval.json and eval_items.jsonl of the run, from it and its ancestors only; and, where the
     run makes earlier rows measurable, ladder_eval.json and ladder_eval_items.jsonl."""
+    with telling(job.stage) as tell:
+        _evaluate_run(job, result, tokenizer, tell)
+
+
+def _evaluate_run(
+    job: StageJob, result: nn.Module, tokenizer: Tokenizer, tell: Callable[[str], None]
+) -> None:
     if isinstance(result, ScalarModel):
+        tell("held-out pairs")
         judges = Judges(reward=result, sft_chats=sft_chats(job))
         table, items = evaluation.evaluate_reward_model(
             result, heldout_pairs(job, tokenizer), job.evaluation
@@ -106,8 +115,11 @@ def evaluate_run(job: StageJob, result: nn.Module, tokenizer: Tokenizer) -> None
             job.evaluation,
             judges,
             parent_policy(job, tokenizer, next(result.parameters()).device),
+            tell,
         )
     evaluation.write_evaluation(job.folder, table, items, job.evaluation.seed)
+    if job.stage in ("sft", "reward"):
+        tell("the answers of earlier stages")
     if job.stage == "sft":
         judge_earlier_rows(job, tokenizer, replace(judges, sft_chats=sft_chats(job)), BY_SFT)
     elif job.stage == "reward":
@@ -139,9 +151,15 @@ def heldout_pairs(job: StageJob, tokenizer: Tokenizer) -> list[PairBatch]:
     return list(loaders.val)
 
 
-def evaluate_again(folder: Path, ancestors: dict[str, Path], outputs: Path) -> None:
+def evaluate_again(
+    folder: Path,
+    ancestors: dict[str, Path],
+    outputs: Path,
+    changes: Mapping[str, Any] | None = None,
+) -> None:
     """Evaluate a finished run with the config in its record: eval.json gets the same bytes.
 
+    `changes` of `evaluation` in that config are recorded, so that the next time agrees again.
     Raises UserError where the data has changed since, and there is an eval.json to lose.
     """
     torch.set_flush_denormal(True)  # as in training: it is faster, and the digits are the same
@@ -161,7 +179,9 @@ def evaluate_again(folder: Path, ancestors: dict[str, Path], outputs: Path) -> N
         digest=record.get("data", {}).get("digest", ""),
         trainer=build(TrainerConfig, config["trainer"], "trainer"),
         logger=LoggerConfig(name="none"),
-        evaluation=build(evaluation.EvaluationConfig, config["evaluation"], "evaluation"),
+        evaluation=build(
+            evaluation.EvaluationConfig, {**config["evaluation"], **(changes or {})}, "evaluation"
+        ),
         seed=record["config"]["seed"],
         parents={
             role: path
@@ -182,6 +202,8 @@ def evaluate_again(folder: Path, ancestors: dict[str, Path], outputs: Path) -> N
         evaluate_random(job, random_weights(job, tokenizer), tokenizer)
     network, tokenizer = (load_scalar if stage == "reward" else load_policy)(folder)
     evaluate_run(job, network.to(device_of(job)), tokenizer)
+    if changes:
+        write_record(folder, config={"evaluation": asdict(job.evaluation)})
 
 
 def has_other_data(job: StageJob, record: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import shlex
 import warnings
 from dataclasses import asdict
 from typing import Any
@@ -113,23 +114,21 @@ def quieten() -> None:
 def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
     """Train to the end of the budget, and validate the final weights."""
     module, loaders = prepared.module, prepared.loaders
-    module.trainer = trainer  # with max_steps=0 nothing else would attach it
-    if job.settings.max_steps != 0 or job.settings.max_time:
-        checkpoint = str(job.checkpoint) if job.resume else None
-        if checkpoint:
-            check_resumable(job)
-        during = loaders.val if job.settings.val_every else None
-        try:
-            trainer.fit(module, loaders.train, during, ckpt_path=checkpoint, weights_only=True)
-        except Exception as error:
-            started = trainer.checkpoint_callback.saved_at is not None
-            known = isinstance(error, UserError) or advice(error, "", asdict(job.settings))
-            if checkpoint is None or started or known:
-                raise
-            raise UserError(
-                f"{checkpoint}: broken, or not of this run and version: remove it to train the "
-                f"stage from its start: rm '{checkpoint}'"
-            ) from error
+    checkpoint = str(job.checkpoint) if job.resume else None
+    if checkpoint:
+        check_resumable(job)
+    during = loaders.val if job.settings.val_every else None
+    try:
+        trainer.fit(module, loaders.train, during, ckpt_path=checkpoint, weights_only=True)
+    except Exception as error:
+        started = trainer.checkpoint_callback.saved_at is not None
+        known = isinstance(error, UserError) or advice(error, "", asdict(job.settings))
+        if checkpoint is None or started or known:
+            raise
+        raise UserError(
+            f"{checkpoint}: broken, or not of this run and version: remove it to train the "
+            f"stage from its start: rm -r {shlex.quote(checkpoint)}"
+        ) from error
     if loaders.val is not None and module.validated_at != module.steps_done:
         trainer.validate(module, loaders.val, verbose=False)
 
@@ -140,7 +139,7 @@ def check_resumable(job: StageJob) -> None:
     if began not in (None, goes_on):
         raise UserError(
             f"begun with {began}, from which {goes_on} cannot go on: take the former, or train it "
-            f"from its start: rm -r '{job.folder}'"
+            f"from its start: rm -r {shlex.quote(str(job.folder))}"
         )
 
 

@@ -4,6 +4,10 @@
     python -m fourstage.runs show NAME...           one run: record, files, who descends from it
     python -m fourstage.runs rm NAME... [force=true]  removes runs; force: others descend from them
 
+For example:
+
+    python -m fourstage.runs show sft
+
 NAME is an id, <stage>-<id>, a folder, or a stage's name: its latest finished run. Other arguments
 are key=value: outputs=FOLDER. Needs no PyTorch and answers at once.
 """

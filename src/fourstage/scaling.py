@@ -1,4 +1,10 @@
-"""What a model takes of each GPU's memory: `python -m fourstage.scaling [vocab_size=32768]`.
+"""What a model takes of each GPU's memory under each trainer.
+
+    python -m fourstage.scaling [vocab_size=NUMBER]
+
+For example:
+
+    python -m fourstage.scaling vocab_size=32768
 
 Bytes a parameter after Rajbhandari et al. 2020 (arXiv 1910.02054, section 3.1 and figure 1): of the
 model states that N GPUs hold, ZeRO-1 spreads the optimizer's over them, ZeRO-2 the gradients too,
@@ -11,6 +17,7 @@ Not counted: activations, DeepSpeed's buffers (two of 0.75 GiB for gradients), w
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -57,6 +64,11 @@ def bytes_per_gpu(trainer: str, stage: str, parameters: int, gpus: int) -> float
     trained = STATES[trainer].on_gpu(TRAINED[stage] * parameters, gpus)
     whole = 1 if trainer.startswith("zero3") else FROZEN[stage]
     return trained + WEIGHTS * whole * parameters
+
+
+def machine_memory() -> int:
+    """Bytes of this machine's own memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def main(arguments: list[str]) -> None:

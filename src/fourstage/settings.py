@@ -15,6 +15,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from fourstage.errors import UserError
 
+LARGEST_INT = 2**63 - 1  # PyTorch counts in 64 bits and computes in float32
+LARGEST_FLOAT = (2 - 2**-23) * 2.0**127
+
 T = TypeVar("T")
 
 
@@ -95,11 +98,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise wrong
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}: expected a finite number, got {value}")
+        if abs(value) > LARGEST_FLOAT:
+            raise UserError(f"{where}: must be at most {LARGEST_FLOAT:.2g} in size, got {value}")
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise wrong
+    if hint is int and abs(value) > LARGEST_INT:
+        raise UserError(f"{where}: must be at most {LARGEST_INT} in size, got {value}")
     return value
 
 

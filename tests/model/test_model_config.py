@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fourstage.errors import UserError
+from fourstage.generate import generate
 from fourstage.model import ModelConfig, Transformer
 from fourstage.model.__main__ import main
 from tests.model.configs import CONFIGS, read_config
@@ -97,8 +98,11 @@ def test_the_table_names_every_config_and_its_sizes(capsys):
     for name in NAMES:
         assert name in table
     assert "1.80 M" in table and "0.62 M" in table
-    with pytest.raises(UserError, match="expected vocab_size=NUMBER, got 'vocab=3'"):
+    with pytest.raises(UserError, match=r"expected vocab_size=NUMBER below 2\^32, got 'vocab=3'"):
         main(["vocab=3"])
+    for number in ("0", "4294967296", "9" * 5000):
+        with pytest.raises(UserError, match="^expected vocab_size=NUMBER"):
+            main([f"vocab_size={number}"])
 
 
 def test_importing_the_model_loads_no_trainer():
@@ -108,3 +112,52 @@ def test_importing_the_model_loads_no_trainer():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+GRID = {
+    "d_model": [1, 3, 4, 6, 8, 12, 16, 20, 36],
+    "d_expert": [1, 3, 4, 6, 8, 12, 16, 20, 36],
+    "d_shared": [0, 1, 3, 5, 8, 16],
+    "head_dim": [1, 2, 3, 6, 8, 10],
+    "n_heads": [1, 2, 3, 5],
+    "n_kv_heads": [1, 2, 3],
+    "num_experts": [1, 2, 3, 5],
+    "top_k": [1, 2, 3, 4, 5],
+    "n_layers": [1, 2, 3],
+    "qk_norm": [False],
+    "tie_embeddings": [True],
+    "balance": ["switch", "none"],
+    "dropout": [0.5],
+}
+SMALL = {"d_model": 16, "head_dim": 8, "d_expert": 16, "n_layers": 1, "max_seq_len": 16}
+
+
+@pytest.mark.parametrize("path", ["grouped", "loop"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("key", GRID)
+def test_a_config_is_refused_or_it_trains_and_answers(nano, key, precision, path):
+    """No width is found out to be impossible by a traceback once the training has begun."""
+    refused = set()
+    for value in GRID[key]:
+        try:
+            config = nano(**{**SMALL, "expert_path": path, key: value})
+            config.check_widths(precision)
+        except UserError:
+            refused.add(value)
+            continue
+        model = Transformer(config, 7)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):
+            output = model(torch.randint(7, (2, 8)))
+            model.logits(output.hidden_BTD).float().logsumexp(-1).sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+        said = generate(model, [[1, 2, 3]], max_new_tokens=2, stop_id=0, pad_id=0)
+        assert said.answer_ids[0]
+    widths = {"32-true": {1, 3, 6}, "bf16-mixed": {1, 3, 4, 6, 12, 20, 36}}[precision]
+    assert refused == {
+        "d_model": widths if path == "grouped" else set(),
+        "d_expert": widths if path == "grouped" else set(),
+        "head_dim": {1, 3},
+        "n_kv_heads": {3},
+        "num_experts": {1},  # moe_nano chooses two
+        "top_k": {5},
+    }.get(key, set())

@@ -1,4 +1,11 @@
-"""`python -m fourstage.model [vocab_size=32768]`: a table of all model configs and their sizes."""
+"""A table of all model configs and their sizes; by default characters are the vocabulary.
+
+    python -m fourstage.model [vocab_size=NUMBER]
+
+For example:
+
+    python -m fourstage.model vocab_size=32768
+"""
 
 from __future__ import annotations
 
@@ -8,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fourstage.model import ModelConfig
 
+MOST_TOKENS = 2**32  # ten digits
 CONFIGS = Path(__file__).parents[3] / "conf" / "model"
 
 
@@ -19,9 +27,9 @@ def vocab_size_of(arguments: list[str]) -> int:
     match [argument.split("=", 1) for argument in arguments]:
         case []:
             return Tokenizer.char().vocab_size
-        case [["vocab_size", number]] if number.isdecimal() and int(number) > 0:
+        case [["vocab_size", number]] if number.isdecimal() and 0 < int(number[:11]) < MOST_TOKENS:
             return int(number)
-    raise UserError(f"expected vocab_size=NUMBER, got {' '.join(arguments)!r}")
+    raise UserError(f"expected vocab_size=NUMBER below 2^32, got {' '.join(arguments)!r}")
 
 
 def counted(path: Path, vocab_size: int) -> tuple[int, int, ModelConfig]:

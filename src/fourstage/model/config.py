@@ -82,6 +82,21 @@ class ModelConfig:
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout: must be from 0 to below 1, got {self.dropout}")
 
+    def check_widths(self, precision: str) -> None:
+        """Raise UserError for a width that the grouped product of the experts has no kernel for:
+        its rows must be a multiple of 16 bytes."""
+        if self.dense or self.expert_path == "loop":
+            return
+        step = 4 if precision == "32-true" else 8
+        for key in ("d_model", "d_expert"):
+            if (width := getattr(self, key)) % step:
+                above = width + step - width % step
+                nearest = f"{above - step} or {above}" if above > step else f"{above}"
+                raise UserError(
+                    f"model.{key}: must be a multiple of {step} in {precision}, got {width}: take "
+                    f"{nearest}, or model.expert_path=loop, which is slower"
+                )
+
     @property
     def dense(self) -> bool:
         return self.num_experts == 1

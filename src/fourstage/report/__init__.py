@@ -3,6 +3,11 @@
     python -m fourstage.report [outputs=outputs] [run=NAME]
     python -m fourstage.report compare NAME NAME... | all [outputs=outputs]
 
+For example:
+
+    python -m fourstage.report run=grpo
+    python -m fourstage.report compare all
+
 The first picks the latest finished run that no other finished run started from (`run=` picks
 another: an id, <stage>-<id>, a folder, or a stage's name), joins its row with those of its
 ancestors and of the random weights, and writes outputs/report/{report.md, report.html,
@@ -208,9 +213,6 @@ def _data(rows: list[Row]) -> list[Block]:
 
 def main(arguments: list[str]) -> int:
     """The command: writes the report and prints where it is. Returns the exit code."""
-    if "-h" in arguments or "--help" in arguments:
-        print(USAGE)
-        return 0
     is_comparison = arguments[:1] == ["compare"]
     names = [a for a in arguments[1:] if not a.startswith("outputs=")] if is_comparison else []
     options = [a for a in arguments if a not in ("compare", *names)]

@@ -65,7 +65,6 @@ class StageSettings:
     # fmt: on
 
     def __post_init__(self) -> None:
-        check_range(self, -1, "max_steps")
         check_range(self, 1, "batch_size", "micro_batch_size", "log_every", "checkpoint_every")
         check_range(self, 1, "max_skipped")
         check_range(self, 0, "val_every", "sample_every", "clip_norm", "weight_decay")
@@ -80,6 +79,8 @@ class StageSettings:
             )
         if self.seconds == 0:
             raise UserError(f"max_time: must be above 0, got {self.max_time!r}")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise UserError(f"max_steps: must be at least 1, got {self.max_steps}")
         if self.max_time is None and self.max_steps == -1:
             raise UserError("max_steps: -1 means no limit and needs a max_time=DD:HH:MM:SS")
 
@@ -213,7 +214,7 @@ class StageModule(L.LightningModule):
     def progress(self) -> float:
         """Share of the budget that is spent, 0 to 1."""
         if self.settings.seconds is None:
-            return (self.steps_done + 1) / max(1, self.settings.max_steps)
+            return (self.steps_done + 1) / self.settings.max_steps
         timers = [c for c in self.trainer.callbacks if isinstance(c, Timer)]
         share = min(1.0, timers[0].time_elapsed("train") / self.settings.seconds)
         return self.trainer.strategy.broadcast(share)  # one clock, so one learning rate

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fourstage.batch import Rollout
+from fourstage.generate import LEAST_TEMPERATURE
 from fourstage.model import Transformer
 from fourstage.rl.rollout import sample
-from fourstage.stages.base import StageModule, StageSettings, check_positive, check_range
+from fourstage.stages.base import StageModule, StageSettings, check_range
 from fourstage.strategies import is_spread
 from fourstage.tokenizer import Tokenizer
 
@@ -41,7 +42,7 @@ class OnPolicySettings(StageSettings):
         check_range(self, 1, "max_prompt_tokens", "max_new_tokens", "epochs", "minibatch_size")
         check_range(self, 0, "max_approx_kl", "clip_high")
         check_range(self, 0, "clip_low", most=1)
-        check_positive(self, "temperature")
+        check_range(self, LEAST_TEMPERATURE, "temperature")
 
 
 class OnPolicyModule(StageModule):

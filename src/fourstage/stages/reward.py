@@ -16,6 +16,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from fourstage.batch import PairBatch
+from fourstage.generate import LEAST_TEMPERATURE
 from fourstage.model import ScalarModel, Transformer
 from fourstage.rl.rollout import answer_texts, sample
 from fourstage.stages.base import StageModule, StageSettings, check_range
@@ -39,7 +40,7 @@ class RewardSettings(StageSettings):
         check_range(self, 8, "max_tokens")
         check_range(self, 1, "pairs_per_prompt", "max_new_tokens")
         check_range(self, 0, "margin", "centre_coef")
-        check_range(self, 0.05, "temperature")
+        check_range(self, LEAST_TEMPERATURE, "temperature")
 
 
 def bradley_terry_loss(
