@@ -380,5 +380,6 @@ def test_no_lock_stays(store) -> None:
 def test_no_lock_outside_of_outputs(store) -> None:
     with pytest.raises(AssertionError):
         store.is_busy("../../x")
-    with pytest.raises(UserError, match="unknown run '../../x'"):
-        store.find("../../x")
+    for name in ("../../x", "x" * 5000, "a\0b"):
+        with pytest.raises(UserError, match="unknown run '"):
+            store.find(name)

@@ -328,6 +328,14 @@ def undo_swap(new: Path, place: Path) -> None:
         os.rename(old, place)
 
 
+def exists(path: Path) -> bool:
+    """Whether a file or folder is there; none has a name that is too long or holds a NUL."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def clean_up(state: Path) -> None:
     """After a kill: the last good resume state in its place, and none half-written beside it."""
     undo_swap(part_of(state), state)

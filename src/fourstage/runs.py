@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from fourstage.errors import UserError
 from fourstage.interruptions import run_command
-from fourstage.job import RUN_ID, STAGES, read_record
+from fourstage.job import RUN_ID, STAGES, exists, read_record
 
 Record = dict[str, Any]
 
@@ -68,7 +68,7 @@ class RunStore:
         if name in STAGES:
             return self._latest(name)
         for folder in (self.root / name, *self.root.glob(f"*-{escape(name)}"), Path(name)):
-            if name and (folder / "run.json").exists():
+            if name and exists(folder / "run.json"):
                 if finished and read_record(folder)["status"] != "finished":
                     raise UserError(f"{folder.name}: this run is not finished")
                 return folder
@@ -76,7 +76,7 @@ class RunStore:
         if len(there) > 8:
             there = [*there[:8], f"and {len(there) - 8} more (python -m fourstage.runs)"]
         raise UserError(
-            f"unknown run {name!r}: {self.root} has {', '.join(there) or 'no runs yet'}"
+            f"unknown run {name[:200]!r}: {self.root} has {', '.join(there) or 'no runs yet'}"
         )
 
     def _latest(self, stage: str) -> Path:

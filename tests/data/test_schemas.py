@@ -364,3 +364,6 @@ def test_what_is_no_file(tmp_path):
         read_records(str(tmp_path / "loop.jsonl"))
     with pytest.raises(UserError, match="an empty list of files"):
         files_of([])
+    for name in ("x" * 5000, "a\0b", "~nobody-of-this-name/a.txt"):
+        with pytest.raises(UserError, match="no such file"):
+            files_of(name)

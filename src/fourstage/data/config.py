@@ -147,7 +147,7 @@ class DataConfig:
         }
         chosen = [sources[name] for name in names]
         named = [p for s in chosen for p in (s.path, s.heldout_path) if p]
-        stats = [Path(file).expanduser().stat() for path in named for file in files_of(path)]
+        stats = [Path(file).stat() for path in named for file in files_of(path)]
         files = [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats]
         return self.name, self.heldout, repr(chosen), *files
 

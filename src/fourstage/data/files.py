@@ -12,11 +12,13 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fourstage.errors import UserError
+from fourstage.job import exists
 
 Paths = str | list[str]
 
@@ -67,14 +69,16 @@ def files_of(paths: Paths) -> list[str]:
         if not paths:
             raise UserError("an empty list of files: name one")
         return [file for path in paths for file in files_of(path)]
-    path = Path(paths).expanduser()
-    if not paths or not path.exists():
-        where = paths or repr(paths)
+    path = Path(paths)
+    with suppress(RuntimeError):  # ~ without a home folder
+        path = path.expanduser()
+    if not paths or not exists(path):
+        where = paths[:200] or repr(paths)
         raise UserError(f"{where}: no such file (paths count from the folder of the command)")
     if not path.is_dir():
         if not path.is_file():
             raise UserError(f"{paths}: not a file: give one {kinds()} file")
-        return [paths]
+        return [str(path)]
     found = sorted(file for file in path.iterdir() if _kind(file) in READERS and file.is_file())
     if not found:
         raise UserError(f"{paths}: a folder without a {kinds()} file")
@@ -156,7 +160,7 @@ def _kind(path: Path) -> str:
 def _bytes(path: str) -> bytes:
     (file,) = files_of(path)
     try:
-        content = Path(file).expanduser().read_bytes()
+        content = Path(file).read_bytes()
         if file.lower().endswith(".gz"):
             content = gzip.decompress(content)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -247,7 +251,7 @@ def _parquet(path: str) -> list[Record]:
 
     try:
         # opened here: PyArrow and `datasets` read a name as a pattern or an address
-        with open(Path(path).expanduser(), "rb") as file:
+        with open(path, "rb") as file:
             rows = [
                 row
                 for batch in parquet.ParquetFile(file).iter_batches()
