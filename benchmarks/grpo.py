@@ -98,10 +98,10 @@ def texts(options: Options) -> list[str]:
 def our_reward(reward: Callable[[str], float]) -> AbstractContextManager[Any]:
     """GRPOModule judges by this function, in place of a problem's verifier."""
 
-    def judged(problem: Any, answer: str, stopped: bool) -> ReasoningReward:
-        return ReasoningReward(correct=reward(answer), form=0.0)
+    def judged(problems: Any, answers: list[str], stopped: Any) -> list[ReasoningReward]:
+        return [ReasoningReward(correct=reward(answer), form=0.0) for answer in answers]
 
-    return mock.patch.object(grpo, "reasoning_reward", judged)
+    return mock.patch.object(grpo, "reasoning_rewards", judged)
 
 
 def our_block(

@@ -170,7 +170,8 @@ def save_run(outputs: Path, stage: str, run_id: str, seed: int) -> Path:
     save_weights(folder, network.state_dict(), config, TOKENIZER, kind)
     record = {"id": run_id, "stage": stage, "name": folder.name, "parents": {}, "debug": None}
     record |= {"status": "finished", "started": "2026-01-01", "finished": "2026-01-02"}
-    record |= {"group": "", "config": {}, "cost": {}}
+    shape = {"seed": 0, "model": {"name": "moe_nano"}, "stages": {stage: {}}}
+    record |= {"group": run_id, "config": shape, "cost": {"seconds": 1.0}}
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
     return folder
 

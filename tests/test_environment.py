@@ -121,6 +121,7 @@ def handlers():
 
 
 def test_the_end_of_a_terminal_is_a_stop(handlers) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     handle_stops(stop_now)
     with pytest.raises(Stopped) as caught:
         os.kill(os.getpid(), signal.SIGHUP)

@@ -16,7 +16,8 @@ COLUMNS = ["key", "items", "what it is", "interval", "better", "known weaknesses
 def rows(heading: str) -> list[list[str]]:
     """The cells of the table under a heading, its header first."""
     section = TEXT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
+    table = section[section.index("\n|") :].strip().split("\n\n")[0]  # the first one
+    lines = table.splitlines()
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 

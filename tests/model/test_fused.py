@@ -202,18 +202,31 @@ def test_no_number_depends_on_the_threads(build):
         model = build()
         logits = model.logits(model(ids).hidden_BTD)
         logits.logsumexp(-1).mean().backward()
-        found.append([logits.detach(), *(p.grad for p in model.blocks.parameters())])
+        grads = {name: p.grad for name, p in model.blocks.named_parameters()}
+        found.append({"logits": logits.detach(), **grads})
     torch.set_num_threads(1)
     for other in found[1:]:
-        assert all(a.equal(b) for a, b in zip(found[0], other, strict=True))
+        for name, value in found[0].items():
+            # the router's products are PyTorch's, whose sums depend on the threads on some CPUs
+            tolerance = 1e-7 if "router" in name else 0.0
+            torch.testing.assert_close(value, other[name], rtol=0.0, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 48), (2, 64, 64), (1, 16, 160), (5, 48, 48)])
-def test_newton_schulz(plain, threads, shape):
+def test_newton_schulz(plain, threads, shape, monkeypatch):
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     assert fused.applies(x, *shape[1:])
     kept = x.clone()
-    fast, slow = orthogonalize(x), plain(lambda: orthogonalize(x))
+    called, call = [], native.call
+
+    def counted(name, *arguments):
+        called.append(name)
+        call(name, *arguments)
+
+    monkeypatch.setattr(native, "call", counted)
+    fast = orthogonalize(x)
+    assert called == ["orthogonalize"]
+    slow = plain(lambda: orthogonalize(x))
+    assert len(called) == 1, "this one is PyTorch's"
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
-    assert not fast.equal(slow)  # both have run
     assert x.equal(kept)
