@@ -151,8 +151,10 @@ class Keep(L.Callback):
         Keep.step += 1
         self.metrics.append({k: v.item() for k, v in trainer.callback_metrics.items()})
 
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        signal.alarm(0)  # or it would end the tests that train in their own process
+
     def save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        signal.alarm(0)
         found = {"losses": self.losses, "metrics": self.metrics, "weights": weights(module)}
         torch.save(found, f"{self.path}-{trainer.global_rank}.pt")
 
