@@ -62,19 +62,18 @@ def verify_all(problems: Sequence[Verifiable], answers: Sequence[str]) -> list[f
     unclear: dict[int, list[Any]] = {}
     for i, (problem, answer) in enumerate(zip(problems, answers, strict=True)):
         final = extract(answer)
-        if not final:
+        if not final or not is_plausible(final, problem):
             scores[i] = 0.0
         elif problem.task != FROM_FILE:
-            if is_plausible(final, problem):
-                unclear[i] = [problem.task, problem.entry, final]
+            unclear[i] = [problem.task, problem.entry, final]
         elif (equal := same_plainly(final, problem.entry["answer"])) is not None:
             scores[i] = float(equal)
-        elif is_plausible(final, problem):
+        else:
             unclear[i] = [FROM_FILE, problem.entry, final]
     if unclear:
         judged = SANDBOX.map(list(unclear.values()))
         scores |= {i: min(1.0, max(0.0, s or 0.0)) for i, s in zip(unclear, judged, strict=True)}
-    return [scores.get(i, 0.0) for i in range(len(answers))]
+    return [scores[i] for i in range(len(answers))]
 
 
 # --- the filter: what no right answer looks like is wrong, and nobody has to parse it
@@ -83,7 +82,7 @@ MOST_CHARACTERS = 4000
 NO_NUMBER = re.compile(r"(?<![a-z])(?:nan|inf(?:inity)?)j?(?![a-z])", re.IGNORECASE)
 LISTS = re.compile(r"[\w\s,'\"\[\]-]*")  # no parentheses, so no call
 NAME = r"(?:sin|cos|tan|exp|log|ln|sqrt|pi|[a-zA-Z])(?![a-zA-Z])"
-FORMULA = re.compile(rf"(?:{NAME}|[0-9]{{1,30}}|\.[0-9]|[\s+*/^()-])*")
+FORMULA = re.compile(rf"(?:{NAME}|[0-9]{{1,30}}(?![0-9])|\.[0-9]|[\s+*/^()-])*")
 # tasks of reasoning-gym 0.1.25 whose verifier evaluates the answer (a test looks for others)
 EVALUATED = {
     **dict.fromkeys(("binary_matrix", "n_queens", "spiral_matrix", "string_insertion"), LISTS),
