@@ -97,6 +97,48 @@ def test_what_hangs_grows_or_dies_has_no_result(evaluator, attack):
     assert not Path("relative").exists()
 
 
+def test_a_result_that_waits_is_not_lost(evaluator, monkeypatch):
+    """Many lines come at once: those behind the first are in the buffer, not in the pipe."""
+    ours, theirs = os.pipe()
+    os.write(theirs, b"1\n2\n3\n")
+    lines = sandbox.Lines(ours)
+    monkeypatch.setattr(sandbox, "PATIENCE", 0.01)
+    assert [lines.next() for _ in range(4)] == [b"1", b"2", b"3", b""]
+    for end in (ours, theirs):
+        os.close(end)
+
+
+def test_an_interrupted_call_gives_nothing_to_the_next(evaluator):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    with pytest.raises(KeyboardInterrupt):
+        evaluator.map(["__import__('time').sleep(1.5)", "77"])
+    signal.signal(signal.SIGALRM, before)
+    os.environ["PYTHONPATH"] = str(ROOT)
+    assert evaluator.map(["8", "9"]) == [8, 9]
+
+
+def test_no_place_to_write_judges_all_the_same(evaluator, monkeypatch):
+    """In a container that is read-only; and a worker that cannot be locked up judges nothing."""
+    monkeypatch.setenv("TMPDIR", "/proc")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    judges = Sandbox("tests.evaluator")
+    assert judges.map(["1 + 1"]) == [2]
+    judges.close()
+
+
+def test_the_current_folder_is_not_imported_from(tmp_path, monkeypatch):
+    (tmp_path / "select.py").write_text("raise ImportError")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    judges = Sandbox("tests.evaluator")
+    assert judges.map(["1"]) == [1]
+    judges.close()
+
+
 def test_no_zombies_and_no_folders_stay(evaluator, tmp_path, monkeypatch):
     children = Path(f"/proc/{evaluator._server.pid}/task/{evaluator._server.pid}/children")
     evaluator.map(["exit()", "1", "exit()"])

@@ -109,6 +109,8 @@ def _load(folder: Path, kind: Kind) -> tuple[Transformer | ScalarModel, Tokenize
         raise UserError(f"{folder}: no {missing}: is it a finished run?") from error
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from error
     except (ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: broken weights or config ({reason}): train it again") from error

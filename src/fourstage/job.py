@@ -50,6 +50,7 @@ OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "versions": dict,
     "threads": int,
     "config.evaluation": dict,
+    "cost.eval_seconds": (int, float),
 }
 
 
@@ -220,6 +221,8 @@ def _stored(folder: Path) -> dict[str, Any]:
         record = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: not a run (it has no run.json)") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"{path}: broken ({error}): remove the folder and train again") from None
     if not isinstance(record, dict):

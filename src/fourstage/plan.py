@@ -323,12 +323,12 @@ def named_run(
     check_role(where, folder.name, record["stage"], role)
     mine, its = shape(asdict(command.model)), shape(record["config"]["model"])
     for key in mine:
-        if mine[key] != its[key]:
+        if mine[key] != its.get(key):
             raise UserError(
                 f"{where}: {folder.name} is of another model ({record['config']['model']['name']}: "
-                f"{key} {its[key]}, not {mine[key]}): choose its model= or another parent"
+                f"{key} {its.get(key)}, not {mine[key]}): choose its model= or another parent"
             )
-    if asdict(command.tokenizer) != record["config"]["tokenizer"]:
+    if asdict(command.tokenizer) != record["config"].get("tokenizer"):
         raise UserError(f"{where}: {folder.name} has another tokenizer: choose its tokenizer=")
     return folder, record
 
@@ -348,9 +348,10 @@ def estimate(command: Command, store: RunStore, run: PlannedRun) -> float | None
             and record["debug"] == command.debug
         )
         same_steps = (
-            settings["batch_size"] == run.settings.batch_size
+            settings.get("batch_size") == run.settings.batch_size
+            and isinstance(settings.get("max_steps"), int)
             and settings["max_steps"] > 0
-            and settings["max_time"] is None
+            and settings.get("max_time") is None
         )
         newer = latest is None or record["finished"] > latest["finished"]
         if alike and newer and (timed or same_steps):
@@ -395,7 +396,7 @@ def show(plan: Plan, console: Console, commit: str | None) -> None:
         if line:
             console.print(f"note: {line}", highlight=False, soft_wrap=True, markup=False)
     for run in plan.runs:
-        made_by = run.record["git"]["commit"] if run.record else None
+        made_by = run.record.get("git", {}).get("commit")
         if commit and made_by and made_by != commit:
             console.print(
                 f"warning: {run.name} was made by commit {made_by[:8]}, this is {commit[:8]} "
@@ -409,7 +410,7 @@ def evaluated_otherwise(plan: Plan) -> str:
     """How to evaluate the finished runs again whose stored evaluation has other settings."""
     mine, names, changes = asdict(plan.command.evaluation), [], {}
     for run in plan.runs:
-        its = run.record["config"]["evaluation"] if run.record else {}
+        its = run.record.get("config", {}).get("evaluation", {})
         if found := {key: mine[key] for key in mine if its.get(key, mine[key]) != mine[key]}:
             names.append(run.name)
             changes |= found

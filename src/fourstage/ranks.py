@@ -83,6 +83,7 @@ class Ranks:
         if Ranks._key is None:
             Ranks._key = self._name_of_launch()
             is_child = Ranks._key == env.get("FOURSTAGE_JOB") and "LOCAL_RANK" in env
+            is_child = is_child and "FOURSTAGE_PARENT" in env
             Ranks._parent = int(env["FOURSTAGE_PARENT"]) if is_child else os.getppid()
             env["FOURSTAGE_PARENT"] = str(os.getpid())  # Lightning's children inherit it
         self.path = outputs / "locks" / f"{Ranks._key}.{next(self._jobs)}.decisions"
@@ -96,7 +97,8 @@ class Ranks:
         for names in (OF_TORCHRUN, OF_SRUN):
             if _has(names):
                 return "-".join(re.sub(r"[^\w.:-]", "_", env[name]) for name in names)
-        if self.is_first:  # no process id: in two containers both are 1
+        if self.is_first and not ("NODE_RANK" in env and "FOURSTAGE_JOB" in env):
+            # no process id: in two containers both are 1
             env["FOURSTAGE_JOB"] = secrets.token_hex(8)  # Lightning's children inherit it
         if "FOURSTAGE_JOB" not in env:
             raise UserError(

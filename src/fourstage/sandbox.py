@@ -23,7 +23,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 from fourstage.errors import UserError
 
@@ -58,14 +58,18 @@ class Sandbox:
         """
         with self._lock:
             for _ in range(2):  # a server that was killed meanwhile is started again
-                server = self._running()
+                server, answer = self._running(), ""
                 assert server.stdin and server.stdout
-                with suppress(BrokenPipeError):
-                    server.stdin.write(json.dumps(list(items)) + "\n")
-                    server.stdin.flush()
-                    if answer := server.stdout.readline():
-                        return json.loads(answer)
-                self.close()
+                try:
+                    with suppress(BrokenPipeError):
+                        server.stdin.write(json.dumps(list(items)) + "\n")
+                        server.stdin.flush()
+                        answer = server.stdout.readline()
+                finally:  # interrupted, it would give these results to the next call
+                    if not answer:
+                        self.close()
+                if answer:
+                    return json.loads(answer)
         raise UserError("the process that judges answers ends at once: its output says why")
 
     def _running(self) -> subprocess.Popen[str]:
@@ -74,7 +78,7 @@ class Sandbox:
             paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
             code = f"from fourstage.sandbox import serve; serve({self.module!r})"
             self._server = subprocess.Popen(
-                [sys.executable, "-c", code],
+                [sys.executable, "-P", "-c", code],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -121,9 +125,12 @@ def batch(functions: Any, items: list[Any]) -> list[Any]:
             os.close(ours)
             work(functions, items[len(results) :], workers)
         os.close(workers)
-        with os.fdopen(ours, "r") as lines:
-            while len(results) < len(items) and (line := next_line(lines)):
-                results.append(json.loads(line))
+        lines = Lines(ours)
+        if not lines.next():
+            raise RuntimeError("the worker cannot give up its rights")
+        while len(results) < len(items) and (line := lines.next()):
+            results.append(json.loads(line))
+        os.close(ours)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         if len(results) < len(items):
@@ -131,11 +138,23 @@ def batch(functions: Any, items: list[Any]) -> list[Any]:
     return results
 
 
-def next_line(lines: IO[str]) -> str:
-    """The next result; "" where the worker died or took too long."""
-    if not select.select([lines], [], [], PATIENCE)[0]:
-        return ""
-    return lines.readline()
+class Lines:
+    """The lines that a worker writes."""
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe, self.waiting = pipe, b""
+
+    def next(self) -> bytes:
+        """The next line; none where the worker died or took too long."""
+        while b"\n" not in self.waiting:
+            if not select.select([self.pipe], [], [], PATIENCE)[0]:
+                return b""
+            read = os.read(self.pipe, 65_536)
+            if not read:
+                return b""
+            self.waiting += read
+        line, _, self.waiting = self.waiting.partition(b"\n")
+        return line
 
 
 # --- the worker
@@ -145,7 +164,8 @@ def work(functions: Any, items: list[Any], pipe: int) -> NoReturn:
     """Judge the items in this process, a line of JSON each, and end it."""
     code = 1
     with suppress(BaseException):
-        lock_up(len(items), pipe)
+        lock_up(len(items))
+        os.write(pipe, b"ready\n")
         for item in items:
             signal.setitimer(signal.ITIMER_PROF, SECONDS)  # ends the process, however busy it is
             try:
@@ -157,11 +177,13 @@ def work(functions: Any, items: list[Any], pipe: int) -> NoReturn:
     os._exit(code)
 
 
-def lock_up(n_items: int, pipe: int) -> None:
+def lock_up(n_items: int) -> None:
     """Give up what judging doesn't need, for the rest of this process' life."""
-    folder = tempfile.mkdtemp()
-    os.chdir(folder)
-    os.rmdir(folder)  # nothing can be made in it
+    os.chdir("/")
+    with suppress(OSError):  # a container may have no place to write
+        folder = tempfile.mkdtemp()
+        os.chdir(folder)
+        os.rmdir(folder)  # nothing can be made in it
     null = os.open(os.devnull, os.O_RDWR)
     for file in range(3):
         os.dup2(null, file)

@@ -81,7 +81,7 @@ def verify_all(problems: Sequence[Verifiable], answers: Sequence[str]) -> list[f
 MOST_CHARACTERS = 4000
 NO_NUMBER = re.compile(r"(?<![a-z])(?:nan|inf(?:inity)?)j?(?![a-z])", re.IGNORECASE)
 LISTS = re.compile(r"[\w\s,'\"\[\]-]*")  # no parentheses, so no call
-NAME = r"(?:sin|cos|tan|exp|log|ln|sqrt|pi|[a-zA-Z])(?![a-zA-Z])"
+NAME = r"(?:a?(?:sin|cos|tan)h?|exp|log|ln|sqrt|pi|[a-zA-Z])(?![a-zA-Z])"
 FORMULA = re.compile(rf"(?:{NAME}|[0-9]{{1,30}}(?![0-9])|\.[0-9]|[\s+*/^()-])*")
 # tasks of reasoning-gym 0.1.25 whose verifier evaluates the answer (a test looks for others)
 EVALUATED = {
@@ -148,7 +148,7 @@ STRICTER: dict[str, Callable[[str, dict[str, Any]], float]] = {
 # --- problems from files: one number, or one expression of the same kind as the expected one
 
 NUMBER = re.compile(
-    r"([+-]?)\$?(-?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,50})?(\.[0-9]{1,50})?(?:e([+-]?[0-9]{1,2}))?%?",
+    r"([+-]?)[$£€]?(-?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,50})?(\.[0-9]{1,50})?(?:e([+-]?[0-9]{1,2}))?%?",
     re.IGNORECASE,
 )
 FRACTION = re.compile(r"(-?)\(?(-?[0-9]{1,50})\)?/\(?(-?[0-9]{1,50})\)?")
@@ -156,6 +156,9 @@ WRAPPED = re.compile(r"\\boxed\s*\{(.*)\}|\\\((.*)\\\)|\$([^$]*)\$", re.DOTALL)
 SEPARATORS = re.compile(r"[,;:=<>|%]|\\(?:leq?|geq?|neq?|cup|cap|pm|in)\b")
 WORDS = re.compile(r"(?<![\\a-z])(?!sqrt|pi|sin|cos|tan|log|ln|exp)[a-z]{2,}")
 ARITHMETIC = re.compile(r"(?<!^)[+-]|[0-9](?:\*\*|\\times|\\cdot|\\div|[*/^])(?=[0-9])")
+TEXT = re.compile(
+    r"^[0-9]+(?:[-:][0-9]+)+$|^[^\\]*[a-z][0-9]|_|^[^\\]*(?!sqrt|sin|cos|tan|log|exp)\b[a-z]{3}"
+)
 LOOKS = str.maketrans(LOOK_ALIKES)  # a tokenizer may be able to write only the plain ones
 
 
@@ -179,8 +182,10 @@ def same_plainly(given: str, expected: str) -> bool | None:
         return _number(given) == wanted
     if (wanted := wanted or _fraction(expected)) is not None:
         return wanted in (_number(given), _fraction(given))
-    if given == expected:
+    if given.replace(" ", "") == expected.replace(" ", ""):
         return True
+    if TEXT.search(expected):  # words, names, dates, scores: no formula
+        return False
     if not re.search(r"[0-9\\+*/^]", expected) or not _same_kind(given, expected):
         return False
     return None
@@ -190,9 +195,13 @@ def _plain(text: str) -> str:
     r"""Plain characters in lower case, spaces between words only, no $...$ or \boxed{...}."""
     text = " ".join(text.translate(LOOKS).split()).removesuffix(".").strip()
     while wrapped := WRAPPED.fullmatch(text):
-        text = next(part for part in wrapped.groups() if part is not None).strip()
-    text = re.sub(r"\\[dt]frac", r"\\frac", text).replace("\\%", "%").replace("\\$", "$")
-    text = re.sub(r"\\(?:left|right|,|!|;)|(?<![a-zA-Z0-9]) | (?![a-zA-Z0-9])", "", text)
+        text = next(part for part in wrapped.groups() if part is not None)
+        text = text.strip().removesuffix(".")
+    text = text.replace("{,}", ",").replace("\\%", "%").replace("\\$", "$")
+    text = re.sub(r"\\[dt]frac", r"\\frac", text)
+    text = re.sub(r"\\frac([0-9])([0-9])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\(?:left|right|,|!|;)|(?<![a-zA-Z0-9,]) | (?![a-zA-Z0-9])", "", text)
     return text.lower() if "\\" not in text else text
 
 

@@ -103,6 +103,12 @@ def test_a_short_prompt_counts_only_as_a_whole_message() -> None:
     assert not keys.in_messages([{"role": "assistant", "content": "Hello"}])
 
 
+def test_typographic_twins_are_one_prompt() -> None:
+    keys = keys_of([], ["What\u2019s the name of the king\u2019s eldest daughter?"])
+    twin = "What's the name of the king's eldest daughter?"
+    assert keys.hold(twin) and keys.in_text(f"He asked: {twin} Nobody knew.")
+
+
 def test_a_bad_file_of_another_source_is_named(tmp_path) -> None:
     text = tmp_path / "a.txt"
     text.write_text("words and words\n" * 50)

@@ -92,6 +92,10 @@ class ReasoningConfig:
     def __post_init__(self) -> None:
         _at_least("size", self.size, 1)
         _at_least("heldout_size", self.heldout_size, 1)
+        if self.only is not None and self.path is not None:
+            raise UserError(
+                "only: the problems come from data.reasoning.path: leave one of them out"
+            )
         if self.only is not None and not (
             self.only and all(isinstance(entry, str | dict) for entry in self.only)
         ):

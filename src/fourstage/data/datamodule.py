@@ -336,8 +336,7 @@ def says_the_same(pair: Pair, tokenizer: Tokenizer) -> bool:
 def fit_pair(
     pair: Pair, tokenizer: Tokenizer, max_tokens: int
 ) -> tuple[tuple[list[int], list[int]] | None, bool]:
-    """Chosen and rejected ids of at most `max_tokens`, and whether the prompt lost its oldest
-    exchanges to fit. None where its last message does not.
+    """Chosen and rejected ids of at most `max_tokens`, and whether the prompt's beginning was cut.
 
     An answer that was cut off has no end of turn, as none will when ppo has it scored.
     """
@@ -345,14 +344,15 @@ def fit_pair(
         [*tokenizer.encode(text), *([] if side in pair.unfinished else [tokenizer.eot_id])]
         for side, text in (("chosen", pair.chosen), ("rejected", pair.rejected))
     ]
+    prompt = tokenizer.prompt(pair.messages)
     room = max_tokens - max(map(len, answers))
-    cut = False
-    for recent in without_oldest(pair.messages):
-        prompt = tokenizer.prompt(recent)
-        if len(prompt) <= room:
-            return (prompt + answers[0], prompt + answers[1]), cut
-        cut = True
-    return None, cut
+    cut = len(prompt) > room
+    if cut:
+        shorter = tokenizer.shorten(prompt, room, keep=2)
+        if shorter is None:
+            return None, True
+        prompt = shorter
+    return (prompt + answers[0], prompt + answers[1]), cut
 
 
 def _pair_batch(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> PairBatch:

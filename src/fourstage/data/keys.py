@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 
 from fourstage.data.records import Conversation, Message, Pair, Problem, opening
 from fourstage.data.split import expressions, normalise, whole_expressions
+from fourstage.tokenizer import LOOK_ALIKES
 from fourstage.verify import FROM_FILE
 
 LEAST = 5  # words and signs of a chat prompt that is searched for inside texts
 LEAST_PROBLEM = 3  # of a problem's question, which is rarely said by chance
 NUMBER = re.compile(r"\d+")
+LOOKS = str.maketrans(LOOK_ALIKES)
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -35,12 +37,12 @@ class HeldOutKeys:
 
     def hold(self, prompt: str) -> bool:
         """Whether a prompt is held out."""
-        key = normalise(prompt)
+        key = plain(prompt)
         return key in self.prompts or key in self.problems
 
     def in_text(self, text: str) -> bool:
         """Whether a text is or contains a held-out problem, or contains a held-out prompt."""
-        if self.problems and normalise(text) in self.problems:
+        if self.problems and plain(text) in self.problems:
             return True
         if self.longest and not self.problems.isdisjoint(expressions(text, self.longest)):
             return True
@@ -50,7 +52,7 @@ class HeldOutKeys:
         """Whether any message does so, or asks a held-out prompt."""
         return any(
             self.in_text(m["content"])
-            or (m["role"] == "user" and normalise(m["content"]) in self.prompts)
+            or (m["role"] == "user" and plain(m["content"]) in self.prompts)
             for m in messages
         )
 
@@ -62,9 +64,14 @@ class HeldOutKeys:
         return False
 
 
+def plain(text: str) -> str:
+    """The key of a prompt, the same for characters that are one to the tokenizer."""
+    return normalise(text.translate(LOOKS))
+
+
 def words(text: str) -> tuple[str, ...]:
     """Words and signs in lower case, without the signs at the end."""
-    found = WORD.findall(text.lower())
+    found = WORD.findall(text.translate(LOOKS).lower())
     while found and not found[-1].isalnum():
         found.pop()
     return tuple(found)
@@ -77,7 +84,7 @@ def keys_of(problems: Iterable[Problem], prompts: Iterable[str] = ()) -> HeldOut
     longest = 0
     questions: list[str] = []
     for problem in problems:
-        whole.add(normalise(problem.question))
+        whole.add(plain(problem.question))
         spelt_out = set() if problem.task == FROM_FILE else whole_expressions(problem.question)
         whole |= spelt_out
         longest = max(longest, *(len(NUMBER.findall(key)) for key in spelt_out), 0)
@@ -88,7 +95,7 @@ def keys_of(problems: Iterable[Problem], prompts: Iterable[str] = ()) -> HeldOut
         for phrase in {words(text) for text in texts}:
             if len(phrase) >= least:
                 phrases.setdefault(phrase[:LEAST_PROBLEM], []).append(phrase)
-    return HeldOutKeys(frozenset(whole), frozenset(map(normalise, prompts)), longest, phrases)
+    return HeldOutKeys(frozenset(whole), frozenset(map(plain, prompts)), longest, phrases)
 
 
 def openings(records: Iterable[Conversation | Pair]) -> list[str]:
