@@ -322,7 +322,7 @@ class StageModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped_steps = checkpoint["steps_skipped"]
-        self.taken_steps = checkpoint["steps_taken"]
+        self.taken_steps = checkpoint.get("steps_taken", 1)  # older states don't say
 
     # --- the routers
 
