@@ -55,6 +55,8 @@ SHARED = {
     "settings",
     "job",
     "verify",
+    "verifiers",
+    "final_answer",
     "sandbox",
 }  # everything may import them
 # they import nothing else of ours
@@ -71,7 +73,7 @@ FOREIGN = {
     "wandb": {"loggers", "callbacks", "runner", "dashboard"},
     "wandb_workspaces": {"dashboard"},
     "matplotlib": {"report"},
-    "reasoning_gym": {"data", "verify"},
+    "reasoning_gym": {"data", "verifiers"},
     "datasets": {"data"},
 }
 STAGE_FILES = ("pretrain", "sft", "reward", "ppo", "grpo")

@@ -19,7 +19,8 @@ from reasoning_gym.factory import DATASETS
 
 from fourstage import sandbox
 from fourstage.sandbox import Sandbox
-from fourstage.verify import EVALUATED, FROM_FILE, STRICTER, is_plausible, verify, verify_all
+from fourstage.verifiers import EVALUATED, is_plausible
+from fourstage.verify import FROM_FILE, verify, verify_all
 from tests.test_arrows import ROOT
 
 # --- the sandbox itself, without any filter in front of it
@@ -268,7 +269,7 @@ def test_right_answers_stay_right(task):
     answer = one.entry["answer"]
     if not isinstance(answer, str):
         pytest.skip(f"{task} has no single answer")
-    assert is_plausible(answer.strip(), one)
+    assert is_plausible(answer.strip(), task, one.entry)
     assert verify(one, f"#### {answer}") == 1.0
 
 
@@ -287,16 +288,6 @@ def test_the_tasks_that_evaluate_are_known():
             if any(call in code for call in called):
                 found.add(task)
     assert found == set(EVALUATED)
-
-
-def test_verifiers_that_take_anything_are_replaced():
-    one = SimpleNamespace(task="game_of_life_halting", entry={"answer": True})
-    assert [verify(one, f"#### {text}") for text in ("True", "False", "x")] == [1.0, 0.0, 0.0]
-    board = {"answer": "1 0\n0 1", "metadata": {"output": [[1, 0], [0, 1]]}}
-    for task in ("rearc", "arc_agi"):
-        one = SimpleNamespace(task=task, entry=board)
-        assert verify(one, "#### 1 0\n0 1") == 1.0 and verify(one, "#### 1 0\n0 0") == 0.0
-    assert set(STRICTER) < set(DATASETS)
 
 
 def test_many_answers_are_judged_as_one_by_one():

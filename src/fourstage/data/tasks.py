@@ -20,6 +20,7 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
+from fourstage.verifiers import is_plausible
 from fourstage.verify import MARK
 
 Entry = dict[str, Any]
@@ -41,11 +42,13 @@ def short_question(task: str, entry: Entry) -> str:
 
 
 def worked_solution(task: str, entry: Entry) -> str | None:
-    """Steps, one a line, and the marked answer; None where the task has no single answer."""
-    if not isinstance(entry["answer"], str) or not entry["answer"].strip():
+    """Steps, one a line, and the marked answer; None where the task has no single answer, or only
+    one that its verifier does not take (an integral that sympy leaves unsolved)."""
+    answer = entry["answer"]
+    if not isinstance(answer, str) or not answer.strip() or not is_plausible(answer, task, entry):
         return None
     steps = STEPS[task](entry["metadata"]) if task in STEPS else []
-    return "\n".join([*steps, f"{MARK}{entry['answer'].strip()}"])
+    return "\n".join([*steps, f"{MARK}{answer.strip()}"])
 
 
 def _by_place(number: int) -> list[int]:
