@@ -26,7 +26,7 @@ from fourstage.data.schemas import (
 )
 from fourstage.errors import UserError
 from fourstage.settings import build
-from fourstage.verify import verify
+from fourstage.verify import has_form, verify
 from tests.data.conftest import make
 from tests.fakes import CONF
 
@@ -138,13 +138,30 @@ def test_pairs(values, prompt):
         (-1.5, "-1.5"),
         (r"We add. The answer is \boxed{7}.", "7"),
         (r"\boxed{1} is wrong: \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"so \boxed 7.", "7"),
+        (r"so \fbox{7}", "7"),
         ("so\n#### 8 \\boxed{9}", "8 \\boxed{9}"),
+        ("#### Step 1\nadd\n#### Step 2\nadd more\n#### 7", "7"),
+        ("so\n##### 7", "7"),
+        ("the answer is #### 7", "7"),
+        ("so\n#### 7\nThat is what we wanted.", "7"),
+        ("so\n#### 1 2\n3 4", "1 2\n3 4"),
     ],
 )
 def test_problems(answer, result):
     problem = problem_from(record(question="How many?", answer=answer))
     assert problem.answer == result and problem.worked.endswith(f"#### {result}")
-    assert verify(problem, problem.worked) == 1.0
+    assert verify(problem, problem.worked) == 1.0 and has_form(problem.worked, problem)
+
+
+def test_marks_within_a_solution_are_no_result():
+    problem = problem_from(record(question="?", answer="#### Step 1\nadd <<1+6=7>>7\nso #### 7"))
+    assert problem.worked == "Step 1\nadd 7\nso\n#### 7"
+
+
+def test_not_a_number_is_no_answer():
+    with pytest.raises(Unusable, match="the answer is nan, which is no number"):
+        problem_from(record(question="?", answer=float("nan")))
 
 
 def test_boxed():

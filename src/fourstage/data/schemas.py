@@ -5,6 +5,7 @@ The schema is read off the record's fields; a record that fits none names itself
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from typing import Any, TypeVar
 from fourstage.data.files import Record
 from fourstage.data.records import Conversation, Message, Pair, Problem
 from fourstage.errors import UserError
-from fourstage.verify import FROM_FILE, MARK, extract
+from fourstage.final_answer import is_number
+from fourstage.verify import FROM_FILE, MARK
 
 T = TypeVar("T")
 
@@ -35,8 +37,8 @@ ROLES = {
 }
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 NOT_READ = "not_read_"  # in front of a field's name, in notes
-BOXED = "\\boxed{"
-TIGHT_MARK = re.compile(r"####[ \t]*(?=\S)")  # "####42" is meant as "#### 42"
+BOXED = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+([^\s{}$]+))")
+HASHES = re.compile(r"[ \t]*#{4,}[ \t]*")  # "##### 42" and "####42" are meant as "#### 42"
 CALCULATOR = re.compile(r"<<.*?>>")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half an emoji, as JSON may escape it
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")
@@ -121,25 +123,36 @@ def problem_from(record: Record) -> Problem:
         raise _unknown(record, '"question" and "answer"')
     question = _text(record, "question")
     answer = record.get("answer")
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise Unusable(f"{record.where}: the answer is {answer}, which is no number", "no_result")
     is_value = isinstance(answer, int | float)
-    solution = TIGHT_MARK.sub(MARK, str(answer) if is_value else _text(record, "answer"))
-    final = extract(f"{solution} ")  # the space completes a mark at the very end
-    if final is None and (result := boxed(solution)) is not None:
-        solution, final = f"{solution}\n{MARK}{result}", result
-    if final is None:
-        return Problem(question, solution, FROM_FILE, f"{MARK}{solution}", {"answer": solution})
+    *steps, final = HASHES.split(str(answer) if is_value else _text(record, "answer"))
+    if not steps:
+        if (result := boxed(final)) is None:
+            return Problem(question, final, FROM_FILE, f"{MARK}{final}", {"answer": final})
+        steps, final = [final], result
+    final = _result(final)
     if not final:
         raise Unusable(f"{record.where}: nothing follows '{MARK}' in the answer", "no_result")
-    worked = CALCULATOR.sub("", solution)
+    worked = "".join(steps[:1] + [f"\n{step.lstrip()}" for step in steps[1:]])
+    worked = CALCULATOR.sub("", f"{worked.rstrip()}\n{MARK}{final}".lstrip())
     return Problem(question, final, FROM_FILE, worked, {"answer": final})
 
 
+def _result(text: str) -> str:
+    """Without the words that follow a number on lines of their own."""
+    first, _, rest = text.strip().partition("\n")
+    is_said = is_number(first) and re.search(r"[^\W\d]{2}", rest)
+    return first.strip() if is_said else text.strip()
+
+
 def boxed(text: str) -> str | None:
-    """What the last \\boxed{...} of a text holds, with the braces inside it; None without one."""
-    start = text.rfind(BOXED) + len(BOXED)
-    if start < len(BOXED):
+    r"""What the last \boxed{...} of a text holds, with the braces inside it; None without one."""
+    if not (found := list(BOXED.finditer(text))):
         return None
-    depth = 1
+    if found[-1][1]:
+        return found[-1][1].rstrip(".,;")
+    start, depth = found[-1].end(), 1
     for at in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[at], 0)
         if depth == 0:
