@@ -235,15 +235,50 @@ def test_other_settings_are_taken_and_recorded(ladder, capsys) -> None:
     assert "sft: evaluating: held-out text\nsft: evaluated in 0:0" in capsys.readouterr().err
 
 
+def test_a_ladder_is_evaluated_on_what_its_last_run_holds_out(ladder, capsys) -> None:
+    places = [folder(ladder, stage) for stage in STAGES]
+    before, record = evaluations(*places), read_record(places[0])
+    write_report(ladder, "grpo")
+    differ = "Not all rows were asked the same held-out items"
+    assert differ not in (ladder / "report" / "report.md").read_text()
+    chat = {**record["config"]["data"]["chat"], "max_answer_chars": 30}
+    write_record(places[0], config={"data": {**record["config"]["data"], "chat": chat}})
+    for path in places[0].glob("eval*.json"):
+        path.unlink()
+    evaluation.main(["run=pretrain", f"outputs={ladder}", "evaluation.max_problems=2"])
+    write_report(ladder, "grpo")
+    said = (ladder / "report" / "report.md").read_text()
+    assert differ in said and "reasoning: pretrain 2, random 2" not in said
+    assert "reasoning: sft 4, pretrain 2, 2 of them the same" in said
+    assert f"run={places[-1].name} ladder=true" in said
+
+    evaluation.main(["run=grpo", "ladder=true", f"outputs={ladder}"])
+    assert evaluations(*places) == before
+    assert read_record(places[0])["config"] == record["config"]
+    assert "keeps its own" not in capsys.readouterr().err
+
+    grown = {**record["data"], "digest": "of another text"}
+    write_record(places[0], data=grown)
+    with pytest.raises(UserError, match="the corpus of pretrain-|its corpus has changed"):
+        evaluation.main(["run=grpo", "ladder=true", f"outputs={ladder}"])
+    name = (
+        f"{places[0].name} keeps its own held-out data: under that of {places[-1].name} its corpus"
+    )
+    assert name in capsys.readouterr().err
+    write_record(places[0], data=record["data"])
+
+
 def test_what_other_data_would_say_replaces_no_evaluation(ladder) -> None:
-    """A text that has grown holds out what the run trained on."""
-    place = folder(ladder, "sft")
-    before, digest = evaluations(place), read_record(place)["data"]["digest"]
-    write_record(place, data={"digest": "of the old file"})
-    with pytest.raises(UserError, match="its chat has changed since it was trained, .* is kept; "):
-        evaluation.main(["run=sft", f"outputs={ladder}"])
-    write_record(place, data={"digest": digest})
-    assert evaluations(place) == before
+    """A text that has grown holds out what the run trained on, or an ancestor."""
+    before = evaluations(folder(ladder, "sft"))
+    for stage, whose in (("sft", "its chat"), ("pretrain", "the corpus of pretrain-.*")):
+        place = folder(ladder, stage)
+        digest = read_record(place)["data"]["digest"]
+        write_record(place, data={"digest": "of the old file"})
+        with pytest.raises(UserError, match=f"sft-.*: {whose} has changed since .* is kept; "):
+            evaluation.main(["run=sft", f"outputs={ladder}"])
+        write_record(place, data={"digest": digest})
+    assert evaluations(folder(ladder, "sft")) == before
 
 
 def test_a_ladder_of_an_older_suite_becomes_one_of_this(ladder, capsys) -> None:

@@ -520,6 +520,18 @@ def test_other_settings_of_a_stored_evaluation_are_named(base, tmp_path, capsys)
     ) in capsys.readouterr().out
 
 
+def test_other_data_of_a_stored_evaluation_is_named(base, tmp_path, capsys) -> None:
+    run(base, "pretrain")
+    shorter = [*base, "data.chat.max_answer_chars=50"]
+    assert run(shorter, "sft").stages == ["sft"]
+    of = ids(shorter, "sft")
+    assert (
+        f"note: pretrain-{of['pretrain']} was evaluated on other held-out data: when this is done, "
+        f"{python_word()} -m fourstage.evaluation run=sft-{of['sft']} ladder=true "
+        f"outputs={tmp_path}/outputs\n"
+    ) in capsys.readouterr().out
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler (g++)")
 def test_a_cpu_compiles_in_float32(base) -> None:
     (job,) = run([*base, "trainer.compile=true"], "pretrain").jobs

@@ -8,8 +8,8 @@ For example:
     python -m fourstage.evaluation run=sft evaluation.max_problems=800
 
 It trains nothing and gives the same bytes again. ladder=true evaluates the run's ancestors too,
-from the bottom up, which brings a ladder of an older suite to this one. Changed settings are
-recorded.
+from the bottom up, on the run's held-out data and with its evaluation settings, so that all rows
+compare; it also brings a ladder of an older suite to this one. Changed settings are recorded.
 
     eval.json           {"suite", "seed", "metrics"} of a run, from it and its ancestors only
     eval_items.jsonl    the items that the metrics are computed from
@@ -253,7 +253,8 @@ def main(arguments: list[str]) -> None:
     folder = store.find(values["run"])
     ancestors = list(store.ancestors(folder).values()) if ladder == "true" else []
     for run in (*ancestors, folder):  # each judges rows below it, so from the bottom up
-        evaluate_again(run, store.ancestors(run), store.outputs, changes)
+        like = None if run == folder else folder
+        evaluate_again(run, store.ancestors(run), store.outputs, changes, like)
         print(f"evaluated {run.name}: {run / 'eval.json'}", flush=True)
 
 

@@ -38,7 +38,7 @@ def same_plainly(given: str, expected: str) -> bool | None:
 
 
 def is_number(text: str) -> bool:
-    """Whether a final answer is one number, which may have a unit that `same_plainly` reads past."""
+    """Whether a final answer is one number; "$1,000", "40%" and "\\boxed{7}" are."""
     return _number(_plain(text)) is not None
 
 

@@ -407,21 +407,39 @@ def show(plan: Plan, console: Console, commit: str | None) -> None:
 
 
 def evaluated_otherwise(plan: Plan) -> str:
-    """How to evaluate the finished runs again whose stored evaluation has other settings."""
-    mine, names, changes = asdict(plan.command.evaluation), [], {}
+    """How to evaluate the finished runs again whose stored evaluation has other settings, or is on
+    the held-out data of another config."""
+    mine, changes = plain(plan.command.evaluation), {}
+    names: dict[str, list[str]] = {"with other settings": [], "on other held-out data": []}
     for run in plan.runs:
-        its = run.record.get("config", {}).get("evaluation", {})
+        config = run.record.get("config", {})
+        its = config.get("evaluation", {})
         if found := {key: mine[key] for key in mine if its.get(key, mine[key]) != mine[key]}:
-            names.append(run.name)
+            names["with other settings"].append(run.name)
             changes |= found
-    if not names:
+        if config.get("data", plain(plan.command.data)) != plain(plan.command.data):
+            names["on other held-out data"].append(run.name)
+    said = [
+        f"{', '.join(runs)} {'was' if len(runs) == 1 else 'were'} evaluated {how}"
+        for how, runs in names.items()
+        if runs
+    ]
+    if not said:
         return ""
-    words = [python_word(), "-m", "fourstage.evaluation", f"run={names[-1]}"]
-    words += ["ladder=true"] * (len(names) > 1)
+    tip = plan.runs[-1]  # whose data its ancestors take
+    other_settings, other_data = names.values()
+    last = tip.name if other_data else other_settings[-1]
+    words = [python_word(), "-m", "fourstage.evaluation", f"run={last}"]
+    words += ["ladder=true"] * (len(other_settings) > 1 or bool(other_data))
     words += [f"evaluation.{key}={value}" for key, value in changes.items()]
     words += outputs_word(plan)
-    verb = "was" if len(names) == 1 else "were"
-    return f"{', '.join(names)} {verb} evaluated with other settings: {shlex.join(words)}"
+    when = "when this is done, " if last == tip.name and tip.to_do else ""
+    return f"{'; '.join(said)}: {when}{shlex.join(words)}"
+
+
+def plain(config: Any) -> Any:
+    """A typed config as it is read back from JSON."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 def outputs_word(plan: Plan) -> list[str]:

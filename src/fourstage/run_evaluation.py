@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -156,17 +157,33 @@ def evaluate_again(
     ancestors: dict[str, Path],
     outputs: Path,
     changes: Mapping[str, Any] | None = None,
+    like: Path | None = None,
 ) -> None:
     """Evaluate a finished run with the config in its record: eval.json gets the same bytes.
 
-    `changes` of `evaluation` in that config are recorded, so that the next time agrees again.
+    `changes` of `evaluation` in that config are recorded, so that the next time agrees again; so is
+    what the run takes from the run `like`: its `evaluation`, and its `data` where this run would
+    train on the same under it (else what is held out there it may have trained on).
     Raises UserError where the data has changed since, and there is an eval.json to lose.
     """
     torch.set_flush_denormal(True)  # as in training: it is faster, and the digits are the same
     record = read_record(folder)
     # other threads give sums other last digits; older records do not say how many there were
     torch.set_num_threads(record.get("threads", torch.get_num_threads()))
-    config, stage = record["config"], record["stage"]
+    stage = record["stage"]
+    config = dict(record["config"])
+    if like is not None:
+        theirs = read_record(like)["config"]
+        config["evaluation"] = theirs["evaluation"]
+        if has_other_data({**record, "config": {**config, "data": theirs["data"]}}):
+            print(
+                f"{folder.name} keeps its own held-out data: under that of {like.name} its "
+                f"{data.source_of_stage[stage]} is another than it was trained on",
+                file=sys.stderr,
+            )
+        else:
+            config["data"] = theirs["data"]
+    config["evaluation"] = {**config["evaluation"], **(changes or {})}
     job = StageJob(
         stage=stage,
         run_id=record["id"],
@@ -179,9 +196,7 @@ def evaluate_again(
         digest=record.get("data", {}).get("digest", ""),
         trainer=build(TrainerConfig, config["trainer"], "trainer"),
         logger=LoggerConfig(name="none"),
-        evaluation=build(
-            evaluation.EvaluationConfig, {**config["evaluation"], **(changes or {})}, "evaluation"
-        ),
+        evaluation=build(evaluation.EvaluationConfig, config["evaluation"], "evaluation"),
         seed=record["config"]["seed"],
         parents={
             role: path
@@ -191,26 +206,31 @@ def evaluate_again(
         ancestors=ancestors,
         group=record["group"],
     )
-    if has_other_data(job, record) and (folder / "eval.json").exists():
+    changed = [f for f in (folder, *ancestors.values()) if has_other_data(read_record(f))]
+    if changed and (folder / "eval.json").exists():
+        source = data.source_of_stage[read_record(changed[0])["stage"]]
+        whose = f"its {source}" if changed[0] == folder else f"the {source} of {changed[0].name}"
         raise UserError(
-            f"{folder.name}: its {data.source_of_stage[stage]} has changed since it was trained, "
-            f"and what is held out now it may have trained on: {folder / 'eval.json'} is kept; "
-            "remove the file to have it written all the same"
+            f"{folder.name}: {whose} has changed since it was trained, and what is held out now it "
+            "may have trained on: "
+            f"{folder / 'eval.json'} is kept; remove the file to have it written all the same"
         )
     if stage == "pretrain":
         tokenizer = Tokenizer.from_config(job.tokenizer)
         evaluate_random(job, random_weights(job, tokenizer), tokenizer)
     network, tokenizer = (load_scalar if stage == "reward" else load_policy)(folder)
     evaluate_run(job, network.to(device_of(job)), tokenizer)
-    if changes:
-        write_record(folder, config={"evaluation": asdict(job.evaluation)})
+    if config != record["config"]:
+        evaluated = asdict(job.evaluation)
+        write_record(folder, config={"evaluation": evaluated, "data": config["data"]})
 
 
-def has_other_data(job: StageJob, record: dict[str, Any]) -> bool:
-    """Whether the source that the run trained on reads otherwise now; not where it is missing,
-    which `heldout_sets` says."""
+def has_other_data(record: dict[str, Any]) -> bool:
+    """Whether the source that a run trained on reads otherwise now; not where it is missing, which
+    `heldout_sets` says."""
     try:
-        now = data.digest(job.data, job.stage)
+        config = build(data.DataConfig, record["config"]["data"], "data")
+        now = data.digest(config, record["stage"])
     except UserError:
         return False
     return now != record.get("data", {}).get("digest", now)  # older records may have none

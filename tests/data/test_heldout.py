@@ -129,6 +129,32 @@ def test_a_text_without_blank_lines_loses_lines_only() -> None:
     assert without_heldout(broken, keys) == ("", 1)
 
 
+def test_a_prompt_of_several_paragraphs_is_found_in_a_text() -> None:
+    prompt = "Read this poem by a sailor.\n\nThe sea is deep.\n\nWhat does it say of the sea?"
+    keys = keys_of([], [prompt])
+    around = ["Here is one.", "Goodbye to all."]
+    assert without_heldout("\n\n".join([around[0], prompt, around[1]]), keys) == (
+        "Here is one.\n\nGoodbye to all.",
+        3,
+    )
+    assert without_heldout(f"So: {prompt} Yes.", keys) == ("", 3)
+    other = prompt.replace("deep", "blue")
+    assert without_heldout(other, keys) == (other, 0)
+
+
+def test_typographic_twins_of_a_problem_stand_on_one_side(tmp_path) -> None:
+    file = tmp_path / "a.jsonl"
+    marks = "'\u2019"
+    rows = [f"What{m}s {i} times the farmer{m}s sheep?" for i in range(200) for m in marks]
+    file.write_text("".join(json.dumps({"question": q, "answer": "1"}) + "\n" for q in rows))
+    problems = data.load_reasoning(make("files", reasoning={"path": str(file)}))
+    sides = [
+        {p.question.replace("\u2019", "'") for p in side}
+        for side in (problems.train, problems.heldout)
+    ]
+    assert sides[1] and not sides[0] & sides[1]
+
+
 def runs(numbers: list[str]) -> set[str]:
     """Every run of neighbours in a sum, by the definition."""
     found = set()

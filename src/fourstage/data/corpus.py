@@ -108,6 +108,9 @@ def without_heldout(document: str, keys: HeldOutKeys) -> tuple[str, int]:
             if not paragraph or keys.in_text(paragraph):
                 continue
         kept.append(paragraph)
+    spread = keys.across(kept)
+    kept = [paragraph for i, paragraph in enumerate(kept) if i not in spread]
+    dropped += len(spread)
     return ("\n\n".join(kept), dropped) if dropped else (document, 0)
 
 

@@ -235,11 +235,20 @@ def _parsed(line: str, where: str) -> Any:
 
 def _table(path: str) -> list[Record]:
     delimiter = "\t" if _kind(Path(path)) == ".tsv" else ","
-    lines = csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter)
+    csv.field_size_limit(2**31 - 1)  # an answer may be long
+    lines = csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter, strict=True)
     try:
+        names = list(lines.fieldnames or [])
         rows = [dict(row) for row in lines]
     except csv.Error as error:
-        raise UserError(f"{path}, line {lines.line_num}: not a table ({error})") from None
+        why = "a quote is not closed" if "end of data" in str(error) else str(error)
+        raise UserError(f"{path}, line {lines.line_num}: not a table ({why})") from None
+    if len(names) == 1 and ";" in names[0]:
+        raise UserError(
+            f"{path}: separated by semicolons: save it with commas, or as .tsv with tabs"
+        )
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{path}: two columns are named {', '.join(twice)}: rename one")
     if any(None in row or None in row.values() for row in rows):
         raise UserError(f"{path}: rows of different lengths: give each as many fields as the first")
     return [Record(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]

@@ -10,7 +10,7 @@ its operands.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fourstage.data.records import Conversation, Message, Pair, Problem, opening
@@ -32,6 +32,7 @@ class HeldOutKeys:
     problems: frozenset[str] = frozenset()  # normalised questions and expressions
     prompts: frozenset[str] = frozenset()  # normalised prompts of chats and pairs
     longest: int = 0  # operands of an expression among the problems
+    paragraphs: int = 1  # at most, of a prompt
     # the first words of a phrase -> the phrases that begin so
     phrases: dict[tuple[str, ...], list[tuple[str, ...]]] = field(default_factory=dict)
 
@@ -57,11 +58,25 @@ class HeldOutKeys:
         )
 
     def _has_phrase(self, text: tuple[str, ...]) -> bool:
+        return next(self._phrases_in(text), None) is not None
+
+    def _phrases_in(self, text: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+        """The first and the last place of each phrase."""
         for at in range(len(text) - LEAST_PROBLEM + 1):
             for phrase in self.phrases.get(text[at : at + LEAST_PROBLEM], ()):
                 if text[at : at + len(phrase)] == phrase:
-                    return True
-        return False
+                    yield at, at + len(phrase) - 1
+
+    def across(self, paragraphs: list[str]) -> set[int]:
+        """The paragraphs over which a held-out prompt of several is spread."""
+        if self.paragraphs == 1:
+            return set()
+        said = [(i, word) for i, text in enumerate(paragraphs) for word in _words(text)]
+        spread: set[int] = set()
+        for first, last in self._phrases_in(tuple(word for _, word in said)):
+            if said[first][0] != said[last][0]:
+                spread.update(range(said[first][0], said[last][0] + 1))
+        return spread
 
 
 def plain(text: str) -> str:
@@ -71,10 +86,14 @@ def plain(text: str) -> str:
 
 def words(text: str) -> tuple[str, ...]:
     """Words and signs in lower case, without the signs at the end."""
-    found = WORD.findall(text.translate(LOOKS).lower())
+    found = _words(text)
     while found and not found[-1].isalnum():
         found.pop()
     return tuple(found)
+
+
+def _words(text: str) -> list[str]:
+    return WORD.findall(text.translate(LOOKS).lower())
 
 
 def keys_of(problems: Iterable[Problem], prompts: Iterable[str] = ()) -> HeldOutKeys:
@@ -95,7 +114,9 @@ def keys_of(problems: Iterable[Problem], prompts: Iterable[str] = ()) -> HeldOut
         for phrase in {words(text) for text in texts}:
             if len(phrase) >= least:
                 phrases.setdefault(phrase[:LEAST_PROBLEM], []).append(phrase)
-    return HeldOutKeys(frozenset(whole), frozenset(map(plain, prompts)), longest, phrases)
+    paragraphs = max((len(text.split("\n\n")) for text in (*questions, *prompts)), default=1)
+    asked = frozenset(map(plain, prompts))
+    return HeldOutKeys(frozenset(whole), asked, longest, paragraphs, phrases)
 
 
 def openings(records: Iterable[Conversation | Pair]) -> list[str]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from fourstage.data.config import DataConfig, cached
 from fourstage.data.files import read_records
-from fourstage.data.keys import keys_of
+from fourstage.data.keys import keys_of, plain
 from fourstage.data.records import Problem
 from fourstage.data.schemas import added, problem_from, usable
-from fourstage.data.split import is_heldout, normalise, short_hash
+from fourstage.data.split import is_heldout, short_hash
 from fourstage.data.tasks import short_question, worked_solution
 from fourstage.errors import UserError
 
@@ -46,8 +46,8 @@ def _from_file(config: DataConfig) -> tuple[list[Problem], list[Problem], dict[s
         records = read_records(reasoning.heldout_path, reasoning.columns)
         heldout, more = usable(records, problem_from)
         notes = added(notes, more)
-    keys = {normalise(p.question) for p in heldout}
-    train = [p for p in problems if normalise(p.question) not in keys]
+    keys = {plain(p.question) for p in heldout}
+    train = [p for p in problems if plain(p.question) not in keys]
     if reasoning.heldout_path is not None:
         notes["dropped_from_train_as_heldout"] = len(problems) - len(train)
     return train, heldout, notes

@@ -37,6 +37,7 @@ from fourstage.report.ladder import (
     Run,
     choose,
     ladder,
+    notes_on_items,
     other_tips,
     read_rows,
     read_runs,
@@ -105,6 +106,7 @@ def document(
     return [
         Heading(f"From random weights to {tip.stage}", 1),
         *_introduction(tip, files, others),
+        *map(Paragraph, notes_on_items(rows, tip.name)),
         *lineage_figures(rows),
         Heading("What each stage did"),
         Paragraph(_how_to_read(rows)),

@@ -251,6 +251,39 @@ def _with_parents(rows: list[Row]) -> list[Row]:
     return list(done.values())
 
 
+# --- on what they were evaluated
+
+
+def notes_on_items(rows: list[Row], tip: str) -> list[str]:
+    """A line where neighbours were asked other held-out items, with the way to mend it."""
+    found = []
+    for row in rows:
+        if row.parent is None:
+            continue
+        sides = [_ids(each.items) for each in (row, row.parent)]
+        for name in sorted(sides[0].keys() & sides[1].keys()):
+            mine, its = (side[name] for side in sides)
+            if mine != its:
+                found.append(
+                    f"{name}: {row.stage} {len(mine)}, {row.parent.stage} {len(its)}, "
+                    f"{len(mine & its)} of them the same"
+                )
+    if not found:
+        return []
+    return [
+        f"Not all rows were asked the same held-out items ({'; '.join(found)}): their columns are "
+        "not comparable, and differences are over the items in common. To evaluate all of them on "
+        f"those of the last, without training: python -m fourstage.evaluation run={tip} ladder=true"
+    ]
+
+
+def _ids(items: list[Item]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for item in items:
+        found.setdefault(item["set"], set()).add(str(item["id"]))
+    return found
+
+
 # --- differences
 
 
