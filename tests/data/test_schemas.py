@@ -131,6 +131,38 @@ def test_pairs(values, prompt):
     assert (pair.messages, pair.chosen, pair.rejected) == (prompt, "good", "bad")
 
 
+def test_a_text_that_begins_like_a_dialogue_is_a_text():
+    says = "Human: a species, or a genus?"
+    assert conversation_from(record(prompt=says, response="a")).messages[0] == user(says)
+    assert pair_from(record(prompt=says, chosen="good", rejected="bad")).messages == [user(says)]
+    asked = pair_from(record(prompt="\n\nHuman: q", chosen="good", rejected="bad")).messages
+    open_turn = record(prompt="Human: q\n\nAssistant:", chosen="good", rejected="bad")
+    assert asked == pair_from(open_turn).messages == [user("q")]
+
+
+def test_answers_to_other_turns_are_no_pair():
+    sides = {"chosen": [user("q"), assistant("a")], "rejected": [user("r"), assistant("b")]}
+    with pytest.raises(Unusable, match="answer different prompts"):
+        pair_from(record(prompt="q", **sides))
+
+
+def test_an_input_may_be_a_number_but_no_object():
+    (asked, _) = conversation_from(record(instruction="i", input=5, output="o")).messages
+    assert asked == user("i\n5")
+    with pytest.raises(UserError, match='"input" must be a text, got dict'):
+        conversation_from(record(instruction="i", input={"a": 1}, output="o"))
+
+
+def test_an_unknown_schema_names_the_key_for_other_names():
+    with pytest.raises(UserError, match=r"data.reasoning.columns=\{question: problem, ...\}$"):
+        problem_from(record(problem="q", solution="a"))
+
+
+def test_a_long_field_of_a_table_is_read(write):
+    (row,) = read_records(write("a.csv", "text\n" + "x" * 200_000 + "\n"))
+    assert row.get("text") == "x" * 200_000
+
+
 @pytest.mark.parametrize(
     ("answer", "result"),
     [
@@ -362,7 +394,9 @@ def test_marks_between_files_that_were_joined(write):
         ("a.json", '[{"text": ' + "9" * 5000 + "}]", "a number of too many digits"),
         ("a.json", '[{"text": ' + "[" * 100_000, "nested too deep"),
         ("a.csv", "a,b\n1\n", "rows of different lengths"),
-        ("a.csv", "a\n" + "x" * 200_000, "not a table"),
+        ("a.csv", 'a,b\n1,"2\n3,4\n', "not a table .a quote is not closed"),
+        ("a.csv", "a,b,a\n1,2,3\n", "two columns are named a"),
+        ("a.csv", "question;answer\n1;2\n", "separated by semicolons"),
     ],
 )
 def test_files_that_cannot_be_read(write, name, content, message):

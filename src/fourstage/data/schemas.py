@@ -51,7 +51,7 @@ def document_from(record: Record) -> str:
         UserError: no such field, or it is empty or no text.
     """
     if "text" not in record:
-        raise _unknown(record, '"text"')
+        raise _unknown(record, '"text"', "corpus", "text")
     return _text(record, "text")
 
 
@@ -77,7 +77,7 @@ def conversation_from(record: Record) -> Conversation:
             turns = [*_history(record), *_turns(record, "prompt", _user)]
             turns += _turns(record, answer, _assistant)
             return Conversation(_dialogue(record, _with_system(record, turns)))
-    raise _unknown(record, CHAT_SCHEMAS)
+    raise _unknown(record, CHAT_SCHEMAS, "chat", "instruction")
 
 
 def pair_from(record: Record) -> Pair:
@@ -90,7 +90,7 @@ def pair_from(record: Record) -> Pair:
         UserError: no such schema, a field of another type, or dialogues with two prompts.
     """
     if "chosen" not in record or "rejected" not in record:
-        raise _unknown(record, PAIR_SCHEMAS)
+        raise _unknown(record, PAIR_SCHEMAS, "preference", "chosen")
     sides = ("chosen", "rejected")
     asked: list[Message] | None = None
     if "prompt" in record:
@@ -101,14 +101,16 @@ def pair_from(record: Record) -> Pair:
         for name in ("messages", "conversations"):  # the prompt, as in LLaMA-Factory's ranking
             if name in record and asked is None:
                 asked = _messages(record, name)
-    if asked is not None:
+    if asked is None:
+        chosen, rejected = (_with_system(record, _whole_dialogue(record, side)) for side in sides)
+        asked = chosen[:-1]
+    else:
         chosen, rejected = (_answer(record, side) for side in sides)
-        return _pair(record, _with_system(record, asked), chosen, rejected)
-    chosen, rejected = (_with_system(record, _whole_dialogue(record, side)) for side in sides)
+        asked = _with_system(record, asked)
     if chosen[:-1] != rejected[:-1]:
         where = f"{record.where}: chosen and rejected answer different prompts"
         raise Unusable(where, "two_prompts")
-    return _pair(record, chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+    return _pair(record, asked, chosen[-1]["content"], rejected[-1]["content"])
 
 
 def problem_from(record: Record) -> Problem:
@@ -120,7 +122,7 @@ def problem_from(record: Record) -> Problem:
         Unusable: a field that is empty, or nothing after the mark.
     """
     if "question" not in record or "answer" not in record:
-        raise _unknown(record, '"question" and "answer"')
+        raise _unknown(record, '"question" and "answer"', "reasoning", "question")
     question = _text(record, "question")
     answer = record.get("answer")
     if isinstance(answer, float) and not math.isfinite(answer):
@@ -202,20 +204,19 @@ def _turns(record: Record, name: str, message: Callable[[str], Message]) -> list
     if isinstance(record.get(name), list):
         return _messages(record, name)
     text = _text(record, name)
-    return (_split_turns(text) if message is _user else None) or [message(text)]
+    return (_split_turns(record, name) if message is _user else None) or [message(text)]
 
 
-def _answer(record: Record, name: str) -> str:
-    """The last message of a list, one message, or the text, without a dialogue in front of it."""
-    value = record.get(name)
-    if isinstance(value, list | dict):
+def _answer(record: Record, name: str) -> list[Message]:
+    """The answer, as the last of a dialogue's messages or alone."""
+    if isinstance(record.get(name), list | dict):
         messages = _messages(record, name)
         if not messages or messages[-1]["role"] != "assistant":
             raise UserError(f"{record.where}: {name} must end with a message of the assistant")
-        return messages[-1]["content"]
+        return messages
     text = _text(record, name)
-    turns = _split_turns(text)
-    return turns[-1]["content"] if turns and turns[-1]["role"] == "assistant" else text
+    turns = _split_turns(record, name)
+    return turns if turns and turns[-1]["role"] == "assistant" else [_assistant(text)]
 
 
 def _whole_dialogue(record: Record, name: str) -> list[Message]:
@@ -223,7 +224,7 @@ def _whole_dialogue(record: Record, name: str) -> list[Message]:
     if isinstance(value, list | dict):
         messages = _messages(record, name)
     else:
-        messages = _split_turns(_text(record, name)) or []
+        messages = _split_turns(record, name) or []
     if not messages or messages[0]["role"] == "assistant":
         raise UserError(
             f'{record.where}: {name} has no prompt in it: give "prompt", or a whole dialogue '
@@ -232,11 +233,14 @@ def _whole_dialogue(record: Record, name: str) -> list[Message]:
     return _dialogue(record, messages)
 
 
-def _split_turns(text: str) -> list[Message] | None:
-    """hh-rlhf's dialogue text as messages; None if the text is none. A last open turn is cut."""
-    if not TURN.match(text):
-        return None
+def _split_turns(record: Record, name: str) -> list[Message] | None:
+    """hh-rlhf's text of a dialogue as messages; None for a text that is none, even one that begins
+    with "Human: ". A last open turn is cut."""
+    text = _text(record, name)
     parts = TURN.split(text)[1:]
+    is_dialogue = len(parts) > 2 or str(record.get(name)).startswith("\n\n")
+    if not TURN.match(text) or not is_dialogue:
+        return None
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = [
         {"role": roles[parts[i]], "content": parts[i + 1].strip()} for i in range(0, len(parts), 2)
@@ -352,9 +356,11 @@ def _alternating(record: Record, messages: list[Message]) -> None:
 
 
 def _instruction(record: Record) -> str:
-    text = _text(record, "instruction")
-    extra = record.get("input")
-    return f"{text}\n{_clean(extra)}" if isinstance(extra, str) and extra.strip() else text
+    text, extra = _text(record, "instruction"), record.get("input")
+    if isinstance(extra, dict | list) and extra:
+        raise UserError(f'{record.where}: "input" must be a text, got {_kind(extra)}')
+    said = "" if extra is None or extra in ({}, []) else _clean(str(extra))
+    return f"{text}\n{said}" if said else text
 
 
 def _text(record: Record, name: str) -> str:
@@ -388,6 +394,8 @@ def _assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def _unknown(record: Record, wanted: str) -> UserError:
-    has = ", ".join(f'"{name}"' for name in list(record.values)[:8]) or "no fields"
-    return UserError(f"{record.where}: unknown schema ({has}): needs {wanted}")
+def _unknown(record: Record, wanted: str, source: str, name: str) -> UserError:
+    has = list(record.values)[:8]
+    said = ", ".join(f'"{field}"' for field in has) or "no fields"
+    named = f"; other names: data.{source}.columns={{{name}: {has[0]}, ...}}" if has else ""
+    return UserError(f"{record.where}: unknown schema ({said}): needs {wanted}{named}")
