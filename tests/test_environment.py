@@ -135,6 +135,12 @@ def test_nohup_is_heeded(handlers) -> None:
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
+def test_a_command_in_the_background_ignores_ctrl_c(handlers) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's script starts `command &`
+    handle_stops(stop_now, and_ctrl_c=True)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
 def test_ctrl_c_asks_only_once_there_is_something_to_lose(handlers) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     interruptions.heed_ctrl_c()

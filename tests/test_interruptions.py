@@ -71,6 +71,20 @@ def test_what_happened_and_what_to_do(error: Exception, line: str | None) -> Non
         assert found is error or found.__cause__ is error
 
 
+def test_a_stop_while_planning_says_that_nothing_was_lost(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("fourstage.plan.make_plan", lambda tree: stop_now(signal.SIGTERM, None))
+    with pytest.raises(Stopped) as caught:
+        climb(config("stage=pretrain", f"outputs={tmp_path}"))
+    assert caught.value.line == "stopped by SIGTERM: run the same command again: nothing had begun"
+
+
+def test_ctrl_c_in_a_stage_says_its_name() -> None:
+    with pytest.raises(Stopped) as caught, explained("ppo-abc", "ppo", SETTINGS, int):
+        raise KeyboardInterrupt
+    line = "ppo-abc: stopped by Ctrl-C: run the same command again: it resumes"
+    assert (caught.value.code, caught.value.line) == (130, line)
+
+
 def test_a_stage_that_was_stopped_says_its_name() -> None:
     line = "run the same command again: it resumes"
     with pytest.raises(Stopped) as caught, explained("ppo-abc", "ppo", SETTINGS, int):

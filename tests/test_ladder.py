@@ -14,7 +14,7 @@ from fourstage import evaluation, suite
 from fourstage.checkpoint import load_policy, load_scalar
 from fourstage.errors import UserError
 from fourstage.job import STAGES, read_jsonl, read_record, write_record
-from fourstage.lineage import climb
+from fourstage.lineage import climb, gain
 from fourstage.report import write_report
 from fourstage.runs import RunStore
 from tests.fakes import QUICK, config
@@ -251,8 +251,10 @@ def test_a_ladder_is_evaluated_on_what_its_last_run_holds_out(ladder, capsys) ->
     assert differ in said and "reasoning: pretrain 2, random 2" not in said
     assert "reasoning: sft 4, pretrain 2, 2 of them the same" in said
     assert f"run={places[-1].name} ladder=true" in said
+    assert " (95 % intervals; other held-out items)" in gain(ladder, places[1].name)
 
     evaluation.main(["run=grpo", "ladder=true", f"outputs={ladder}"])
+    assert capsys.readouterr().out.endswith(f"{gain(ladder, places[-1].name)}\n")
     assert evaluations(*places) == before
     assert read_record(places[0])["config"] == record["config"]
     assert "keeps its own" not in capsys.readouterr().err

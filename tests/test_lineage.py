@@ -280,6 +280,29 @@ next:
     assert "train.py" not in capsys.readouterr().out
 
 
+def test_the_next_command_goes_where_the_ladder_goes(base, capsys) -> None:
+    run([*base, "experiment=no_preferences"], "sft")
+    assert "  python train.py stage=grpo " in capsys.readouterr().out
+    only_text = [o for o in base if "chat" not in o]
+    run(only_text, "pretrain")
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == f"  python train.py stage=sft {' '.join(only_text)} data.chat.path=FILE"
+
+
+def test_one_item_is_no_interval(base, capsys) -> None:
+    class One(Evaluated):
+        def __call__(self, job):
+            found = super().__call__(job)
+            path = job.folder / "eval.json"
+            path.write_text(path.read_text().replace('"high": 0.95', '"high": 0.9'))
+            return found
+
+    run(base, "sft", One())
+    assert "→ 90.0 % [90.0, 90.0] (95 % intervals; an interval without width)" in (
+        capsys.readouterr().out
+    )
+
+
 # --- what goes wrong
 
 

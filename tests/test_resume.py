@@ -80,9 +80,10 @@ class Signal(Callback):
 @pytest.fixture
 def handlers():
     """Whoever handled the signals gets them back when training ends."""
-    before = [signal.getsignal(signum) for signum in STOPS]
+    asked = (*STOPS, signal.SIGINT)
+    before = [signal.getsignal(signum) for signum in asked]
     yield
-    assert [signal.getsignal(signum) for signum in STOPS] == before
+    assert [signal.getsignal(signum) for signum in asked] == before
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,7 @@ def handlers():
     [
         (Signal(signal.SIGTERM, step=7), 7),
         (Signal(signal.SIGUSR1, step=7), 7),
+        (Signal(signal.SIGINT, step=7), 7),
         (Signal(signal.SIGTERM, step=8), 8),  # a validation follows, and is not lost
         (Signal(signal.SIGUSR1, in_validation_of=4), 4),
     ],
@@ -98,8 +100,9 @@ def test_a_signal_saves_after_the_step_and_stops(tmp_path, whole, handlers, sent
     with pytest.raises(Stopped) as caught:
         fit(tmp_path, sent, every=100)
     assert caught.value.code == 128 + sent.signum
+    by = {signal.SIGINT: "Ctrl-C"}.get(sent.signum, signal.Signals(sent.signum).name)
     assert caught.value.line == (
-        f"{tmp_path.name}, step {done}: stopped by {signal.Signals(sent.signum).name}: "
+        f"{tmp_path.name}, step {done}: stopped by {by}: "
         f"run the same command again: it goes on from step {done}"
     )
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
@@ -108,9 +111,13 @@ def test_a_signal_saves_after_the_step_and_stops(tmp_path, whole, handlers, sent
     assert read(tmp_path) == read(whole[0])
 
 
-def test_a_second_signal_does_not_wait(tmp_path, handlers) -> None:
-    with pytest.raises(Stopped, match="138"):
-        fit(tmp_path, Signal(signal.SIGTERM, step=8), Signal(signal.SIGUSR1, step=8))
+@pytest.mark.parametrize("again", [signal.SIGUSR1, signal.SIGINT])
+def test_a_second_signal_does_not_wait(tmp_path, handlers, again, capfd) -> None:
+    first = signal.SIGTERM if again != signal.SIGINT else again
+    with pytest.raises(Stopped, match=f"{128 + again}"):
+        fit(tmp_path, Signal(first, step=8), Signal(again, step=8))
+    said = "\nstopping after this step; Ctrl-C again stops at once\n"
+    assert (said in capfd.readouterr().err) == (first == signal.SIGINT)
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] == 6
 

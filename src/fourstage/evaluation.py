@@ -238,6 +238,7 @@ def whole_number(text: str) -> int | str:
 
 def main(arguments: list[str]) -> None:
     """Evaluate a finished run again. Raises UserError for an unknown run or argument."""
+    from fourstage.lineage import gain
     from fourstage.run_evaluation import evaluate_again
     from fourstage.runs import RunStore
 
@@ -256,6 +257,7 @@ def main(arguments: list[str]) -> None:
         like = None if run == folder else folder
         evaluate_again(run, store.ancestors(run), store.outputs, changes, like)
         print(f"evaluated {run.name}: {run / 'eval.json'}", flush=True)
+    print(gain(store.outputs, folder.name))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ class Stopped(SystemExit):
     @property
     def line(self) -> str:
         where = f"{self.where}: " if self.where else ""
-        return f"{where}stopped by {self.name}: run the same command again: {self.then}"
+        by = "Ctrl-C" if self.name == "SIGINT" else self.name
+        return f"{where}stopped by {by}: run the same command again: {self.then}"
 
 
 def stop_now(signum: int, frame: Any) -> None:
@@ -63,16 +64,17 @@ def stop_now(signum: int, frame: Any) -> None:
     raise Stopped(signum)
 
 
-def handle_stops(handler: Callable[[int, Any], None]) -> None:
-    """Let `handler` answer the signals that ask for an end, but for a SIGHUP that nohup ignores."""
+def handle_stops(handler: Callable[[int, Any], None], and_ctrl_c: bool = False) -> None:
+    """Let `handler` answer the signals that ask for an end, but for those that are ignored."""
 
     def answer(signum: int, frame: Any) -> None:
         if signum == signal.SIGHUP:
             leave_the_terminal()
         handler(signum, frame)
 
-    for signum in STOPS:
-        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+    for signum in (*STOPS, signal.SIGINT) if and_ctrl_c else STOPS:
+        may_be_ignored = signum in (signal.SIGHUP, signal.SIGINT)  # by nohup, by a shell's `&`
+        if not (may_be_ignored and signal.getsignal(signum) == signal.SIG_IGN):
             signal.signal(signum, answer)
 
 
@@ -108,6 +110,8 @@ def explained(
     except Stopped as stopped:
         stopped.where = stopped.where or name
         raise
+    except KeyboardInterrupt:
+        raise Stopped(signal.SIGINT, name) from None
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     except Exception as error:

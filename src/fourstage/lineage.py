@@ -25,7 +25,7 @@ from rich.console import Console
 
 from fourstage import __version__
 from fourstage.errors import UserError
-from fourstage.interruptions import heed_ctrl_c, one_line
+from fourstage.interruptions import Stopped, heed_ctrl_c, one_line
 from fourstage.job import STAGES, StageJob, clean_up, read_record, swap_in, undo_swap, write_record
 from fourstage.ranks import Ranks
 from fourstage.runs import find_run
@@ -46,9 +46,13 @@ def climb(
     `config` is the resolved config tree, `overrides` what was typed (for messages).
     Raises UserError for what the user did wrong, before anything trains.
     """
-    from fourstage.plan import make_plan, show
+    try:
+        from fourstage.plan import make_plan, show
 
-    plan = make_plan(config)
+        plan = make_plan(config)
+    except Stopped as stopped:
+        stopped.then = "nothing had begun"
+        raise
     commit = git_state()["commit"]
     ranks = Ranks(plan.store.outputs)
     if ranks.is_first:
@@ -75,17 +79,38 @@ def ending(plan: Plan, folder: Path, overrides: Sequence[str]) -> str:
     stage, last = plan.command.stage, [f"run={folder.name}", *outputs_word(plan)]
     shows = ["report"] if stage == "reward" else ["chat", "report"]  # a reward model has no answers
     commands = [shlex.join([python_word(), "-m", f"fourstage.{show}", *last]) for show in shows]
-    if stage != STAGES[-1]:
-        commands.append(train_command(STAGES[STAGES.index(stage) + 1], overrides))
+    if (following := next_stage(plan)) is not None:
+        commands.append(train_command(following, [*overrides, *missing_file(plan, following)]))
     lines = [gain(plan.store.outputs, folder.name), f"run: {folder}", "next:"]
     return "\n".join([*lines, *(f"  {command}" for command in commands)])
+
+
+def next_stage(plan: Plan) -> str | None:
+    """The stage that goes on from this one: one that was told to, else the first that does."""
+    from fourstage.plan import LADDER, named_parents
+
+    stage, settings = plan.command.stage, vars(plan.command.stages)
+    later = STAGES[STAGES.index(stage) + 1 :]
+    heirs = [name for name in later if stage in named_parents(name, settings[name]).values()]
+    told = [name for name in heirs if settings[name].parent == stage != LADDER[name]]
+    return next(iter([*told, *heirs]), None)
+
+
+def missing_file(plan: Plan, stage: str) -> list[str]:
+    """The setting that names a stage's own file, where it is still to be given."""
+    from fourstage.data import source_of_stage
+
+    data, source = plan.command.data, source_of_stage[stage]
+    from_gym = source == "reasoning" and data.reasoning.chosen
+    is_there = data.embedded or getattr(data, source).path or from_gym
+    return [] if is_there else [f"data.{source}.path=FILE"]
 
 
 def gain(outputs: Path, name: str) -> str:
     """A run's goal before it and after it, with 95 % intervals, as its report has them."""
     from fourstage.report.files import Files
     from fourstage.report.ladder import choose, ladder, read_rows, read_runs
-    from fourstage.report.tables import goals, measured, title
+    from fourstage.report.tables import NO_COMPARISON, goals, measured, title
 
     files = Files()
     runs = read_runs(outputs, files)
@@ -97,7 +122,10 @@ def gain(outputs: Path, name: str) -> str:
     if goal.after["value"] is None:
         return f"{tip.stage}: {title(goal.name)} not measured: {goal.after['why']}"
     start = f" ({goal.start})" if goal.start else ""
-    return f"{tip.stage}: {title(goal.name)} {values[0]}{start} → {values[1]} (95 % intervals)"
+    doubt = f"; {goal.verdict}" if goal.verdict in NO_COMPARISON else ""
+    return (
+        f"{tip.stage}: {title(goal.name)} {values[0]}{start} → {values[1]} (95 % intervals{doubt})"
+    )
 
 
 def train_command(stage: str, overrides: Sequence[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,10 +61,14 @@ class Checkpointer(Checkpoint):
         if self.signum:
             raise Stopped(signum)
         self.signum = signum
+        if signum == signal.SIGINT:  # no print(), which it may have interrupted
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved_at = steps_done(trainer)
-        handle_stops(self.request)  # Lightning puts the old handlers back when fit() ends
+        handle_stops(
+            self.request, and_ctrl_c=True
+        )  # Lightning puts the old handlers back when fit() ends
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.keep(steps_done(trainer))
@@ -79,7 +85,7 @@ class Checkpointer(Checkpoint):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
-            handle_stops(stop_now)
+            handle_stops(stop_now, and_ctrl_c=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":

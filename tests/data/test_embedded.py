@@ -233,6 +233,6 @@ def test_a_range_with_few_problems_ends_early_with_all_of_them(monkeypatch):
             }
 
     monkeypatch.setattr(reasoning_gym, "create_dataset", lambda *_, **__: Few())
-    found = list(_draw("chain_sum", {}, 100_000))
+    found = list(_draw("tasks", "chain_sum", {}, 100_000))
     assert len({p.question for p in found}) == len(found) == 40
     assert len(drawn) < 1000

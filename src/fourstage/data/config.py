@@ -78,14 +78,15 @@ class ReasoningConfig:
     """Problems: a file, or without one `size` and `heldout_size` from tasks of reasoning-gym.
 
     A task has its keyword arguments, and may have `weight`, its part of both sizes (1). `only`
-    takes the place of `tasks`: names, whose arguments are those in `tasks`, or {name: arguments}.
+    takes the place of `tasks`: names, whose arguments are those in `tasks`, or {name: arguments},
+    or one name.
     """
 
     path: str | list[str] | None = None
     heldout_path: str | list[str] | None = None
     columns: dict[str, str] | None = None  # {name in the schema: name in the user's files}
     tasks: dict[str, Any] = field(default_factory=dict)
-    only: list[Any] | dict[str, Any] | None = None
+    only: list[Any] | dict[str, Any] | str | None = None
     size: int = 4000
     heldout_size: int = 400
 
@@ -97,7 +98,7 @@ class ReasoningConfig:
                 "only: the problems come from data.reasoning.path: leave one of them out"
             )
         if self.only is not None and not (
-            self.only and all(isinstance(entry, str | dict) for entry in self.only)
+            self.only and all(isinstance(entry, str | dict) for entry in self.named)
         ):
             raise UserError(
                 "only: expected tasks of reasoning-gym, [NAME, ...] or {NAME: {ARGUMENT: VALUE}}, "
@@ -105,12 +106,22 @@ class ReasoningConfig:
             )
 
     @property
+    def named(self) -> list[Any]:
+        """The entries of `only`."""
+        return self.only if isinstance(self.only, list) else [self.only]
+
+    @property
+    def where(self) -> str:
+        """The key that names the tasks, for messages."""
+        return "data.reasoning.tasks" if self.only is None else "data.reasoning.only"
+
+    @property
     def chosen(self) -> dict[str, Any]:
         """{task: arguments} of the tasks that problems are drawn from."""
         if self.only is None:
             return self.tasks
         chosen: dict[str, Any] = {}
-        for entry in [self.only] if isinstance(self.only, dict) else self.only:
+        for entry in self.named:
             named = entry if isinstance(entry, dict) else {entry: self.tasks.get(entry, {})}
             chosen |= {str(task): settings or {} for task, settings in named.items()}
         return chosen

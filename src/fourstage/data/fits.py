@@ -13,7 +13,7 @@ from typing import Any
 from fourstage.data.chat import load_chat
 from fourstage.data.config import DataConfig
 from fourstage.data.corpus import load_corpus
-from fourstage.data.datamodule import fit_conversation, fit_pair, says_the_same, some_left
+from fourstage.data.datamodule import fit_conversation, fit_pair, says_the_same
 from fourstage.data.preference import load_preference, load_prompts
 from fourstage.data.problems import split_problems
 from fourstage.data.reasoning import load_reasoning
@@ -133,7 +133,7 @@ def check_conversations(
         return sum(fit_conversation(c.messages, tokenizer, limit)[0] is not None for c in records)
 
     for name, side in (("train", chats.train), ("heldout", chats.heldout)):
-        some_left("data.chat", "stages.sft.max_tokens", name, keeps(side, limit), limit)
+        some_kept(f"data.chat: no {name}", "stages.sft.max_tokens", side, keeps, limit, max_seq_len)
     return loss("stages.sft.max_tokens", chats.train, keeps, limit, max_seq_len)
 
 
@@ -156,9 +156,10 @@ def check_pairs(pairs: Pairs, tokenizer: Tokenizer, limit: int, max_seq_len: int
                 f"data.preference: {same:,} of {len(side):,} {name} pairs are left out: their two "
                 "answers are the same to the tokenizer"
             )
-        some_left("data.preference", "stages.reward.max_tokens", name, keeps(differ, limit), limit)
+        where = "stages.reward.max_tokens"
+        some_kept(f"data.preference: no {name}", where, differ, keeps, limit, max_seq_len)
         if name == "train":
-            warnings += loss("stages.reward.max_tokens", differ, keeps, limit, max_seq_len)
+            warnings += loss(where, differ, keeps, limit, max_seq_len)
     return warnings
 
 
@@ -178,8 +179,8 @@ def check_prompts(
     gone = [str(task) for task in every if not fit[task]]
     if len(gone) == len(every):
         raise UserError(
-            f"{where}: none of {len(records)} prompts fits into {limit} tokens: raise it or give "
-            "shorter prompts"
+            f"{where}: none of {len(records)} prompts fits into {limit} tokens: raise it (to "
+            f"{min(lengths)} or more) or give shorter prompts"
         )
     if gone:
         needed = max(
@@ -198,6 +199,27 @@ def check_prompts(
         counts = (f"{task} {fit[task]:,} of {n:,}" for task, n in every.items())
         warnings[0] += f" (kept: {', '.join(counts)})"
     return warnings
+
+
+def some_kept(
+    what: str,
+    where: str,
+    records: Sequence[Any],
+    keeps: Callable[[Sequence[Any], int], int],
+    limit: int,
+    most: int,
+) -> None:
+    """Raise UserError where a limit keeps nothing, with the least of its doublings that does."""
+    if keeps(records, limit):
+        return
+    other = limit
+    while other < most and not keeps(records, other):
+        other = min(2 * other, most)
+    if kept := keeps(records, other):
+        advice = f"raise it: {other} would keep {kept:,} of {len(records):,}"
+    else:
+        advice = "they are too long for model.max_seq_len as well: give shorter records"
+    raise UserError(f"{what} record fits into {where}={limit}: {advice}")
 
 
 def loss(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import fields
 from difflib import get_close_matches
@@ -19,6 +22,7 @@ from fourstage.data.tasks import short_question, worked_solution
 from fourstage.errors import UserError
 
 DRAWS = 20  # give up on a task's share after so many draws for each problem wanted
+PATIENCE = 10  # seconds of a task's drawing before a line says so
 STALE = 3  # or after so many in a row for each problem found, none of which was new
 
 
@@ -55,7 +59,10 @@ def _from_file(config: DataConfig) -> tuple[list[Problem], list[Problem], dict[s
 
 def _from_gym(config: DataConfig) -> tuple[list[Problem], list[Problem], dict[str, int]]:
     reasoning = config.reasoning
-    weights = {task: _weight(task, settings) for task, settings in reasoning.chosen.items()}
+    weights = {
+        task: _weight(f"{reasoning.where}.{task}", settings)
+        for task, settings in reasoning.chosen.items()
+    }
     total = sum(weights.values())
     heldout: list[Problem] = []
     drawn: dict[str, tuple[list[Problem], Iterator[Problem]]] = {}
@@ -64,7 +71,10 @@ def _from_gym(config: DataConfig) -> tuple[list[Problem], list[Problem], dict[st
             round(n * weights[task] / total) for n in (reasoning.size, reasoning.heldout_size)
         )
         arguments = {k: v for k, v in settings.items() if k != "weight"}
-        problems = _draw(task, arguments, DRAWS * (size + int(heldout_size / config.heldout)))
+        where = f"{reasoning.where}.{task}"
+        problems = _draw(
+            where, task, arguments, DRAWS * (size + int(heldout_size / config.heldout))
+        )
         before: list[Problem] = []
         held = 0
         while held < heldout_size and (problem := next(problems, None)):
@@ -96,8 +106,7 @@ def _from_gym(config: DataConfig) -> tuple[list[Problem], list[Problem], dict[st
     return *shuffled, notes  # type: ignore[return-value]
 
 
-def _weight(task: str, settings: Any) -> float:
-    where = f"data.reasoning.tasks.{task}"
+def _weight(where: str, settings: Any) -> float:
     if not isinstance(settings, dict):
         raise UserError(f"{where}: expected the task's arguments, e.g. {{}}, got {settings!r}")
     weight = settings.get("weight", 1)
@@ -106,12 +115,12 @@ def _weight(task: str, settings: Any) -> float:
     return weight
 
 
-def check_task(task: str, arguments: dict[str, Any]) -> None:
+def check_task(where: str, task: str, arguments: dict[str, Any]) -> None:
     """Raise UserError for a task or an argument that reasoning-gym doesn't have, and name those
     that it has."""
     import reasoning_gym.factory
 
-    where, known = f"data.reasoning.tasks.{task}", reasoning_gym.factory.DATASETS
+    known = reasoning_gym.factory.DATASETS
     if task not in known:
         near = get_close_matches(task, known, n=3) or sorted(known)
         raise UserError(f"{where}: no such task of reasoning-gym: {_or(near)}")
@@ -126,28 +135,34 @@ def _or(names: list[str]) -> str:
     return f"did you mean {' or '.join(names)}?" if len(names) < 4 else f"it has {', '.join(names)}"
 
 
-def _draw(task: str, arguments: dict[str, Any], most: int) -> Iterator[Problem]:
+def _draw(where: str, task: str, arguments: dict[str, Any], most: int) -> Iterator[Problem]:
     """Distinct problems of a task, from at most `most` draws; a small range ends sooner.
 
     (Were there one problem more, as likely as the others, it would be missed once in 20.)
     """
     import reasoning_gym
 
-    check_task(task, arguments)
+    check_task(where, task, arguments)
     try:
         dataset = reasoning_gym.create_dataset(task, size=most, seed=0, **arguments)
-    except (ValueError, TypeError, ArithmeticError, AssertionError) as error:
-        raise UserError(f"data.reasoning.tasks.{task}: {error}") from None
+    except TypeError as error:
+        raise UserError(f"{where}: reasoning-gym can't draw with {arguments}: {error}") from None
+    except (ValueError, ArithmeticError, AssertionError) as error:
+        raise UserError(f"{where}: {error}") from None
     seen: set[str] = set()
     last_new = 0
+    patience = time.monotonic() + PATIENCE
     for i in range(most):
+        if time.monotonic() > patience:
+            patience = math.inf
+            print(f"drawing problems of {task}, which takes a while", file=sys.stderr, flush=True)
         if i - last_new > max(100, STALE * len(seen)):
             return
         try:
             entry = dataset[i]
         except Exception as error:  # of a task's own, on arguments that it did not check
             raise UserError(
-                f"data.reasoning.tasks.{task}: reasoning-gym can't draw with {arguments}: {error!r}"
+                f"{where}: reasoning-gym can't draw with {arguments}: {error!r}"
             ) from None
         question = short_question(task, entry)
         if question in seen:

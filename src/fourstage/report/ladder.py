@@ -254,20 +254,22 @@ def _with_parents(rows: list[Row]) -> list[Row]:
 # --- on what they were evaluated
 
 
+def other_items(row: Row) -> dict[str, str]:
+    """The sets of which a row and its parent were asked other items, and how many of which."""
+    if row.parent is None:
+        return {}
+    mine, its = _ids(row.items), _ids(row.parent.items)
+    return {
+        name: f"{row.stage} {len(mine[name])}, {row.parent.stage} {len(its[name])}, "
+        f"{len(mine[name] & its[name])} of them the same"
+        for name in sorted(mine.keys() & its.keys())
+        if mine[name] != its[name]
+    }
+
+
 def notes_on_items(rows: list[Row], tip: str) -> list[str]:
     """A line where neighbours were asked other held-out items, with the way to mend it."""
-    found = []
-    for row in rows:
-        if row.parent is None:
-            continue
-        sides = [_ids(each.items) for each in (row, row.parent)]
-        for name in sorted(sides[0].keys() & sides[1].keys()):
-            mine, its = (side[name] for side in sides)
-            if mine != its:
-                found.append(
-                    f"{name}: {row.stage} {len(mine)}, {row.parent.stage} {len(its)}, "
-                    f"{len(mine & its)} of them the same"
-                )
+    found = [f"{name}: {how}" for row in rows for name, how in other_items(row).items()]
     if not found:
         return []
     return [

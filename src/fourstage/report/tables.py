@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fourstage import suite
 from fourstage.report.files import Metric
 from fourstage.report.html import Cell, Paragraph, Table
-from fourstage.report.ladder import Row
+from fourstage.report.ladder import Row, other_items
 
 NONE = "–"
 # the columns of the stage table; the rest of the suite has a table of its own
@@ -159,6 +159,11 @@ def keys(rows: list[Row]) -> tuple[list[str], list[str]]:
 # --- each stage on its own goal
 
 
+NOT_MEASURED, OTHER_SUITES = "not measured", "different suites"
+OTHER_ITEMS, NO_WIDTH = "other held-out items", "an interval without width"
+NO_COMPARISON = (OTHER_SUITES, OTHER_ITEMS, NO_WIDTH)  # the two values say little together
+
+
 @dataclass(frozen=True)
 class Goal:
     """A stage's own key, before it (in its parent; a coin for reward models) and after it."""
@@ -211,7 +216,13 @@ def goals(rows: list[Row]) -> list[Goal]:
             start, before = "", suite.missing("its parent is not there")
         after = row.metrics[name]
         suites = {row.suite, row.parent.suite} - {""} if row.parent else set()
-        said = "different suites" if len(suites) > 1 else apart(name, before, after)
+        defined = about(name)
+        asked_others = defined and other_items(row).keys() & set(defined.sets)
+        said = apart(name, before, after)
+        if said != NOT_MEASURED and len(suites) > 1:
+            said = OTHER_SUITES
+        elif said != NOT_MEASURED and asked_others:
+            said = OTHER_ITEMS
         found.append(Goal(row.stage, name, start, before, after, said))
     return found
 
@@ -237,9 +248,9 @@ def apart(name: str, before: Metric, after: Metric) -> str:
     One item, or several that are all equal, have no interval to speak of.
     """
     if before["value"] is None or after["value"] is None:
-        return "not measured"
+        return NOT_MEASURED
     if any(cell["low"] == cell["high"] for cell in (before, after) if cell is not COIN):
-        return "an interval without width"
+        return NO_WIDTH
     above, below = after["low"] > before["high"], after["high"] < before["low"]
     defined = about(name)
     if defined is not None and defined.better == "lower":
