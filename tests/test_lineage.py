@@ -282,11 +282,11 @@ next:
 
 def test_the_next_command_goes_where_the_ladder_goes(base, capsys) -> None:
     run([*base, "experiment=no_preferences"], "sft")
-    assert "  python train.py stage=grpo " in capsys.readouterr().out
+    assert f"  {python_word()} train.py stage=grpo " in capsys.readouterr().out
     only_text = [o for o in base if "chat" not in o]
     run(only_text, "pretrain")
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said == f"  python train.py stage=sft {' '.join(only_text)} data.chat.path=FILE"
+    assert said == f"  {python_word()} train.py stage=sft {' '.join(only_text)} data.chat.path=FILE"
 
 
 def test_one_item_is_no_interval(base, capsys) -> None:
