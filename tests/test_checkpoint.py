@@ -129,7 +129,7 @@ def test_cut_weights(folder, size):
 def forget_the_checksum(folder) -> None:
     """Make it a run of before there was one."""
     shape = json.loads((folder / "config.json").read_text())
-    del shape["weights_sha256"]
+    del shape["weights_sha256"], shape["tokenizer_sha256"]
     (folder / "config.json").write_text(json.dumps(shape))
 
 
@@ -140,6 +140,12 @@ def test_a_flipped_bit(folder):
     assert "model.safetensors: damaged, " in refused(folder)
     forget_the_checksum(folder)
     load_policy(folder)
+
+
+def test_a_tokenizer_of_another_run(folder):
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"a"', '"A"', 1))  # still a tokenizer
+    assert "tokenizer.json: damaged, " in refused(folder)
 
 
 def test_a_run_may_be_copied_under_another_name(folder, tmp_path):

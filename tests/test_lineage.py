@@ -289,6 +289,12 @@ def test_the_next_command_goes_where_the_ladder_goes(base, capsys) -> None:
     assert said == f"  {python_word()} train.py stage=sft {' '.join(only_text)} data.chat.path=FILE"
 
 
+def test_equal_times_are_one_run(base) -> None:
+    times = ("00:00:02:00", "0:0:2:0", "00:00:01:60", "00:00:03:00")
+    of = [ids([*base, f"stages.pretrain.max_time={t}"], "pretrain")["pretrain"] for t in times]
+    assert of[0] == of[1] == of[2] != of[3]
+
+
 def test_one_item_is_no_interval(base, capsys) -> None:
     class One(Evaluated):
         def __call__(self, job):

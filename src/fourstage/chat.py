@@ -142,6 +142,8 @@ class Chat:
                 self.voice = self.open_voice(run)
                 self.reset()
                 return f"({self.voice.name}, a new conversation)"
+            case "/stage", "":
+                raise UserError("/stage: name a stage or a run, as in /stage sft")
         raise UserError(f"unknown command {line!r}: /help lists them")
 
 

@@ -1,9 +1,9 @@
 """Plain weights in and out, whatever trained them: model.safetensors, config.json, tokenizer.json.
 
-`config.json` is {"model": {...}, "vocab_size": n, "kind": "policy" | "scalar", "weights_sha256"}:
-enough to build the network again with none of the project's configuration, and to tell whether the
-weights are whole. Files are written under a temporary name, synced and renamed, so that a kill
-leaves the old file or the new one, never half of one.
+`config.json` is {"model": {...}, "vocab_size": n, "kind": "policy" | "scalar", "weights_sha256",
+"tokenizer_sha256"}: enough to build the network again with none of the project's configuration, and
+to tell whether the other two files are whole. Files are written under a temporary name, synced and
+renamed, so that a kill leaves the old file or the new one, never half of one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fourstage.settings import build
 from fourstage.tokenizer import Tokenizer
 
 Kind = Literal["policy", "scalar"]
-WEIGHTS = "model.safetensors"
+WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
 
 
 def save_weights(
@@ -45,7 +45,7 @@ def save_weights(
     partial = folder / f".{WEIGHTS}.{os.getpid()}"
     try:
         save_file(plain, partial)
-        shutil.copymode(folder / "tokenizer.json", partial)  # safetensors lets nobody else read it
+        shutil.copymode(folder / TOKENIZER, partial)  # safetensors lets nobody else read it
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         digest = sha256(partial)
@@ -53,7 +53,8 @@ def save_weights(
     finally:
         partial.unlink(missing_ok=True)
     shape = {"kind": kind, "vocab_size": tokenizer.vocab_size, "model": asdict(model)}
-    write_json(folder / "config.json", {**shape, "weights_sha256": digest})
+    sums = {"weights_sha256": digest, "tokenizer_sha256": sha256(folder / TOKENIZER)}
+    write_json(folder / "config.json", {**shape, **sums})
 
 
 def sha256(path: Path) -> str:
@@ -87,6 +88,7 @@ class Shape:
     vocab_size: int
     model: ModelConfig
     weights_sha256: str | None = None  # of model.safetensors; older runs have none
+    tokenizer_sha256: str | None = None  # of tokenizer.json, likewise
 
     def __post_init__(self) -> None:
         if self.vocab_size < 1:
@@ -98,11 +100,13 @@ def _load(folder: Path, kind: Kind) -> tuple[Transformer | ScalarModel, Tokenize
         values = read_json(folder / "config.json")
         shape = build(Shape, values, f"{folder}/config.json")
         tokenizer = Tokenizer.load(folder)
-        if shape.weights_sha256 not in (None, sha256(folder / WEIGHTS)):
-            raise UserError(
-                f"{folder / WEIGHTS}: damaged, its bytes are not those that training wrote: copy "
-                "it anew, or train it again"
-            )
+        sums = {WEIGHTS: shape.weights_sha256, TOKENIZER: shape.tokenizer_sha256}
+        for name, digest in sums.items():
+            if digest not in (None, sha256(folder / name)):
+                raise UserError(
+                    f"{folder / name}: damaged, its bytes are not those that training wrote: copy "
+                    "it anew, or train it again"
+                )
         weights = load_file(folder / WEIGHTS)
     except (FileNotFoundError, NotADirectoryError) as error:
         missing = Path(error.filename or WEIGHTS).name

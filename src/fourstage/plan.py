@@ -222,7 +222,7 @@ def plan_run(plan: Plan, stage: str, settings: StageSettings) -> PlannedRun:
     digest = data.digest(command.data, stage)
     identity = {
         "stage": stage,
-        "settings": {k: v for k, v in asdict(settings).items() if k not in settings.NOT_HASHED},
+        "settings": settings.hashed(),
         "model": shape(asdict(command.model)),
         "tokenizer": asdict(command.tokenizer),
         "seed": command.seed,

@@ -317,7 +317,7 @@ def _differences(row: Row, run: Run, parent: Row, files: Files) -> dict[str, Met
         return {}
     found = files.cells(path, found)
     both = [n for n in row.metrics if _is_measured(row, n) and _is_measured(parent, n)]
-    if lost := [name for name in both if name not in found]:
+    if lost := [suite.definition(name).title for name in both if name not in found]:
         files.problems.append(
             f"{row.stage}: no difference to {parent.stage} for {', '.join(lost)}: the two have no "
             "items of it in common"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -83,6 +83,16 @@ class StageSettings:
             raise UserError(f"max_steps: must be at least 1, got {self.max_steps}")
         if self.max_time is None and self.max_steps == -1:
             raise UserError("max_steps: -1 means no limit and needs a max_time=DD:HH:MM:SS")
+
+    def hashed(self) -> dict[str, Any]:
+        """The settings that are part of a run's id; equal times are written in one way."""
+        values = {key: v for key, v in asdict(self).items() if key not in self.NOT_HASHED}
+        if self.seconds is not None:
+            minutes, seconds = divmod(int(self.seconds), 60)
+            hours, minutes = divmod(minutes, 60)
+            days, hours = divmod(hours, 24)
+            values["max_time"] = f"{days:02}:{hours:02}:{minutes:02}:{seconds:02}"
+        return values
 
     def pieces(self, model: ModelConfig, processes: int) -> list[int] | None:
         """[processes, rows at once], where the weights depend on how a batch is split, else None.
