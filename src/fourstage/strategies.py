@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from fourstage.job import TrainerConfig
 from fourstage.model import ScalarModel, Transformer
 from fourstage.model.moe import MoE
+from fourstage.model.precision import full_precision
 from fourstage.muon import Muon
 from fourstage.zero_muon import ZeroMuon, layout, splits_of
 
@@ -200,7 +201,9 @@ def backward(module: L.LightningModule, loss: Callable[[], Tensor], is_last: boo
     """Adds the gradient of `loss()`, of which the ranks' mean is taken; `is_last` of its step."""
     strategy = module.trainer.strategy
     if not isinstance(strategy, ZeroStrategy):
-        module.manual_backward(loss())
+        share = loss()
+        with full_precision(share):  # else what was computed in float32 goes back in half
+            module.manual_backward(share)
         return
     engine = strategy.deepspeed_engine
 
@@ -213,8 +216,7 @@ def backward(module: L.LightningModule, loss: Callable[[], Tensor], is_last: boo
     engine.set_gradient_accumulation_boundary(is_last)
     # with autocast around it the engine would warn, and turn it off
     with torch.autocast(strategy.precision_plugin.device, enabled=False):
-        share = engine(under_autocast)
-    engine.backward(share)
+        engine.backward(engine(under_autocast))
 
 
 def step(

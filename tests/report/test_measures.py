@@ -113,10 +113,7 @@ def test_keys_without_common_items_are_named(outputs: Path) -> None:
     rows = read_items(path).values()
     write_lines(path, [r | {"id": f"x{r['id']}"} if r["set"] == "corpus" else r for r in rows])
     missing = report(outputs)
-    assert (
-        "- grpo: no difference to ppo for bits per character: the two have no items"
-        in missing
-    )
+    assert "- grpo: no difference to ppo for bits per character: the two have no items" in missing
     assert "bits_per_char" not in stages(outputs)["grpo"]["differences"]
 
 

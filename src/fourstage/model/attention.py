@@ -133,7 +133,8 @@ class Attention(nn.Module):
         else:
             q, k, _ = qkv_BTJC.split(self.heads, dim=2)
             qk_BTJC = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
-        q, k = rotate(qk_BTJC, rope).split((H, G), dim=2)
+        qk_BTJC = rotate(qk_BTJC, rope).to(qkv_BTJC.dtype)  # CUDA's autocast has norms in float32
+        q, k = qk_BTJC.split((H, G), dim=2)
         return q, k, qkv_BTJC[:, :, H + G :]
 
     def head_gains(self) -> Tensor:

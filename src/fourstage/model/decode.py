@@ -23,6 +23,7 @@ from fourstage.model.cache import LayerCache
 from fourstage.model.flops import forward_flops, head_flops
 from fourstage.model.moe import MoE, Router
 from fourstage.model.native.decode import KernelSteps
+from fourstage.model.precision import LARGE_VOCABULARY, full_precision
 from fourstage.model.recording import Recording, can_record
 from fourstage.model.transformer import Transformer
 
@@ -102,7 +103,9 @@ class TorchSteps:
             for block, cache in zip(model.blocks, self.caches, strict=True)
             for mlp in [_cast(block.mlp, dtype)]
         ]
-        self.head_weight = (model.head or model.embedding).weight.to(dtype)
+        is_large = model.vocab_size > LARGE_VOCABULARY
+        head_weight = (model.head or model.embedding).weight
+        self.head_weight = head_weight.to(dtype) if is_large else head_weight
 
     def prefill(self, ids_BT: Tensor) -> None:
         T = ids_BT.shape[1]
@@ -145,7 +148,9 @@ class TorchSteps:
             y_BGRC = cache.attend(qk_BJC[:, :-G].reshape(B, G, -1, C), S, mask)
             x_BD = x_BD + F.linear(y_BGRC.view(B, -1), out_weight)
             x_BD = x_BD + mlp(F.rms_norm(x_BD, shape, mlp_gain_D, eps))
-        return F.linear(F.rms_norm(x_BD, shape, model.norm.weight, eps), self.head_weight)
+        h_BD = F.rms_norm(x_BD, shape, model.norm.weight, eps)
+        with full_precision(h_BD):
+            return F.linear(h_BD.to(self.head_weight.dtype), self.head_weight)
 
     def _seen(self, at: int | Tensor) -> tuple[int, Tensor | None]:
         """S, and bool [B or 1, 1, 1, S]: which of the first S places a token at `at` sees."""

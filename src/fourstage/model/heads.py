@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fourstage.model.attention import Linear
 from fourstage.model.flops import head_flops
+from fourstage.model.precision import full_precision
 from fourstage.model.transformer import Transformer
 
 
@@ -16,7 +17,8 @@ class ScalarHead(Linear):
         super().__init__(d_model, 1, std=(d_model + 1) ** -0.5)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return super().forward(hidden).squeeze(-1)
+        with full_precision(hidden):
+            return super().forward(hidden.to(self.weight.dtype)).squeeze(-1)
 
 
 class ScalarModel(nn.Module):

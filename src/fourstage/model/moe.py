@@ -8,7 +8,6 @@ M = N * K token copies sorted by expert.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from fourstage.model import fused, opaque
 from fourstage.model.attention import Linear
 from fourstage.model.config import ModelConfig
+from fourstage.model.precision import full_precision
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -90,11 +90,12 @@ class Router(nn.Module):
         self.register_buffer("expert_bias_E", torch.zeros(config.num_experts))
 
     def forward(self, x_ND: Tensor, valid_N: Tensor | None, has_stats: bool = True) -> Routing:
-        device = x_ND.device.type
-        has_autocast = torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
-            # half precision would flip near-ties
-            logits_NE = F.linear(x_ND.float(), self.proj.weight.float())
+        with full_precision(x_ND):
+            return self.route(x_ND.float(), valid_N, has_stats)
+
+    def route(self, x_ND: Tensor, valid_N: Tensor | None, has_stats: bool) -> Routing:
+        """forward, of float32."""
+        logits_NE = F.linear(x_ND, self.proj.weight.float())
         scores_NE = logits_NE.sigmoid()
         choice_NE = scores_NE.detach() + self.expert_bias_E
         experts_NK = choice_NE.topk(self.top_k, dim=-1, sorted=False).indices

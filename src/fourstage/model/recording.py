@@ -16,14 +16,14 @@ def can_record(model: Transformer, dtype: torch.dtype) -> bool:
     """Whether a step of this network, in dtype, can be recorded where that was asked for.
 
     A GPU's grouped product asks for the groups' sizes, which a recording cannot, unless it is the
-    one of Hopper and later in bf16.
+    one of Hopper (9) and data-center Blackwell (10) in bf16; a consumer's Blackwell (12) has none.
     """
     if not model.records_steps or model.embedding.weight.device.type != "cuda":
         return False
     if model.config.dense:
         return True
     is_grouped = model.config.expert_path == "grouped" and dtype == torch.bfloat16
-    return is_grouped and torch.cuda.get_device_capability() >= (9, 0)
+    return is_grouped and torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 class Recording:

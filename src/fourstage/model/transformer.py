@@ -6,6 +6,7 @@ Shape legend: B rows, T tokens, N distinct tokens, D d_model, V vocabulary, L la
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from fourstage.model.config import ModelConfig
 from fourstage.model.flops import forward_flops, head_flops
 from fourstage.model.moe import MoE, Routing, SwiGLU
 from fourstage.model.packing import Packing
+from fourstage.model.precision import LARGE_VOCABULARY, full_precision
 
 
 @dataclass
@@ -157,14 +159,17 @@ class Transformer(nn.Module):
         return block
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V]."""
+        """[..., D] -> [..., V]; in float32 under autocast too, but for a large vocabulary."""
         d_model = self.config.d_model
         flops = head_flops(d_model, self.vocab_size, hidden.numel() // d_model)
         self.count_flops(flops, has_backward=hidden.requires_grad)
-        if self.config.tie_embeddings:
-            return F.linear(hidden, self.embedding.weight)
-        assert self.head is not None, "a scalar model's backbone has no token head"
-        return self.head(hidden)
+        is_small = self.vocab_size <= LARGE_VOCABULARY
+        with full_precision(hidden) if is_small else nullcontext():
+            hidden = hidden.to(self.embedding.weight.dtype) if is_small else hidden
+            if self.config.tie_embeddings:
+                return F.linear(hidden, self.embedding.weight)
+            assert self.head is not None, "a scalar model's backbone has no token head"
+            return self.head(hidden)
 
     def count_flops(self, forward: int, *, has_backward: bool) -> None:
         """Adds the FLOPs of a forward, with those of its backward where it will have one."""
