@@ -1,6 +1,7 @@
 """Tasks of reasoning-gym: answers that are nearly right, or have the right one in them."""
 
 import json
+import time
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -101,6 +102,80 @@ def test_numbers_are_those_of_the_answer():
     assert right("[[0,1],[1,0]]") and not right("[[0,1,1],[1,0]]")
     right = judged("time_intervals", "67 days", task_type="date")
     assert right("67 days") and not right("67 or 68 days")
+
+
+def test_parts_of_a_wrong_answer_do_not_add_up():
+    right = judged("spell_backward", "yawmaerts", word="streamway")
+    assert right("yawmaerts") and right("YAWMAERTS")
+    assert not right("yawmaertsxyzzy") and not right("yawmaerts or dog")
+    right = judged("figlet_font", "SURGEONSHIP", font="standard")
+    assert right("SURGEONSHIP") and not right("SURGEONSHIzzz") and not right("SURGEONSHIP or dog")
+    right = judged("game_of_life", "[[0, 1], [1, 0]]")
+    assert not right("[[0,1],[1,0],[]]") and not right('[[0,1],[1,0],"",[]]')
+    right = judged("palindrome_partitioning", '[["a", "a"], ["aa"]]', solution=[["a", "a"], ["aa"]])
+    right_twice = '[["a", "a"], ["aa"], ["a", "a"]]'
+    assert right('[["aa"], ["a", "a"]]') and not right(right_twice)
+
+
+def test_a_number_is_that_number():
+    right = judged("gsm_symbolic", "1348")
+    assert right("1348") and right("$1348")
+    for wrong in (".1348", "-$1348", "- 1348", "-(1348)", "<1348", "!1348", "≠1348"):
+        assert not right(wrong), wrong
+    right = judged("number_format", "325906824.607", solution=325906824.607)
+    assert right("325906824.607") and right("325,906,824.607")
+    assert not right("325906824.612") and not right("3,2,5,9,0,6,8,2,4,.,6,0,7")
+    right = judged("chain_sum", "14")
+    assert right("14") and not right("1,4")
+    right = judged("pool_matrix", "3.0 5.22\n4.67 3.67")
+    assert right("3.0 5.22\n4.67 3.67") and right("3 5.22\n4.66 3.67")
+    for wrong in ("3.0 5.26\n4.67 3.67", "3.0 5.22\n4.67 3.67 # or 3", "3.0\n5.22\n4.67\n3.67"):
+        assert not right(wrong), wrong
+
+
+def test_tasks_without_one_answer():
+    """Their entries have no answer, but an example."""
+    (one,) = problems("rubiks_cube", 1)
+    right = one.entry["metadata"]["example_correct_answer"]
+    assert verify(one, f"#### {right}") == 1.0 and verify(one, f"#### {right} xy9z 57x7") == 0.0
+    (one,) = problems("graph_color", 1)
+    right = json.dumps(one.entry["metadata"]["possible_answer"])
+    assert verify(one, f"#### {right}") == 1.0
+    assert verify(one, f'#### {right[:-1]}, "99": 57, "zz": "xyzzy"}}') == 0.0
+    board = "BBooooooooooAAoooooooooooooooooooooo"  # A is the way out in some moves to the right
+    one = SimpleNamespace(
+        task="rush_hour", entry={"answer": None, "metadata": {"board_config": board}}
+    )
+    assert verify(one, "#### A+4") == 1.0
+    assert verify(one, "#### not A+4 or 57") == verify(one, "#### xyzzy A+4") == 0.0
+
+
+def test_moves_are_moves():
+    puzzle = {"jug_capacities": [3, 5], "target": 3, "min_moves": 1}
+    right = judged("jugs", '["fill A"]', puzzle=puzzle)
+    assert right('["fill A"]') and not right('["fill A xyzzy 57"]')
+    assert worked_solution("jugs", {"answer": '["No solution"]'}) is None
+    right = judged("sokoban", "R", gamestr="+ + + + +\n+ * @ X +\n+ + + + +")
+    assert right("R") and not right("R" + "LR" * 10)
+
+
+def test_long_coefficients():
+    long = "12345678901234567890123456789012345678901234567890"
+    right = judged(
+        "polynomial_multiplication", f"{long}*x**2", result=f"{long}*x**2", variables="x"
+    )
+    assert right(f"{long}*x**2")
+
+
+def test_shapes_take_no_time():
+    """A regular expression that tries many ways would take seconds."""
+    gold = "A → B" * 5000
+    one = SimpleNamespace(task="quantum_lock", entry={"answer": gold, "metadata": {}})
+    begin = time.process_time()
+    assert verify(one, "#### A" + " " * 39000 + "x") == 0.0
+    one = SimpleNamespace(task="tower_of_hanoi", entry={"answer": gold, "metadata": {}})
+    assert verify(one, "#### Move disk 1 from Peg 1 to Peg 2" + "\n" * 39000 + "x") == 0.0
+    assert time.process_time() - begin < 2
 
 
 def test_knights_and_knaves_in_any_order():

@@ -13,33 +13,82 @@ from typing import Any
 from fourstage.tokenizer import LOOK_ALIKES
 
 NUMBER = re.compile(
-    r"([+-]?)[$£€]?(-?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,50})?(\.[0-9]{1,50})?(?:e([+-]?[0-9]{1,2}))?%?",
+    r"([+-]?)[$£€¥]?(-?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,50})?(\.[0-9]{1,50})?(?:e([+-]?[0-9]{1,2}))?"
+    r"[%$£€¥]?",
     re.IGNORECASE,
 )
-FRACTION = re.compile(r"(-?)(?:([0-9]{1,50}) )?\(?(-?[0-9]{1,50})\)?/\(?(-?[0-9]{1,50})\)?")
+FRACTION = re.compile(r"(-?)(?:([0-9]{1,50}) )?\(?(-?[0-9]{1,50})\)?/\(?(-?[0-9]{1,50})\)?%?")
 WRAPPED = re.compile(
     r"\\(?:boxed|fbox)\s*\{(.*)\}|\\boxed ([^\s{}]+)|\\\((.*)\\\)|\\\[(.*)\\\]|\$\$?([^$]*)\$\$?"
-    r"|\*\*([^*]*)\*\*",
+    r"|\*\*?([^*]*)\*\*?|`([^`]*)`|\"([^\"]*)\"|\(?([a-zA-Z])\)|\(([+-]?[0-9.]+)\)",
     re.DOTALL,
 )
 FUNCTIONS = "sqrt|pi|sin|cos|tan|log|ln|exp"
-SEPARATORS = re.compile(r"[,;:=<>|%]|\\(?:leq?|geq?|neq?|cup|cap|pm|in)\b")
+SEPARATORS = re.compile(r"[,;:=<>|%]|\\(?:le|ge|ne|cup|cap|pm|in)(?![a-z])")
 WORDS = re.compile(rf"(?<![\\a-z])(?!{FUNCTIONS})[a-z]{{2,}}")
-ARITHMETIC = re.compile(r"(?<!^)[+-]|[0-9](?:\*\*|\\times|\\cdot|\\div|[*/^])(?=[0-9])")
-TEXT = re.compile(
+LETTERS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
+ARITHMETIC = re.compile(r"(?<!^)[+-]|[0-9](?:\*\*|\\times|\\cdot|\\div|[*^])(?=[0-9])")
+IRRATIONAL = re.compile(rf"\\(?:{FUNCTIONS})(?![a-z])")
+TEXT = re.compile(  # dates, times, labels, scores, units, words; derivatives
     r"^[0-9]+(?:[-:][0-9]+)+$|^[^\\]*[a-z][0-9]|_|^[^\\]*(?!sqrt|sin|cos|tan|log|exp)\b[a-z]{3}"
+    rf"|(?:^| )(?!{FUNCTIONS})[a-z]{{2,}}(?: |$)|[0-9] [a-z](?: |$)|[0-9] ?r ?[0-9]|^[^\\]*[a-z]\."
+    r"|['\"]|(?<![a-z\\])d[rtuxyz](?![a-z])"
 )
-LOOKS = str.maketrans(LOOK_ALIKES)  # a tokenizer may be able to write only the plain ones
+COMMANDS = (
+    rf"{FUNCTIONS}|frac|sec|csc|cot|arcsin|arccos|arctan|infty|cdot|times|div|pm|mp|le|ge|ne|in|cup"
+    "|cap|emptyset|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega|begin|end"
+)
+READABLE = re.compile(  # what math-verify reads whole; of other texts it reads a part
+    rf"(?!.*[.][.])(?:[\w\s+*/^()\[\]{{}}.,=<>|:;&√-]|\\(?:{COMMANDS})(?![a-zA-Z])|\\[{{}}\\])*",
+    re.ASCII,
+)
+RAISED = {ord(raised): str(n) for n, raised in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+LOOKS = str.maketrans(  # a tokenizer may be able to write only the plain ones
+    LOOK_ALIKES
+    | {"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5"}
+    | {
+        "π": r"\pi ",
+        "∞": r"\infty ",
+        "∪": r"\cup ",
+        "∩": r"\cap ",
+        "∈": r"\in ",
+        "∅": r"\emptyset ",
+    }
+    | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "×": r"\times ", "·": r"\cdot ", "÷": r"\div "}
+)
+ALIKE = (  # ways of writing, and the one of them that is compared
+    (r"\{,\}", ","),
+    (r"\\([%$])", r"\1"),
+    (r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}", r"\1"),
+    (r"\\(?:displaystyle|left|right|quad|,|!|;|:)(?![a-z])", ""),
+    (r"\\[dtc]frac(?![a-z])", r"\\frac"),
+    (r"\\frac\s*(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))", r"\\frac{\1\2}{\3\4}"),
+    (r"<=|\\leqs?(?:lant)?(?![a-z])", r"\\le "),
+    (r">=|\\geqs?(?:lant)?(?![a-z])", r"\\ge "),
+    (r"!=|\\neq(?![a-z])", r"\\ne "),
+    (r"\\gt(?![a-z])", ">"),
+    (r"\\lt(?![a-z])", "<"),
+    (r"\\varnothing(?![a-z])", r"\\emptyset"),
+    (r"(?<![\\a-zA-Z])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty "),
+    (r"\{bmatrix\}", "{pmatrix}"),
+    (r"_\{(\w+)\}", r"_\1"),
+    (
+        r"([0-9])\s*(?:\\times|\\cdot|\*)\s*10\s*(?:\^|\*\*)\s*(?:\{(-?[0-9]+)\}|(-?[0-9]+))",
+        r"\1e\2\3",
+    ),
+    (r"\^?\{?\\circ(?![a-z])\}?|°|(?<=[0-9]) ?degrees?(?![a-z])", ""),  # a unit, as % is
+    (r"(?<=[0-9]) ?percent(?![a-z])", "%"),
+    (r"(?i)\b([ap])\.m\.?(?![a-z])", r"\1m"),
+    (r"(?<![a-zA-Z0-9,]) | (?![a-zA-Z0-9])", ""),
+)
 
 
 def same_plainly(given: str, expected: str) -> bool | None:
     """Whether a final answer is the expected one; None where only computer algebra can tell."""
-    return _same(_plain(given), _plain(expected))
-
-
-def is_number(text: str) -> bool:
-    """Whether a final answer is one number; "$1,000", "40%" and "\\boxed{7}" are."""
-    return _number(_plain(text)) is not None
+    try:
+        return _same(_plain(given), _plain(expected))
+    except RecursionError:  # brackets in brackets, a thousand deep
+        return given == expected
 
 
 def same_expression(given: str, entry: dict[str, Any]) -> bool:
@@ -65,9 +114,9 @@ def _same(given: str, expected: str) -> bool | None:
         return _number(given) == wanted
     if (wanted := wanted or _fraction(expected)) is not None:
         return wanted in (_number(given), _fraction(given))
-    if given.replace(" ", "") == expected.replace(" ", ""):
+    if _key(given) == _key(expected):
         return True
-    if TEXT.search(expected):  # words, names, dates, scores: no formula
+    if TEXT.search(expected) or _enclosed(given) != _enclosed(expected):
         return False
     parts, others = _parts(expected) or [], _parts(given) or []
     if len(parts) != len(others):
@@ -78,46 +127,72 @@ def _same(given: str, expected: str) -> bool | None:
     given, expected = _latex(given), _latex(expected)
     if given == expected:
         return True
-    if not re.search(r"[0-9\\+*/^]", expected) or not _same_kind(given, expected):
+    is_formula = re.search(r"[0-9\\+*/^-]", expected)
+    if not (is_formula and READABLE.fullmatch(expected) and READABLE.fullmatch(given)):
         return False
-    return None
+    if "." in given and _number(given) is not None and IRRATIONAL.search(expected):
+        return False
+    return None if _same_kind(given, expected) else False
+
+
+def _key(text: str) -> str:
+    """Without the spaces of "5 cm" and "a, b"."""
+    return re.sub(r"(?<=[0-9]) (?=[a-z])|(?<=,) ", "", text)
+
+
+def _enclosed(text: str) -> str:
+    """The brackets around a set or an interval, which are part of it; of others none."""
+    match = re.fullmatch(r"(\\?\{|\[).*(\\?\}|[\])])|(\().*(\])", text, re.DOTALL)
+    return "".join(x.removeprefix("\\") for x in match.groups() if x) if match else ""
 
 
 def _parts(text: str) -> list[str] | None:
     """The brackets and elements of a list, a tuple or an interval, whose order counts; None for
     what is none of them."""
-    is_enclosed = text[:1] in ("(", "[") and text[-1:] in (")", "]")
-    opened, inside, closed = (text[0], text[1:-1], text[-1]) if is_enclosed else ("", text, "")
+    if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
+        inside = _split(text[1:-1])
+        if inside is not None:
+            return [text[0], *inside, text[-1]] if len(inside) > 1 else None
+    whole = _split(text)  # (1,2), (3,4)
+    return whole if whole and len(whole) > 1 else None
+
+
+def _split(text: str) -> list[str] | None:
+    """At the commas that are in no bracket; None where the brackets are not paired."""
     depth, parts = 0, [""]
-    for character in inside:
+    for character in text:
         depth += (character in "([{") - (character in ")]}")
-        if depth < 0:  # (1,2) \cup (3,4)
+        if depth < 0:
             return None
         if character == "," and depth == 0:
             parts.append("")
         else:
             parts[-1] += character
-    return [opened, *map(str.strip, parts), closed] if len(parts) > 1 else None
+    return [part.strip() for part in parts]
 
 
 def _plain(text: str) -> str:
     r"""Plain characters in lower case, spaces between words only, no $...$ or \boxed{...}."""
-    text = " ".join(text.translate(LOOKS).split()).removesuffix(".").strip()
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda raised: f"^{{{raised[0].translate(RAISED)}}}", text)
+    text = _without_a_stop(" ".join(text.translate(LOOKS).split()))
     while wrapped := WRAPPED.fullmatch(text):
         text = next(part for part in wrapped.groups() if part is not None)
-        text = text.strip().removesuffix(".")
-    text = text.replace("{,}", ",").replace("\\%", "%").replace("\\$", "$").replace("π", r"\pi")
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"\\frac([0-9])([0-9])", r"\\frac{\1}{\2}", text)
-    text = re.sub(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\^?\{?\\circ\b\}?|°", "", text)  # a unit, as % is
-    text = re.sub(r"\\(?:left|right|,|!|;)|(?<![a-zA-Z0-9,]) | (?![a-zA-Z0-9])", "", text)
+        text = _without_a_stop(text)
+    for written, alike in ALIKE:
+        text = re.sub(written, alike, text)
+    while wrapped := WRAPPED.fullmatch(text):  # \textbf{(B)}
+        text = next(part for part in wrapped.groups() if part is not None)
     return text.lower() if "\\" not in text else text
+
+
+def _without_a_stop(text: str) -> str:
+    return re.sub(r"(?<![.])[.,;]$", "", text.strip()).strip()  # but 0.333... is another number
 
 
 def _latex(text: str) -> str:
     r"""sqrt(2), √2, pi, ln 2 and x**10 as \sqrt{2}, \sqrt{2}, \pi, \ln 2 and x^{10}."""
     text = re.sub(r"(?:(?<![\\a-zA-Z])sqrt|√)\(([^()]*)\)|√([0-9]+|[a-z])", r"\\sqrt{\1\2}", text)
+    text = re.sub(r"\\sqrt\s*([0-9a-z])", r"\\sqrt{\1}", text)
     text = re.sub(rf"(?<![\\a-zA-Z])({FUNCTIONS})(?![a-zA-Z])", r"\\\1", text)
     return re.sub(r"(?:\*\*|\^)(?:\((-?[0-9]+)\)|(-?[0-9]+))", r"^{\1\2}", text)
 
@@ -146,17 +221,24 @@ def _fraction(text: str) -> Fraction | None:
 
 
 def _same_kind(given: str, expected: str) -> bool:
-    """The same separators and words, and no more arithmetic than the expected answer leaves."""
-    given, expected = _linear(given), _linear(expected)
-    return (
-        SEPARATORS.findall(given) == SEPARATORS.findall(expected)
-        and sorted(WORDS.findall(given.lower())) == sorted(WORDS.findall(expected.lower()))
-        and len(ARITHMETIC.findall(given)) <= len(ARITHMETIC.findall(expected))
+    """The same separators, words and variables, and no more sums and products of numbers than the
+    expected answer leaves."""
+    sides = given, expected
+    given_sums, expected_sums = (len(ARITHMETIC.findall(_linear(side))) for side in sides)
+    separators, words, letters = (
+        [sorted(of(side)) for side in sides]
+        for of in (
+            lambda side: SEPARATORS.findall(side),
+            lambda side: WORDS.findall(side.lower()),
+            lambda side: set(LETTERS.findall(side)),
+        )
+    )
+    return given_sums <= expected_sums and all(
+        mine == its for mine, its in (separators, words, letters)
     )
 
 
 def _linear(text: str) -> str:
     r"""\frac{a}{b} as a/b, without brackets."""
-    text = re.sub(r"\\sqrt\{([^{}]*)\}", r"sqrt(\1)", text)
     text = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text)
-    return re.sub(r"[(){}\s]", "", text) if not WORDS.search(text.lower()) else text
+    return re.sub(r"[(){}\s]", "", text)

@@ -146,6 +146,42 @@ def test_answers_to_other_turns_are_no_pair():
         pair_from(record(prompt="q", **sides))
 
 
+def test_a_prompt_beside_whole_dialogues_is_part_of_them():
+    said = [user("p"), assistant("x"), user("q")]
+    sides = {"chosen": [*said, assistant("good")], "rejected": [*said, assistant("bad")]}
+    for prompt in ("p", "q", said):  # the first turn, the last, all
+        assert pair_from(record(prompt=prompt, **sides)).messages == said
+    spoken = {name: [system("s"), *turns] for name, turns in sides.items()}
+    assert pair_from(record(prompt="q", **spoken)).messages == [system("s"), *said]
+    for other in ("r", [user("r")]):
+        with pytest.raises(Unusable, match="answer different prompts"):
+            pair_from(record(prompt=other, **sides))
+
+
+def test_an_answer_may_hold_a_dialogue():
+    text = "Human: hi\n\nAssistant: yo\n\nHuman: bye\n\nAssistant: bye"
+    pair = pair_from(record(prompt="write one", chosen=text, rejected=text + "!"))
+    assert (pair.chosen, pair.rejected) == (text, text + "!")
+
+
+def test_messages_of_other_makers():
+    turns = [
+        {"role": "developer", "content": "s"},
+        {"role": None, "from": "human", "content": None, "value": "q"},
+        assistant("a"),
+    ]
+    expected = [system("s"), user("q"), assistant("a")]
+    assert conversation_from(record(messages=turns)).messages == expected
+    assert conversation_from(record(instruction="q", response="a")).messages == expected[1:]
+    one = record(prompt=user("q"), chosen="good", rejected="bad")
+    assert pair_from(one).messages == [user("q")]
+    with pytest.raises(Unusable, match="weight 0"):
+        conversation_from(record(messages=[user("q"), {**assistant("a"), "weight": 0}]))
+    uneven = {"role": ["user", "assistant"], "content": ["a"]}
+    with pytest.raises(UserError, match='the columns of "messages" differ in length'):
+        conversation_from(record(messages=uneven))
+
+
 def test_an_input_may_be_a_number_but_no_object():
     (asked, _) = conversation_from(record(instruction="i", input=5, output="o")).messages
     assert asked == user("i\n5")
@@ -154,7 +190,7 @@ def test_an_input_may_be_a_number_but_no_object():
 
 
 def test_an_unknown_schema_names_the_key_for_other_names():
-    with pytest.raises(UserError, match=r"data.reasoning.columns=\{question: problem, ...\}$"):
+    with pytest.raises(UserError, match=r"data.reasoning.columns=\{question: YOUR_NAME, ...\}$"):
         problem_from(record(problem="q", solution="a"))
 
 
@@ -178,6 +214,20 @@ def test_a_long_field_of_a_table_is_read(write):
         ("the answer is #### 7", "7"),
         ("so\n#### 7\nThat is what we wanted.", "7"),
         ("so\n#### 1 2\n3 4", "1 2\n3 4"),
+        ("so\n#### 3 1/2\nI hope that helps.", "3 1/2"),
+        ("so\n#### 42\n\n---", "42"),
+        ("#### Step 1: Think\n2+2.\n\n#### Step 2: Solve\nSo it is \\boxed{4}.", "4"),
+        ("We have $\\boxed{4}$ eggs.\n#### Check\n2+2=4 ok.", "4"),
+        ("#### Solution\nWe have 3 apples.\n\n#### Answer: 3", "3"),
+        (r"$\boxed{42}$. #### is a mark", "42"),
+        (r"Therefore $\boxed3$.", "3"),
+        (r"Therefore $\boxed\frac{1}{2}$.", r"\frac{1}{2}"),
+        (r"$\framebox{3}$", "3"),
+        (r"x \boxed{5} \boxed{", "5"),
+        ("2+2=4.\n\nThe answer is: 4", "4"),
+        ("Reasoning...\nAnswer: $4$", "$4$"),
+        ("x <<1+1=2>>2\n#### <<5=5>>5", "5"),
+        ("if a<<b and c>>d\n#### 3", "3"),
     ],
 )
 def test_problems(answer, result):
@@ -189,6 +239,26 @@ def test_problems(answer, result):
 def test_marks_within_a_solution_are_no_result():
     problem = problem_from(record(question="?", answer="#### Step 1\nadd <<1+6=7>>7\nso #### 7"))
     assert problem.worked == "Step 1\nadd 7\nso\n#### 7"
+
+
+def test_signs_that_are_no_calculator_stay():
+    problem = problem_from(record(question="?", answer="if a<<b and c>>d\n#### 3"))
+    assert problem.worked == "if a<<b and c>>d\n#### 3"
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ("#### Step 1\nThink of 2+2.\n\n#### Step 2\nIt is four.", "more than a result follows"),
+        ("First we add them.\nThen we have four.", "no '#### RESULT' and no"),
+        (r"Hence $\boxed{x=1}$ or $\boxed{x=2}$.", "several results are in boxes"),
+        (r"$x=\boxed{5}$ and $y=\boxed{7}$", "several results are in boxes"),
+        ("x\n#### 5\0", "nothing follows"),
+    ],
+)
+def test_a_solution_without_one_result_is_left_out(answer, why):
+    with pytest.raises(Unusable, match=why):
+        problem_from(record(question="?", answer=answer))
 
 
 def test_not_a_number_is_no_answer():

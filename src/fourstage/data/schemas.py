@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 from fourstage.data.files import Record
 from fourstage.data.records import Conversation, Message, Pair, Problem
 from fourstage.errors import UserError
-from fourstage.final_answer import is_number
 from fourstage.verify import FROM_FILE, MARK
 
 T = TypeVar("T")
@@ -33,13 +32,21 @@ PAIR_SCHEMAS = '"chosen" and "rejected", with "prompt" or "instruction" or as di
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
-    "system": "system",
+    **dict.fromkeys(("system", "developer"), "system"),
 }
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 NOT_READ = "not_read_"  # in front of a field's name, in notes
-BOXED = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+([^\s{}$]+))")
+BOXED = re.compile(
+    r"\\(?:boxed|fbox|framebox)(?:\s*\{|\s*(\\frac\{[^{}]*\}\{[^{}]*\}|[^\s{}$\\]+))"
+)
+SEVERAL = re.compile(  # \boxed{1} or $x = \boxed{2}$
+    r"\\boxed\s*\{[^{}]*\}\$?\s*(?:,|or|and)\s*\$?(?:\w+\s*=\s*)?\\boxed\s*\{"
+)
 HASHES = re.compile(r"[ \t]*#{4,}[ \t]*")  # "##### 42" and "####42" are meant as "#### 42"
-CALCULATOR = re.compile(r"<<.*?>>")
+ANSWER_WORD = re.compile(r"^(?:the )?(?:final )?answer(?: is)?\s*:\s*(?=\S)", re.IGNORECASE)
+ANSWER_IS = re.compile(r"\b(?:the )?(?:final )?answer(?: is)?\s*:\s*(\S[^\n]*)\Z", re.IGNORECASE)
+PROSE = re.compile(r"(?<!\\)\b(?!sqrt|frac|sin|cos|tan|log|exp|text|pi\b)[^\W\d_]{2,}")
+CALCULATOR = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half an emoji, as JSON may escape it
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")
 
@@ -68,10 +75,11 @@ def conversation_from(record: Record) -> Conversation:
     for name in ("messages", "conversations"):
         if name in record:
             return Conversation(_dialogue(record, _with_system(record, _messages(record, name))))
-    if "instruction" in record and "output" in record:
-        asked = [*_history(record), _user(_instruction(record))]
-        turns = [*asked, _assistant(_text(record, "output"))]
-        return Conversation(_dialogue(record, _with_system(record, turns)))
+    for answer in ("output", "response"):
+        if "instruction" in record and answer in record:
+            asked = [*_history(record), _user(_instruction(record))]
+            turns = [*asked, _assistant(_text(record, answer))]
+            return Conversation(_dialogue(record, _with_system(record, turns)))
     for answer in ("response", "completion"):
         if "prompt" in record and answer in record:
             turns = [*_history(record), *_turns(record, "prompt", _user)]
@@ -106,59 +114,99 @@ def pair_from(record: Record) -> Pair:
         asked = chosen[:-1]
     else:
         chosen, rejected = (_answer(record, side) for side in sides)
-        asked = _with_system(record, asked)
+        asked = _with_system(record, _with_context(record, asked, chosen[:-1]))
     if chosen[:-1] != rejected[:-1]:
-        where = f"{record.where}: chosen and rejected answer different prompts"
-        raise Unusable(where, "two_prompts")
+        raise _of_two_prompts(record)
     return _pair(record, asked, chosen[-1]["content"], rejected[-1]["content"])
 
 
+def _with_context(record: Record, asked: list[Message], before: list[Message]) -> list[Message]:
+    """The whole of a prompt that is given apart, and in front of the answers too: as all that was
+    said, its first or its last turn."""
+    said = [message for message in before if message["role"] != "system"]
+    turns = [message for message in asked if message["role"] != "system"]
+    n = len(turns)
+    if not said or said == turns:
+        return before if len(before) > len(asked) else asked
+    if n < len(said) and turns in (said[:n], said[-n:]):
+        return before
+    raise _of_two_prompts(record)
+
+
+def _of_two_prompts(record: Record) -> Unusable:
+    return Unusable(f"{record.where}: chosen and rejected answer different prompts", "two_prompts")
+
+
 def problem_from(record: Record) -> Problem:
-    """gsm8k {question, answer}; the answer ends in "#### RESULT", holds \\boxed{RESULT}, or is the
-    result alone, which may be a number.
+    """gsm8k {question, answer}; the answer ends in "#### RESULT", holds \\boxed{RESULT}, says
+    "answer: RESULT" at its end, or is the result alone, which may be a number.
 
     Raises:
         UserError: no such schema, or a field that is no text.
-        Unusable: a field that is empty, or nothing after the mark.
+        Unusable: a field that is empty, or no result, or one among several.
     """
     if "question" not in record or "answer" not in record:
         raise _unknown(record, '"question" and "answer"', "reasoning", "question")
     question = _text(record, "question")
     answer = record.get("answer")
     if isinstance(answer, float) and not math.isfinite(answer):
-        raise Unusable(f"{record.where}: the answer is {answer}, which is no number", "no_result")
+        raise _without_a_result(record, f"the answer is {answer}, which is no number")
     is_value = isinstance(answer, int | float)
-    *steps, final = HASHES.split(str(answer) if is_value else _text(record, "answer"))
-    if not steps:
-        if (result := boxed(final)) is None:
-            return Problem(question, final, FROM_FILE, f"{MARK}{final}", {"answer": final})
-        steps, final = [final], result
-    final = _result(final)
-    if not final:
-        raise Unusable(f"{record.where}: nothing follows '{MARK}' in the answer", "no_result")
-    worked = "".join(steps[:1] + [f"\n{step.lstrip()}" for step in steps[1:]])
-    worked = CALCULATOR.sub("", f"{worked.rstrip()}\n{MARK}{final}".lstrip())
-    return Problem(question, final, FROM_FILE, worked, {"answer": final})
+    text = CALCULATOR.sub("", str(answer) if is_value else _text(record, "answer"))
+    steps, result = _solved(record, text)
+    if not result or "\0" in text:
+        raise _without_a_result(record, f"nothing follows '{MARK}' in the answer")
+    worked = "\n".join(part for part in (HASHES.sub("", steps).strip(), f"{MARK}{result}") if part)
+    return Problem(question, result, FROM_FILE, worked, {"answer": result})
 
 
-def _result(text: str) -> str:
-    """Without the words that follow a number on lines of their own."""
-    first, _, rest = text.strip().partition("\n")
-    is_said = is_number(first) and re.search(r"[^\W\d]{2}", rest)
-    return first.strip() if is_said else text.strip()
+def _solved(record: Record, text: str) -> tuple[str, str]:
+    """The steps and the result of a solution."""
+    in_boxes, marks = boxed(text), list(HASHES.finditer(text))
+    after = text[marks[-1].end() :].strip() if marks else ""
+    begins_a_line = bool(marks) and text[: marks[-1].start()].rpartition("\n")[2].strip() == ""
+    is_result = bool(marks) and (begins_a_line or in_boxes is None)
+    if is_result and (result := _result(after)) is not None:
+        return text[: marks[-1].start()], result
+    if in_boxes is not None:
+        if SEVERAL.search(text):
+            raise _without_a_result(record, "several results are in boxes", "several_results")
+        return text, in_boxes
+    if marks:
+        raise _without_a_result(record, f"more than a result follows '{MARK}'")
+    if (said := ANSWER_IS.search(text)) and said.start() > 0:
+        return text[: said.start()], said[1].strip()
+    if "\n" in text and PROSE.search(text):
+        raise _without_a_result(record, f"no '{MARK}RESULT' and no \\boxed{{RESULT}} in the answer")
+    return "", text
+
+
+def _result(text: str) -> str | None:
+    """What follows a mark, without "Answer:" before it and words on lines after it; None where it
+    is a heading."""
+    lines = [line.strip() for line in text.split("\n") if re.search(r"\w", line)]
+    if not lines:
+        return text.strip()
+    lines[0] = ANSWER_WORD.sub("", lines[0])
+    if len(lines) > 1 and PROSE.search(" ".join(lines)):
+        return None if PROSE.search(lines[0]) else lines[0]
+    return "\n".join(lines)
+
+
+def _without_a_result(record: Record, why: str, reason: str = "no_result") -> Unusable:
+    return Unusable(f"{record.where}: {why}", reason)
 
 
 def boxed(text: str) -> str | None:
     r"""What the last \boxed{...} of a text holds, with the braces inside it; None without one."""
-    if not (found := list(BOXED.finditer(text))):
-        return None
-    if found[-1][1]:
-        return found[-1][1].rstrip(".,;")
-    start, depth = found[-1].end(), 1
-    for at in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if depth == 0:
-            return text[start:at].strip()
+    for found in reversed(list(BOXED.finditer(text))):
+        if found[1]:
+            return found[1].rstrip(".,;")
+        depth = 1
+        for at in range(found.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[at], 0)
+            if depth == 0:
+                return text[found.end() : at].strip()
     return None
 
 
@@ -201,7 +249,7 @@ def _pair(record: Record, asked: list[Message], chosen: str, rejected: str) -> P
 
 def _turns(record: Record, name: str, message: Callable[[str], Message]) -> list[Message]:
     """A list of messages, hh-rlhf's text of a dialogue, or a text as one message."""
-    if isinstance(record.get(name), list):
+    if isinstance(record.get(name), list | dict):
         return _messages(record, name)
     text = _text(record, name)
     return (_split_turns(record, name) if message is _user else None) or [message(text)]
@@ -215,7 +263,7 @@ def _answer(record: Record, name: str) -> list[Message]:
             raise UserError(f"{record.where}: {name} must end with a message of the assistant")
         return messages
     text = _text(record, name)
-    turns = _split_turns(record, name)
+    turns = _split_turns(record, name) if str(record.get(name)).startswith("\n\n") else None
     return turns if turns and turns[-1]["role"] == "assistant" else [_assistant(text)]
 
 
@@ -254,6 +302,8 @@ def _messages(record: Record, name: str) -> list[Message]:
     value = record.get(name)
     if isinstance(value, dict):  # one message; or as columns, which `datasets` makes of a sequence
         is_columns = all(isinstance(column, list) for column in value.values())
+        if is_columns and len({len(column) for column in value.values()}) > 1:
+            raise UserError(f'{record.where}: the columns of "{name}" differ in length')
         rows = zip(*value.values(), strict=False) if is_columns else [value.values()]
         value = [dict(zip(value, row, strict=True)) for row in rows]
     if value is None:
@@ -268,10 +318,17 @@ def _message(record: Record, name: str, item: Any) -> Message:
     """{role, content} or {from, value}; content may be OpenAI's parts."""
     if not isinstance(item, dict):
         raise UserError(f'{record.where}: "{name}" must hold objects with role and content')
-    role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+    role = item.get("role") or item.get("from")
+    content = item.get("value") if item.get("content") is None else item["content"]
     if not isinstance(role, str):
         raise UserError(f'{record.where}: a message in "{name}" lacks a role or a text content')
     role = role.strip().lower()
+    if item.get("weight") == 0:
+        raise Unusable(
+            f'{record.where}: "{name}" has a message of weight 0: all of a record is learned, or '
+            "none",
+            "weight_0",
+        )
     if role in TOOL_ROLES or item.get("tool_calls"):
         raise Unusable(
             f'{record.where}: "{name}" has the turn of a tool: remove the record', "tools"
@@ -395,7 +452,8 @@ def _assistant(text: str) -> Message:
 
 
 def _unknown(record: Record, wanted: str, source: str, name: str) -> UserError:
-    has = list(record.values)[:8]
-    said = ", ".join(f'"{field}"' for field in has) or "no fields"
-    named = f"; other names: data.{source}.columns={{{name}: {has[0]}, ...}}" if has else ""
-    return UserError(f"{record.where}: unknown schema ({said}): needs {wanted}{named}")
+    said = ", ".join(f'"{field}"' for field in list(record.values)[:8]) or "no fields"
+    named = f"data.{source}.columns={{{name}: YOUR_NAME, ...}}"
+    return UserError(
+        f"{record.where}: unknown schema ({said}): needs {wanted}; for other names {named}"
+    )
