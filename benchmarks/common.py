@@ -94,6 +94,9 @@ def quiet() -> None:
 def start(main: Callable[[list[str]], None]) -> None:
     """Run a benchmark's main; what the user did wrong is one line."""
     quiet()
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(sys.modules[main.__module__].__doc__)
+        return
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from benchmarks.common import start
 from fourstage.report.files import Files
 from fourstage.report.ladder import ladder, read_rows, read_runs
 from fourstage.report.tables import GOALS, NONE, goals
@@ -85,4 +86,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    start(main)

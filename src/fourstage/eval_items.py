@@ -37,6 +37,7 @@ from fourstage.verify import verify_all
 BLOCK = 256  # tokens of text that are read at once
 MOST_SAMPLES = 1000  # answers a problem: they are all made before the first is judged
 TOKENS_AT_ONCE = 32_768  # prompts, answers and padding of a batch: what its KV cache holds
+LEAST_PROMPT = 8  # tokens that must be left for a prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,14 @@ class EvaluationConfig:
                 raise UserError(f"{name}: must be at least 1, got {value}")
         if self.samples > MOST_SAMPLES:
             raise UserError(f"samples: must be at most {MOST_SAMPLES}, got {self.samples}")
+
+    def check_room(self, max_seq_len: int) -> None:
+        """Raise UserError where an answer would leave no room for a prompt."""
+        if max_seq_len - self.max_new_tokens < LEAST_PROMPT:
+            raise UserError(
+                f"evaluation.max_new_tokens: {self.max_new_tokens} tokens leave no room for a "
+                f"prompt in model.max_seq_len={max_seq_len}: lower it"
+            )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import signal
 import stat
 import sys
@@ -40,6 +41,7 @@ NO_READER = (
     "what read this command's output has ended (as `| head` does): run the same command again: "
     "it resumes"
 )
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 FREE_SETTINGS = ("micro_batch_size",)  # the weights of most runs don't depend on them
 SIZES = ("batch_size", "minibatch_size", "group_size", "max_new_tokens", "max_tokens", "block_size")
 
@@ -76,6 +78,17 @@ def handle_stops(handler: Callable[[int, Any], None], and_ctrl_c: bool = False) 
         may_be_ignored = signum in (signal.SIGHUP, signal.SIGINT)  # by nohup, by a shell's `&`
         if not (may_be_ignored and signal.getsignal(signum) == signal.SIG_IGN):
             signal.signal(signum, answer)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Signals that ask for an end wait until this is over: an error that a handler raises in the
+    middle of a __del__ is lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOPS, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def heed_ctrl_c() -> None:
@@ -167,8 +180,8 @@ def disk_full(error: BaseException) -> str | None:
 
 def one_line(error: BaseException) -> str | None:
     """What to tell the user instead of a traceback; None where a traceback is the right thing."""
-    if isinstance(error, UserError):
-        return str(error)
+    if isinstance(error, UserError):  # which may quote what a file holds
+        return CONTROL.sub(lambda found: repr(found[0])[1:-1], str(error))
     if isinstance(error, OSError) and error.errno in NO_PLACE:
         return f"{error.filename}: {error.strerror}: choose another outputs=FOLDER"
     if isinstance(error, BrokenPipeError):
@@ -185,8 +198,8 @@ def escape_output() -> None:
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:
-    """What `python -m` does: main() with the arguments; whatever is no bug ends in one line, Ctrl-C
-    and a reader that has enough (`| head`) in none. --help prints the docstring of main's module.
+    """What `python -m` does: main() with the arguments; whatever is no bug ends in one line, a
+    reader that has enough (`| head`) in none. --help prints the docstring of main's module.
     """
     escape_output()
     code: int | str | None
@@ -197,7 +210,7 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
             code = main(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
-        code = 130
+        code = print("stopped by Ctrl-C: what was finished is on the disk", file=sys.stderr) or 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         code = 141

@@ -134,7 +134,10 @@ def train_command(stage: str, overrides: Sequence[str]) -> str:
 
     mine = ("stage=", "ancestors=", "force=", "sweep=")
     kept = [override for override in overrides if not override.startswith(mine)]
-    return shlex.join([python_word(), "train.py", f"stage={stage}", *kept])
+    script = Path(sys.argv[0])  # train.py, wherever the command stands
+    train = str(script) if script.name == "train.py" else "train.py"
+    flags = [word for word in sys.argv[1:] if word.startswith("--config")]
+    return shlex.join([python_word(), train, *flags, f"stage={stage}", *kept])
 
 
 def complete(plan: Plan, run: PlannedRun, train: Train, ranks: Ranks) -> None:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from fourstage import data
 from fourstage.callbacks import clock
-from fourstage.data.fits import LEAST_PROMPT, check_records
+from fourstage.data.fits import check_records
 from fourstage.errors import UserError
 from fourstage.evaluation import EvaluationConfig
 from fourstage.job import STAGES, LoggerConfig, TrainerConfig, read_record
@@ -61,12 +61,7 @@ class Command:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:  # it is multiplied into the seeds of steps and rows
             raise UserError(f"seed: must be between 0 and {2**32 - 1}, got {self.seed}")
-        room = self.model.max_seq_len - self.evaluation.max_new_tokens
-        if room < LEAST_PROMPT:
-            raise UserError(
-                f"evaluation.max_new_tokens: {self.evaluation.max_new_tokens} tokens leave no room "
-                f"for a prompt in model.max_seq_len={self.model.max_seq_len}: lower it"
-            )
+        self.evaluation.check_room(self.model.max_seq_len)
 
 
 @dataclass(kw_only=True)
@@ -128,7 +123,7 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
         if run.to_do:
             check_memory(command, run, tokenizer.vocab_size)
             room = command.model.max_seq_len
-            run.warnings = check_records(command.data, run.stage, run.settings, tokenizer, room)
+            run.warnings += check_records(command.data, run.stage, run.settings, tokenizer, room)
             run.estimate = estimate(command, store, run)
     return plan
 
@@ -237,9 +232,14 @@ def plan_run(plan: Plan, stage: str, settings: StageSettings) -> PlannedRun:
     if stage == "reward" and command.data.has_hidden_rule:
         identity["pairs"] = [PAIRS_VERSION, RULE_VERSION]
     run_id = letters(identity)
+    planned_folders = [store.folder(run.stage, run.id) for run in plan.runs]
     forced = command.force and stage == command.stage
     folder = (store.retrain_folder if forced else store.folder)(stage, run_id)
     status, record = find_status(folder)
+    foreign = [path for path in folders.values() if path.exists() and path not in planned_folders]
+    warnings = [
+        line for path in foreign for line in foreign_data(command, store, path) if status != "found"
+    ]
     return PlannedRun(
         stage=stage,
         id=run_id,
@@ -252,7 +252,18 @@ def plan_run(plan: Plan, stage: str, settings: StageSettings) -> PlannedRun:
         status=status,
         record=record,
         hint=other_budget(store, identity) if status == "train" else "",
+        warnings=list(dict.fromkeys(warnings)),
     )
+
+
+def foreign_data(command: Command, store: RunStore, folder: Path) -> list[str]:
+    """A warning for a parent, named in the config, and for each of its ancestors, that did not
+    train on this config's data: what is held out now they may have trained on."""
+    return [
+        f"{run.name}: with these data settings {why}: what they hold out it may have trained on"
+        for run in (*store.ancestors(folder).values(), folder)
+        if (why := data.other_source(command.data, read_record(run))) is not None
+    ]
 
 
 def other_budget(store: RunStore, identity: Mapping[str, Any]) -> str:

@@ -175,14 +175,14 @@ def evaluate_again(
     if like is not None:
         theirs = read_record(like)["config"]
         config["evaluation"] = theirs["evaluation"]
-        if has_other_data({**record, "config": {**config, "data": theirs["data"]}}):
+        if (why := unlike(record, theirs["data"])) is None:
+            config["data"] = theirs["data"]
+        else:
             print(
-                f"{folder.name} keeps its own held-out data: under that of {like.name} its "
-                f"{data.source_of_stage[stage]} is another than it was trained on",
+                f"{folder.name} keeps its own held-out data: under that of {like.name} {why}, and "
+                "what is held out there it may have trained on",
                 file=sys.stderr,
             )
-        else:
-            config["data"] = theirs["data"]
     config["evaluation"] = {**config["evaluation"], **(changes or {})}
     job = StageJob(
         stage=stage,
@@ -196,7 +196,7 @@ def evaluate_again(
         digest=record.get("data", {}).get("digest", ""),
         trainer=build(TrainerConfig, config["trainer"], "trainer"),
         logger=LoggerConfig(name="none"),
-        evaluation=build(evaluation.EvaluationConfig, config["evaluation"], "evaluation"),
+        evaluation=built_evaluation(config),
         seed=record["config"]["seed"],
         parents={
             role: path
@@ -225,15 +225,24 @@ def evaluate_again(
         write_record(folder, config={"evaluation": evaluated, "data": config["data"]})
 
 
+def built_evaluation(config: Mapping[str, Any]) -> evaluation.EvaluationConfig:
+    """Raises UserError where its answers would leave no room for a prompt."""
+    built = build(evaluation.EvaluationConfig, config["evaluation"], "evaluation")
+    built.check_room(config["model"]["max_seq_len"])
+    return built
+
+
 def has_other_data(record: dict[str, Any]) -> bool:
     """Whether the source that a run trained on reads otherwise now; not where it is missing, which
     `heldout_sets` says."""
-    try:
-        config = build(data.DataConfig, record["config"]["data"], "data")
-        now = data.digest(config, record["stage"])
-    except UserError:
-        return False
-    return now != record.get("data", {}).get("digest", now)  # older records may have none
+    config = build(data.DataConfig, record["config"]["data"], "data")
+    why = data.other_source(config, record)
+    return why is not None and not why.startswith("there is no")
+
+
+def unlike(record: dict[str, Any], config: Any) -> str | None:
+    """Why a run would not train on the same under this `data`, of another run's record."""
+    return data.other_source(build(data.DataConfig, config, "data"), record)
 
 
 def known_judges(job: StageJob, policy: Transformer) -> Judges:

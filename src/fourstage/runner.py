@@ -30,7 +30,7 @@ from fourstage.checkpoint import save_weights
 from fourstage.cost import CostMeter, peak_flops
 from fourstage.errors import UserError
 from fourstage.generate import generate
-from fourstage.interruptions import FREE_SETTINGS, advice, explained
+from fourstage.interruptions import FREE_SETTINGS, advice, explained, held_back
 from fourstage.job import StageJob
 from fourstage.loggers import build_loggers, finish_wandb
 from fourstage.model import ScalarModel, Transformer
@@ -56,7 +56,8 @@ def train_stage(job: StageJob) -> dict[str, Any]:
     with explained(job.name, job.stage, settings, steps, free):
         torch.set_flush_denormal(True)  # denormal floats make a CPU step 4 to 10 times slower
         torch.manual_seed(job.seed)
-        gc.collect()  # an earlier stage's networks, which hang in cycles
+        with held_back():
+            gc.collect()  # an earlier stage's networks, which hang in cycles
         quieten()
         prepared = PREPARE[job.stage](job)
         for transformer in prepared.module.transformers():

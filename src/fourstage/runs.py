@@ -8,8 +8,9 @@ For example:
 
     python -m fourstage.runs show sft
 
-NAME is an id, <stage>-<id>, a folder, or a stage's name: its latest finished run. Other arguments
-are key=value: outputs=FOLDER. Needs no PyTorch and answers at once.
+NAME is an id, <stage>-<id>, a folder, or a stage's name: its latest finished run (of debug runs
+only where there are no others). Other arguments are key=value: outputs=FOLDER. Needs no PyTorch and
+answers at once.
 """
 
 from __future__ import annotations
@@ -142,10 +143,12 @@ class RunStore:
             raise UserError(f"{folder}: not a run of {self.outputs}: give its own outputs=FOLDER")
         record = _read(folder)
         run_id = folder.name.rpartition("-")[2] if isinstance(record, str) else record["id"]
-        children = ", ".join(f.name for f in self.children(run_id))
+        children = [f.name for f in self.children(run_id)]
         if children and not force:
+            verb, them = ("descends", "it") if len(children) == 1 else ("descend", "them")
             raise UserError(
-                f"{folder.name}: {children} descend from it: remove them first, or add force=true"
+                f"{folder.name}: {', '.join(children)} {verb} from it: remove {them} first, or add "
+                "force=true"
             )
         if RUN_ID.fullmatch(run_id) and self.is_busy(run_id):
             raise UserError(f"{folder.name}: a process is training it now: stop that first")

@@ -25,7 +25,7 @@ def said(tmp_path):
         text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
         path.write_text(text)
         config = make("files", **{source: {"path": str(path)}})
-        values = {"max_new_tokens": 8, **settings}
+        values = {"max_new_tokens": 8, "block_size": 8, **settings}
         return check_records(config, stage, SimpleNamespace(**values), TOKENIZER, max_seq_len)
 
     return check
@@ -110,6 +110,12 @@ def test_unknown_characters_are_said_and_then_refused(said):
         said("reasoning", "grpo", rows, max_prompt_tokens=64)
 
 
+def test_a_text_of_less_than_one_block_is_refused(said):
+    text = "The quick brown fox jumps over the lazy dog."
+    with pytest.raises(UserError, match="at most 40 tokens to train on are less than one block"):
+        said("corpus", "pretrain", text, block_size=64)
+
+
 def test_what_was_unusable_is_said_where_it_is_much(said):
     rows = chats([10] * 60) + [{"instruction": f"x{i}", "output": ""} for i in range(20)]
     assert said("chat", "sft", rows, max_tokens=64) == [
@@ -127,7 +133,9 @@ def test_a_task_without_worked_solutions_is_named():
         corpus={"problems": 10},
     )
     for stage, where in (("sft", "data.chat.demonstrations"), ("pretrain", "data.corpus.problems")):
-        lines = check_records(config, stage, SimpleNamespace(max_tokens=512), TOKENIZER, 512)
+        lines = check_records(
+            config, stage, SimpleNamespace(max_tokens=512, block_size=64), TOKENIZER, 512
+        )
         assert [line for line in lines if line.startswith(f"{where}: propositional_logic has no")]
     config = make("embedded", corpus={"problems": 0}, chat={"demonstrations": 0})
-    assert check_records(config, "pretrain", SimpleNamespace(), TOKENIZER, 512) == []
+    assert check_records(config, "pretrain", SimpleNamespace(block_size=64), TOKENIZER, 512) == []

@@ -10,7 +10,8 @@ import pytest
 
 from fourstage import data
 from fourstage.data.corpus import LONG, without_heldout
-from fourstage.data.keys import LEAST, keys_of, words
+from fourstage.data.keys import LEAST, keys_of, openings, words
+from fourstage.data.records import Conversation
 from fourstage.data.split import expressions, normalise
 from fourstage.errors import UserError
 from tests.data.conftest import make
@@ -107,6 +108,67 @@ def test_typographic_twins_are_one_prompt() -> None:
     keys = keys_of([], ["What\u2019s the name of the king\u2019s eldest daughter?"])
     twin = "What's the name of the king's eldest daughter?"
     assert keys.hold(twin) and keys.in_text(f"He asked: {twin} Nobody knew.")
+
+
+HIDDEN = "Please tell me exactly where the golden key is"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        HIDDEN.replace("exactly ", "exactly\n\n"),
+        f"- {HIDDEN}?",
+        f'"{HIDDEN}"',
+        f"_{HIDDEN}_",
+        HIDDEN.replace("golden", "**golden**"),
+        HIDDEN.replace(" exactly", "\n> exactly"),
+        HIDDEN.replace("golden", "gol\u200bden"),
+        HIDDEN.replace("e", "\u0065"),
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "- ", "\u00bf", '"', "1) "])
+def test_other_spacing_and_signs_hide_nothing(said, mark) -> None:
+    keys = keys_of([], [f"{mark}{HIDDEN}"])
+    text = f"He wrote: {said} And so on."
+    assert without_heldout(text, keys)[0] != text
+
+
+def test_accents_and_dots_are_one_however_they_are_written() -> None:
+    keys = keys_of([], ["Wo ist der \u00e4lteste Ort der Welt\u2026 wei\u00dft du es"])
+    other = "wo ist der a\u0308lteste ort der welt... wei\u00dft du es"
+    assert keys.hold(other) and keys.in_text(f"Sie fragte: \u00ab{other}\u00bb")
+
+
+def test_a_short_prompt_is_held_out_as_a_whole_from_problems_too(tmp_path) -> None:
+    paths = {}
+    rows = {
+        "chat": [{"prompt": f"Say number {i} aloud", "response": "ok"} for i in range(30)],
+        "held": [{"prompt": "Capital of France?", "response": "Paris"}],
+        "problems": [{"question": "Capital of France?", "answer": "#### Paris"}]
+        + [{"question": f"{i} and one is?", "answer": f"#### {i + 1}"} for i in range(30)],
+    }
+    for name, records in rows.items():
+        paths[name] = str(tmp_path / f"{name}.jsonl")
+        lines = [json.dumps(record) + "\n" for record in records]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    config = make(
+        "files",
+        chat={"path": paths["chat"], "heldout_path": paths["held"]},
+        reasoning={"path": paths["problems"]},
+    )
+    problems = data.load_reasoning(config)
+    assert "Capital of France?" not in {p.question for p in problems.train}
+
+
+def test_every_question_of_a_held_out_dialogue_is_held_out() -> None:
+    later = "Where on earth is the old city of Zanzibar?"
+    turns = ["Good evening to you", "Hi", later, "There.", "Why?", "So."]
+    messages = [
+        {"role": "user" if i % 2 == 0 else "assistant", "content": text}
+        for i, text in enumerate(turns)
+    ]
+    asked = openings([Conversation(messages)])
+    assert asked == ["Good evening to you", later], "a short one would forbid too much"
 
 
 def test_a_bad_file_of_another_source_is_named(tmp_path) -> None:

@@ -194,6 +194,28 @@ def test_an_unknown_schema_names_the_key_for_other_names():
         problem_from(record(problem="q", solution="a"))
 
 
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [([253402300800000000], pyarrow.timestamp("us")), ([0], pyarrow.timestamp("us", "Foo/Bar"))],
+)
+def test_times_that_python_does_not_have(values, kind, tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(
+        pyarrow.table({"text": ["a"], "crawled": pyarrow.array(values, kind)}), path
+    )
+    with pytest.raises(UserError, match="a.parquet: not a readable Parquet file") as caught:
+        read_records(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_two_columns_of_one_name(tmp_path):
+    path = tmp_path / "a.parquet"
+    columns = [pyarrow.array(["1"]), pyarrow.array(["2"])]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, ["answer", "answer"]), path)
+    with pytest.raises(UserError, match="two columns are named 'answer': rename one"):
+        read_records(str(path))
+
+
 def test_a_long_field_of_a_table_is_read(write):
     (row,) = read_records(write("a.csv", "text\n" + "x" * 200_000 + "\n"))
     assert row.get("text") == "x" * 200_000
@@ -465,8 +487,11 @@ def test_marks_between_files_that_were_joined(write):
         ("a.json", '[{"text": ' + "[" * 100_000, "nested too deep"),
         ("a.csv", "a,b\n1\n", "rows of different lengths"),
         ("a.csv", 'a,b\n1,"2\n3,4\n', "not a table .a quote is not closed"),
-        ("a.csv", "a,b,a\n1,2,3\n", "two columns are named a"),
+        ("a.csv", "a,b,a\n1,2,3\n", "two columns are named 'a'"),
         ("a.csv", "question;answer\n1;2\n", "separated by semicolons"),
+        ("a.csv", 'a,b\n"x","1\n2"\n"y" z,3\n', "a.csv, line 4: not a table"),
+        ("a.csv", 'a,b\n1,2\n3,"4\n5,6\n', "a.csv, line 3: not a table .a quote is not closed"),
+        ("a.csv", "a,b\n1,2\n3\n", "a.csv, row 2: rows of different lengths: give each 2 fields"),
     ],
 )
 def test_files_that_cannot_be_read(write, name, content, message):

@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -241,33 +241,41 @@ def _table(path: str) -> list[Record]:
         names = list(lines.fieldnames or [])
         rows = [dict(row) for row in lines]
     except csv.Error as error:
-        why = "a quote is not closed" if "end of data" in str(error) else str(error)
-        raise UserError(f"{path}, line {lines.line_num}: not a table ({why})") from None
+        is_open = "end of data" in str(error)
+        line = lines.line_num + 1 if is_open else lines.reader.line_num
+        why = "a quote is not closed" if is_open else str(error)
+        raise UserError(f"{path}, line {line}: not a table ({why})") from None
     if len(names) == 1 and ";" in names[0]:
         raise UserError(
             f"{path}: separated by semicolons: save it with commas, or as .tsv with tabs"
         )
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{path}: two columns are named {', '.join(twice)}: rename one")
-    if any(None in row or None in row.values() for row in rows):
-        raise UserError(f"{path}: rows of different lengths: give each as many fields as the first")
+    _named_once(path, names)
+    for i, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise UserError(
+                f"{path}, row {i}: rows of different lengths: give each {len(names)} fields"
+            )
     return [Record(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]
 
 
+def _named_once(path: str, names: Sequence[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{path}: two columns are named {', '.join(map(repr, twice))}: rename one")
+
+
 def _parquet(path: str) -> list[Record]:
-    import pyarrow
     from pyarrow import parquet
 
     try:
         # opened here: PyArrow and `datasets` read a name as a pattern or an address
         with open(path, "rb") as file:
-            rows = [
-                row
-                for batch in parquet.ParquetFile(file).iter_batches()
-                for row in batch.to_pylist()
-            ]
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+            table = parquet.ParquetFile(file)
+            _named_once(path, table.schema_arrow.names)
+            rows = [row for batch in table.iter_batches() for row in batch.to_pylist()]
+    except UserError:
+        raise
+    except Exception as error:  # PyArrow's own, and those of times that Python doesn't have
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(f"{path}: not a readable Parquet file ({reason})") from None
     return [Record(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]
 

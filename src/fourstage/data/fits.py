@@ -41,6 +41,13 @@ def check_records(
     match stage:
         case "pretrain":
             corpus = load_corpus(config)
+            least = sum(map(len, corpus.train)) + len(corpus.train)
+            if least < settings.block_size:  # a token has a character at least
+                raise UserError(
+                    f"data.corpus: at most {least} tokens to train on are less than one block of "
+                    f"{settings.block_size}: give more text or a smaller "
+                    "stages.pretrain.block_size"
+                )
             warnings += check_unknown("data.corpus", [*corpus.train, *corpus.heldout], tokenizer)
             warnings += without_steps(config, "data.corpus.problems", config.corpus.problems)
         case "sft":
@@ -179,8 +186,9 @@ def check_prompts(
     gone = [str(task) for task in every if not fit[task]]
     if len(gone) == len(every):
         raise UserError(
-            f"{where}: none of {len(records)} prompts fits into {limit} tokens: raise it (to "
-            f"{min(lengths)} or more) or give shorter prompts"
+            f"{where}: none of {len(records)} prompts fits into {limit} tokens: raise it "
+            f"({sorted(lengths)[int(ENOUGH * (len(lengths) - 1))]} keeps nearly all) or give "
+            "shorter prompts"
         )
     if gone:
         needed = max(

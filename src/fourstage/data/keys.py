@@ -10,7 +10,8 @@ its operands.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from fourstage.data.records import Conversation, Message, Pair, Problem, opening
@@ -22,7 +23,10 @@ LEAST = 5  # words and signs of a chat prompt that is searched for inside texts
 LEAST_PROBLEM = 3  # of a problem's question, which is rarely said by chance
 NUMBER = re.compile(r"\d+")
 LOOKS = str.maketrans(LOOK_ALIKES)
-WORD = re.compile(r"\w+|[^\w\s]")
+WORD = re.compile(r"[^\W_]+|[^\w\s*`]")  # without the signs of bold and slanted words
+UNSEEN = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad]|^[ \t]*(?:>[ \t]?)+", re.MULTILINE)
+NUMBERED = re.compile(r"^\s*\d{1,3}[.)]\s+")
+LIKE_QUOTES = str.maketrans({"\u00ab": '"', "\u00bb": '"', "\u2026": "..."})
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,6 @@ class HeldOutKeys:
     problems: frozenset[str] = frozenset()  # normalised questions and expressions
     prompts: frozenset[str] = frozenset()  # normalised prompts of chats and pairs
     longest: int = 0  # operands of an expression among the problems
-    paragraphs: int = 1  # at most, of a prompt
     # the first words of a phrase -> the phrases that begin so
     phrases: dict[tuple[str, ...], list[tuple[str, ...]]] = field(default_factory=dict)
 
@@ -69,8 +72,6 @@ class HeldOutKeys:
 
     def across(self, paragraphs: list[str]) -> set[int]:
         """The paragraphs over which a held-out prompt of several is spread."""
-        if self.paragraphs == 1:
-            return set()
         said = [(i, word) for i, text in enumerate(paragraphs) for word in _words(text)]
         spread: set[int] = set()
         for first, last in self._phrases_in(tuple(word for _, word in said)):
@@ -81,19 +82,26 @@ class HeldOutKeys:
 
 def plain(text: str) -> str:
     """The key of a prompt, the same for characters that are one to the tokenizer."""
-    return normalise(text.translate(LOOKS))
+    return normalise(_folded(text))
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Words and signs in lower case, without the signs at the end."""
-    found = _words(text)
+    """Words and signs in lower case, without the signs at both ends and a list's number."""
+    found = _words(NUMBERED.sub("", text))
     while found and not found[-1].isalnum():
         found.pop()
-    return tuple(found)
+    first = next((i for i, word in enumerate(found) if word.isalnum()), 0)
+    return tuple(found[first:])
 
 
 def _words(text: str) -> list[str]:
-    return WORD.findall(text.translate(LOOKS).lower())
+    return WORD.findall(_folded(text).lower())
+
+
+def _folded(text: str) -> str:
+    """Without marks of quotation and what is not seen, and with one of several alike characters."""
+    text = unicodedata.normalize("NFC", UNSEEN.sub("", text))
+    return text.translate(LIKE_QUOTES).translate(LOOKS)
 
 
 def keys_of(problems: Iterable[Problem], prompts: Iterable[str] = ()) -> HeldOutKeys:
@@ -114,11 +122,14 @@ def keys_of(problems: Iterable[Problem], prompts: Iterable[str] = ()) -> HeldOut
         for phrase in {words(text) for text in texts}:
             if len(phrase) >= least:
                 phrases.setdefault(phrase[:LEAST_PROBLEM], []).append(phrase)
-    paragraphs = max((len(text.split("\n\n")) for text in (*questions, *prompts)), default=1)
     asked = frozenset(map(plain, prompts))
-    return HeldOutKeys(frozenset(whole), asked, longest, paragraphs, phrases)
+    return HeldOutKeys(frozenset(whole), asked, longest, phrases)
 
 
-def openings(records: Iterable[Conversation | Pair]) -> list[str]:
-    """What the records ask first."""
-    return [opening(record.messages) for record in records]
+def openings(records: Sequence[Conversation | Pair]) -> list[str]:
+    """What the records ask first; and the later questions that are long enough to be known by."""
+    asked = [opening(record.messages) for record in records]
+    for record in records:
+        later = [m["content"] for m in record.messages if m["role"] == "user"][1:]
+        asked += [text for text in later if len(words(text)) >= LEAST]
+    return asked

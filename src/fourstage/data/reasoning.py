@@ -22,7 +22,11 @@ def load_reasoning(config: DataConfig) -> Problems:
         raise UserError("stages.grpo needs data.reasoning.path=FILE (a file in gsm8k's schema)")
     train, heldout, notes = split_problems(config)
     keys = heldout_keys(config)
-    clean = [p for p in train if not keys.in_text(f"{p.question}\n{p.worked or ''}")]
+    clean = [
+        p
+        for p in train
+        if not (keys.hold(p.question) or keys.in_text(f"{p.question}\n{p.worked or ''}"))
+    ]
     notes = notes | {"dropped_with_a_heldout_prompt": len(train) - len(clean)}
     for name, side in (("train", clean), ("held out", heldout)):
         if not side:

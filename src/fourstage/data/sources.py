@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fourstage.data.chat import load_chat
@@ -9,6 +10,7 @@ from fourstage.data.config import DataConfig
 from fourstage.data.corpus import load_corpus
 from fourstage.data.preference import load_preference, load_prompts
 from fourstage.data.reasoning import load_reasoning
+from fourstage.errors import UserError
 
 source_of_stage = {
     "pretrain": "corpus",
@@ -56,6 +58,21 @@ def digest(config: DataConfig, stage: str) -> str:
     if stage == "reward" and pairs is not None:
         return pairs.digest
     return load_prompts(config).digest
+
+
+def other_source(config: DataConfig, record: Mapping[str, Any]) -> str | None:
+    """Why the run of a record would not train on the same under this config; None where it would.
+
+    What is held out under a config is in no text that was read under it, and may be in others.
+    """
+    stage = record["stage"]
+    name = source_of_stage[stage]
+    try:
+        now = digest(config, stage)
+    except UserError:
+        return f"there is no {name} that it could have trained on"
+    before = record.get("data", {}).get("digest", now)  # older records may have none
+    return None if now == before else f"its {name} is another than it was trained on"
 
 
 def left_out(config: DataConfig, stage: str) -> dict[str, int]:

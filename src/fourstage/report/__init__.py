@@ -38,6 +38,7 @@ from fourstage.report.ladder import (
     choose,
     ladder,
     notes_on_items,
+    other_items,
     other_tips,
     read_rows,
     read_runs,
@@ -156,9 +157,11 @@ def _introduction(tip: Run, files: Files, others: list[Run]) -> list[Block]:
 
 def _how_to_read(rows: list[Row]) -> str:
     text = (
-        "Every row was measured on the same held-out data: value, 95 % interval, and n, the number "
-        "of answers, problems, pairs or blocks of text. "
+        "A cell has the value, its 95 % interval, and n, the number of answers, problems, pairs or "
+        "blocks of text. "
     )
+    if not any(map(other_items, rows)):
+        text = f"Every row was measured on the same held-out data. {text}"
     if any(row.differences for row in rows):
         text += (
             "Below it is the difference to the policy that the stage started from, with the paired "

@@ -133,6 +133,14 @@ def differing(ladders: Sequence[Ladder]) -> dict[str, list[str]]:
     """The settings that are not the same in all ladders: their value in each, or a mark."""
     each = [settings(ladder.rows) for ladder in ladders]
     names = dict.fromkeys(name for found in each for name in found)
+    # null in one config, keys and values in another
+    inner = {name for name in names if any(other.startswith(f"{name}.") for other in names)}
+    for found in each:
+        for name in inner:
+            parts = {k: found.pop(k) for k in list(found) if k.startswith(f"{name}.")}
+            if parts:
+                pairs = (f"{k.removeprefix(f'{name}.')}={v}" for k, v in parts.items())
+                found[name] = ", ".join(pairs)
     values = {name: [found.get(name, NONE) for found in each] for name in names}
     # a stage that a ladder does not reach is no difference in settings
     return {n: v for n, v in values.items() if len({x for x in v if x != NONE}) > 1}
@@ -263,12 +271,17 @@ def _introduction(ladders: Sequence[Ladder], labels: Sequence[str], files: Files
     elif set(differs) == {"seed"}:
         said = f"{len(set(seeds))} seeds: they share all else that their records hold."
     else:
-        said = f"They differ in {len(differs)} settings, listed below; all others are the same."
+        count = "1 setting" if len(differs) == 1 else f"{len(differs)} settings"
+        said = f"They differ in {count}, listed below; all others are the same."
     table = [
         [label, ladder.tip.name, ", ".join(ladder.by_stage)]
         for label, ladder in zip(labels, ladders, strict=True)
     ]
+    debug = [ladder.tip.name for ladder in ladders if ladder.tip.is_debug]
+    warning = f"Debug runs, whose figures say nothing: {', '.join(debug)}."
+    warned = [Paragraph(warning)] * bool(debug)
     blocks: list[Block] = [
+        *warned,
         Paragraph(f"{said} Evaluation suite {files.suite}."),
         *map(Paragraph, files.suite_notes("NAME")),
         Table(["ladder", "its last run", "stages"], table),

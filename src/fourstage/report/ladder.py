@@ -21,6 +21,9 @@ POLICY_METRICS = (
 )
 
 
+ANSWERED = ("chat", "chat_greedy", "reasoning", "reasoning_sampled")  # sets of answers
+
+
 @dataclass(frozen=True)
 class Run:
     """One readable run.json."""
@@ -259,7 +262,8 @@ def other_items(row: Row) -> dict[str, str]:
     if row.parent is None:
         return {}
     mine, its = _ids(row.items), _ids(row.parent.items)
-    return {
+    settings = _other_settings(row.run, row.parent.run)
+    return settings | {
         name: f"{row.stage} {len(mine[name])}, {row.parent.stage} {len(its[name])}, "
         f"{len(mine[name] & its[name])} of them the same"
         for name in sorted(mine.keys() & its.keys())
@@ -269,14 +273,28 @@ def other_items(row: Row) -> dict[str, str]:
 
 def notes_on_items(rows: list[Row], tip: str) -> list[str]:
     """A line where neighbours were asked other held-out items, with the way to mend it."""
-    found = [f"{name}: {how}" for row in rows for name, how in other_items(row).items()]
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for name, how in other_items(row).items():
+            found.setdefault(how, []).append(name)
+    said = [f"{', '.join(dict.fromkeys(names))}: {how}" for how, names in found.items()]
     if not found:
         return []
     return [
-        f"Not all rows were asked the same held-out items ({'; '.join(found)}): their columns are "
-        "not comparable, and differences are over the items in common. To evaluate all of them on "
-        f"those of the last, without training: python -m fourstage.evaluation run={tip} ladder=true"
+        f"Not all rows were evaluated alike ({'; '.join(said)}): their columns are not comparable, "
+        "and differences are over the items in common. To evaluate all of them as the last one, "
+        f"without training: python -m fourstage.evaluation run={tip} ladder=true (a run whose own "
+        "training data the last one's config doesn't name keeps its held-out data)"
     ]
+
+
+def _other_settings(run: Run | None, parent: Run | None) -> dict[str, str]:
+    """The sets on which some setting of the evaluation tells; random weights have pretrain's."""
+    mine, its = ((r.config.get("evaluation") or {}) if r else {} for r in (run, parent))
+    differ = sorted(key for key in mine.keys() & its.keys() if mine[key] != its[key])
+    differ = [key for key in differ if not key.startswith("max_") or key == "max_new_tokens"]
+    said = ", ".join(f"{key} {its[key]} before, {mine[key]} after" for key in differ)
+    return dict.fromkeys(ANSWERED, said) if said else {}
 
 
 def _ids(items: list[Item]) -> dict[str, set[str]]:

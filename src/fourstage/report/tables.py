@@ -352,5 +352,5 @@ def missing(rows: list[Row], problems: list[str]) -> list[str]:
         for name, cell in cells.items():
             if cell["value"] is None:
                 whys.setdefault((row.stage, cell["why"]), []).append(title(name))
-    lines = [f"{stage}: {', '.join(names)}: {why}" for (stage, why), names in whys.items()]
+    lines = [f"{stage}: {'; '.join(names)}: {why}" for (stage, why), names in whys.items()]
     return [*problems, *lines] or ["nothing"]
