@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import pty
 import signal
@@ -149,6 +150,24 @@ def test_ctrl_c_asks_only_once_there_is_something_to_lose(handlers) -> None:
     signal.signal(signal.SIGINT, mine)
     interruptions.heed_ctrl_c()
     assert signal.getsignal(signal.SIGINT) == mine
+
+
+def test_a_signal_waits_while_garbage_is_collected(handlers) -> None:
+    """An error raised within __del__ is printed and forgotten."""
+
+    class Late:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append(sum(range(1000)))
+
+    done: list[int] = []
+    handle_stops(stop_now)
+    late = Late()
+    late.itself = late
+    del late
+    with pytest.raises(Stopped, match="143"), interruptions.held_back():
+        gc.collect()
+    assert done
 
 
 def test_no_memory_for_a_plan_is_one_line() -> None:

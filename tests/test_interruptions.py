@@ -71,6 +71,10 @@ def test_what_happened_and_what_to_do(error: Exception, line: str | None) -> Non
         assert found is error or found.__cause__ is error
 
 
+def test_what_a_file_holds_cannot_break_a_line() -> None:
+    assert one_line(UserError("no field 'a\nb\x1b[31m'")) == r"no field 'a\nb\x1b[31m'"
+
+
 def test_a_stop_while_planning_says_that_nothing_was_lost(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("fourstage.plan.make_plan", lambda tree: stop_now(signal.SIGTERM, None))
     with pytest.raises(Stopped) as caught:

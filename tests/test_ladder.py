@@ -270,6 +270,38 @@ def test_a_ladder_is_evaluated_on_what_its_last_run_holds_out(ladder, capsys) ->
     write_record(places[0], data=record["data"])
 
 
+def test_an_ancestor_of_other_data_keeps_its_held_out_items(ladder, capsys) -> None:
+    places = [folder(ladder, stage) for stage in STAGES]
+    before, record = evaluations(*places), read_record(places[-1])
+    data = record["config"]["data"]
+    nothing = {**data, "name": "files"}  # no path: no corpus, no chat
+    write_record(places[-1], config={"data": nothing})
+    reasons = "there is no corpus that it could have trained on"
+    with pytest.raises(UserError):  # grpo itself has nothing to be asked now
+        evaluation.main(["run=grpo", "ladder=true", f"outputs={ladder}"])
+    said = capsys.readouterr().err
+    assert f"{places[0].name} keeps its own held-out data: under that of {places[-1].name}" in said
+    assert reasons in said
+    write_record(places[-1], config={"data": data})
+    assert evaluations(*places) == before
+
+
+def test_rows_of_other_settings_are_said_not_to_compare(ladder) -> None:
+    place = folder(ladder, "sft")
+    before, config = evaluations(place), read_record(place)["config"]["evaluation"]
+    more = config["max_new_tokens"] + 8
+    evaluation.main(["run=sft", f"outputs={ladder}", f"evaluation.max_new_tokens={more}"])
+    write_report(ladder, "grpo")
+    said = (ladder / "report" / "report.md").read_text()
+    assert f"max_new_tokens {config['max_new_tokens']} before, {more} after" in said
+    assert "Every row was measured" not in said
+    room = "leave no room for a prompt in model.max_seq_len"
+    with pytest.raises(UserError, match=room):
+        evaluation.main(["run=sft", f"outputs={ladder}", "evaluation.max_new_tokens=100000"])
+    evaluation.main(["run=grpo", "ladder=true", f"outputs={ladder}"])
+    assert evaluations(place) == before
+
+
 def test_what_other_data_would_say_replaces_no_evaluation(ladder) -> None:
     """A text that has grown holds out what the run trained on, or an ancestor."""
     before = evaluations(folder(ladder, "sft"))

@@ -289,6 +289,38 @@ def test_the_next_command_goes_where_the_ladder_goes(base, capsys) -> None:
     assert said == f"  {python_word()} train.py stage=sft {' '.join(only_text)} data.chat.path=FILE"
 
 
+def test_a_parent_that_did_not_train_on_this_data_is_warned_of(base, tmp_path, capsys) -> None:
+    run(base, "pretrain")
+    parent = ids(base, "pretrain")["pretrain"]
+    named = f"stages.sft.parent=pretrain-{parent}"
+    run([*base, named], "sft")
+    assert "warning:" not in capsys.readouterr().out
+    without = [o for o in base if "corpus" not in o]
+    run([*without, named, "seed=2"], "sft")
+    assert (
+        f"warning: pretrain-{parent}: with these data settings there is no corpus that it could "
+        "have trained on: what they hold out it may have trained on\n"
+    ) in capsys.readouterr().out
+    (tmp_path / "other.txt").write_text("Another text altogether, of many words.\n" * 40)
+    run([*base, named, f"data.corpus.path={tmp_path}/other.txt", "seed=3"], "sft")
+    assert "its corpus is another than it was trained on" in capsys.readouterr().out
+
+
+def test_the_next_command_names_the_script_and_its_config_folder(base, capsys, monkeypatch) -> None:
+    script = ["/elsewhere/train.py", "--config-dir=mine", "stage=pretrain"]
+    monkeypatch.setattr("sys.argv", script)
+    run(base, "pretrain")
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert " /elsewhere/train.py --config-dir=mine stage=sft " in said
+
+
+def test_own_files_among_embedded_data_are_said(base, capsys) -> None:
+    files = [o for o in base if o != "data=files"]
+    run(files, "pretrain")
+    said = "data embedded with files of corpus, chat, preference, reasoning, seed 0"
+    assert said in capsys.readouterr().out
+
+
 def test_equal_times_are_one_run(base) -> None:
     times = ("00:00:02:00", "0:0:2:0", "00:00:01:60", "00:00:03:00")
     of = [ids([*base, f"stages.pretrain.max_time={t}"], "pretrain")["pretrain"] for t in times]

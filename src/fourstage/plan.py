@@ -395,8 +395,9 @@ def show(plan: Plan, console: Console, commit: str | None) -> None:
             run.status + (" (again)" if command.force and run is plan.runs[-1] else ""),
         )
     console.print(
-        f"{command.model.name}: {total:,} parameters, {active:,} active; data {command.data.name}, "
-        f"seed {command.seed}, {command.trainer.accelerator} {command.trainer.precision}{debug}",
+        f"{command.model.name}: {total:,} parameters, {active:,} active; "
+        f"data {command.data.title}, seed {command.seed}, "
+        f"{command.trainer.accelerator} {command.trainer.precision}{debug}",
         highlight=False,
         soft_wrap=True,
     )

@@ -148,7 +148,21 @@ def test_debug_ladders_are_compared_only_where_nothing_else_is(tmp_path: Path) -
     record = json.loads((folders[2] / "run.json").read_text())
     write_json(folders[2] / "run.json", record | {"debug": "fast"})
     assert len(compare(tmp_path, "all")["ladders"]) == 2
+    assert "Debug" not in (tmp_path / "report" / "compare.md").read_text()
     assert len(compare(tmp_path, run_id("pretrain", 0), run_id("pretrain", 2))["ladders"]) == 2
+    debug = f"Debug runs, whose figures say nothing: pretrain-{run_id('pretrain', 2)}."
+    assert debug in (tmp_path / "report" / "compare.md").read_text()
+
+
+def test_null_and_keys_with_values_differ(tmp_path: Path) -> None:
+    folders = [write_ladder(tmp_path, s, n=6, steps=0, stages=("pretrain",)) for s in (0, 1)]
+    for place, only in zip(folders, (None, {"gcd": {"max_value": 99}}), strict=True):
+        record = json.loads((place / "run.json").read_text())
+        data = {"name": "embedded", "reasoning": {"only": only}}
+        write_json(place / "run.json", record | {"config": record["config"] | {"data": data}})
+    compare(tmp_path, "all")
+    text = (tmp_path / "report" / "compare.md").read_text()
+    assert "| data.reasoning.only | None | gcd.max_value=99 |" in text
 
 
 @pytest.mark.parametrize(

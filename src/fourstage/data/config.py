@@ -148,6 +148,12 @@ class DataConfig:
         return self.name == "embedded"
 
     @property
+    def title(self) -> str:
+        """The config's name, and which of the embedded sources are files all the same."""
+        own = [name for name, source in vars(self).items() if getattr(source, "path", None)]
+        return f"embedded with files of {', '.join(own)}" if self.embedded and own else self.name
+
+    @property
     def has_hidden_rule(self) -> bool:
         """True if preferences come from the hidden rule; of a user's own pairs no rule is known."""
         return self.embedded and self.preference.path is None

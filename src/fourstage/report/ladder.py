@@ -57,6 +57,8 @@ class Run:
         config = self.config
         parts = {key: config[key] for key in ("model", "data", "tokenizer") if key in config}
         found = {k: str(v["name"]) for k, v in parts.items() if isinstance(v, dict) and "name" in v}
+        if own := own_sources(config.get("data")):
+            found["data"] = f"{found.get('data')} with files of {', '.join(own)}"
         if "seed" in config:
             found["seed"] = str(config["seed"])
         if isinstance(self.record.get("device"), str):
@@ -77,6 +79,15 @@ class Run:
     def rank(self) -> tuple[str, int, str]:
         """Largest for the latest finished (ISO times in UTC), then the furthest up the ladder."""
         return str(self.record.get("finished") or ""), STAGES.index(self.stage), self.id
+
+
+def own_sources(data: Any) -> list[str]:
+    """The sources of data=embedded that are files all the same."""
+    if not isinstance(data, dict) or data.get("name") != "embedded":
+        return []
+    return [
+        name for name, source in data.items() if isinstance(source, dict) and source.get("path")
+    ]
 
 
 @dataclass(frozen=True)
