@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from fourstage.tokenizer import Tokenizer
 Source = TypeVar("Source", data.Corpus, data.Chats, data.Pairs, data.Problems)
 
 ENDLESS = 10**9  # batches of a run whose budget is a time
+WAIT = 0.2  # seconds between two looks for what the first process writes
 PROBE_TOKENS = 512  # on which the router's drift is measured: a step has many more
 PAIR_FILES = ("pairs.jsonl", "pairs_heldout.jsonl")  # train and held-out side
 
@@ -159,8 +161,12 @@ def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> d
     Sampled once and kept as pairs.jsonl and pairs_heldout.jsonl, which a resumed run reads.
     """
     prompts = as_planned(job, data.load_prompts(job.data))
-    if world_size(job) == 1:  # several have no devices of their own yet
-        policy.to(device_of(job))
+    if rank() > 0:  # the first one samples, before the processes meet
+        for name in PAIR_FILES:
+            while not (job.folder / name).exists():  # it ends with the first one: see ranks.py
+                time.sleep(WAIT)
+        return stored_pairs(job.folder)
+    policy.to(device_of(job))
     for draw, (name, records) in enumerate(
         zip(PAIR_FILES, (prompts.train, prompts.heldout), strict=True)
     ):
@@ -179,8 +185,7 @@ def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> d
                 "more of them (stages.reward.pairs_per_prompt) or longer ones "
                 "(stages.reward.max_new_tokens)"
             )
-        if rank() == 0:  # every rank samples the same, and two would overwrite each other's keys
-            write_record(job.folder, sampled_pairs={name: {"kept": len(rows), "tied": skipped}})
+        write_record(job.folder, sampled_pairs={name: {"kept": len(rows), "tied": skipped}})
         write_jsonl(path, ({**r, "prompt": records[r["prompt"]].prompt_messages} for r in rows))
     policy.cpu()  # where training takes it from
     return stored_pairs(job.folder)

@@ -34,7 +34,7 @@ from fourstage.interruptions import FREE_SETTINGS, advice, explained, held_back
 from fourstage.job import StageJob
 from fourstage.loggers import build_loggers, finish_wandb
 from fourstage.model import ScalarModel, Transformer
-from fourstage.prepare import PREPARE, Prepared, say, world_size
+from fourstage.prepare import PREPARE, Prepared, rank, say, world_size
 from fourstage.resume import Checkpointer, ResumeIO, began_with, kind_of
 from fourstage.rl.rollout import fitted_prompt
 from fourstage.run_evaluation import evaluate_random, evaluate_run
@@ -66,7 +66,7 @@ def train_stage(job: StageJob) -> dict[str, Any]:
             if job.trainer.compile:
                 # a CPU takes 10 to 20 s for each compilation, and is no slower with one for all
                 transformer.compile_blocks(dynamic=job.trainer.accelerator == "cpu" or None)
-        if job.stage == "pretrain" and not (job.folder / "eval_random.json").exists():
+        if is_first_look(job):
             with meter.evaluating():
                 evaluate_random(job, prepared.result, prepared.tokenizer)
         notes = {**data.left_out(job.data, job.stage), **prepared.loaders.notes}
@@ -86,6 +86,13 @@ def train_stage(job: StageJob) -> dict[str, Any]:
         finally:
             finish_wandb(job, cost)
     return cost
+
+
+def is_first_look(job: StageJob) -> bool:
+    """Whether this process measures random weights: the first one of pre-training, before the
+    processes meet. (The others would do the same on the same GPU.)"""
+    has_none = not (job.folder / "eval_random.json").exists()
+    return job.stage == "pretrain" and rank() == 0 and has_none
 
 
 def device_peak(device: torch.device, precision: str) -> float | None:

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fourstage.model import moe, opaque
 from fourstage.model.moe import MoE, Router, SwiGLU, count_load, switch_loss, z_loss
 
 LOG9 = 2.1972246  # sigmoid(log 9) = 0.9
@@ -163,3 +164,33 @@ def test_autocast_routes_in_fp32_and_computes_in_bf16(moe, path):
     assert 0 < (y16 - y).abs().max() < 0.05 * y.abs().max()
     y16.sum().backward()
     assert layer.experts.gate_up_EDF.grad.dtype == torch.float32
+
+
+def test_experts_without_tokens_get_no_gradient_where_the_product_writes_none(monkeypatch):
+    """As on compute capability 10: what grouped_mm's backward leaves there was in memory before."""
+
+    class Poisoned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, w_EDF, ends_E):
+            ctx.save_for_backward(ends_E)
+            return w_EDF.view_as(w_EDF)
+
+        @staticmethod
+        def backward(ctx, grad_EDF):
+            (ends_E,) = ctx.saved_tensors
+            counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+            return torch.where((counts_E > 0)[:, None, None], grad_EDF, torch.nan), None
+
+    product = F.grouped_mm
+    monkeypatch.setattr(
+        F, "grouped_mm", lambda x, w, offs: product(x, Poisoned.apply(w, offs), offs=offs)
+    )
+    x_MD, ends_E = torch.randn(6, 16), torch.tensor([2, 2, 6, 6], dtype=torch.int32)
+    found = []
+    for has_gaps in (False, True):
+        monkeypatch.setattr(opaque, "leaves_gaps", lambda w, has_gaps=has_gaps: has_gaps)
+        w_EDF = torch.ones(4, 16, 16, requires_grad=True)
+        moe.grouped_mm(x_MD, w_EDF, ends_E).sum().backward()
+        found.append(w_EDF.grad)
+    assert found[0][[1, 3]].isnan().all() and (found[1][[1, 3]] == 0).all()
+    assert torch.equal(found[0][[0, 2]], found[1][[0, 2]])

@@ -15,6 +15,10 @@ from fourstage.model.cache import LayerCache
 from fourstage.model.config import ModelConfig
 from fourstage.model.packing import Packing
 
+# cuDNN's attention makes a plan for each new shape, half a second for each: of a decoded token,
+# of a batch, of a piece of a rollout. Flash and memory-efficient attention take any shape.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 class Linear(nn.Linear):
     """A projection without bias, drawn from N(0, std^2) where it is made.

@@ -160,6 +160,7 @@ class _Combine(torch.autograd.Function):
 
 def grouped_mm(x_MD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
     """[M, D] and [E, D, F] -> [M, F]: expert e's rows end at ends_E[e]."""
+    w_EDF = opaque.without_gaps(w_EDF, ends_E)
     if opaque.is_needed(x_MD):
         return opaque.grouped_mm(x_MD, w_EDF, ends_E)
     return F.grouped_mm(x_MD, w_EDF, offs=ends_E)

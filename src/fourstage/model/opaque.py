@@ -13,6 +13,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class _ZeroWhereEmpty(torch.autograd.Function):
+    """A weight [E, D, F_] as it is, whose gradient is 0 for experts without tokens.
+
+    On compute capability 10 grouped_mm's backward leaves memory there as it was (pytorch issues
+    172439 and 193633).
+    """
+
+    @staticmethod
+    def forward(ctx, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(ends_E)
+        return w_EDF.view_as(w_EDF)
+
+    @staticmethod
+    def backward(ctx, grad_EDF: Tensor):
+        (ends_E,) = ctx.saved_tensors
+        has_tokens_E = ends_E.diff(prepend=ends_E.new_zeros(1)) > 0
+        return torch.where(has_tokens_E[:, None, None], grad_EDF, 0), None
+
+
+def leaves_gaps(x: Tensor) -> bool:
+    """Whether grouped_mm's backward may leave the gradients of some experts unwritten."""
+    return x.device.type == "cuda" and torch.cuda.get_device_capability(x.device)[0] == 10
+
+
+def without_gaps(w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """The weight of a grouped product, with whole gradients."""
+    return _ZeroWhereEmpty.apply(w_EDF, ends_E) if leaves_gaps(w_EDF) else w_EDF
+
+
 def is_needed(x: Tensor) -> bool:
     """Whether x is being compiled into something that has no grouped product of its own."""
     return torch.compiler.is_compiling() and x.dtype != torch.bfloat16

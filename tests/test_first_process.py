@@ -1,0 +1,68 @@
+"""What the first process of a job does alone, before they meet: in a world that is not there."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fourstage import data, prepare, runner
+from fourstage.job import write_jsonl
+from tests.data.conftest import make
+from tests.stages import tiny
+
+
+@pytest.fixture
+def rank(monkeypatch):
+    def be(number: int) -> None:
+        monkeypatch.setattr(prepare, "rank", lambda: number)
+        monkeypatch.setattr(runner, "rank", lambda: number)
+
+    return be
+
+
+def test_random_weights_are_measured_by_the_first_process(rank, tmp_path):
+    job = SimpleNamespace(stage="pretrain", folder=tmp_path)
+    for number, expected in ((0, True), (1, False), (3, False)):
+        rank(number)
+        assert runner.is_first_look(job) is expected
+    rank(0)
+    assert not runner.is_first_look(SimpleNamespace(stage="sft", folder=tmp_path))
+    (tmp_path / "eval_random.json").touch()
+    assert not runner.is_first_look(job), "a resumed run has measured them"
+
+
+def test_pairs_are_sampled_by_the_first_process_and_read_by_the_others(rank, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("another process samples too")
+
+    monkeypatch.setattr(prepare, "sample_pairs", never)
+    config = make("embedded")
+    job = SimpleNamespace(
+        stage="reward",
+        folder=tmp_path,
+        data=config,
+        digest=data.load_prompts(config).digest,
+        settings=tiny.settings("reward"),
+    )
+    message = [{"role": "user", "content": "Hello?"}]
+    row = {"prompt": message, "chosen": "Yes.", "rejected": "no"}
+
+    def first_process() -> None:
+        for name in prepare.PAIR_FILES:
+            time.sleep(2 * prepare.WAIT)
+            write_jsonl(tmp_path / name, [row])
+
+    rank(1)
+    first = threading.Thread(target=first_process)
+    first.start()
+    pairs = prepare.sampled_pairs(job, tiny.make_policy(), tiny.TOKENIZER)
+    first.join()
+    assert [pair.chosen for pair in (*pairs.train, *pairs.heldout)] == ["Yes.", "Yes."]
+
+
+def test_attention_makes_no_plan_for_each_shape():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
