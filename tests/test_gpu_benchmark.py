@@ -1,0 +1,114 @@
+"""benchmarks.gpu: its tasks on a CPU, and what it does when they fail, hang or are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.gpu import Task, main, read
+
+REPO = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    def be(**tasks: list[Task]) -> None:
+        steps = {name: lambda device, out, some=some: [some] for name, some in tasks.items()}
+        monkeypatch.setattr(gpu, "STEPS", steps)
+
+    return be
+
+
+def results(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def task(name: str, code: str, seconds: float = 20) -> Task:
+    return Task(name, ["-c", code], seconds)
+
+
+def test_a_task_that_fails_or_hangs_is_followed_by_the_next(steps, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "KILL_AFTER", 0.5)
+    monkeypatch.setattr(gpu, "ladder", lambda task: {"seconds": 2.5})
+    wait = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    steps(
+        one=[task("fails", "raise ValueError('no such kernel')")],
+        two=[task("hangs", wait, seconds=1), task("beside", "print('fine')")],
+        three=[task("dies", "import os; os.abort()")],
+        four=[task("good", "print('fine')")],
+    )
+    assert main([f"out={tmp_path}", "steps=one,two,three,four", "device=cpu"]) == 1
+    found = {r["task"]: r for r in results(tmp_path)}
+    assert {name: r["ok"] for name, r in found.items()} == {
+        "fails": False,
+        "hangs": False,
+        "beside": True,
+        "dies": False,
+        "good": True,
+    }
+    assert found["fails"]["error"] == "ValueError: no such kernel"
+    assert found["hangs"]["error"] == "took more than 1 s" and found["hangs"]["seconds"] < 10
+    assert found["good"]["figures"] == {"seconds": 2.5}
+    said = capsys.readouterr().out
+    assert f"FAILED fails ({found['fails']['seconds']} s): ValueError: no such kernel (see" in said
+    assert said.endswith(f"2 of 5 tasks ok: {tmp_path / 'results.jsonl'}\n")
+    assert "Traceback" in (tmp_path / "fails.log").read_text()
+
+
+def test_no_time_left(steps, tmp_path, capsys):
+    steps(one=[task("late", "print(1)")])
+    assert main([f"out={tmp_path}", "steps=one", "minutes=0.001", "device=cpu"]) == 1
+    assert "no time left for late" in capsys.readouterr().out and results(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("steps=facts,nothing", "error: steps: no 'nothing': there are versions, facts"),
+        ("device=tpu", "error: device: expected cuda or cpu, got 'tpu'"),
+        ("minutes=soon", "error: minutes: expected a number, got 'soon'"),
+        ("faster", "error: expected device=, steps=, minutes=, out=, got 'faster'"),
+    ],
+)
+def test_mistakes_are_one_line(word, line):
+    with pytest.raises(SystemExit) as caught:
+        read([word])
+    assert str(caught.value).startswith(line)
+
+
+def test_without_a_gpu_every_task_says_so(tmp_path):
+    words = [sys.executable, "-m", "benchmarks.gpu", f"out={tmp_path}", "steps=checks"]
+    done = subprocess.run(words, cwd=REPO, capture_output=True, text=True, timeout=60)
+    if "1 of 1 tasks ok" in done.stdout:
+        pytest.skip("there is a GPU here")
+    assert done.returncode == 1
+    assert "error: device=cuda: PyTorch sees no GPU here" in done.stdout
+
+
+def test_what_is_done_is_there_after_a_kill(tmp_path):
+    words = [sys.executable, "-m", "benchmarks.gpu", f"out={tmp_path}", "device=cpu"]
+    process = subprocess.Popen([*words, "steps=facts,checks"], cwd=REPO, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "checks.log").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert [(r["task"], r["ok"]) for r in results(tmp_path)] == [("facts", True)]
+    time.sleep(0.5)
+    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert "benchmarks.gpu_tasks checks" not in left or os.environ.get("PYTEST_XDIST_WORKER")
+
+
+@pytest.mark.slow
+def test_every_task_on_a_cpu(tmp_path):
+    assert main([f"out={tmp_path}", "device=cpu"]) == 0
+    found = results(tmp_path)
+    begun = {r["task"].partition("-")[0] for r in found}
+    assert begun == set(gpu.STEPS) and all(r["ok"] and r["figures"] for r in found)
