@@ -89,7 +89,8 @@ def balance(model: Transformer, updates: int = 100) -> None:
         model, prompts, max_new_tokens=24, stop_id=NEVER, pad_id=CHARACTERS.pad_id
     ).answer_ids
     ids_BT = torch.tensor(
-        [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
+        device=model.embedding.weight.device,
     )
     for i in range(updates):
         model.config = replace(config, bias_step=0.03 * 0.95**i)
@@ -103,12 +104,10 @@ class Pair:
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         torch.manual_seed(0)
         self.device = device
-        self.ours = Transformer(config, CHARACTERS.vocab_size).eval()
+        self.ours = Transformer(config, CHARACTERS.vocab_size).eval().to(device)
         balance(self.ours)
-        self.theirs = peers.glm4_moe(config, CHARACTERS.vocab_size).eval()
+        self.theirs = peers.glm4_moe(config, CHARACTERS.vocab_size).eval().to(device)
         peers.copy_weights(self.ours, self.theirs)
-        self.ours.to(device)
-        self.theirs.to(device)
         self.ours.records_steps = on_gpu = device.type == "cuda"
         self.fast_theirs = copy.deepcopy(self.theirs).bfloat16() if on_gpu else self.theirs
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from fourstage import data, prepare, runner
+from fourstage.eval_items import at_work
 from fourstage.job import write_jsonl
 from tests.data.conftest import make
+from tests.fake_gpu import DEVICE, fake_gpu
 from tests.stages import tiny
 
 
@@ -66,3 +68,16 @@ def test_pairs_are_sampled_by_the_first_process_and_read_by_the_others(rank, tmp
 
 def test_attention_makes_no_plan_for_each_shape():
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_judges_take_turns_on_a_device():
+    """Policy, parent, sft policy and reward model of moe_large would not fit at once."""
+    with fake_gpu():
+        network = tiny.make_policy()
+        with at_work(network, DEVICE):
+            assert network.embedding.weight.device == DEVICE
+        assert network.embedding.weight.device.type == "cpu"
+        network.to(DEVICE)
+        with at_work(network, DEVICE):  # the policy as its own judge stays where it is
+            pass
+        assert network.embedding.weight.device == DEVICE

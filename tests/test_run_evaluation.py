@@ -94,12 +94,12 @@ def test_random_weights_are_those_of_the_seed_and_draw_nothing_else(tmp_path):
     other = job(tmp_path)
     other.seed = 4
     assert distance(one, weights(random_weights(other, TOKENIZER))) > 0
-    parent = parent_policy(job(tmp_path), TOKENIZER, torch.device("cpu"))
+    parent = parent_policy(job(tmp_path), TOKENIZER)
     assert distance(one, weights(parent)) == 0  # what pre-training starts from
 
 
 def test_a_parent_that_was_removed_says_so(tmp_path):
-    removed = parent_policy(job(tmp_path, stage="sft"), TOKENIZER, torch.device("cpu"))
+    removed = parent_policy(job(tmp_path, stage="sft"), TOKENIZER)
     assert removed == "the parent run is not there any more"
 
 

@@ -17,12 +17,12 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fourstage.errors import UserError
 from fourstage.generate import Generation, generate
@@ -96,13 +96,15 @@ def policy_items(
     """
     items: list[Item] = []
     tell("held-out text")
-    if not isinstance(heldout.corpus, str):
-        blocks = corpus_blocks(heldout.corpus, tokenizer, policy)
-        some = evenly(blocks, config.max_blocks)
-        items += text_items(policy, some, parent, tokenizer.unk_id)
-    elif not isinstance(heldout.chats, str):
-        read = text_items(policy, chat_blocks(heldout.chats, tokenizer, policy, config), parent)
-        items += [item for item in read if item["set"] == "router"]
+    device = next(policy.parameters()).device
+    with nullcontext() if parent is None else at_work(parent, device):
+        if not isinstance(heldout.corpus, str):
+            blocks = corpus_blocks(heldout.corpus, tokenizer, policy)
+            some = evenly(blocks, config.max_blocks)
+            items += text_items(policy, some, parent, tokenizer.unk_id)
+        elif not isinstance(heldout.chats, str):
+            read = text_items(policy, chat_blocks(heldout.chats, tokenizer, policy, config), parent)
+            items += [item for item in read if item["set"] == "router"]
     if not isinstance(heldout.chats, str):
         tell("sampled chat answers")
         items += chat_items(policy, tokenizer, heldout, config)
@@ -114,6 +116,17 @@ def policy_items(
         tell(f"{config.samples} answers to each problem")
         items += sampled_problem_items(policy, tokenizer, heldout.problems, config)
     return items
+
+
+@contextmanager
+def at_work(network: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """The network on a device for as long as it works there: four of moe_large would not fit."""
+    before = next(network.parameters()).device
+    network.to(device or before)
+    try:
+        yield
+    finally:
+        network.to(before)
 
 
 def askable(heldout: HeldOut, tokenizer: Tokenizer, room: int) -> HeldOut:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fourstage.batch import PairBatch, Rollout
-from fourstage.eval_items import batches
+from fourstage.eval_items import at_work, batches
 from fourstage.model import ScalarModel, Transformer
 from fourstage.rl.rollout import answer_logprobs, final_scores, pack
 from fourstage.suite import Item
@@ -30,6 +30,7 @@ class Judges:
     reward: ScalarModel | None = None
     reference: Transformer | None = None  # the sft policy
     sft_chats: list[Item] | str = NO_SFT
+    device: torch.device | None = None  # where they work; None: where they are
 
 
 def judged(chats: list[Item], tokenizer: Tokenizer, judges: Judges) -> list[Item]:
@@ -47,17 +48,20 @@ def judged(chats: list[Item], tokenizer: Tokenizer, judges: Judges) -> list[Item
             item[name] = value
 
     if judges.reference is not None:
-        note("kl_to_sft", kl_estimates(judges.reference, chats, tokenizer))
+        with at_work(judges.reference, judges.device):
+            note("kl_to_sft", kl_estimates(judges.reference, chats, tokenizer))
     scores = None
     if judges.reward is not None:
-        scores = reward_scores(judges.reward, chats, tokenizer)
+        with at_work(judges.reward, judges.device):
+            scores = reward_scores(judges.reward, chats, tokenizer)
         note("reward_model_score", scores)
     if isinstance(judges.sft_chats, str):
         return said
     rival = {item["id"]: item for item in judges.sft_chats}
     note("win", [win(item, rival.get(item["id"]), "preference_score") for item in chats])
     if judges.reward is not None and scores is not None:
-        rival_scores = reward_scores(judges.reward, judges.sft_chats, tokenizer)
+        with at_work(judges.reward, judges.device):
+            rival_scores = reward_scores(judges.reward, judges.sft_chats, tokenizer)
         rival = {
             item["id"]: {**item, "score": score}
             for item, score in zip(judges.sft_chats, rival_scores, strict=True)

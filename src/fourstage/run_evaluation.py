@@ -115,7 +115,7 @@ def _evaluate_run(
             heldout_sets(job.data),
             job.evaluation,
             judges,
-            parent_policy(job, tokenizer, next(result.parameters()).device),
+            parent_policy(job, tokenizer),
             tell,
         )
     evaluation.write_evaluation(job.folder, table, items, job.evaluation.seed)
@@ -250,12 +250,12 @@ def known_judges(job: StageJob, policy: Transformer) -> Judges:
     device = next(policy.parameters()).device
     reward = reference = None
     if "reward" in job.ancestors:
-        reward = load_scalar(job.ancestors["reward"])[0].to(device)
+        reward = load_scalar(job.ancestors["reward"])[0]
     if job.stage == "sft":
-        return Judges(reward, reference=policy)
+        return Judges(reward, reference=policy, device=device)
     if "sft" in job.ancestors:
-        reference = load_policy(job.ancestors["sft"])[0].to(device)
-    return Judges(reward, reference, sft_chats(job))
+        reference = load_policy(job.ancestors["sft"])[0]
+    return Judges(reward, reference, sft_chats(job), device)
 
 
 def sft_chats(job: StageJob) -> list[Item] | str:
@@ -264,13 +264,13 @@ def sft_chats(job: StageJob) -> list[Item] | str:
     return NO_SFT if folder is None else evaluation.stored_chats(folder)
 
 
-def parent_policy(job: StageJob, tokenizer: Tokenizer, device: torch.device) -> Transformer | str:
-    """The policy that the run started from, or why there is none."""
+def parent_policy(job: StageJob, tokenizer: Tokenizer) -> Transformer | str:
+    """The policy that the run started from, on the CPU, or why there is none."""
     if job.stage == "pretrain":
-        return random_weights(job, tokenizer).to(device)
+        return random_weights(job, tokenizer)
     if "policy" not in job.parents:
         return "the parent run is not there any more"
-    return load_policy(job.parents["policy"])[0].to(device)
+    return load_policy(job.parents["policy"])[0]
 
 
 def earlier_rows(job: StageJob) -> dict[str, tuple[Path, str]]:
