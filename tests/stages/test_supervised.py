@@ -11,9 +11,10 @@ from fourstage.batch import IGNORE, TokenBatch
 from fourstage.data.datamodule import sft_data
 from fourstage.data.records import Conversation
 from fourstage.model import Transformer
-from fourstage.stages import PretrainModule, SFTModule
+from fourstage.stages import PretrainModule, SFTModule, supervised
 from fourstage.stages.pretrain import bits_per_char
 from fourstage.stages.supervised import next_token_nll
+from tests.stages import tiny
 from tests.stages.tiny import (
     TOKENIZER,
     biases,
@@ -264,3 +265,35 @@ def test_a_dense_model_trains_too():
     after, metrics = train_sft(ragged(3), policy=policy)
     assert distance(before, after) > 0
     assert not any(name.startswith("router/") for name in metrics)
+
+
+@pytest.mark.parametrize("at_once", [7, 64])
+def test_logits_of_a_large_vocabulary_in_pieces(monkeypatch, at_once):
+    """The same loss, gradients and FLOPs as with all logits at once, and never all of them held."""
+    ids, targets = (torch.randint(0, 300, (3, 11)) for _ in range(2))
+    targets[0, :4] = IGNORE
+    found = []
+    for large in (1000, 100):
+        monkeypatch.setattr(supervised, "LARGE_VOCABULARY", large)
+        monkeypatch.setattr(supervised, "LOGITS_AT_ONCE", at_once)
+        torch.manual_seed(0)
+        policy = Transformer(tiny.TINY, 300)
+        held: list[int] = []
+
+        def pack(x, held=held):
+            held.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            hidden = policy(ids).hidden_BTD
+            held.clear()
+            nll = supervised.summed_nll(policy, hidden, targets)
+        nll.backward()
+        found.append(
+            (nll, policy.embedding.weight.grad, policy.head.weight.grad, policy.flops, held)
+        )
+    whole, pieces = found
+    for mine, its in zip(pieces[:3], whole[:3], strict=True):
+        torch.testing.assert_close(mine, its)
+    assert pieces[3] == whole[3]
+    assert max(whole[4]) == 33 * 300 and max(pieces[4]) < 33 * 300

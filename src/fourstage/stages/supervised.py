@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torchmetrics import SumMetric
 
 from fourstage.batch import IGNORE, TokenBatch
 from fourstage.model import Transformer
+from fourstage.model.precision import LARGE_VOCABULARY
 from fourstage.stages.base import StageModule, StageSettings
+
+LOGITS_AT_ONCE = 8192  # tokens
 
 
 def next_token_nll(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -20,6 +24,33 @@ def next_token_nll(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
         ignore_index=IGNORE,
         reduction="sum",
     )
+
+
+def summed_nll(policy: Transformer, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    """next_token_nll of the policy's logits, float32 [].
+
+    With a large vocabulary the logits of LOGITS_AT_ONCE tokens are held at a time, and computed
+    again in the backward: those of 32 x 1,024 tokens and 32,768 words would take 15 GB.
+    """
+    if policy.vocab_size <= LARGE_VOCABULARY:
+        return next_token_nll(policy.logits(hidden_BTD), targets_BT)
+    pieces = (
+        hidden_BTD.flatten(0, 1).split(LOGITS_AT_ONCE),
+        targets_BT.flatten().split(LOGITS_AT_ONCE),
+    )
+
+    def piece(hidden_ND: Tensor, targets_N: Tensor, counted: list[bool]) -> Tensor:
+        flops = policy.flops
+        try:  # PyTorch leaves a second run as soon as it has what it needs
+            return next_token_nll(policy.logits(hidden_ND[None]), targets_N[None])
+        finally:
+            if counted:  # what is computed again is not counted
+                policy.flops = flops
+            counted.append(True)
+
+    again = {"use_reentrant": False, "preserve_rng_state": False}
+    nlls = [checkpoint(piece, *both, [], **again) for both in zip(*pieces, strict=True)]
+    return torch.stack(nlls).sum()
 
 
 class NextTokenSettings(StageSettings):
@@ -50,7 +81,7 @@ class NextTokenModule(StageModule):
         The step has n_targets that are predicted, and n_tokens that the routers see.
         """
         output = self.policy(batch.ids, valid_BT=batch.valid)
-        nll = next_token_nll(self.policy.logits(output.hidden_BTD), batch.targets)
+        nll = summed_nll(self.policy, output.hidden_BTD, batch.targets)
         loss = nll / n_targets
         if output.router is not None:
             loss = loss + output.router.aux_loss * batch.valid.sum() / n_tokens
@@ -75,7 +106,7 @@ class NextTokenModule(StageModule):
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         output = self.policy(batch.ids, valid_BT=batch.valid)
-        self.val_nll.update(next_token_nll(self.policy.logits(output.hidden_BTD), batch.targets))
+        self.val_nll.update(summed_nll(self.policy, output.hidden_BTD, batch.targets))
         self.val_tokens.update((batch.targets != IGNORE).sum())
 
     def on_validation_epoch_end(self) -> None:
