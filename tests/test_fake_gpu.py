@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import lightning as L
 import pytest
 import torch
 
@@ -62,6 +63,24 @@ def test_a_training_forward_and_its_backward_never_wait_for_the_gpu(name, change
             loss = loss + output.router.aux_loss
         loss.backward()
         assert not waits
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
+def test_a_training_step_waits_twice(stage):
+    """For whether its gradient is finite, and for what it logs."""
+
+    class Count(L.Callback):
+        def on_train_batch_start(self, *_):
+            self.before = waits.copy()
+
+        def on_train_batch_end(self, *_):
+            self.last = waits - self.before
+
+    module, batches = make(stage, 2)
+    count = Count()
+    with fake_gpu() as waits:
+        tiny.fit(module, batches, callbacks=[count], **trainer_options())
+    assert count.last.total() == 2, count.last
 
 
 @pytest.mark.parametrize("copies", [1, 4])

@@ -355,12 +355,27 @@ class StageModule(L.LightningModule):
 
     # --- logs
 
-    def record(self, prefix: str, metrics: Mapping[str, Tensor | float]) -> None:
-        """Log `<prefix>/<name>` for this training step, averaged over ranks."""
-        named = {f"{prefix}/{name}": float(value) for name, value in metrics.items()}
+    def record(
+        self, prefix: str, metrics: Mapping[str, Tensor | float], tokens: Tensor | None = None
+    ) -> None:
+        """Log `<prefix>/<name>` for this training step, averaged over ranks, and count the tokens
+        that it saw. Waits once for what the device computed."""
+        numbers = self.read({**metrics, "tokens": 0 if tokens is None else tokens})
+        self.tokens_seen += int(numbers.pop("tokens"))
+        named = {f"{prefix}/{name}": value for name, value in numbers.items()}
         self.log_dict(named, on_step=True, on_epoch=False, batch_size=1, sync_dist=True)
         skipped = float(self.skipped_steps)  # the same on every rank
         self.log(f"{prefix}/skipped_steps", skipped, on_step=True, on_epoch=False, batch_size=1)
+
+    def read(self, metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """The numbers that one-element tensors hold, all asked for at once."""
+        tensors = {name: x for name, x in metrics.items() if isinstance(x, Tensor)}
+        found = dict(metrics)
+        if tensors:
+            dtype = torch.float32 if self.device.type == "mps" else torch.float64
+            some = [x.detach().to(self.device, dtype).reshape(()) for x in tensors.values()]
+            found |= dict(zip(tensors, torch.stack(some).tolist(), strict=True))
+        return {name: float(value) for name, value in found.items()}
 
     def learning_rate(self) -> float:
         return self.optimizers().param_groups[0]["lr"]

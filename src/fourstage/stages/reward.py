@@ -94,7 +94,6 @@ class RewardModule(StageModule):
             return bradley_terry_loss(chosen_B, rejected_B, s.margin, s.centre_coef).sum() / n_pairs
 
         norm = self.update(piece, len(batch.chosen_len))
-        self.tokens_seen += int(batch.chosen_len.sum() + batch.rejected_len.sum())
         chosen_B, rejected_B = torch.cat(scores, dim=1)
         self.record(
             "train",
@@ -108,6 +107,7 @@ class RewardModule(StageModule):
                 "grad_norm": norm,
                 "lr": self.learning_rate(),
             },
+            tokens=batch.chosen_len.sum() + batch.rejected_len.sum(),
         )
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:

@@ -100,9 +100,9 @@ class NextTokenModule(StageModule):
             return loss
 
         norm = self.update(piece, len(batch.ids))
-        self.tokens_seen += int(n_tokens)
         loss = self.sum_over_ranks(torch.stack(nlls).sum()) / n_targets
-        self.record("train", {"loss": loss, "grad_norm": norm, "lr": self.learning_rate()})
+        metrics = {"loss": loss, "grad_norm": norm, "lr": self.learning_rate()}
+        self.record("train", metrics, tokens=n_tokens)
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         output = self.policy(batch.ids, valid_BT=batch.valid)
