@@ -298,8 +298,8 @@ def test_a_parent_that_did_not_train_on_this_data_is_warned_of(base, tmp_path, c
     without = [o for o in base if "corpus" not in o]
     run([*without, named, "seed=2"], "sft")
     assert (
-        f"warning: pretrain-{parent}: with these data settings there is no corpus that it could "
-        "have trained on: what they hold out it may have trained on\n"
+        f"warning: pretrain-{parent} may have trained on what is held out now: with these data "
+        "settings there is no corpus that it could have trained on\n"
     ) in capsys.readouterr().out
     (tmp_path / "other.txt").write_text("Another text altogether, of many words.\n" * 40)
     run([*base, named, f"data.corpus.path={tmp_path}/other.txt", "seed=3"], "sft")

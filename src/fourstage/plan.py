@@ -260,7 +260,7 @@ def foreign_data(command: Command, store: RunStore, folder: Path) -> list[str]:
     """A warning for a parent, named in the config, and for each of its ancestors, that did not
     train on this config's data: what is held out now they may have trained on."""
     return [
-        f"{run.name}: with these data settings {why}: what they hold out it may have trained on"
+        f"{run.name} may have trained on what is held out now: with these data settings {why}"
         for run in (*store.ancestors(folder).values(), folder)
         if (why := data.other_source(command.data, read_record(run))) is not None
     ]
