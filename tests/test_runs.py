@@ -126,6 +126,8 @@ def test_list(store, capsys) -> None:
     lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if "-" in line}
     assert "interrupted" in lines["sft-" + "a" * 10] and "fast" in lines["sft-" + "a" * 10]
     assert "running" in lines["sft-" + "b" * 10]
+    main(["show", "a" * 10, f"outputs={store.outputs}"])
+    assert '"status": "interrupted"' in capsys.readouterr().out, "as the list says"
     assert "3.0" in lines[store.find("pretrain").name]
     assert "moe_nano" in lines[store.find("ppo").name]
     main(["list", f"outputs={store.outputs}"])

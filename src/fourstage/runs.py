@@ -59,6 +59,11 @@ class RunStore:
         readable = {f: record for f, record in found.items() if not isinstance(record, str)}
         return sorted(readable, key=lambda f: _order(readable[f]))
 
+    def status(self, record: Record) -> str:
+        """What run.json says; "interrupted" where no process trains the run any more."""
+        is_left = record["status"] == "running" and not self.is_busy(record["id"])
+        return "interrupted" if is_left else record["status"]
+
     def broken(self) -> list[str]:
         """What is wrong with each run whose record cannot be read."""
         found = (_read(path.parent) for path in sorted(self.root.glob("*/run.json")))
@@ -197,12 +202,9 @@ def _list(store: RunStore) -> None:
     table = Table(Column("run", no_wrap=True), *columns)
     for folder in store.folders():
         record = read_record(folder)
-        status = record["status"]
-        if status == "running" and not store.is_busy(record["id"]):
-            status = "interrupted"
         table.add_row(
             folder.name,
-            status,
+            store.status(record),
             ", ".join(p for p in record["parents"].values()),
             record["config"]["model"]["name"],
             str(record["config"]["seed"]),
@@ -224,7 +226,7 @@ def _list(store: RunStore) -> None:
 
 def _show(store: RunStore, folder: Path) -> None:
     record = read_record(folder)
-    print(json.dumps(record, indent=1, ensure_ascii=False))
+    print(json.dumps(record | {"status": store.status(record)}, indent=1, ensure_ascii=False))
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{file.stat().st_size / 1e6:10.3f} MB  {file.relative_to(folder)}")
     for title, folders in {

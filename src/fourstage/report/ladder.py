@@ -157,8 +157,11 @@ def choose(runs: dict[str, Run], name: str | None, outputs: Path) -> Run:
     named = named or [r for r in real or finished if r.stage == name]
     named = named or [r for r in finished if r.stage == name]
     if not named:
-        known = ", ".join(sorted(run.name for run in finished)) or "none"
-        raise ReportError(f"{name}: no such finished run under {outputs / 'runs'} ({known})")
+        known = sorted(run.name for run in finished)
+        if len(known) > 8:
+            known = [*known[:8], f"and {len(known) - 8} more"]
+        there = ", ".join(known) or "none"
+        raise ReportError(f"{name}: no such finished run under {outputs / 'runs'} ({there})")
     return max(named, key=lambda run: run.rank)
 
 
