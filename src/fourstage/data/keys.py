@@ -65,13 +65,16 @@ class HeldOutKeys:
 
     def _phrases_in(self, text: tuple[str, ...]) -> Iterator[tuple[int, int]]:
         """The first and the last place of each phrase."""
-        for at in range(len(text) - LEAST_PROBLEM + 1):
-            for phrase in self.phrases.get(text[at : at + LEAST_PROBLEM], ()):
+        beginnings = zip(*(text[i:] for i in range(LEAST_PROBLEM)), strict=False)
+        for at, beginning in enumerate(beginnings):
+            for phrase in self.phrases.get(beginning, ()):
                 if text[at : at + len(phrase)] == phrase:
                     yield at, at + len(phrase) - 1
 
     def across(self, paragraphs: list[str]) -> set[int]:
-        """The paragraphs over which a held-out prompt of several is spread."""
+        """The paragraphs over which a held-out prompt is spread, with a blank line in it."""
+        if not self.phrases or len(paragraphs) < 2:
+            return set()
         said = [(i, word) for i, text in enumerate(paragraphs) for word in _words(text)]
         spread: set[int] = set()
         for first, last in self._phrases_in(tuple(word for _, word in said)):
@@ -100,8 +103,11 @@ def _words(text: str) -> list[str]:
 
 def _folded(text: str) -> str:
     """Without marks of quotation and what is not seen, and with one of several alike characters."""
-    text = unicodedata.normalize("NFC", UNSEEN.sub("", text))
-    return text.translate(LIKE_QUOTES).translate(LOOKS)
+    if ">" in text or not text.isascii():
+        text = UNSEEN.sub("", text)
+    if text.isascii():  # most are, and large
+        return text
+    return unicodedata.normalize("NFC", text).translate(LIKE_QUOTES).translate(LOOKS)
 
 
 def keys_of(problems: Iterable[Problem], prompts: Iterable[str] = ()) -> HeldOutKeys:
