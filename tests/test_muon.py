@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fourstage.lineage import climb
@@ -15,6 +16,7 @@ from fourstage.model import Transformer
 from fourstage.muon import Muon, orthogonalize
 from fourstage.plan import make_plan
 from fourstage.stages import GRPOModule, PPOModule, PretrainModule, RewardModule, SFTModule
+from fourstage.stages.base import parameter_groups
 from fourstage.strategies import ZERO
 from tests.fakes import FakeTrain, config, own_files
 from tests.stages.tiny import TINY, TOKENIZER, make_policy, make_scalar, settings
@@ -258,3 +260,51 @@ def test_zero_goes_on_from_a_run_of_any_trainer(tmp_path, monkeypatch):
         runs = make_plan(config(*shared, *where, "stage=sft")).runs
         assert runs[0].settings.optimizer == "muon"
         assert [run.status for run in runs] == ["found", "train"]
+
+
+@pytest.mark.parametrize("world", [2, 3, 40])
+def test_processes_share_out_the_matrices(world, monkeypatch):
+    """Each moves its part as one process would all of them, to the bit, and sends it."""
+
+    def policy() -> tuple[Transformer, Muon]:
+        network = make_policy()
+        groups = parameter_groups(network, 0.1, "muon")
+        generator = torch.Generator().manual_seed(1)
+        for weight in network.parameters():
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        return network, Muon(groups, lr=0.02)
+
+    whole, optimizer = policy()
+    optimizer.step()
+
+    class Sent:
+        def wait(self) -> None:
+            pass
+
+    moved: list[list[bool]] = []
+    for rank in range(world):
+        sources: list[int] = []
+
+        def broadcast(weight, src, async_op, sources=sources):
+            sources.append(src)
+            return Sent()
+
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "get_world_size", lambda: world)
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(dist, "broadcast", broadcast)
+        network, optimizer = policy()
+        (group,) = (group for group in optimizer.param_groups if group["splits"])
+        expected = dict(zip(network.parameters(), whole.parameters(), strict=True))
+        optimizer.step()
+        assert len(sources) == len(group["params"])
+        is_mine = [source == rank for source in sources]
+        for weight, mine in zip(group["params"], is_mine, strict=True):
+            assert torch.equal(weight, expected[weight]) is mine
+        moved.append(is_mine)
+    assert [sum(who) for who in zip(*moved, strict=True)] == [1] * len(moved[0])
+    sizes = [
+        sum(w.numel() for w, mine in zip(group["params"], who, strict=True) if mine)
+        for who in moved
+    ]
+    assert max(sizes) <= sum(sizes) / world + max(w.numel() for w in group["params"])

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
@@ -118,13 +119,22 @@ class Muon(torch.optim.Optimizer):
         self.add_steps(weights, group)
 
     def add_steps(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        """Moves weights in the directions that are in the place of their gradients."""
+        """Moves weights in the directions that are in the place of their gradients; of several
+        processes each moves a part of them, and sends it to the others."""
         splits = dict(zip(group["params"], group["splits"], strict=True))
+        world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        movers = shared_out(weights, world)
         parts: list[tuple[Tensor, Tensor]] = []
-        for weight in weights:
-            both = (matrices(x, splits[weight]) for x in (weight, weight.grad))
-            parts += zip(*both, strict=True)
+        for weight, mover in zip(weights, movers, strict=True):
+            if mover == rank:
+                both = (matrices(x, splits[weight]) for x in (weight, weight.grad))
+                parts += zip(*both, strict=True)
         add_orthogonal(parts, group["lr"])
+        if world > 1:
+            pairs = zip(weights, movers, strict=True)
+            sent = [dist.broadcast(weight, src=mover, async_op=True) for weight, mover in pairs]
+            for one in sent:
+                one.wait()
 
     def step_adamw(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
         for weight in weights:
@@ -138,6 +148,15 @@ class Muon(torch.optim.Optimizer):
         own["beta1"], own["beta2"] = group["betas"]
         grads = [weight.grad for weight in weights]
         adamw(weights, grads, first, second, [], steps, **own, amsgrad=False, maximize=False)
+
+
+def shared_out(weights: list[Tensor], world: int) -> list[int]:
+    """The process that moves each weight: the largest first, to whoever has least to do."""
+    movers, load = [0] * len(weights), [0] * world
+    for i in sorted(range(len(weights)), key=lambda i: -weights[i].numel()):
+        movers[i] = load.index(min(load))
+        load[movers[i]] += weights[i].numel()
+    return movers
 
 
 def matrices(x: Tensor, split: Split) -> list[Tensor]:
