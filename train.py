@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ if __name__ == "__main__":  # nothing can be lost before there is a plan: Ctrl-C
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
+from hydra._internal import utils as reported
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -75,8 +78,61 @@ def refuse_nameless_groups(arguments: list[str]) -> None:
             sys.exit(f"{argument}: expected one of {', '.join(options)}; or leave {key} out")
 
 
+def run() -> None:
+    """main(), whose errors are one line each; Hydra's own report has several, and advises a plus
+    sign for a misspelt setting."""
+    refuse_nameless_groups(sys.argv[1:])
+    reported.run_and_report = lambda call: call()
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        sys.exit(line_of(error))
+
+
+def line_of(error: Exception) -> str:
+    """What was wrong with the words of a command."""
+    text = str(error)
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return no_such_setting(found[1])
+    if found := re.search(r"Could not find '(\w+)/([^']+)'", text):
+        group, name = found.groups()
+        options = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
+        return f"{group}={name}: no such {group}: {did_you_mean(name, options)}"
+    if found := re.search(r"Multiple values for (\w+)\.", text):
+        return f"{found[1]} is given already: leave out the plus sign"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = [line for line in lines[:2] if not line.startswith(("See ", "full_key:"))]
+    return ": ".join(said) or repr(error)
+
+
+def no_such_setting(key: str) -> str:
+    """With the settings beside it that are spelt alike, or all of them."""
+    if key.startswith("data.reasoning.tasks."):
+        task = key.split(".")[3]
+        return f"{key}: data.reasoning.only={{{task}: {{ARGUMENT: VALUE}}}} replaces the tasks"
+    if key.startswith("hydra."):
+        return f"{key}: Hydra has no such setting"
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(CONF, version_base="1.3"):
+        beside: Any = hydra.compose("config")
+    known = ""
+    for name in key.split("."):
+        if not isinstance(beside, DictConfig) or name not in beside:
+            names = sorted(map(str, beside)) if isinstance(beside, DictConfig) else []
+            where = f"{known}.{name}".strip(".")
+            return f"{where}: no such setting" + (f": {did_you_mean(name, names)}" if names else "")
+        beside, known = beside[name], f"{known}.{name}".strip(".")
+    return f"{key}: no such setting here"
+
+
+def did_you_mean(name: str, names: list[str]) -> str:
+    near = get_close_matches(name, names, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(names)}"
+
+
 OmegaConf.register_new_resolver("make_folder", make_folder, replace=True)
 
 if __name__ == "__main__":
-    refuse_nameless_groups(sys.argv[1:])
-    main()
+    run()

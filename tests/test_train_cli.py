@@ -157,6 +157,36 @@ def test_help_begins_with_what_it_is_and_commands_that_compose() -> None:
     assert null.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["stages.sft.lrr=3"], "stages.sft.lrr: no such setting: did you mean lr?"),
+        (["stagee=sft"], "stagee: no such setting: did you mean stage or stages or seed?"),
+        (["foo.bar=1"], "foo: no such setting: there is ancestors, data, debug, evaluation, "),
+        (["model=moe_nan"], "model=moe_nan: no such model: did you mean moe_nano or moe_tiny or "),
+        (["debug=fastt"], "debug=fastt: no such debug: did you mean fast?"),
+        (["stages@stages.grpo=nope"], "stages=nope: no such stages: there is grpo, grpo_dapo, "),
+        (["data.reasoning.tasks.gcd={}"], "data.reasoning.tasks.gcd: data.reasoning.only={gcd: "),
+        (["stages.sft.lr"], "Error parsing override 'stages.sft.lr': missing EQUAL at"),
+        (["+experiment=no_preferences"], "experiment is given already: leave out the plus sign"),
+        (["-m", "seed=1,2", "dry=1"], "dry: no such setting: there is "),
+        (["model=null"], "model=null: expected one of dense_small, "),
+    ],
+)
+def test_words_that_hydra_refuses_are_one_line(words, line, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.reported, "run_and_report", train.reported.run_and_report)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit) as caught:
+        train.run()
+    assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit if words == ["model=null"] else Exception) as caught:
+        train.run()
+
+
 def test_a_full_disk_is_one_line(call, capsys) -> None:
     full = OSError(28, "No space left on device", "outputs/x")
     code, _ = call(fake=FakeTrain("pretrain", full))
