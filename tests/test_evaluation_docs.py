@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fourstage import suite
+from fourstage.verify import same_value
 
 TEXT = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 COLUMNS = ["key", "items", "what it is", "interval", "better", "known weaknesses"]
@@ -47,3 +48,12 @@ def test_every_set_of_items_has_a_line() -> None:
     by_problem = {n.split("_at_")[0] for n, d in suite.DEFINITIONS.items() if d.by_problem}
     assert by_problem == {"reasoning_accuracy", "pass"}
     assert re.search("`reasoning_accuracy` and `pass_at_k` are also there for each task", TEXT)
+
+
+def test_the_examples_of_final_answers_are_judged_as_they_say() -> None:
+    table = TEXT[TEXT.index("| expected | right | wrong |") :].split("\n\n")[0].splitlines()[2:]
+    examples = [[re.findall("`([^`]*)`", cell) for cell in row.split(" | ")] for row in table]
+    assert len(examples) >= 10
+    for (expected,), right, wrong in examples:
+        assert [given for given in right if not same_value(given, expected)] == [], expected
+        assert [given for given in wrong if same_value(given, expected)] == [], expected
