@@ -45,7 +45,10 @@ DEVICE = torch.device(NAME, 0)
 MOVES = ("aten._to_copy", "aten.copy_")  # from one device to another
 INDEXES = ("aten.index.", "aten.index_put", "aten._index_put")  # a GPU's tensor, by a CPU's index
 READS = (torch.Tensor.tolist, torch.Tensor.__format__, torch.Tensor.__reduce_ex__)
-WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._unique2")
+WAITS = (
+    *("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._unique2"),
+    "aten.bincount",
+)
 
 
 class OnGPU(torch.Tensor):
@@ -101,7 +104,10 @@ class Operations(TorchDispatchMode):
         out, name = run(func, args, kwargs or {}), str(func)
         if any(isinstance(x, OnGPU) for x in tree_leaves(args)):
             leaves = name.startswith(MOVES) and not isinstance(out, OnGPU)
-            if leaves or name.startswith(WAITS):
+            by_mask = name.startswith(INDEXES) and any(
+                isinstance(x, OnGPU) and x.dtype == torch.bool for x in tree_leaves(args[1])
+            )
+            if leaves or by_mask or name.startswith(WAITS):
                 self.waits[_line()] += 1
         return out
 

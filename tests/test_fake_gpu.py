@@ -13,6 +13,7 @@ from fourstage.generate import generate
 from fourstage.job import read_record
 from fourstage.lineage import climb
 from fourstage.model import Transformer, decode
+from fourstage.rl.rollout import answer_logprobs, pack
 from fourstage.stages import SETTINGS, grpo
 from fourstage.stages.reward import sample_pairs
 from fourstage.stages.supervised import next_token_nll
@@ -81,6 +82,32 @@ def test_a_training_step_waits_twice(stage):
     with fake_gpu() as waits:
         tiny.fit(module, batches, callbacks=[count], **trainer_options())
     assert count.last.total() == 2, count.last
+
+
+def test_a_packed_piece_waits_four_times():
+    """To cut its rows, to read them, for its distinct tokens, and for the answers' places."""
+    policy = Transformer(read_config("moe_nano"), 50)
+    prompts, answers = [[5, 6, 7, 8]] * 4, [[9, 10], [9, 11, 12], [9, 10, 13], [14]]
+    rollout = pack(prompts, answers, answers, [True] * 4, pad_id=0)
+    with fake_gpu() as waits:
+        policy.to(DEVICE)
+        rollout, some = rollout.to(DEVICE), torch.arange(3).to(DEVICE)
+        waits.clear()
+        answer_logprobs(policy, rollout.rows(some)).sum().backward()
+        assert waits.total() == 4, waits
+
+
+def test_a_decoded_token_waits_once():
+    """Whether an answer has ended; more only where one has, and once at the end for all tokens."""
+    policy = Transformer(read_config("moe_nano"), 50)
+    with fake_gpu() as waits:
+        policy.to(DEVICE)
+        found = []
+        for n in (4, 12):
+            waits.clear()
+            generate(policy, [[5, 6, 7], [8, 9, 10]], max_new_tokens=n, stop_id=-1, pad_id=0)
+            found.append(waits.total())
+    assert found[1] - found[0] == 8
 
 
 @pytest.mark.parametrize("copies", [1, 4])

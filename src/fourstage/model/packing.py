@@ -75,7 +75,9 @@ class Packing:
         self.place_BT = torch.empty_like(ids_BT).index_copy_(0, order_B, self.row_places_BT)
         self.ids_N = sorted_BT.flatten()[self.first_N]
         self.positions_N = self.first_N % T
-        self.copies_N = torch.bincount(self.row_places_BT[is_real_BT], minlength=len(self)).float()
+        copies_N = torch.zeros(len(self), device=device)
+        is_real_M = is_real_BT.flatten().to(copies_N.dtype)
+        self.copies_N = copies_N.scatter_add_(0, self.row_places_BT.flatten(), is_real_M)
         self.takes = lru_cache(self._takes)
 
     def __len__(self) -> int:

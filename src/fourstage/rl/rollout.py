@@ -95,8 +95,8 @@ def answer_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(ids[start : start + length]) for ids, start, length in rows]
 
 
-def answer_logits(policy: Transformer, rollout: Rollout) -> Tensor:
-    """Logits [M, V] that predict the M answer tokens (where mask is True, row after row)."""
+def answer_logits(policy: Transformer, rollout: Rollout, places_M: Tensor) -> Tensor:
+    """Logits [M, V] that predict the answer tokens at these places of [B * A]."""
     packing = Packing(rollout.ids, rollout.start + rollout.length - 1)
     if len(packing) <= MOST_PACKED * rollout.ids.numel():
         hidden_ND = policy(packing).hidden_BTD[0]
@@ -106,7 +106,13 @@ def answer_logits(policy: Transformer, rollout: Rollout) -> Tensor:
         hidden_ND = hidden_BTD.flatten(0, 1)
         B, T, _ = hidden_BTD.shape
         at_BA = rollout.predict_at + torch.arange(0, B * T, T, device=hidden_ND.device)[:, None]
-    return policy.logits(Take(at_BA[rollout.mask], len(hidden_ND))(hidden_ND))
+    return policy.logits(Take(at_BA.flatten()[places_M], len(hidden_ND))(hidden_ND))
+
+
+def answer_places(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """The mask of the answer tokens [B, A], and where in [B * A] it is True, int64 [M]: a GPU is
+    waited for once, not each time that something is indexed by the mask."""
+    return rollout.mask, rollout.mask.flatten().nonzero().squeeze(1)
 
 
 def answer_logprobs(policy: Transformer, rollout: Rollout, temperature: float = 1.0) -> Tensor:
@@ -114,16 +120,16 @@ def answer_logprobs(policy: Transformer, rollout: Rollout, temperature: float = 
 
     With gradient where that is enabled.
     """
-    mask_BA = rollout.mask
-    logits_MV = answer_logits(policy, rollout)
-    logp_M = token_logprobs(logits_MV, rollout.answer_ids[mask_BA], temperature)
+    mask_BA, places_M = answer_places(rollout)
+    logits_MV = answer_logits(policy, rollout, places_M)
+    logp_M = token_logprobs(logits_MV, rollout.answer_ids.flatten()[places_M], temperature)
     return logp_M.new_zeros(mask_BA.shape).masked_scatter(mask_BA, logp_M)
 
 
 def answer_entropies(policy: Transformer, rollout: Rollout, temperature: float = 1.0) -> Tensor:
     """Entropy in nats of what predicts each answer token, as `answer_logprobs`."""
-    mask_BA = rollout.mask
-    entropy_M = token_entropy(answer_logits(policy, rollout), temperature)
+    mask_BA, places_M = answer_places(rollout)
+    entropy_M = token_entropy(answer_logits(policy, rollout, places_M), temperature)
     return entropy_M.new_zeros(mask_BA.shape).masked_scatter(mask_BA, entropy_M)
 
 
