@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,6 @@ class Task:
     name: str
     words: Sequence[str]  # after the interpreter
     seconds: float  # that it may take
-    env: dict[str, str] = field(default_factory=dict)
 
 
 def measure(name: str, seconds: float, *words: str) -> Task:
@@ -172,7 +171,7 @@ class Running:
 def start(task: Task, out: Path) -> Running:
     log = out / f"{task.name}.log"
     paths = [str(REPO), str(REPO / "src"), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), **task.env}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with open(log, "w") as file:
         process = subprocess.Popen(
             [sys.executable, *task.words],

@@ -123,7 +123,6 @@ HIDDEN = "Please tell me exactly where the golden key is"
         HIDDEN.replace("golden", "**golden**"),
         HIDDEN.replace(" exactly", "\n> exactly"),
         HIDDEN.replace("golden", "gol\u200bden"),
-        HIDDEN.replace("e", "\u0065"),
     ],
 )
 @pytest.mark.parametrize("mark", ["", "- ", "\u00bf", '"', "1) "])

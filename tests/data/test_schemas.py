@@ -18,12 +18,12 @@ from fourstage.data.files import Record, files_of, is_text, read_records, read_t
 from fourstage.data.fits import lost_on_reading
 from fourstage.data.schemas import (
     Unusable,
-    boxed,
     conversation_from,
     pair_from,
     problem_from,
     usable,
 )
+from fourstage.data.solutions import boxed
 from fourstage.errors import UserError
 from fourstage.settings import build
 from fourstage.verify import has_form, verify

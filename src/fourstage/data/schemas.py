@@ -5,7 +5,6 @@ The schema is read off the record's fields; a record that fits none names itself
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 
 from fourstage.data.files import Record
 from fourstage.data.records import Conversation, Message, Pair, Problem
+from fourstage.data.solutions import NoResult, solved
 from fourstage.errors import UserError
 from fourstage.verify import FROM_FILE, MARK
 
@@ -36,17 +36,6 @@ ROLES = {
 }
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 NOT_READ = "not_read_"  # in front of a field's name, in notes
-BOXED = re.compile(
-    r"\\(?:boxed|fbox|framebox)(?:\s*\{|\s*(\\frac\{[^{}]*\}\{[^{}]*\}|[^\s{}$\\]+))"
-)
-SEVERAL = re.compile(  # \boxed{1} or $x = \boxed{2}$
-    r"\\boxed\s*\{[^{}]*\}\$?\s*(?:,|or|and)\s*\$?(?:\w+\s*=\s*)?\\boxed\s*\{"
-)
-HASHES = re.compile(r"[ \t]*#{4,}[ \t]*")  # "##### 42" and "####42" are meant as "#### 42"
-ANSWER_WORD = re.compile(r"^(?:the )?(?:final )?answer(?: is)?\s*:\s*(?=\S)", re.IGNORECASE)
-ANSWER_IS = re.compile(r"\b(?:the )?(?:final )?answer(?: is)?\s*:\s*(\S[^\n]*)\Z", re.IGNORECASE)
-PROSE = re.compile(r"(?<!\\)\b(?!sqrt|frac|sin|cos|tan|log|exp|text|pi\b)[^\W\d_]{2,}")
-CALCULATOR = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half an emoji, as JSON may escape it
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")
 
@@ -149,65 +138,13 @@ def problem_from(record: Record) -> Problem:
         raise _unknown(record, '"question" and "answer"', "reasoning", "question")
     question = _text(record, "question")
     answer = record.get("answer")
-    if isinstance(answer, float) and not math.isfinite(answer):
-        raise _without_a_result(record, f"the answer is {answer}, which is no number")
-    is_value = isinstance(answer, int | float)
-    text = CALCULATOR.sub("", str(answer) if is_value else _text(record, "answer"))
-    steps, result = _solved(record, text)
-    if not result or "\0" in text:
-        raise _without_a_result(record, f"nothing follows '{MARK}' in the answer")
-    worked = "\n".join(part for part in (HASHES.sub("", steps).strip(), f"{MARK}{result}") if part)
+    text = str(answer) if isinstance(answer, int | float) else _text(record, "answer")
+    try:
+        steps, result = solved(text)
+    except NoResult as error:
+        raise Unusable(f"{record.where}: {error}", error.reason) from None
+    worked = "\n".join(part for part in (steps, f"{MARK}{result}") if part)
     return Problem(question, result, FROM_FILE, worked, {"answer": result})
-
-
-def _solved(record: Record, text: str) -> tuple[str, str]:
-    """The steps and the result of a solution."""
-    in_boxes, marks = boxed(text), list(HASHES.finditer(text))
-    after = text[marks[-1].end() :].strip() if marks else ""
-    begins_a_line = bool(marks) and text[: marks[-1].start()].rpartition("\n")[2].strip() == ""
-    is_result = bool(marks) and (begins_a_line or in_boxes is None)
-    if is_result and (result := _result(after)) is not None:
-        return text[: marks[-1].start()], result
-    if in_boxes is not None:
-        if SEVERAL.search(text):
-            raise _without_a_result(record, "several results are in boxes", "several_results")
-        return text, in_boxes
-    if marks:
-        raise _without_a_result(record, f"more than a result follows '{MARK}'")
-    if (said := ANSWER_IS.search(text)) and said.start() > 0:
-        return text[: said.start()], said[1].strip()
-    if "\n" in text and PROSE.search(text):
-        raise _without_a_result(record, f"no '{MARK}RESULT' and no \\boxed{{RESULT}} in the answer")
-    return "", text
-
-
-def _result(text: str) -> str | None:
-    """What follows a mark, without "Answer:" before it and words on lines after it; None where it
-    is a heading."""
-    lines = [line.strip() for line in text.split("\n") if re.search(r"\w", line)]
-    if not lines:
-        return text.strip()
-    lines[0] = ANSWER_WORD.sub("", lines[0])
-    if len(lines) > 1 and PROSE.search(" ".join(lines)):
-        return None if PROSE.search(lines[0]) else lines[0]
-    return "\n".join(lines)
-
-
-def _without_a_result(record: Record, why: str, reason: str = "no_result") -> Unusable:
-    return Unusable(f"{record.where}: {why}", reason)
-
-
-def boxed(text: str) -> str | None:
-    r"""What the last \boxed{...} of a text holds, with the braces inside it; None without one."""
-    for found in reversed(list(BOXED.finditer(text))):
-        if found[1]:
-            return found[1].rstrip(".,;")
-        depth = 1
-        for at in range(found.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            if depth == 0:
-                return text[found.end() : at].strip()
-    return None
 
 
 def usable(records: list[Record], build: Callable[[Record], T]) -> tuple[list[T], dict[str, int]]:
