@@ -247,7 +247,7 @@ def packed_and_plain(device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
     def rollout(copies: int) -> Rollout:
         prompts = [ids[40 * i : 40 * i + 24] for i in range(4) for _ in range(copies)][:8]
         answers = [ids[500 + 9 * i : 509 + 9 * i] for i in range(len(prompts))]
-        return pack(prompts, answers, answers, [True] * len(prompts), CHARACTERS.pad_id).to(device)
+        return pack(prompts, answers, answers, [True] * len(prompts), CHARACTERS.pad_id)
 
     with torch.no_grad():
         packed = answer_logprobs(policy, rollout(2))

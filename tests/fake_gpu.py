@@ -47,7 +47,7 @@ INDEXES = ("aten.index.", "aten.index_put", "aten._index_put")  # a GPU's tensor
 READS = (torch.Tensor.tolist, torch.Tensor.__format__, torch.Tensor.__reduce_ex__)
 WAITS = (
     *("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._unique2"),
-    "aten.bincount",
+    *("aten.masked_scatter_backward", "aten.bincount"),
 )
 
 
@@ -102,14 +102,26 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out, name = run(func, args, kwargs or {}), str(func)
-        if any(isinstance(x, OnGPU) for x in tree_leaves(args)):
-            leaves = name.startswith(MOVES) and not isinstance(out, OnGPU)
+        if name.startswith(MOVES) and isinstance(out, OnGPU):
+            source = args[1] if name.startswith("aten.copy_") else args[0]
+            # a number (what is logged) goes where nothing is left to wait for
+            is_upload = not isinstance(source, OnGPU) and source.ndim > 0
+            if is_upload and not _is_non_blocking(func, args, kwargs or {}):
+                self.waits[_line()] += 1
+        elif any(isinstance(x, OnGPU) for x in tree_leaves(args)):
+            leaves = name.startswith(MOVES)
             by_mask = name.startswith(INDEXES) and any(
                 isinstance(x, OnGPU) and x.dtype == torch.bool for x in tree_leaves(args[1])
             )
             if leaves or by_mask or name.startswith(WAITS):
                 self.waits[_line()] += 1
         return out
+
+
+def _is_non_blocking(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    if str(func).startswith("aten.copy_"):
+        return bool(args[2]) if len(args) > 2 else False
+    return bool(kwargs.get("non_blocking", False))
 
 
 def _line() -> str:

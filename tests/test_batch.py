@@ -78,8 +78,8 @@ def test_rows_of_pairs_stay_together():
 
 
 def test_moving_a_batch_moves_its_tensors():
-    moved = rollout().to("meta")
-    assert isinstance(moved, Rollout)
+    moved = PairBatch(T([[1, 2]]), T([2]), T([[7, 8]]), T([1])).to("meta")
+    assert isinstance(moved, PairBatch)
     assert {t.device.type for t in vars(moved).values()} == {"meta"}
     prompts = PromptBatch([[1]], ["record"], [0])
     assert prompts.to("meta") is prompts

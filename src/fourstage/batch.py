@@ -14,16 +14,18 @@ from torch import Tensor
 IGNORE = -100  # a target that has no loss
 
 
+def moved(x: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on the device. What a GPU is still busy with is not waited for."""
+    to_gpu = x.device.type == "cpu" and torch.device(device).type not in ("cpu", "mps")
+    return x.to(device, non_blocking=to_gpu)
+
+
 class _Movable:
     """A dataclass of tensors that Lightning can move to a device."""
 
     def to(self, device: torch.device | str, **kwargs: Any):
-        moved = {
-            f.name: getattr(self, f.name).to(device, **kwargs)
-            for f in fields(self)  # type: ignore[arg-type]
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)  # type: ignore[type-var]
+        there = {f.name: moved(getattr(self, f.name), device) for f in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **there)  # type: ignore[type-var]
 
 
 @dataclass
@@ -67,9 +69,11 @@ class PromptBatch:
 
 
 @dataclass
-class Rollout(_Movable):
+class Rollout:
     """Prompts with sampled answers, re-packed to the right-padded rows that training uses.
 
+    It stays on the CPU, where its rows are chosen, cut and packed while a GPU computes; what a
+    network reads is moved there (rl/rollout.py).
     A is the longest answer of the batch; `ids` holds prompt + answer + padding.
     Answer token a of row b stands at ids[b, start[b] + a] and is predicted at start[b] + a - 1.
     """
@@ -83,14 +87,17 @@ class Rollout(_Movable):
     @property
     def mask(self) -> Tensor:
         """bool [B, A]: True on answer tokens."""
-        steps = torch.arange(self.logprobs.shape[1], device=self.ids.device)
-        return steps[None, :] < self.length[:, None]
+        return torch.arange(self.logprobs.shape[1]) < self.length[:, None]
+
+    @property
+    def places(self) -> Tensor:
+        """int64 [M]: where in the flattened [B * A] the mask is True."""
+        return self.mask.flatten().nonzero().squeeze(1)
 
     @property
     def valid(self) -> Tensor:
         """bool [B, T]: True on prompt and answer, False on padding."""
-        steps = torch.arange(self.ids.shape[1], device=self.ids.device)
-        return steps[None, :] < (self.start + self.length)[:, None]
+        return torch.arange(self.ids.shape[1]) < (self.start + self.length)[:, None]
 
     @property
     def inputs(self) -> Tensor:
@@ -105,7 +112,7 @@ class Rollout(_Movable):
     @property
     def predict_at(self) -> Tensor:
         """int64 [B, A]: the position whose output predicts answer token a (clamped in padding)."""
-        steps = torch.arange(self.logprobs.shape[1], device=self.ids.device)
+        steps = torch.arange(self.logprobs.shape[1])
         return (self.start[:, None] + steps - 1).clamp(max=self.ids.shape[1] - 2)
 
     @property

@@ -92,7 +92,7 @@ def kl_estimates(reference: Transformer, chats: list[Item], tokenizer: Tokenizer
 
     def kl(part: Rollout) -> Tensor:
         logp_BA = answer_logprobs(reference, part)
-        return part.logprobs.sum(1) - logp_BA.sum(1)
+        return part.logprobs.sum(1) - logp_BA.sum(1).cpu()
 
     return _of_each(chats, tokenizer, reference, kl)
 
@@ -103,10 +103,9 @@ def _of_each(
 ) -> list[float]:
     """judge() of the stored answers, in their order; it is given those of like length together."""
     network.eval()
-    device = next(network.parameters()).device
     found: dict[int, float] = {}
     for rows in batches([len(item["prompt_ids"]) + len(item["ids"]) for item in chats]):
-        values = judge(rollout([chats[row] for row in rows], tokenizer).to(device)).tolist()
+        values = judge(rollout([chats[row] for row in rows], tokenizer)).tolist()
         found |= dict(zip(rows, values, strict=True))
     return [round(found[row], 4) for row in range(len(chats))]
 

@@ -11,18 +11,18 @@ import torch
 
 from fourstage.rl.rewards import ReasoningReward
 from fourstage.rl.rollout import answer_logprobs, answer_texts, pack
-from fourstage.stages import GRPOModule
+from fourstage.stages import GRPOModule, on_policy
 from fourstage.stages import grpo as stage
 from fourstage.stages.grpo import (
     REDUCTIONS,
     Answers,
-    Totals,
     choose,
     group_advantages,
     overlong_penalty,
     policy_loss,
     tied_groups,
 )
+from fourstage.stages.on_policy import Totals
 from tests.fakes import one_by_one
 from tests.stages.tiny import (
     TINY,
@@ -323,12 +323,12 @@ def test_leaving_out_answers_without_advantage_is_exact(monkeypatch, loss):
     rows = []
     kept = GRPOModule.rows_with_gradient
 
-    def counted(self, index, advantage_B):
-        rows.append((len(kept(self, index, advantage_B)), len(index)))
-        return kept(self, index, advantage_B)
+    def counted(self, index, moves_B):
+        rows.append((len(kept(self, index, moves_B)), len(index)))
+        return kept(self, index, moves_B)
 
     results = []
-    for rule in (counted, lambda self, index, advantage_B: index):
+    for rule in (counted, lambda self, index, moves_B: index):
         monkeypatch.setattr(GRPOModule, "rows_with_gradient", rule)
         module = make(loss, max_steps=2, epochs=2, lr=0.1, seed=2)
         fit(module, prompt_batches(2))
@@ -345,13 +345,13 @@ def test_how_far_the_policy_moved_is_measured_on_the_answers_it_was_trained_on(m
         return ReasoningReward(1.0, 1.0) if problem < 2 else reward_by_text(problem, text, stopped)
 
     monkeypatch.setattr(stage, "reasoning_rewards", one_by_one(half_tied))
-    masks, stats = [], stage.ratio_stats
+    masks, stats = [], on_policy.ratio_stats
 
     def keep(logp, logp_old, mask, *clips):
         masks.append(mask)
         return stats(logp, logp_old, mask, *clips)
 
-    monkeypatch.setattr(stage, "ratio_stats", keep)
+    monkeypatch.setattr(on_policy, "ratio_stats", keep)
     module = make(epochs=2, minibatch_size=16, seed=2)
     found = seen_by(module)
     fit(module, prompt_batches(1))
@@ -369,7 +369,8 @@ def test_answers_are_left_out_only_where_nothing_but_their_gradient_counts():
     def kept(index: list[int], ranks: int = 1, **changes) -> list[int]:
         module = make(**changes)
         module.trainer = SimpleNamespace(world_size=ranks)
-        return module.rows_with_gradient(T(index), T([0.0, 1.0, -1.0, 0.0])).tolist()
+        moves_B = module.moves(T([0.0, 1.0, -1.0, 0.0]))
+        return module.rows_with_gradient(T(index), moves_B).tolist()
 
     assert kept([3, 0, 2]) == [2]
     assert kept([3, 0]) == [3]  # one at least: the optimizer takes its step

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fourstage.rl.ops import kl_k1, masked_moments
+from fourstage.rl.ops import kl_k1, moments
 from fourstage.rl.rollout import answer_entropies, answer_logprobs, answer_texts, final_scores, pack
 from fourstage.stages import PPOModule
 from fourstage.stages.ppo import (
@@ -132,7 +132,7 @@ def test_clipped_value_loss(value, old, target, loss, slope):
 
 
 def explained_locally(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    return explained_variance(masked_moments(returns - values, mask), masked_moments(returns, mask))
+    return explained_variance(moments((returns - values)[mask]), moments(returns[mask]))
 
 
 def test_explained_variance():

@@ -10,12 +10,14 @@ Shape legend: B rows, T tokens, N distinct tokens, M = B * T places, G tables, X
 
 from __future__ import annotations
 
-from functools import lru_cache
+from copy import copy
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fourstage.batch import moved
 
 
 class Take:
@@ -48,7 +50,7 @@ class _Take(torch.autograd.Function):
 
 
 class Packing:
-    """Where the distinct tokens of some rows stand.
+    """Where the distinct tokens of some rows stand; found on the CPU, read where `to` moves it.
 
     ids_N, positions_N: int64, the distinct tokens and their positions in their rows.
     copies_N: float, in how many rows each is.
@@ -58,13 +60,11 @@ class Packing:
     def __init__(self, ids_BT: Tensor, length_B: Tensor):
         """ids_BT: int64, right-padded rows, each of length_B tokens."""
         B, T = self.shape = ids_BT.shape
-        device = ids_BT.device
-        both = torch.cat((ids_BT, length_B[:, None]), dim=1).tolist()  # one wait for a GPU
-        rows = [row[: row[-1]] for row in both]
+        rows = [row[:n] for row, n in zip(ids_BT.tolist(), length_B.tolist(), strict=True)]
         # in the order of a dictionary a row shares no beginning but one with the row before it
-        order_B = torch.tensor(sorted(range(B), key=rows.__getitem__), device=device)
+        order_B = torch.tensor(sorted(range(B), key=rows.__getitem__))
         sorted_BT = ids_BT[order_B]
-        is_real_BT = torch.arange(T, device=device) < length_B[order_B, None]
+        is_real_BT = torch.arange(T) < length_B[order_B, None]
         is_old_BT = is_real_BT.clone()
         is_old_BT[:1] = False
         is_old_BT[1:] &= is_real_BT[:-1] & (sorted_BT[1:] == sorted_BT[:-1])
@@ -75,10 +75,16 @@ class Packing:
         self.place_BT = torch.empty_like(ids_BT).index_copy_(0, order_B, self.row_places_BT)
         self.ids_N = sorted_BT.flatten()[self.first_N]
         self.positions_N = self.first_N % T
-        copies_N = torch.zeros(len(self), device=device)
+        copies_N = torch.zeros(len(self))
         is_real_M = is_real_BT.flatten().to(copies_N.dtype)
         self.copies_N = copies_N.scatter_add_(0, self.row_places_BT.flatten(), is_real_M)
-        self.takes = lru_cache(self._takes)
+        self._takes: dict[int, tuple[Take, Take]] = {}  # the layers of a network share them
+
+    def to(self, device: torch.device) -> Packing:
+        there = copy(self)
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        vars(there).update({name: moved(x, device) for name, x in tensors.items()}, _takes={})
+        return there
 
     def __len__(self) -> int:
         return len(self.ids_N)
@@ -94,10 +100,12 @@ class Packing:
         G, X = y_GBTX.shape[0], y_GBTX.shape[-1]
         return self.takes(G)[1](y_GBTX.reshape(-1, X)).view(len(self), G, X)
 
-    def _takes(self, tables: int) -> tuple[Take, Take]:
-        """For spread and for collect; the layers of a network share them."""
-        table_G1 = torch.arange(tables, device=self.ids_N.device)[:, None]
-        n, m = len(self), self.place_BT.numel()
-        to_rows_GM = table_G1 * n + self.row_places_BT.flatten()
-        to_tokens_NG = (table_G1 * m + self.first_N).t()
-        return Take(to_rows_GM.flatten(), tables * n), Take(to_tokens_NG.flatten(), tables * m)
+    def takes(self, tables: int) -> tuple[Take, Take]:
+        """For spread and for collect."""
+        if tables not in self._takes:
+            table_G1 = torch.arange(tables, device=self.ids_N.device)[:, None]
+            n, m = len(self), self.place_BT.numel()
+            to_rows = Take((table_G1 * n + self.row_places_BT.flatten()).flatten(), tables * n)
+            to_tokens = Take((table_G1 * m + self.first_N).t().flatten(), tables * m)
+            self._takes[tables] = to_rows, to_tokens
+        return self._takes[tables]

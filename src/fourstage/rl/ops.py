@@ -29,14 +29,14 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
-    """[count, sum, sum of squares] over the True entries, float64 [3]: these add over ranks."""
-    kept = x[mask].double()
-    return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
+def moments(x_M: Tensor) -> Tensor:
+    """[count, sum, sum of squares], float64 [3]: these add over ranks."""
+    x_M = x_M.double()
+    return torch.stack([x_M.new_full((), len(x_M)), x_M.sum(), x_M.square().sum()])
 
 
 def whiten(x: Tensor, moments: Tensor, eps: float = 1e-8) -> Tensor:
-    """(x - mean) / sqrt(variance + eps), unbiased variance, from `masked_moments` of all ranks."""
+    """(x - mean) / sqrt(variance + eps), unbiased variance, from the `moments` of all ranks."""
     count, total, squares = moments
     mean = total / count
     variance = (squares - count * mean.square()) / (count - 1).clamp(min=1)

@@ -1,5 +1,7 @@
 """Rollouts: sample answers, re-pack them for training, score them with any of the networks.
 
+A rollout is on the CPU; scores are where the network is that gives them.
+
 The sampler and the trainer are the same network code, so their log-probabilities agree
 (a test holds them to 1e-4 in float32, and the stages log the difference).
 """
@@ -7,9 +9,9 @@ The sampler and the trainer are the same network code, so their log-probabilitie
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fourstage.batch import Rollout
+from fourstage.batch import Rollout, moved
 from fourstage.errors import UserError
 from fourstage.generate import generate
 from fourstage.model import ScalarModel, Transformer
@@ -61,8 +63,7 @@ def sample(
         texts += answers.answer_ids
         logprobs += answers.logprobs
         stopped += answers.stopped
-    device = next(policy.parameters()).device
-    return pack(prompts, texts, logprobs, stopped, tokenizer.pad_id).to(device)
+    return pack(prompts, texts, logprobs, stopped, tokenizer.pad_id)
 
 
 def pack(
@@ -72,7 +73,7 @@ def pack(
     stopped: list[bool],
     pad_id: int,
 ) -> Rollout:
-    """Right-padded rows prompt + answer from ragged lists, on the CPU."""
+    """Right-padded rows prompt + answer from ragged lists."""
     longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     n_answer = max(len(a) for a in answers)
     ids_BT = torch.full((len(prompts), longest), pad_id)
@@ -95,24 +96,26 @@ def answer_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(ids[start : start + length]) for ids, start, length in rows]
 
 
-def answer_logits(policy: Transformer, rollout: Rollout, places_M: Tensor) -> Tensor:
-    """Logits [M, V] that predict the answer tokens at these places of [B * A]."""
+def device_of(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
+
+
+def answer_logits(policy: Transformer, rollout: Rollout) -> Tensor:
+    """Logits [M, V] that predict the answer tokens, M = rollout.mask.sum()."""
+    device = device_of(policy)
     packing = Packing(rollout.ids, rollout.start + rollout.length - 1)
     if len(packing) <= MOST_PACKED * rollout.ids.numel():
-        hidden_ND = policy(packing).hidden_BTD[0]
         at_BA = packing.place_BT.gather(1, rollout.predict_at)
+        hidden_ND = policy(packing.to(device)).hidden_BTD[0]
     else:
-        hidden_BTD = policy(rollout.inputs, valid_BT=rollout.is_input).hidden_BTD
-        hidden_ND = hidden_BTD.flatten(0, 1)
-        B, T, _ = hidden_BTD.shape
-        at_BA = rollout.predict_at + torch.arange(0, B * T, T, device=hidden_ND.device)[:, None]
-    return policy.logits(Take(at_BA.flatten()[places_M], len(hidden_ND))(hidden_ND))
-
-
-def answer_places(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """The mask of the answer tokens [B, A], and where in [B * A] it is True, int64 [M]: a GPU is
-    waited for once, not each time that something is indexed by the mask."""
-    return rollout.mask, rollout.mask.flatten().nonzero().squeeze(1)
+        B, T = rollout.inputs.shape
+        at_BA = rollout.predict_at + torch.arange(0, B * T, T)[:, None]
+        is_input_BT = moved(rollout.is_input, device)
+        hidden_ND = policy(moved(rollout.inputs, device), valid_BT=is_input_BT).hidden_BTD.flatten(
+            0, 1
+        )
+    at_M = moved(at_BA.flatten()[rollout.places], device)
+    return policy.logits(Take(at_M, len(hidden_ND))(hidden_ND))
 
 
 def answer_logprobs(policy: Transformer, rollout: Rollout, temperature: float = 1.0) -> Tensor:
@@ -120,27 +123,33 @@ def answer_logprobs(policy: Transformer, rollout: Rollout, temperature: float = 
 
     With gradient where that is enabled.
     """
-    mask_BA, places_M = answer_places(rollout)
-    logits_MV = answer_logits(policy, rollout, places_M)
-    logp_M = token_logprobs(logits_MV, rollout.answer_ids.flatten()[places_M], temperature)
-    return logp_M.new_zeros(mask_BA.shape).masked_scatter(mask_BA, logp_M)
+    ids_M = moved(rollout.answer_ids.flatten()[rollout.places], device_of(policy))
+    return _as_rows(token_logprobs(answer_logits(policy, rollout), ids_M, temperature), rollout)
 
 
 def answer_entropies(policy: Transformer, rollout: Rollout, temperature: float = 1.0) -> Tensor:
     """Entropy in nats of what predicts each answer token, as `answer_logprobs`."""
-    mask_BA, places_M = answer_places(rollout)
-    entropy_M = token_entropy(answer_logits(policy, rollout, places_M), temperature)
-    return entropy_M.new_zeros(mask_BA.shape).masked_scatter(mask_BA, entropy_M)
+    return _as_rows(token_entropy(answer_logits(policy, rollout), temperature), rollout)
+
+
+def _as_rows(x_M: Tensor, rollout: Rollout) -> Tensor:
+    """One number an answer token -> [B, A], 0 where mask is False."""
+    places_M = moved(rollout.places, x_M.device)
+    flat = x_M.new_zeros(rollout.logprobs.numel()).index_copy(0, places_M, x_M)
+    return flat.view(rollout.logprobs.shape)
 
 
 def answer_values(network: ScalarModel, rollout: Rollout) -> Tensor:
     """The value before each answer token, float32 [B, A]: V(s_a), s_a = prompt + a tokens."""
-    values_BT = network(rollout.inputs, valid_BT=rollout.is_input).float()
-    return values_BT.gather(1, rollout.predict_at)
+    device = device_of(network)
+    is_input_BT = moved(rollout.is_input, device)
+    values_BT = network(moved(rollout.inputs, device), valid_BT=is_input_BT).float()
+    return values_BT.gather(1, moved(rollout.predict_at, device))
 
 
 def final_scores(network: ScalarModel, rollout: Rollout) -> Tensor:
     """The reward model's score, read at the last real token of each row, float32 [B]."""
-    values_BT = network(rollout.ids, valid_BT=rollout.valid).float()
-    last_B = rollout.start + rollout.length - 1
+    device = device_of(network)
+    values_BT = network(moved(rollout.ids, device), valid_BT=moved(rollout.valid, device)).float()
+    last_B = moved(rollout.start + rollout.length - 1, device)
     return values_BT.gather(1, last_B[:, None]).squeeze(1)

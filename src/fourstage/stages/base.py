@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
 from fourstage import strategies
+from fourstage.batch import moved
 from fourstage.errors import UserError
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.muon import Muon, hidden_matrices
@@ -243,6 +244,10 @@ class StageModule(L.LightningModule):
 
     # --- one optimizer step
 
+    def here(self, x: Tensor) -> Tensor:
+        """The tensor on this process's device."""
+        return moved(x, self.device)
+
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""
         return self.trainer.strategy.reduce(value, reduce_op="sum")
@@ -368,13 +373,17 @@ class StageModule(L.LightningModule):
         self.log(f"{prefix}/skipped_steps", skipped, on_step=True, on_epoch=False, batch_size=1)
 
     def read(self, metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
-        """The numbers that one-element tensors hold, all asked for at once."""
-        tensors = {name: x for name, x in metrics.items() if isinstance(x, Tensor)}
+        """The numbers that one-element tensors hold; the device is asked for all of its at once."""
+        there = {
+            name: x.detach()
+            for name, x in metrics.items()
+            if isinstance(x, Tensor) and x.device.type != "cpu"
+        }
         found = dict(metrics)
-        if tensors:
+        if there:
             dtype = torch.float32 if self.device.type == "mps" else torch.float64
-            some = [x.detach().to(self.device, dtype).reshape(()) for x in tensors.values()]
-            found |= dict(zip(tensors, torch.stack(some).tolist(), strict=True))
+            some = [x.to(dtype).reshape(()) for x in there.values()]
+            found |= dict(zip(there, torch.stack(some).tolist(), strict=True))
         return {name: float(value) for name, value in found.items()}
 
     def learning_rate(self) -> float:

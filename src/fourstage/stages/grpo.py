@@ -9,7 +9,7 @@ whose advantage is 0 have no gradient without a KL term, and are then left out o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,11 +17,11 @@ from torch.nn.functional import pad
 
 from fourstage.batch import PromptBatch, Rollout
 from fourstage.model import Transformer
-from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k3, ratio_stats
+from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k3
 from fourstage.rl.rewards import ReasoningReward, reasoning_rewards
 from fourstage.rl.rollout import answer_logprobs, answer_texts
 from fourstage.stages.base import check_range
-from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings
+from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings, Totals
 from fourstage.strategies import whole
 from fourstage.tokenizer import Tokenizer
 
@@ -66,14 +66,6 @@ def overlong_penalty(length_B: Tensor, max_length: int, window: int) -> Tensor:
     if window == 0:
         return torch.zeros_like(length_B, dtype=torch.float)
     return ((max_length - window) - length_B.float()).div(window).clamp(-1, 0)
-
-
-class Totals(NamedTuple):
-    """What a reduction divides by, over a whole optimizer step and all ranks."""
-
-    answers: Tensor
-    tokens: Tensor
-    max_length: int
 
 
 def reduce_grpo(loss_BA: Tensor, mask_BA: Tensor, totals: Totals) -> Tensor:
@@ -149,10 +141,15 @@ class GRPOModule(OnPolicyModule):
         answers = self.collect(batch)
         rewards_GK = answers.total_B.view(-1, s.group_size)
         advantage_B = group_advantages(rewards_GK, scaled=s.loss != "dr_grpo").flatten()
-        ref_logp_BA = None
-        if s.kl_coef:
-            ref_logp_BA = self.reference_logprobs(answers.rollout)
-        losses = self.learn(answers.rollout, advantage_B, ref_logp_BA)
+        moves_B, advantage_B = self.moves(advantage_B), self.here(advantage_B)
+        ref_logp_BA = self.reference_logprobs(answers.rollout) if s.kl_coef else None
+
+        def share(part: Rollout, at: Tensor, logp: Tensor, totals: Totals) -> tuple[Tensor, dict]:
+            reference = None if ref_logp_BA is None else ref_logp_BA[at]
+            loss = policy_loss(logp, self.here(part.logprobs), reference, advantage_B[at], s)
+            return REDUCTIONS[s.loss](loss, self.here(part.mask), totals), {}
+
+        losses = self.learn(answers.rollout, share, moves_B)
         self.log_answers(answers, losses)
 
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
@@ -182,72 +179,25 @@ class GRPOModule(OnPolicyModule):
         rollout = self.sample_answers(policy, prompts, attempt)
         texts = answer_texts(rollout, self.tokenizer)
         rewards = reasoning_rewards(problems, texts, rollout.stopped.tolist())
-        total_B = torch.tensor([r.total(s.form_weight) for r in rewards], device=self.device)
+        total_B = torch.tensor([r.total(s.form_weight) for r in rewards])
         total_B += overlong_penalty(rollout.length, s.max_new_tokens, s.overlong_window)
         return Answers(rollout, rewards, total_B)
 
-    def learn(
-        self, rollout: Rollout, advantage_B: Tensor, ref_logp_BA: Tensor | None
-    ) -> dict[str, Tensor | float]:
-        """Clipped updates on the rollout; returns what the last pass saw of the rows it trained."""
-        s = self.settings
-        old_logp_BA, logp_BA = rollout.logprobs, rollout.logprobs.clone()
-        stats: dict[str, Tensor | float] = {}
-        for epoch in range(s.epochs):
-            trained_B = torch.zeros_like(rollout.stopped)
-            for index in self.minibatches(rollout, epoch):
-                n = torch.stack([rollout.mask[index].sum(), torch.tensor(len(index)).to(index)])
-                n_tokens, n_answers = self.sum_over_ranks(n)
-                totals = Totals(n_answers, n_tokens, s.max_new_tokens)
-                rows = self.rows_with_gradient(index, advantage_B)
-                trained_B[rows] = True
-
-                def piece(part_rows: slice, rows: Tensor = rows, totals: Totals = totals) -> Tensor:
-                    at = rows[part_rows]
-                    part = rollout.rows(at)
-                    logp = answer_logprobs(self.policy, part, s.temperature)
-                    logp_BA[at] = logp.detach()
-                    reference = None if ref_logp_BA is None else ref_logp_BA[at]
-                    loss = policy_loss(logp, old_logp_BA[at], reference, advantage_B[at], s)
-                    return REDUCTIONS[s.loss](loss, part.mask, totals)
-
-                stats["grad_norm"] = self.update(piece, len(rows))
-                if "sampler_gap" not in stats:  # the weights had not moved yet
-                    gap = (logp_BA - old_logp_BA).abs() * rollout.mask
-                    stats["sampler_gap"] = self.max_over_ranks(gap[rows].max())
-            # the policy said nothing new of the other rows: their ratio of 1 would dilute the means
-            mask_BA = rollout.mask & trained_B[:, None]
-            moved = ratio_stats(
-                logp_BA, old_logp_BA, mask_BA, s.clip_low, s.clip_high, self.masked_mean
-            )
-            self.tokens_seen += int(rollout.valid[trained_B].sum())
-            if s.max_approx_kl and moved["approx_kl"] > s.max_approx_kl:
-                break
-        moved["ratio_max"] = self.max_over_ranks(moved["ratio_max"])
-        return {**stats, **moved, "epochs": epoch + 1}
+    def moves(self, advantage_B: Tensor) -> Tensor:
+        """bool [B]: the answers whose loss has a gradient."""
+        return (advantage_B != 0) | (self.settings.kl_coef > 0)
 
     def neighbours(self, rows: Tensor, rollout: Rollout) -> Tensor:
         """A group's answers side by side: their prompt is then computed once (model/packing.py)."""
         return rows.sort().values
 
-    def rows_with_gradient(self, index: Tensor, advantage_B: Tensor) -> Tensor:
-        """The rows of a minibatch that move the policy, one at least for the optimizer's step.
-
-        All of them where more than the gradient counts: a KL term, the router's load, or other
-        ranks, which must take as many backward passes.
-        """
-        s = self.settings
-        if s.kl_coef or s.balance_router or self.trainer.world_size > 1:
-            return index
-        moving = index[advantage_B[index] != 0]
-        return moving if len(moving) else index[:1]
-
     def log_answers(self, answers: Answers, losses: dict[str, Tensor | float]) -> None:
-        s, rollout, mask_BA = self.settings, answers.rollout, answers.rollout.mask
-        first_G = torch.arange(0, len(mask_BA), s.group_size, device=self.device)
+        s, rollout = self.settings, answers.rollout
+        first_G = torch.arange(0, len(rollout.ids), s.group_size)
         firsts = rollout.rows(first_G)  # an answer a group is enough for the logged KL
         ref_logp_GA = self.reference_logprobs(firsts)
-        kl = self.masked_mean(kl_k3(firsts.logprobs, ref_logp_GA), firsts.mask)
+        kl_GA = kl_k3(self.here(firsts.logprobs), ref_logp_GA)
+        kl = self.masked_mean(kl_GA, self.here(firsts.mask))
         total_GK = answers.total_B.view(-1, s.group_size)
         correct_GK = torch.tensor([r.correct for r in answers.rewards]).view(-1, s.group_size)
         form = sum(r.form for r in answers.rewards) / len(answers.rewards)
@@ -263,9 +213,8 @@ class GRPOModule(OnPolicyModule):
                 "pass_at_1": (correct_GK == 1).float().mean(),
                 f"pass_at_{s.group_size}": (correct_GK == 1).any(1).float().mean(),
                 "kl": kl,  # nats a token, to the policy that the stage started from
-                "entropy": -self.masked_mean(
-                    rollout.logprobs, mask_BA
-                ),  # estimated from the samples
+                # estimated from the samples
+                "entropy": -self.masked_mean(*map(self.here, (rollout.logprobs, rollout.mask))),
                 "answer_length": rollout.length.float().mean(),
                 "cut_off": (~rollout.stopped).float().mean(),
                 "lr": self.learning_rate(),
@@ -277,7 +226,7 @@ def choose(first: Answers, second: Answers, take_second: list[bool]) -> Answers:
     """Row by row the first or the second answers, padded to the longer of the two."""
     n_tokens = max(a.rollout.ids.shape[1] for a in (first, second))
     n_answer = max(a.rollout.logprobs.shape[1] for a in (first, second))
-    pick_B = torch.tensor(take_second, device=first.total_B.device)
+    pick_B = torch.tensor(take_second)
 
     def widen(a: Rollout) -> Rollout:
         return Rollout(

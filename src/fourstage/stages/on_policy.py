@@ -6,18 +6,21 @@ and its use, and `max_steps` counts rollouts.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fourstage.batch import Rollout
+from fourstage.batch import Rollout, moved
 from fourstage.generate import LEAST_TEMPERATURE
 from fourstage.model import Transformer
-from fourstage.rl.rollout import sample
+from fourstage.rl.ops import ratio_stats
+from fourstage.rl.rollout import answer_logprobs, sample
 from fourstage.stages.base import StageModule, StageSettings, check_range
 from fourstage.strategies import is_spread
 from fourstage.tokenizer import Tokenizer
@@ -43,6 +46,21 @@ class OnPolicySettings(StageSettings):
         check_range(self, 0, "max_approx_kl", "clip_high")
         check_range(self, 0, "clip_low", most=1)
         check_range(self, LEAST_TEMPERATURE, "temperature")
+
+
+class Totals(NamedTuple):
+    """What a reduction divides by, over a whole optimizer step and all ranks."""
+
+    answers: Tensor
+    tokens: Tensor
+    max_length: int
+
+
+# (some rows of a rollout, their numbers, the policy's log-probs [b, A], totals) -> what they add to
+# the loss of the optimizer step, and losses of each token [b, A] whose means are logged
+Share = Callable[[Rollout, Tensor, Tensor, Totals], tuple[Tensor, dict[str, Tensor]]]
+
+Seen = defaultdict[str, Tensor]  # numbers of each answer token, [B, A]
 
 
 class OnPolicyModule(StageModule):
@@ -96,20 +114,81 @@ class OnPolicyModule(StageModule):
     @torch.no_grad()
     def in_pieces(self, function: Callable[[Rollout], Tensor], rollout: Rollout) -> Tensor:
         """function(rollout) without gradients, at most micro_batch_size rows at a time."""
-        order = self.neighbours(torch.arange(len(rollout.ids), device=self.device), rollout)
+        order = self.neighbours(torch.arange(len(rollout.ids)), rollout)
         pieces = order.split(self.settings.micro_batch_size)
         found = torch.cat([function(rollout.rows(piece)) for piece in pieces])
-        return torch.empty_like(found).index_copy_(0, order, found)
+        return torch.empty_like(found).index_copy_(0, moved(order, found.device), found)
 
     def minibatches(self, rollout: Rollout, epoch: int) -> Iterator[Tensor]:
         """The rows of each optimizer step of one pass, int64, drawn from the seed."""
         generator = torch.Generator().manual_seed(
             (self.seed * 1_000_003 + self.steps_done) * 64 + epoch
         )
-        order = torch.randperm(len(rollout.ids), generator=generator).to(self.device)
+        order = torch.randperm(len(rollout.ids), generator=generator)
         size = max(1, self.settings.minibatch_size // self.trainer.world_size)
         for rows in order.split(size):
             yield self.neighbours(rows, rollout)
+
+    def learn(self, rollout: Rollout, share: Share, moves_B: Tensor) -> dict[str, Tensor | float]:
+        """Clipped updates on the rollout; returns what the last pass saw of the rows it trained.
+
+        moves_B: bool, the rows whose share has a gradient.
+        """
+        s = self.settings
+        mask_BA, old_logp_BA = self.here(rollout.mask), self.here(rollout.logprobs)
+        stats: dict[str, Tensor | float] = {}
+        for epoch in range(s.epochs):
+            trained_B = torch.zeros_like(rollout.stopped)
+            seen: Seen = defaultdict(partial(torch.zeros_like, old_logp_BA))
+            seen["logp"] = old_logp_BA.clone()
+            for index in self.minibatches(rollout, epoch):
+                rows = self.rows_with_gradient(index, moves_B)
+                totals = self.totals(rollout, index)
+                piece = partial(self.piece, rollout, rows, share, totals, seen)
+                stats["grad_norm"] = self.update(piece, len(rows))
+                trained_B[rows] = True
+                if "sampler_gap" not in stats:  # the weights had not moved yet
+                    gap_BA = (seen["logp"] - old_logp_BA).abs() * mask_BA
+                    stats["sampler_gap"] = self.max_over_ranks(gap_BA[self.here(rows)].max())
+            logp_BA = seen.pop("logp")
+            # the policy said nothing new of the other rows: their ratio of 1 would dilute the means
+            trained_BA = mask_BA & self.here(trained_B)[:, None]
+            stats |= ratio_stats(
+                logp_BA, old_logp_BA, trained_BA, s.clip_low, s.clip_high, self.masked_mean
+            )
+            self.tokens_seen += int(rollout.valid[trained_B].sum())
+            if s.max_approx_kl and stats["approx_kl"] > s.max_approx_kl:
+                break
+        stats["ratio_max"] = self.max_over_ranks(stats["ratio_max"])
+        losses = {name: self.masked_mean(x_BA, mask_BA) for name, x_BA in seen.items()}
+        return {**stats, **losses, "epochs": epoch + 1}
+
+    def piece(
+        self, rollout: Rollout, rows: Tensor, share: Share, totals: Totals, seen: Seen, some: slice
+    ) -> Tensor:
+        """The share of some of these rows in the loss of an optimizer step."""
+        part, at = rollout.rows(rows[some]), self.here(rows[some])
+        logp = answer_logprobs(self.policy, part, self.settings.temperature)
+        loss, by_token = share(part, at, logp, totals)
+        for name, x in {"logp": logp, **by_token}.items():
+            seen[name][at] = x.detach()
+        return loss
+
+    def totals(self, rollout: Rollout, rows: Tensor) -> Totals:
+        n = torch.stack([rollout.mask[rows].sum(), torch.tensor(len(rows))])
+        n_tokens, n_answers = self.sum_over_ranks(self.here(n))
+        return Totals(n_answers, n_tokens, self.settings.max_new_tokens)
+
+    def rows_with_gradient(self, index: Tensor, moves_B: Tensor) -> Tensor:
+        """The rows of a minibatch that move the policy, one at least for the optimizer's step.
+
+        All of them where more than the gradient counts: the router's load, or other ranks, which
+        must take as many backward passes.
+        """
+        if self.settings.balance_router or self.trainer.world_size > 1:
+            return index
+        moving = index[moves_B[index]]
+        return moving if len(moving) else index[:1]
 
     def neighbours(self, rows: Tensor, rollout: Rollout) -> Tensor:
         """The rows in an order in which a piece of them costs little: with little padding."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,8 +21,7 @@ from fourstage.rl.ops import (
     KL_ESTIMATORS,
     clipped_surrogate,
     kl_k1,
-    masked_moments,
-    ratio_stats,
+    moments,
     whiten,
 )
 from fourstage.rl.rollout import (
@@ -32,7 +32,7 @@ from fourstage.rl.rollout import (
     final_scores,
 )
 from fourstage.stages.base import check_positive, check_range
-from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings
+from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings, Totals
 from fourstage.strategies import whole
 from fourstage.tokenizer import Tokenizer
 
@@ -69,7 +69,9 @@ class PPOSettings(OnPolicySettings):
 # --- the formulas; B answers, A answer tokens
 
 
-def token_rewards(score_B: Tensor, kl_BA: Tensor, length_B: Tensor, kl_coef: float) -> Tensor:
+def token_rewards(
+    score_B: Tensor, kl_BA: Tensor, length_B: Tensor, kl_coef: Tensor | float
+) -> Tensor:
     """-kl_coef x kl at every answer token, plus the score at the last one, float32 [B, A]."""
     steps = torch.arange(kl_BA.shape[1], device=kl_BA.device)
     mask_BA = steps < length_B[:, None]
@@ -108,13 +110,13 @@ def clipped_value_loss(
 def explained_variance(error_moments: Tensor, return_moments: Tensor) -> Tensor:
     """1 - Var(R - V) / Var(R) over answer tokens: 1 is a perfect value network, 0 a constant.
 
-    From the `masked_moments` of R - V and of R, summed over ranks.
+    From the `moments` of R - V and of R, summed over ranks.
     """
     return 1 - variance(error_moments) / variance(return_moments).clamp(min=1e-8)
 
 
 def variance(moments: Tensor) -> Tensor:
-    """Of all entries (not an estimate from a sample), from their `masked_moments`."""
+    """Of all entries (not an estimate from a sample), from their `moments`."""
     count, total, squares = moments
     return (squares / count - (total / count).square()).clamp(min=0)
 
@@ -176,7 +178,8 @@ class PPOModule(OnPolicyModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         experience = self.collect(batch.prompt_ids)
-        losses = self.learn(experience)
+        rollout, share = experience.rollout, partial(self.share, experience)
+        losses = self.learn(rollout, share, torch.ones_like(rollout.stopped))
         self.log_experience(experience, losses)
         if self.settings.kl_target > 0:
             kl = self.mean_over_ranks(experience.kl_BA.sum(1).mean())
@@ -200,78 +203,51 @@ class PPOModule(OnPolicyModule):
             )
         with self.frozen_network("reward") as reward:
             score_B = self.in_pieces(lambda part: final_scores(reward, part), rollout)
-        mask_BA, logp_BA = rollout.mask, rollout.logprobs
+        mask_BA, logp_BA = self.here(rollout.mask), self.here(rollout.logprobs)
 
-        penalised_B = score_B - s.missing_eos_penalty * ~rollout.stopped
+        penalised_B = score_B - s.missing_eos_penalty * ~self.here(rollout.stopped)
         kl_BA = KL_ESTIMATORS[s.kl_estimator](logp_BA, ref_logp_BA) * mask_BA
-        rewards_BA = token_rewards(penalised_B, kl_BA, rollout.length, float(self.kl_coef))
+        rewards_BA = token_rewards(penalised_B, kl_BA, self.here(rollout.length), self.kl_coef)
         advantages_BA, returns_BA = gae(rewards_BA, values_BA, mask_BA, s.gamma, s.gae_lambda)
-        moments = self.sum_over_ranks(masked_moments(advantages_BA, mask_BA))
+        answers = self.moments(advantages_BA, rollout)
         return Experience(
             rollout=rollout,
             score_B=score_B,
             kl_BA=kl_k1(logp_BA, ref_logp_BA) * mask_BA,
             entropy_BA=entropy_BA,
             values_BA=values_BA,
-            advantages_BA=whiten(advantages_BA, moments) * mask_BA,
+            advantages_BA=whiten(advantages_BA, answers) * mask_BA,
             returns_BA=returns_BA,
         )
 
-    def learn(self, x: Experience) -> dict[str, Tensor | float]:
-        """Several passes of clipped updates; returns what the last pass saw."""
-        s = self.settings
-        old_logp_BA, logp_BA = x.rollout.logprobs, x.rollout.logprobs.clone()
-        value_loss_BA = torch.zeros_like(x.values_BA)
-        stats: dict[str, Tensor | float] = {}
-        for epoch in range(s.epochs):
-            for index in self.minibatches(x.rollout, epoch):
-                n_tokens = self.sum_over_ranks(x.rollout.mask[index].sum())
+    def moments(self, x_BA: Tensor, rollout: Rollout) -> Tensor:
+        """Of the answer tokens of all ranks."""
+        return self.sum_over_ranks(moments(x_BA.flatten()[self.here(rollout.places)]))
 
-                def piece(rows: slice, index: Tensor = index, n: Tensor = n_tokens) -> Tensor:
-                    at = index[rows]
-                    part = x.rollout.rows(at)
-                    logp = answer_logprobs(self.policy, part, s.temperature)
-                    values = answer_values(self.value, part)
-                    policy_loss = clipped_surrogate(
-                        logp, old_logp_BA[at], x.advantages_BA[at], s.clip_low, s.clip_high
-                    )
-                    value_loss = clipped_value_loss(
-                        values, x.values_BA[at], x.returns_BA[at], s.value_clip
-                    )
-                    logp_BA[at], value_loss_BA[at] = logp.detach(), value_loss.detach()
-                    return ((policy_loss + s.value_coef * value_loss) * part.mask).sum() / n
-
-                stats["grad_norm"] = self.update(piece, len(index))
-                if "sampler_gap" not in stats:  # the weights had not moved yet
-                    gap = (logp_BA - old_logp_BA).abs() * x.rollout.mask
-                    stats["sampler_gap"] = self.max_over_ranks(gap[index].max())
-            moved = ratio_stats(
-                logp_BA, old_logp_BA, x.rollout.mask, s.clip_low, s.clip_high, self.masked_mean
-            )
-            self.tokens_seen += int(x.rollout.valid.sum())
-            if s.max_approx_kl and moved["approx_kl"] > s.max_approx_kl:
-                break
-        policy_loss_BA = clipped_surrogate(
-            logp_BA, old_logp_BA, x.advantages_BA, s.clip_low, s.clip_high
+    def share(
+        self, x: Experience, part: Rollout, at: Tensor, logp: Tensor, totals: Totals
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What some rows add to the loss of both networks, and the two losses of each token."""
+        s, old_logp = self.settings, self.here(part.logprobs)
+        values = answer_values(self.value, part)
+        policy_loss = clipped_surrogate(
+            logp, old_logp, x.advantages_BA[at], s.clip_low, s.clip_high
         )
-        stats["policy_loss"] = self.masked_mean(policy_loss_BA, x.rollout.mask)
-        stats["value_loss"] = self.masked_mean(value_loss_BA, x.rollout.mask)
-        moved["ratio_max"] = self.max_over_ranks(moved["ratio_max"])
-        return {**stats, **moved, "epochs": epoch + 1}
+        value_loss = clipped_value_loss(values, x.values_BA[at], x.returns_BA[at], s.value_clip)
+        loss = (policy_loss + s.value_coef * value_loss) * self.here(part.mask)
+        by_token = {"policy_loss": policy_loss, "value_loss": value_loss}
+        return loss.sum() / totals.tokens, by_token
 
     def log_experience(self, x: Experience, losses: dict[str, Tensor | float]) -> None:
-        mask_BA = x.rollout.mask
         error_BA = x.returns_BA - x.values_BA
-        moments = [
-            self.sum_over_ranks(masked_moments(what, mask_BA)) for what in (error_BA, x.returns_BA)
-        ]
+        both = (self.moments(what, x.rollout) for what in (error_BA, x.returns_BA))
         metrics: dict[str, Tensor | float] = {
             **losses,
             "score": x.score_B.mean(),
             "kl": x.kl_BA.sum(1).mean(),  # nats an answer
             "kl_coef": self.kl_coef,
-            "entropy": self.masked_mean(x.entropy_BA, mask_BA),
-            "explained_variance": explained_variance(*moments),
+            "entropy": self.masked_mean(x.entropy_BA, self.here(x.rollout.mask)),
+            "explained_variance": explained_variance(*both),
             "answer_length": x.rollout.length.float().mean(),
             "eos_rate": x.rollout.stopped.float().mean(),
             "lr": self.learning_rate(),
