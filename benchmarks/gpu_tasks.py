@@ -42,7 +42,7 @@ from benchmarks.common import (
 from fourstage.batch import PromptBatch, Rollout
 from fourstage.cost import mfu, peak_flops
 from fourstage.generate import generate
-from fourstage.model import Decoder, ScalarModel, Transformer, decode
+from fourstage.model import Decoder, ScalarModel, Transformer, recording
 from fourstage.model.moe import grouped_mm
 from fourstage.muon import orthogonalize
 from fourstage.rl.rewards import ReasoningReward
@@ -262,15 +262,22 @@ def packed_and_plain(device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
 
 @torch.no_grad()
 def decoded_and_read(ids: Tensor, recorded: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Logits after each of some tokens: one at a time, and read at once."""
+    """Logits after each of some tokens: one at a time, and read at once; then with other weights,
+    for which steps that were recorded are replayed."""
     model = small().to(ids.device).eval()
     model.records_steps = recorded
-    decoder = Decoder(model, ids.shape[1])
-    decoder.prefill(ids[:, :16])
-    steps = [decoder(ids[:, t]) for t in range(16, ids.shape[1])]
-    if recorded and decode.can_record(model, torch.get_autocast_dtype("cuda")):
-        assert decoder.steps.recording is not None, "no step was recorded"
-    return [torch.stack(steps, 1)], [model.logits(model(ids).hidden_BTD)[:, 16:]]
+    decoded, read = [], []
+    for _ in range(2):
+        decoder = Decoder(model, ids.shape[1], rows=len(ids))
+        decoder.prefill(ids[:, :8])
+        decoded.append(torch.stack([decoder(ids[:, t]) for t in range(8, ids.shape[1])], 1))
+        read.append(model.logits(model(ids).hidden_BTD)[:, 8:])
+        if recorded and recording.can_record(model, torch.get_autocast_dtype("cuda")):
+            assert decoder.steps.graphs, "no step was recorded"
+        del decoder
+        for weight in model.parameters():
+            weight.mul_(1.1)
+    return decoded, read
 
 
 # --- speed

@@ -12,7 +12,7 @@ from fourstage import prepare, run_evaluation, strategies
 from fourstage.generate import generate
 from fourstage.job import read_record
 from fourstage.lineage import climb
-from fourstage.model import Transformer, decode
+from fourstage.model import Transformer, recording
 from fourstage.rl.rollout import answer_logprobs, pack
 from fourstage.stages import SETTINGS, grpo
 from fourstage.stages.reward import sample_pairs
@@ -22,6 +22,7 @@ from tests.fakes import config, one_by_one
 from tests.model.configs import read_config
 from tests.stages import test_grpo, tiny
 from tests.stages.matrix import MUON, STAGES, Keep, make
+from tests.stand_in_graph import StandIn, record_with
 
 
 def losses(stage: str, path, **options) -> list[float]:
@@ -67,21 +68,26 @@ def test_a_training_forward_and_its_backward_never_wait_for_the_gpu(name, change
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_training_step_waits_twice(stage):
-    """For whether its gradient is finite, and for what it logs."""
+def test_a_training_step_waits_twice(stage, monkeypatch):
+    """For whether its gradient is finite, and for what it logs; ppo and grpo for the first at each
+    optimizer step, for the second once a rollout. Sampling counts for itself."""
+    monkeypatch.setattr(grpo, "reasoning_rewards", one_by_one(test_grpo.reward_by_text))
 
     class Count(L.Callback):
         def on_train_batch_start(self, *_):
-            self.before = waits.copy()
+            self.before, self.steps = waits.copy(), module.taken_steps
 
         def on_train_batch_end(self, *_):
-            self.last = waits - self.before
+            self.steps = module.taken_steps - self.steps
+            lines = waits - self.before
+            self.last = {x: n for x, n in lines.items() if not x.startswith("generate.py")}
 
     module, batches = make(stage, 2)
     count = Count()
     with fake_gpu() as waits:
         tiny.fit(module, batches, callbacks=[count], **trainer_options())
-    assert count.last.total() == 2, count.last
+    assert count.steps == (2 if stage in ("ppo", "grpo") else 1)
+    assert sum(count.last.values()) == count.steps + 1, count.last
 
 
 def test_a_packed_piece_never_waits():
@@ -96,17 +102,22 @@ def test_a_packed_piece_never_waits():
         assert not waits
 
 
-def test_a_decoded_token_waits_once():
-    """Whether an answer has ended; more only where one has, and once at the end for all tokens."""
+@pytest.mark.parametrize("stop_id", [-1, 3])
+def test_a_decoded_token_waits_once(stop_id):
+    """For which answers have not ended; the start and the end of a rollout wait a few times."""
     policy = Transformer(read_config("moe_nano"), 50)
+    prompts = [[5 + i // 7, 6 + i % 7, 7] for i in range(30)]
+    options = {"stop_id": stop_id, "pad_id": 0, "seed": 1}
     with fake_gpu() as waits:
         policy.to(DEVICE)
-        found = []
-        for n in (4, 12):
+        found, ended = [], []
+        for n in (4, 30):
             waits.clear()
-            generate(policy, [[5, 6, 7], [8, 9, 10]], max_new_tokens=n, stop_id=-1, pad_id=0)
+            answers = generate(policy, prompts, max_new_tokens=n, **options)
             found.append(waits.total())
-    assert found[1] - found[0] == 8
+            ended.append(sum(answers.stopped))
+    assert found[1] - found[0] == 26
+    assert ended == [0, 0] if stop_id < 0 else ended[1] > ended[0]
 
 
 @pytest.mark.parametrize("copies", [1, 4])
@@ -122,22 +133,15 @@ def test_answers_are_those_of_a_cpu(copies):
     assert sum(found.logprobs, []) == pytest.approx(sum(want.logprobs, []), abs=1e-4)
 
 
-class Replayed:
-    """Recording without a graph: the step for every token, which must not wait for the GPU."""
+class NeverWaits(StandIn):
+    """A recording, whose step must not wait for the GPU."""
 
     waits: Counter[str]
-    places: list[tuple[int, int]]
 
-    def __init__(self, step, ids_B, at):
-        self.step = step
-
-    def __call__(self, ids_B, at):
-        self.places.append((len(ids_B), at))
-        at_1 = torch.full((1,), at, device=ids_B.device)
+    def __init__(self, *arguments):
         before = self.waits.copy()
-        logits_BV = self.step(ids_B, at_1)
+        super().__init__(*arguments)
         assert self.waits == before
-        return logits_BV
 
 
 @pytest.mark.parametrize(
@@ -149,20 +153,18 @@ def test_steps_with_a_place_that_the_gpu_knows_are_the_same(changes, copies, mon
     torch.manual_seed(2)
     policy = Transformer(read_config("moe_nano", init_std=0.2, **changes), 50)
     prompts = [[5, 6, 7], [8, 9], [10] * 9] * copies
-    options = {"max_new_tokens": 40, "stop_id": 3, "pad_id": 0, "seed": 4}
+    options = {"max_new_tokens": 80, "stop_id": 3, "pad_id": 0, "seed": 4}
     want = generate(policy, prompts, **options)
     assert len({len(ids) for ids in want.answer_ids}) > 1
-    monkeypatch.setattr(decode, "Recording", Replayed)
-    monkeypatch.setattr(decode, "can_record", lambda *_: True)
-    flops = policy.flops
-    with fake_gpu() as Replayed.waits:
-        Replayed.places = []
+    record_with(monkeypatch, NeverWaits)
+    policy.records_steps, flops = True, policy.flops
+    with fake_gpu() as NeverWaits.waits:
         found = generate(policy.to(DEVICE), prompts, **options)
     assert found.answer_ids == want.answer_ids
     assert sum(found.logprobs, []) == pytest.approx(sum(want.logprobs, []), abs=1e-4)
     assert policy.flops == 2 * flops
-    assert len({rows for rows, _ in Replayed.places}) > 1
-    assert Replayed.places[0] == (len(prompts), 8 + decode.RECORD_AFTER) or copies > 1
+    assert len({rows for rows, _ in StandIn.replays}) > 1
+    assert StandIn.replays[0] == (len(prompts), 8 + recording.RECORD_AFTER) or copies > 1
 
 
 @pytest.mark.slow

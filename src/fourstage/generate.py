@@ -174,10 +174,10 @@ def _steps(
             token_B = sampling.draw(log_probs_BV, uniform_BA[:, step])
             logprob_B = log_probs_BV.gather(1, token_B[:, None]).squeeze(1)
             yield row_B, token_B, logprob_B
-            is_alive_B = token_B != stop_id
-            if not is_alive_B.all():
-                row_B, uniform_BA, token_B = (x[is_alive_B] for x in (row_B, uniform_BA, token_B))
-                rows.leave(is_alive_B)
+            alive_K = (token_B != stop_id).nonzero().squeeze(1)  # a GPU is waited for here
+            if len(alive_K) < len(token_B):
+                row_B, uniform_BA, token_B = (x[alive_K] for x in (row_B, uniform_BA, token_B))
+                rows.leave(alive_K)
             if not len(row_B):
                 return
             rows.append(token_B)
@@ -208,7 +208,7 @@ class _Rows:
         if any(pads):
             steps = torch.arange(capacity, device=device)
             real_US = steps >= torch.tensor(pads, device=device)[:, None]
-        self.decoder = Decoder(model, capacity, real_US)
+        self.decoder = Decoder(model, capacity, real_US, rows=len(prompts))
         if longest > 1:
             ids = [[pad_id] * pad + list(p[:-1]) for pad, p in zip(pads, number, strict=True)]
             self.decoder.prefill(torch.tensor(ids, device=device))
@@ -221,8 +221,9 @@ class _Rows:
         """What a row has, for each of its unfinished answers: [B, V]."""
         return x_UV if self.is_in_order else x_UV[self.place_B]
 
-    def leave(self, is_alive_B: Tensor) -> None:
-        self.place_B, self.is_in_order = self.place_B[is_alive_B], False
+    def leave(self, alive_K: Tensor) -> None:
+        """Only these answers, of B, are unfinished."""
+        self.place_B, self.is_in_order = self.place_B[alive_K], False
 
     def append(self, token_B: Tensor) -> None:
         """A token more for each unfinished answer; those that part get rows of their own."""
@@ -246,7 +247,9 @@ class _Rows:
         self.decoder.keep(rows_N)
         self.ids_U = ids_N
         self.is_in_order = place_B is None
-        self.place_B = torch.arange(len(rows_N)).to(rows_N) if place_B is None else place_B
+        self.place_B = (
+            torch.arange(len(rows_N), device=rows_N.device) if place_B is None else place_B
+        )
 
 
 def _row_seed(seed: int, row: int) -> int:

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from fourstage.model import Decoder, decode, native
+from fourstage.model import Decoder, native
+from fourstage.model import steps as module
 from fourstage.model.decode import KernelSteps, TorchSteps
 from tests.model.configs import VOCAB
 
@@ -247,8 +248,8 @@ def test_half_precision_is_that_of_a_forward(bent):
 def test_weights_are_made_half_once_and_routers_never(bent, shape, monkeypatch):
     model, found = bent(**SHAPES[shape]), []
     copies = copy.deepcopy(model.state_dict())
-    for casts in (decode._compute_dtype, lambda model: torch.float32):
-        monkeypatch.setattr(decode, "_compute_dtype", casts)
+    for casts in (module.compute_dtype, lambda model: torch.float32):
+        monkeypatch.setattr(module, "compute_dtype", casts)
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             decoder = Decoder(model, 12)
             decoder.prefill(IDS[:, :5])
@@ -267,14 +268,21 @@ def test_a_capacity_beyond_the_model_is_refused(bent):
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_a_recorded_step_is_replayed_for_every_place(bent, is_padded):
     model = bent(num_experts=1, top_k=1).cuda()  # a dense model is recorded in full precision
-    ids = IDS.cuda()
-    real = torch.ones(len(ids), 12, dtype=torch.bool, device="cuda") if is_padded else None
+    ids = torch.randint(0, VOCAB, (20, 40), generator=torch.Generator().manual_seed(1)).cuda()
+    real = torch.ones(len(ids), 40, dtype=torch.bool, device="cuda") if is_padded else None
     if is_padded:
         real[::2, :3] = False
-    want, found = (Decoder(model, 12, real) for _ in range(2))
-    want.prefill(ids[:, :4])
-    want = steps(want, ids, 4)
-    model.records_steps = True
-    found.prefill(ids[:, :4])
-    torch.testing.assert_close(steps(found, ids, 4), want, atol=2e-5, rtol=1e-4)
-    assert found.steps.recording is not None
+    for _ in range(2):  # the second replays what the first has recorded, with other weights
+        model.records_steps = False
+        decoders = [Decoder(model, 40, real)]
+        model.records_steps = True
+        decoders.append(Decoder(model, 40, real, rows=len(ids)))
+        for decoder in decoders:
+            decoder.prefill(ids[:, :4])
+        want, found = (steps(decoder, ids, 4) for decoder in decoders)
+        torch.testing.assert_close(found, want, atol=2e-5, rtol=1e-4)
+        assert decoders[1].steps.graphs
+        del decoder, decoders
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1.1)

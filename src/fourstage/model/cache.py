@@ -11,10 +11,13 @@ from torch import Tensor
 
 
 class LayerCache:
-    """One layer's keys and values, [B, G, capacity, C], of which the first ones are filled."""
+    """One layer's keys and values, [rows, G, capacity, C], of which the first ones are filled.
 
-    def __init__(self, capacity: int):
-        self.capacity = capacity
+    rows: the most there will be, whose place in memory is kept; 0: as many as there are.
+    """
+
+    def __init__(self, capacity: int, rows: int = 0):
+        self.capacity, self.rows = capacity, rows
         self.k: Tensor | None = None
         self.v: Tensor | None = None
 
@@ -23,20 +26,30 @@ class LayerCache:
         b, g, t, c = k_BGTC.shape
         if self.k is None or self.v is None:
             # zeros, as a recorded step multiplies places by 0 that are not filled yet
-            self.k = k_BGTC.new_zeros(b, g, self.capacity, c)
+            self.k = k_BGTC.new_zeros(self.rows or b, g, self.capacity, c)
             self.v = torch.zeros_like(self.k)
         if isinstance(at, Tensor):
-            self.k.index_copy_(2, at, k_BGTC)
-            self.v.index_copy_(2, at, v_BGTC)
+            self.k[:b].index_copy_(2, at, k_BGTC)
+            self.v[:b].index_copy_(2, at, v_BGTC)
             return
         assert at + t <= self.capacity, f"the cache holds {self.capacity} tokens, not {at + t}"
-        self.k[:, :, at : at + t] = k_BGTC
-        self.v[:, :, at : at + t] = v_BGTC
+        self.k[:b, :, at : at + t] = k_BGTC
+        self.v[:b, :, at : at + t] = v_BGTC
 
     def keep(self, rows: Tensor) -> None:
         """Row i is then what row rows[i] was, int64 [b]: some rows less, or a row several times."""
         assert self.k is not None and self.v is not None, "the cache is empty"
-        self.k, self.v = self.k.index_select(0, rows), self.v.index_select(0, rows)
+        k, v = self.k.index_select(0, rows), self.v.index_select(0, rows)
+        if self.rows:
+            self.k[: len(rows)], self.v[: len(rows)] = k, v
+        else:
+            self.k, self.v = k, v
+
+    def clear(self) -> None:
+        """For other rows: what is not filled yet is multiplied by 0, so it has to be finite."""
+        if self.k is not None and self.v is not None:
+            self.k.zero_()
+            self.v.zero_()
 
     def attend(self, q_BGRC: Tensor, S: int, mask: Tensor | None = None) -> Tensor:
         """What R queries of one token, divided by sqrt(C), see of the first S, [B, G, R, C].
@@ -44,5 +57,6 @@ class LayerCache:
         mask: bool [B or 1, 1, 1, S].
         """
         assert self.k is not None and self.v is not None, "the cache is empty"
-        k, v = self.k[:, :, :S], self.v[:, :, :S]
+        B = len(q_BGRC)
+        k, v = self.k[:B, :, :S], self.v[:B, :, :S]
         return F.scaled_dot_product_attention(q_BGRC, k, v, attn_mask=mask, scale=1.0)

@@ -93,6 +93,7 @@ class Transformer(nn.Module):
         self.flops = 0
         self.checkpoint_activations = False
         self.records_steps = False
+        self.recorded_steps: Any = None  # those so far, kept here from one rollout to the next
         self.training_blocks: list[Callable[..., Any]] = []  # compiled, where that was asked for
         # Not a buffer: DDP would overwrite the ranks' own counts with those of rank 0.
         self.load_LE: Tensor | None = None
@@ -101,6 +102,10 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         tied = config.tie_embeddings
         self.head = None if tied else Linear(config.d_model, vocab_size, config.init_std)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Transformer:
+        self.recorded_steps = None  # they read the weights where they were
+        return super()._apply(*args, **kwargs)
 
     def forward(
         self,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fourstage.model import native
-from fourstage.model.attention import Rope
+from fourstage.model.attention import rope_angles
 from fourstage.model.moe import MoE, SwiGLU
 from fourstage.model.transformer import Block, Transformer
 
@@ -53,7 +53,7 @@ class KernelSteps:
             return False
         return native.fits(c.d_model, c.head_dim, c.d_expert, c.d_shared)
 
-    def __init__(self, model: Transformer, capacity: int, rope: Rope, real_BS: Tensor | None):
+    def __init__(self, model: Transformer, capacity: int, real_BS: Tensor | None):
         """real_BS: bool [B, capacity], padding at the left."""
         c = self.config = model.config
         self.vocab_size = model.vocab_size
@@ -63,6 +63,7 @@ class KernelSteps:
         self.k_LBGCS: Tensor | None = None
         self.v_LBGSC: Tensor | None = None
         self.held: list[Tensor] = []  # what the structures point to
+        rope = rope_angles(torch.arange(capacity)[None], c.head_dim, c.rope_theta)
         cos_SC, sin_SC = (F.pad(x[0, :, 0], (0, 0, 0, self.capacity - capacity)) for x in rope)
         half = c.head_dim // 2  # the other half of cos is equal, that of sin negative
         V_16 = _up(self.vocab_size)

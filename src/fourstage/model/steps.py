@@ -1,0 +1,156 @@
+"""A decode step in PyTorch's operations: on a GPU, in half precision, where no kernel fits.
+
+It is what Transformer.forward does, in fewer operations: what is equal in all steps is made once,
+such as rotations that hold the gains of the heads' norms and the 1/sqrt(C) of attention, and
+autocast's half-precision weights.
+
+Shape legend: B rows, T tokens, D d_model, H query heads, G key/value heads, J = H + 2 G,
+C head_dim, S positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fourstage.model.attention import Attention, Rope, rope_angles
+from fourstage.model.cache import LayerCache
+from fourstage.model.moe import MoE, Router
+from fourstage.model.precision import LARGE_VOCABULARY, full_precision
+from fourstage.model.transformer import Transformer
+
+
+class TorchSteps:
+    """The rows of one decoder: their keys and values, and the weights as a step reads them."""
+
+    def __init__(
+        self, model: Transformer, capacity: int, real_BS: Tensor | None = None, rows: int = 0
+    ):
+        """rows: the most there will be, where keys and values may not move; 0: they may."""
+        c = model.config
+        self.model, self.capacity = model, capacity
+        self.real_BS, self.is_padded = real_BS, real_BS is not None
+        self.places_1S = torch.arange(capacity, device=model.embedding.weight.device)[None]
+        self.rope = rope = rope_angles(self.places_1S, c.head_dim, c.rope_theta)
+        self.caches = [LayerCache(capacity, rows) for _ in model.blocks]
+        self.dtype = compute_dtype(model)
+        self.made: list[tuple[Tensor, Tensor]] = []  # weights in dtype, and those they are of
+        # looked up once: a module's attribute costs as much as a small operation
+        self.layers = [
+            (
+                block.attention_norm.weight,
+                self.cast(block.attention.qkv.weight),
+                rope_with_gains(block.attention, rope),
+                cache,
+                self.cast(block.attention.out.weight),
+                block.mlp_norm.weight,
+                mlp.decode if isinstance(mlp, MoE) else mlp,
+            )
+            for block, cache in zip(model.blocks, self.caches, strict=True)
+            for mlp in [self.cast_module(block.mlp)]
+        ]
+        is_large = model.vocab_size > LARGE_VOCABULARY
+        head_weight = (model.head or model.embedding).weight
+        self.head_weight = self.cast(head_weight) if is_large else head_weight
+
+    def prefill(self, ids_BT: Tensor) -> None:
+        B, T = ids_BT.shape
+        cos, sin = self.rope
+        rope = cos[:, :T], sin[:, :T]
+        mask = _prefill_mask(self.real_BS[:B, :T]) if self.is_padded else None
+        x_BTD = self.model.embedding(ids_BT)
+        *others, (last, last_cache) = zip(self.model.blocks, self.caches, strict=True)
+        for block, cache in others:
+            x_BTD, _ = block(x_BTD, rope, mask=mask, cache=cache)
+        last.attention.store(last.attention_norm(x_BTD), rope, last_cache)
+
+    def step(self, ids_B: Tensor, at: int) -> Tensor:
+        """The tokens at place `at` -> logits [B, V] of the next ones."""
+        return self.compute(ids_B, at)
+
+    def compute(self, ids_B: Tensor, at: int | Tensor) -> Tensor:
+        """What step gives.
+
+        With a place in a tensor, int64 [1], all shapes are those of the capacity and nothing is
+        asked of the GPU, so that one recording serves every place.
+        """
+        model, c = self.model, self.model.config
+        B, C, G, n_qk = len(ids_B), c.head_dim, c.n_kv_heads, c.n_heads + c.n_kv_heads
+        shape, eps = (c.d_model,), c.norm_eps
+        S, mask = self._seen(B, at)
+        x_BD = F.embedding(ids_B, model.embedding.weight)
+        for gain_D, qkv_weight, (cos, sin), cache, out_weight, mlp_gain_D, mlp in self.layers:
+            qkv_BJC = F.linear(F.rms_norm(x_BD, shape, gain_D, eps), qkv_weight).view(B, -1, C)
+            qk_BJC = qkv_BJC[:, :n_qk]
+            if c.qk_norm:
+                qk_BJC = F.rms_norm(qk_BJC, (C,), None, eps)
+            qk_BJC = torch.addcmul(qk_BJC * cos[at], qk_BJC.roll(C // 2, -1), sin[at])
+            qk_BJC = qk_BJC.to(qkv_BJC.dtype)
+            cache.store(qk_BJC[:, -G:, None], qkv_BJC[:, n_qk:, None], at)
+            y_BGRC = cache.attend(qk_BJC[:, :-G].reshape(B, G, -1, C), S, mask)
+            x_BD = x_BD + F.linear(y_BGRC.view(B, -1), out_weight)
+            x_BD = x_BD + mlp(F.rms_norm(x_BD, shape, mlp_gain_D, eps))
+        h_BD = F.rms_norm(x_BD, shape, model.norm.weight, eps)
+        with full_precision(h_BD):
+            return F.linear(h_BD.to(self.head_weight.dtype), self.head_weight)
+
+    def _seen(self, B: int, at: int | Tensor) -> tuple[int, Tensor | None]:
+        """S, and bool [B or 1, 1, 1, S]: which of the first S places a token at `at` sees."""
+        if isinstance(at, int):
+            mask = self.real_BS[:B, None, None, : at + 1] if self.is_padded else None
+            return at + 1, mask
+        seen_BS = self.places_1S <= at
+        if self.real_BS is not None:
+            seen_BS = seen_BS & self.real_BS[:B]
+        return self.capacity, seen_BS[:, None, None]
+
+    def keep(self, rows: Tensor) -> None:
+        for cache in self.caches:
+            cache.keep(rows)
+        self.real_BS = None if self.real_BS is None else self.real_BS[rows]
+
+    def cast(self, weight: Tensor) -> Tensor:
+        if weight.dtype == self.dtype:
+            return weight
+        self.made.append((weight.to(self.dtype), weight))
+        return self.made[-1][0]
+
+    def cast_module(self, module: nn.Module) -> nn.Module:
+        """The module, or one like it with weights in dtype; routers keep full precision."""
+        if isinstance(module, Router) or all(w.dtype == self.dtype for w in module.parameters()):
+            return module
+        twin = copy(module)
+        twin._parameters = {
+            name: w if w is None else nn.Parameter(self.cast(w), requires_grad=False)
+            for name, w in module._parameters.items()
+        }
+        twin._modules = {name: self.cast_module(x) for name, x in module.named_children()}
+        return twin
+
+
+def compute_dtype(model: Transformer) -> torch.dtype:
+    """What autocast would make of the weights at each step, anew where it keeps no cache."""
+    weight = model.embedding.weight
+    has_autocast = torch.is_autocast_enabled(weight.device.type)
+    return torch.get_autocast_dtype(weight.device.type) if has_autocast else weight.dtype
+
+
+def rope_with_gains(attention: Attention, rope: Rope) -> Rope:
+    """cos and sin [S, H + G, C]: y = x cos + (x rolled by C/2) sin is the head, normalised or not,
+    times its gain, rotated."""
+    (cos_S1C, sin_S1C), gain_JC = (x[0] for x in rope), attention.head_gains()
+    return cos_S1C * gain_JC, sin_S1C * gain_JC.roll(attention.head_dim // 2, -1)
+
+
+def _prefill_mask(real_BT: Tensor) -> Tensor:
+    """bool [B, 1, T, T], causal over real tokens.
+
+    Padding sees itself: not every attention backend defines a softmax over nothing.
+    """
+    T = real_BT.shape[1]
+    causal_TT = torch.ones(T, T, dtype=torch.bool, device=real_BT.device).tril()
+    self_TT = torch.eye(T, dtype=torch.bool, device=real_BT.device)
+    return ((causal_TT & real_BT[:, None, :]) | self_TT)[:, None]
