@@ -4,7 +4,8 @@
 of every optimizer step over all ranks, the metrics of every training step, the weights at the end.
 In ppo and grpo the answers are fixed; the stage "sampled" is grpo with its own sampler, "skipped"
 is sft with two steps whose loss or gradient is not finite on the last rank, and a stage of which
-the name ends in _muon has that optimizer, one in _bf16 that precision.
+the name ends in _muon has that optimizer, one in _bf16 that precision, and one in _large takes its
+vocabulary for a large one, with the logits of a few tokens at a time.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from fourstage.stages import (
     StageModule,
     grpo,
     on_policy,
+    supervised,
 )
 from tests.cpu_as_cuda import let_deepspeed_use_cpus, on_cpus
 from tests.fakes import one_by_one
@@ -52,6 +54,7 @@ from tests.stages.tiny import (
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "grpo", "tied")  # tied: sft of another model
 MUON = ("pretrain_muon", "tied_muon", "ppo_muon")
+LARGE = ("pretrain_large", "tied_large")
 # clipping, weight decay, warm-up and the router's bias are all at work
 SHARED = {"lr": 0.003, "micro_batch_size": 2, "clip_norm": 0.5, "weight_decay": 0.1, "warmup": 0.3}
 ALL_ROWS = {"minibatch_size": 16, "balance_router": True}  # ranks draw their own minibatches
@@ -61,7 +64,8 @@ def make(stage: str, steps: int) -> tuple[StageModule, list[Any]]:
     """A stage of the tiny model, and batches of eight rows (of four prompts in ppo and grpo)."""
     shared = {**SHARED, "max_steps": steps, "max_time": None}
     shared["optimizer"] = "muon" if stage.endswith("_muon") else "adamw"
-    stage = stage.removesuffix("_muon").removesuffix("_bf16")
+    for special in ("_muon", "_bf16", "_large"):
+        stage = stage.removesuffix(special)
     if stage == "pretrain":
         module = PretrainModule(make_policy(), settings(stage, **shared), 0, heldout_chars=10)
         return module, [ragged(8, seed=step) for step in range(steps)]
@@ -191,4 +195,6 @@ if __name__ == "__main__":
         let_deepspeed_use_cpus()
     for stage_name in names:
         on_policy.sample = sample if stage_name == "sampled" else fixed_answers
+        large, at_once = (0, 40) if stage_name in LARGE else (4096, 8192)
+        supervised.LARGE_VOCABULARY, supervised.LOGITS_AT_ONCE = large, at_once
         train(trainer_name, int(n_ranks), int(n_steps), Path(path), stage_name)

@@ -96,6 +96,9 @@ class Shards(L.LightningDataModule):
 def shard(batch: TokenBatch | PairBatch | PromptBatch, own: slice):
     if isinstance(batch, PairBatch):
         return batch.rows(own)
+    if isinstance(batch, TokenBatch):  # padded to the rank's own longest row
+        longest = int(batch.valid[own].sum(1).max())
+        return TokenBatch(batch.ids[own, :longest], batch.targets[own, :longest])
     return type(batch)(*(rows[own] for rows in vars(batch).values()))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,15 +31,14 @@ def next_token_nll(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 def summed_nll(policy: Transformer, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
     """next_token_nll of the policy's logits, float32 [].
 
-    With a large vocabulary the logits of LOGITS_AT_ONCE tokens are held at a time, and computed
-    again in the backward: those of 32 x 1,024 tokens and 32,768 words would take 15 GB.
+    With a large vocabulary the logits of at most LOGITS_AT_ONCE tokens are held at a time, and
+    computed again in the backward: those of 32 x 1,024 tokens and 32,768 words would take 15 GB.
+    Ranks have as many pieces, however long their rows are: under ZeRO-3 each gathers the head.
     """
     if policy.vocab_size <= LARGE_VOCABULARY:
         return next_token_nll(policy.logits(hidden_BTD), targets_BT)
-    pieces = (
-        hidden_BTD.flatten(0, 1).split(LOGITS_AT_ONCE),
-        targets_BT.flatten().split(LOGITS_AT_ONCE),
-    )
+    n = ceil(len(targets_BT) * policy.config.max_seq_len / LOGITS_AT_ONCE)
+    pieces = hidden_BTD.flatten(0, 1).tensor_split(n), targets_BT.flatten().tensor_split(n)
 
     def piece(hidden_ND: Tensor, targets_N: Tensor, counted: list[bool]) -> Tensor:
         flops = policy.flops
