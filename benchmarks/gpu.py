@@ -16,27 +16,33 @@
 
 Each task is a process of its own, since a CUDA error poisons its process, with a time limit. A line
 is printed and one of JSON is written to OUT/results.jsonl as soon as it ends, its output to
-OUT/<task>.log; one that fails is followed by the next. Needs no network, no W&B and, from a clone
-with PYTHONPATH=src, no installation. device=cpu runs the same tasks on moe_nano, as their test.
-Exits with 1 where a task failed.
+OUT/<task>.log; one that fails is followed by the next, and none outlives a benchmark that is
+stopped or killed. Needs no network, no W&B and, from a clone with PYTHONPATH=src, no installation.
+device=cpu runs the same tasks on moe_nano, as their test. Exits with 1 where a task failed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).parent.parent
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 KILL_AFTER = 5.0  # seconds that a task has for ending in good order
 AT_ONCE = 4  # ladders: they hardly load a GPU, and start slowly
+TAIL = 2**20  # bytes of a log that are read, whatever a task has written
+LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,14 @@ class Running:
     begun: float
 
 
+def die_with_parent() -> None:
+    """On Linux a task ends even where the benchmark cannot end it, as after a SIGKILL."""
+    if sys.platform == "linux":
+        LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def start(task: Task, out: Path) -> Running:
+    shutil.rmtree(out / "ladders" / task.name, ignore_errors=True)  # else it would go on from there
     log = out / f"{task.name}.log"
     paths = [str(REPO), str(REPO / "src"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -181,24 +194,29 @@ def start(task: Task, out: Path) -> Running:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=die_with_parent,
         )
     return Running(task, process, log, time.monotonic())
 
 
-def end(running: Running) -> None:
-    """The whole group of a task's processes, whether they listen or not."""
-    for signum, patience in ((signal.SIGTERM, KILL_AFTER), (signal.SIGKILL, KILL_AFTER)):
-        try:
-            os.killpg(running.process.pid, signum)
-            running.process.wait(patience)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+def end(some: Sequence[Running]) -> None:
+    """The whole groups of tasks' processes, whether they listen or not."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        for one in some:
+            with suppress(ProcessLookupError):
+                os.killpg(one.process.pid, signum)
+        last = time.monotonic() + KILL_AFTER
+        for one in some:
+            with suppress(subprocess.TimeoutExpired):
+                one.process.wait(max(0.0, last - time.monotonic()))
 
 
 def run_together(tasks: Sequence[Task], out: Path, left: float) -> Iterator[dict[str, Any]]:
     """What came of each, as soon as it has ended."""
-    running = [start(task, out) for task in tasks]
+    running: list[Running] = []
     try:
+        for task in tasks:
+            running.append(start(task, out))
         while running:
             for one in list(running):
                 seconds = time.monotonic() - one.begun
@@ -206,31 +224,37 @@ def run_together(tasks: Sequence[Task], out: Path, left: float) -> Iterator[dict
                 if one.process.poll() is None and seconds < limit:
                     continue
                 is_late = one.process.poll() is None
-                end(one)
+                end([one])
                 running.remove(one)
                 why = f"took more than {limit:.0f} s" if is_late else ""
                 yield outcome(one, seconds, why)
             time.sleep(0.05)
     finally:
-        for one in running:
-            end(one)
+        end(running)
 
 
 def outcome(one: Running, seconds: float, why: str) -> dict[str, Any]:
     """The line of a task: what it printed last, or what a ladder's records hold."""
-    lines = one.log.read_text(errors="replace").splitlines()
+    lines = last_lines(one.log)
     figures: dict[str, Any] = {}
     if not why and one.process.returncode != 0:
         said = [line for line in lines if line.strip() and not line.startswith(" ")]
         why = said[-1][:300] if said else f"exit code {one.process.returncode}"
     if not why:
         try:
-            figures = json.loads(lines[-1]) if one.task.words[0] == "-m" else ladder(one.task)
-        except (ValueError, IndexError, OSError, KeyError) as error:
+            is_ladder = one.task.words[0] != "-m"
+            figures = {} | (ladder(one.task) if is_ladder else json.loads(lines[-1]))
+        except Exception as error:  # whatever a task has written
             why = f"no figures: {error!r}"
     failed = why or figures.pop("failed", "")
     result = {"task": one.task.name, "ok": not failed, "seconds": round(seconds, 1)}
     return result | ({"error": failed} if failed else {}) | {"figures": figures}
+
+
+def last_lines(log: Path) -> list[str]:
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL))
+        return file.read().decode(errors="replace").splitlines()
 
 
 def ladder(task: Task) -> dict[str, Any]:
@@ -277,24 +301,52 @@ def main(arguments: list[str]) -> int:
         return 0
     device, steps, minutes, out = read(arguments)
     out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # its tasks end too
     last = time.monotonic() + 60 * minutes
-    failed = done = 0
-    with open(out / "results.jsonl", "w") as results:
-        for name in steps:
-            for together in STEPS[name](device, out):
-                left = last - time.monotonic()
-                if left < 1:
-                    print(f"no time left for {', '.join(task.name for task in together)}")
-                    continue
-                for result in run_together(together, out, left):
-                    results.write(json.dumps(result) + "\n")
-                    results.flush()
-                    os.fsync(results.fileno())
-                    done, failed = done + 1, failed + (not result["ok"])
-                    print(line_of(result, out), flush=True)
-    print(f"{done - failed} of {done} tasks ok: {out / 'results.jsonl'}")
-    return 1 if failed or not done else 0
+    oks: list[bool] = []
+    code, stopped = 0, ""
+    try:
+        with (
+            open(out / "results.jsonl", "w") as file,
+            closing(run(device, steps, last, out)) as results,
+        ):
+            for result in results:
+                file.write(in_json(result) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                oks.append(result["ok"])
+                print(line_of(result, out), flush=True)
+    except Stopped as stop:
+        code, stopped = 128 + stop.signum, f"stopped by {signal.Signals(stop.signum).name}: "
+    print(f"{stopped}{sum(oks)} of {len(oks)} tasks ok: {out / 'results.jsonl'}")
+    return code or int(not oks or not all(oks))
+
+
+class Stopped(BaseException):
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+
+def stop(signum: int, _: Any) -> None:
+    """The handler of signals that ask for an end: the tasks end first, so once is enough."""
+    for each in STOPS:
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(signum)
+
+
+def run(device: str, steps: Sequence[str], last: float, out: Path) -> Iterator[dict[str, Any]]:
+    """What came of each task of these steps, until `last` on the clock."""
+    for name in steps:
+        for together in STEPS[name](device, out):
+            left = last - time.monotonic()
+            if left < 1:
+                print(f"no time left for {', '.join(task.name for task in together)}")
+                continue
+            yield from run_together(together, out, left)
+
+
+def in_json(result: dict[str, Any]) -> str:
+    """With a number that is not finite as a word, which JSON has none for."""
+    return json.dumps(json.loads(json.dumps(result), parse_constant=str))
 
 
 def line_of(result: dict[str, Any], out: Path) -> str:
@@ -306,4 +358,7 @@ def line_of(result: dict[str, Any], out: Path) -> str:
 
 
 if __name__ == "__main__":
+    for signum in STOPS:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup and a shell's `&` do
+            signal.signal(signum, stop)
     sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -93,17 +92,87 @@ def test_without_a_gpu_every_task_says_so(tmp_path):
     assert "error: device=cuda: PyTorch sees no GPU here" in done.stdout
 
 
-def test_what_is_done_is_there_after_a_kill(tmp_path):
+GARBAGE = {
+    "number": "print(3)",
+    "list": "print([])",
+    "nothing": "",
+    "half": "print('{\"step_ms\": 1')",
+    "bytes": "import os; os.write(1, bytes(range(256)) * 9999)",
+    "deep": "print('[' * 10**6)",
+}
+FIGURES = "print('x' * 20_000); print('{\"loss\": NaN, \"step_ms\": 2}')"
+
+
+def test_a_task_that_writes_garbage_is_followed_by_the_next(steps, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(gpu, "TAIL", 10_000)
+    for name, code in {**GARBAGE, "fine": FIGURES}.items():
+        (tmp_path / f"prints_{name}.py").write_text(code)
+    tasks = [Task(name, ["-m", f"prints_{name}"], 20) for name in (*GARBAGE, "fine")]
+    steps(one=tasks[:-1], two=tasks[-1:])
+    assert main([f"out={tmp_path}", "steps=one,two", "device=cpu"]) == 1
+    *bad, good = results(tmp_path)
+    assert {r["task"] for r in bad} == GARBAGE.keys()
+    assert all(not r["ok"] and r["error"].startswith("no figures: ") for r in bad)
+    assert good["ok"] and good["figures"] == {"loss": "NaN", "step_ms": 2}  # JSON has no NaN
+
+
+def test_a_ladder_trains_again(steps, tmp_path, monkeypatch):
+    """One that has finished, or was killed, would say how fast it was then."""
+    before = tmp_path / "ladders" / "again" / "runs"
+    before.mkdir(parents=True)
+    steps(one=[gpu.train("again", 20, tmp_path, "no.such.setting=1")])
+    assert main([f"out={tmp_path}", "steps=one", "device=cpu"]) == 1
+    assert not before.exists()
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in found.splitlines()]
+    return [child for child, parent in pairs if parent == pid]
+
+
+def is_alive(pid: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return state.stdout.strip()[:1] not in ("", "Z")
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "line"),
+    [
+        (signal.SIGTERM, 143, "stopped by SIGTERM: 1 of 1 tasks ok: "),
+        (signal.SIGINT, 130, "stopped by SIGINT: 1 of 1 tasks ok: "),
+        pytest.param(
+            *(signal.SIGKILL, -9, "ok     facts"),
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="it has no such signal"),
+        ),
+    ],
+)
+def test_what_is_done_is_there_after_an_end_and_nothing_else(tmp_path, signum, code, line):
     words = [sys.executable, "-m", "benchmarks.gpu", f"out={tmp_path}", "device=cpu"]
-    process = subprocess.Popen([*words, "steps=facts,checks"], cwd=REPO, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not (tmp_path / "checks.log").exists():
+    process = subprocess.Popen(
+        [*words, "steps=facts,checks"],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # heeded
+    )
+    while not (tmp_path / "checks.log").exists():
+        assert process.poll() is None, "it ended before it could be stopped"
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    while not (task := children(process.pid)):
+        time.sleep(0.05)
+    process.send_signal(signum)
+    said, _ = process.communicate(timeout=gpu.KILL_AFTER)
+    assert process.returncode == code
     assert [(r["task"], r["ok"]) for r in results(tmp_path)] == [("facts", True)]
-    time.sleep(0.5)
-    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert "benchmarks.gpu_tasks checks" not in left or os.environ.get("PYTEST_XDIST_WORKER")
+    assert said.splitlines()[-1].startswith(line) and "Traceback" not in said
+    end = time.monotonic() + 5
+    while is_alive(task[0]):
+        assert time.monotonic() < end, "a task goes on"
+        time.sleep(0.05)
+    assert "{" not in (tmp_path / "checks.log").read_text(), "it went on to its figures"
 
 
 @pytest.mark.slow
