@@ -38,7 +38,7 @@ endef
 
 demo: $(READY)  ## train the whole ladder on the embedded data, write the report
 	$(PY) train.py stage=grpo $(ARGS)
-	$(PY) -m fourstage.report
+	$(PY) -m fourstage report
 
 test: $(READY)  ## run the tests (a few minutes)
 	$(PY) -m pytest
@@ -58,7 +58,7 @@ format: $(READY)  ## ruff: mend what can be mended
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-clean:  ## remove .venv and caches (runs stay: python -m fourstage.runs removes those)
+clean:  ## remove .venv and caches (runs stay: python -m fourstage runs removes those)
 	rm -rf $(VENV) build .pytest_cache .ruff_cache src/fourstage.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

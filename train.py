@@ -28,14 +28,14 @@ NAMELESS = re.compile(r"|null|true|false|[-+.\d]+", re.IGNORECASE)
 @hydra.main(config_path=CONF, config_name="config", version_base="1.3")
 def main(config: DictConfig) -> None:
     from fourstage.interruptions import Stopped, escape_output, handle_stops, one_line, stop_now
-    from fourstage.ranks import check_environment
+    from fourstage.lineage.ranks import check_environment
 
     handle_stops(stop_now)
     escape_output()
     hydra_config = HydraConfig.get()
     try:
         check_environment()
-        from fourstage.lineage import climb  # after Hydra, so that --help is fast
+        from fourstage.lineage.climb import climb  # after Hydra, so that --help is fast
 
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         climb(tree, overrides=hydra_config.overrides.task)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.common import print_json, print_table, read_arguments, start
-from fourstage.suite import Array, linear, padded_t, wilson
+from fourstage.evaluation.suite import Array, linear, padded_t, wilson
 
 RESAMPLES = 400
 Interval = tuple[float, float]

@@ -43,9 +43,9 @@ from benchmarks.common import (
     timed,
 )
 from fourstage.errors import UserError
-from fourstage.generate import generate
 from fourstage.model import ModelConfig, Transformer
 from fourstage.model.moe import Router, Routing
+from fourstage.sampling.generate import generate
 
 NEVER = -1  # a stop token that no row can sample
 PROMPTS = {"equal": (40, 40, 1), "mixed": (20, 60, 1), "groups": (40, 40, 8)}  # see text_prompts

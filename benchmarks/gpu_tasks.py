@@ -40,15 +40,17 @@ from benchmarks.common import (
     token_batches,
 )
 from fourstage.batch import PromptBatch, Rollout
-from fourstage.cost import mfu, peak_flops
-from fourstage.generate import generate
-from fourstage.model import Decoder, ScalarModel, Transformer, recording
+from fourstage.model import ScalarModel, Transformer
 from fourstage.model.moe import grouped_mm
-from fourstage.muon import orthogonalize
+from fourstage.optim.muon import orthogonalize
 from fourstage.rl.rewards import ReasoningReward
 from fourstage.rl.rollout import answer_logprobs, pack
+from fourstage.sampling import recording
+from fourstage.sampling.decode import Decoder
+from fourstage.sampling.generate import generate
 from fourstage.stages import GRPOModule, PPOModule, grpo
 from fourstage.stages.supervised import next_token_nll
+from fourstage.tracking.cost import mfu, peak_flops
 
 PACKAGES = [
     *("lightning", "hydra", "omegaconf", "torchmetrics", "tokenizers", "safetensors", "filelock"),

@@ -32,11 +32,13 @@ from benchmarks.common import (
     start,
     timed,
 )
+from fourstage import kernels
 from fourstage.errors import UserError
-from fourstage.model import Decoder, ModelConfig, Transformer, fused, native
+from fourstage.model import ModelConfig, Transformer, fused
 from fourstage.model.attention import Attention, RMSNorm, rope_angles
 from fourstage.model.moe import MoE, swiglu
-from fourstage.muon import orthogonalize
+from fourstage.optim.muon import orthogonalize
+from fourstage.sampling.decode import Decoder
 
 PROMPT = 40  # tokens
 MANY = 4096  # rows of a product
@@ -52,7 +54,7 @@ class Options:
 
 def without_kernels(step: Callable[[], object]) -> Callable[[], object]:
     def plain() -> object:
-        with mock.patch.object(native, "fits", lambda *_: False):
+        with mock.patch.object(kernels, "fits", lambda *_: False):
             return step()
 
     return plain
@@ -87,11 +89,11 @@ def decoding(config: ModelConfig, rows: int) -> dict[str, Callable[[], object]]:
     decoders: dict[bool, Decoder] = {}  # by whether it is one with kernels
 
     def prompt() -> None:
-        decoder = decoders[native.fits()] = Decoder(model, 2 * PROMPT)
+        decoder = decoders[kernels.fits()] = Decoder(model, 2 * PROMPT)
         decoder.prefill(ids)
 
     def step() -> None:
-        decoder = decoders[native.fits()]
+        decoder = decoders[kernels.fits()]
         decoder.length = PROMPT  # the same place again
         decoder(ids[:, 0])
 
@@ -127,7 +129,7 @@ def main(arguments: list[str]) -> None:
     config = shipped_model(options.model, init_std=0.1)
     if config.dense:
         raise UserError(f"model: {options.model} has no experts; choose another, as model=moe_tiny")
-    if not native.fits(config.d_model, config.head_dim, config.d_expert):
+    if not kernels.fits(config.d_model, config.head_dim, config.d_expert):
         raise UserError("there are no kernels here: they need g++ and widths that 16 divides")
     torch.manual_seed(0)
     steps = parts(config, options.rows, options.tokens)

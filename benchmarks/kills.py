@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.common import start
-from fourstage.job import STAGES
+from fourstage.ladder import STAGES
 
 REPO = Path(__file__).parent.parent
 SMALL = ["stage=grpo", "model=moe_nano", "debug=fast", "logger=none"]

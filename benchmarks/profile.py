@@ -31,8 +31,8 @@ from benchmarks.common import (
     start,
     token_batches,
 )
-from fourstage.model import Decoder, ModelConfig, Transformer
-from fourstage.model.decode import KernelSteps
+from fourstage.model import ModelConfig, Transformer
+from fourstage.sampling.decode import Decoder, KernelSteps
 from fourstage.stages.supervised import next_token_nll
 
 KERNEL = "a kernel in C++"  # PyTorch's profiler sees no operation there

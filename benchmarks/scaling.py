@@ -38,9 +38,9 @@ from benchmarks.common import (
     start,
     token_batches,
 )
-from fourstage.cost import peak_memory_mib
 from fourstage.errors import UserError
 from fourstage.model import Transformer
+from fourstage.tracking.cost import peak_memory_mib
 
 Points = dict[str, Shape]
 

@@ -47,14 +47,14 @@ from benchmarks.common import (
     token_batches,
 )
 from fourstage.batch import TokenBatch
-from fourstage.cost import mfu, peak_flops
 from fourstage.job import check_compiler
 from fourstage.model import ModelConfig, Transformer, fused
 from fourstage.model.flops import forward_flops, head_flops
+from fourstage.tracking.cost import mfu, peak_flops
 
 LIMIT = "matrix products"
 OURS = "ours"
-PLAIN = "ours without kernels"  # without model/native
+PLAIN = "ours without kernels"  # without the CPU's kernels
 DENSE = "our dense twin"
 BATCHES = 64  # that the contestants go round in
 

@@ -20,7 +20,7 @@ torch.set_flush_denormal(True)
 @pytest.fixture(scope="session")
 def ladder(tmp_path_factory) -> Path:
     """The outputs of `train.py stage=grpo model=moe_nano debug=fast`: leave them as they are."""
-    from fourstage.lineage import climb
+    from fourstage.lineage.climb import climb
     from tests.fakes import QUICK, config
 
     outputs = tmp_path_factory.mktemp("ladder") / "outputs"

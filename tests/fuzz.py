@@ -54,7 +54,7 @@ KEPT = ("outputs", "debug", "experiment", "sweep", "stage")  # what a case itsel
 
 
 class Case(NamedTuple):
-    """`arguments` for `program` (train.py, or a module), in a folder that `prepare` fills."""
+    """`arguments` for `program` (train.py, or a command), in a folder that `prepare` fills."""
 
     kind: str
     program: str
@@ -128,14 +128,14 @@ def runs_cases(ladder: Path, rng: random.Random, count: int) -> Iterator[Case]:
         stage = rng.choice(STAGES)
         program, arguments = rng.choice(
             [
-                ("fourstage.runs", ["list"]),
-                ("fourstage.runs", ["show", stage]),
-                ("fourstage.runs", ["rm", stage, "force=true"]),
-                ("fourstage.report", []),
-                ("fourstage.report", ["run=ppo"]),
-                ("fourstage.dashboard", []),
-                ("fourstage.evaluation", [f"run={stage}"]),
-                ("fourstage.chat", [f"run={stage}", "prompt=What is an LLM?"]),
+                ("runs", ["list"]),
+                ("runs", ["show", stage]),
+                ("runs", ["rm", stage, "force=true"]),
+                ("report", []),
+                ("report", ["run=ppo"]),
+                ("dashboard", []),
+                ("evaluation", [f"run={stage}"]),
+                ("chat", [f"run={stage}", "prompt=What is an LLM?"]),
                 ("train.py", [*BASE, f"stage={stage}"]),
                 ("train.py", [*BASE, "stage=sft", "stages.sft.lr=1e-4"]),
             ]
@@ -407,13 +407,13 @@ def become(program: str, arguments: list[str], folder: Path) -> None:
         os.dup2(file, 2)
         sys.stdout, sys.stderr = (os.fdopen(os.dup(fd), "w", buffering=1) for fd in (1, 2))
         os.chdir(folder)
-        sys.argv = [program, *arguments]
         try:
             if program == "train.py":
-                sys.argv[0] = str(REPO / program)
+                sys.argv = [str(REPO / program), *arguments]
                 runpy.run_path(sys.argv[0], run_name="__main__")
             else:
-                runpy.run_module(program, run_name="__main__", alter_sys=True)
+                sys.argv = ["fourstage", program, *arguments]
+                runpy.run_module("fourstage", run_name="__main__", alter_sys=True)
             code = 0
         except SystemExit as end:  # as the interpreter does it
             if isinstance(end.code, str):
@@ -475,12 +475,8 @@ def import_what_is_slow() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import fourstage.chat
-    import fourstage.dashboard
-    import fourstage.evaluation
-    import fourstage.report
-    import fourstage.runner  # noqa: F401
-    from fourstage.plan import make_plan
+
+    from fourstage.lineage.plan import make_plan
     from tests.fakes import config
 
     with tempfile.TemporaryDirectory() as outputs:

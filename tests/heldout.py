@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from fourstage.data.records import Conversation, Problem
-from fourstage.eval_items import EvaluationConfig, HeldOut
-from fourstage.verify import FROM_FILE
+from fourstage.data.verify import FROM_FILE
+from fourstage.evaluation.items import HeldOut
+from fourstage.job import EvaluationConfig
 
 CONFIG = EvaluationConfig(
     seed=0,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fourstage import suite
+from fourstage.evaluation import suite
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "grpo")
 PARENTS = {

@@ -11,9 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from fourstage.callbacks import Sample, SampleLog, StepAxis, StepSeed
-from fourstage.loggers import MetricsCSV
-from fourstage.resume import Checkpointer
+from fourstage.lineage.resume import Checkpointer
+from fourstage.tracking.callbacks import Sample, SampleLog, StepAxis, StepSeed
+from fourstage.tracking.loggers import MetricsCSV
 
 N_STEPS, VAL_EVERY = 12, 4
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fourstage.generate import Generation
-from fourstage.model import fused, moe, opaque, recording
+from fourstage.model import fused, moe, opaque
+from fourstage.sampling import recording
+from fourstage.sampling.generate import Generation
 
 
 class Tape(TorchDispatchMode):

@@ -1,12 +1,13 @@
 """Who may import whom: arrows point down only (docs: the README's tree).
 
-Imports for type checkers only are no arrows, and main() of a module that is run with `python -m`
-may import what it likes. Imports inside other functions count.
+A room is a folder of the package, or a file on its top floor. Imports for type checkers and those
+inside functions count; but main() of a command may import what it likes.
 """
 
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,66 +15,37 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "fourstage"
 
-# unit (a file or a folder of the package) -> what it stands on; and so on down
+# room -> what it stands on; and so on down
 ARROWS = {
     "train": {"lineage"},
-    "lineage": {"plan", "ranks", "runs", "runner", "report"},
-    "plan": {"runs", "stages", "data", "callbacks", "evaluation", "scaling"},
-    "runner": {"resume", "cost", "prepare", "run_evaluation", "strategies"},
-    "run_evaluation": {"evaluation", "prepare", "callbacks"},
-    "prepare": {"stages", "data"},
-    "chat": {"runs", "generate", "checkpoint"},
-    "stages": {"rl", "checkpoint", "model", "muon", "strategies"},
-    "muon": {"model"},
-    "zero_muon": {"muon"},
-    "strategies": {"zero_muon"},
-    "evaluation": {"judges"},
-    "eval_items": {"rl", "suite"},
-    "judges": {"eval_items"},
-    "suite": set(),
-    "scaling": set(),
-    "resume": {"callbacks"},
-    "callbacks": {"loggers", "generate", "strategies"},
-    "rl": {"generate"},
-    "generate": {"model"},
-    "checkpoint": {"model"},
-    "dashboard": {"dashboard_spec", "loggers", "runs"},
-    "dashboard_spec": {"suite"},
-    "loggers": set(),
-    "cost": set(),
-    "ranks": set(),
-    "runs": set(),
+    "lineage": {"tracking", "report"},
+    "tracking": {"evaluation"},
+    "evaluation": {"stages"},
+    "report": set(),  # but for evaluation.suite
+    "chat": {"sampling"},
+    "stages": {"rl", "parallel"},
+    "rl": {"sampling", "data"},
+    "parallel": {"optim", "job"},
+    "job": {"model", "data"},
+    "sampling": {"model"},
+    "optim": {"model"},
+    "model": {"kernels"},
     "data": set(),
-    "model": set(),
-    "report": {"suite"},
+    "kernels": set(),
 }
-SHARED = {
-    "batch",
-    "tokenizer",
-    "errors",
-    "interruptions",
-    "settings",
-    "job",
-    "verify",
-    "verifiers",
-    "final_answer",
-    "sandbox",
-}  # everything may import them
-# they import nothing else of ours
-ALONE = {"report", "suite"}
-# packages that only these units may import
+# everything may import them, in this order
+GROUND = ("runs", "tokenizer", "settings", "interruptions", "files", "batch", "ladder", "errors")
+EXTRA = {"report": {"fourstage.evaluation.suite"}}
+# packages that only these rooms may import
 FOREIGN = {
     "hydra": {"train"},
     "omegaconf": {"train"},
-    "lightning": {
-        *("stages", "strategies", "callbacks", "resume", "cost", "loggers", "prepare"),
-        *("runner", "lineage"),
-    },
-    "deepspeed": {"strategies"},
-    "wandb": {"loggers", "callbacks", "runner", "dashboard"},
-    "wandb_workspaces": {"dashboard"},
+    "lightning": {"lineage", "tracking", "stages", "parallel"},
+    "deepspeed": {"parallel"},
+    "wandb": {"lineage", "tracking"},
+    "wandb_workspaces": {"tracking"},
     "matplotlib": {"report"},
-    "reasoning_gym": {"data", "verifiers"},
+    "reasoning_gym": {"data"},
     "datasets": {"data"},
 }
 STAGE_FILES = ("pretrain", "sft", "reward", "ppo", "grpo")
@@ -88,17 +60,13 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def unit(module: str) -> str:
+def room(module: str) -> str:
     """fourstage.data.files -> data."""
     return module.removeprefix("fourstage").lstrip(".").split(".")[0]
 
 
 def is_main(node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef) and node.name == "main"
-
-
-def is_for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
 
 
 def is_entry(node: ast.AST) -> bool:
@@ -113,9 +81,6 @@ def imports(source: str, is_a_command: bool = False) -> set[str]:
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
-        if is_for_types(node):
-            waiting += node.orelse  # type: ignore[attr-defined]
-            continue
         if is_a_command and node in tree.body and (is_main(node) or is_entry(node)):
             continue
         if isinstance(node, ast.Import):
@@ -140,32 +105,43 @@ def reachable(name: str) -> set[str]:
 
 
 def imported(module: str, path: Path) -> set[str]:
+    """Dotted names, of which ours are cut to the module."""
     # `python -m fourstage.model` runs model/__main__.py, which is a command as a whole
-    return imports(path.read_text(encoding="utf-8"), is_a_command=path.name == "__main__.py")
+    names = imports(path.read_text(encoding="utf-8"), is_a_command=path.name == "__main__.py")
+    return {name if name in MODULES else name.rpartition(".")[0] or name for name in names}
 
 
 MODULES = modules()
 
 
-def test_the_arrows_have_no_cycle() -> None:
-    assert not [name for name in ARROWS if name in reachable(name)]
+def test_no_circle() -> None:
+    for graph in (ARROWS, {m: imported(m, path) & set(MODULES) for m, path in MODULES.items()}):
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_every_module_has_its_place() -> None:
-    units = {unit(module) for module in MODULES if module != "train"} - {""}
-    assert units | {"train"} == set(ARROWS) | SHARED
+    rooms = {room(module) for module in MODULES if module != "train"} - {"", "__main__"}
+    assert rooms | {"train"} == {*ARROWS, *GROUND}
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "fourstage"])
+def test_the_top_floor_is_small() -> None:
+    there = [path for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "__init__.py")]
+    assert len([path for path in there if path.is_dir()]) <= 13
+    assert len([path for path in there if path.suffix == ".py"]) <= 10
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in ("fourstage", "train")])
 def test_arrows_point_down(module: str) -> None:
-    own = "train" if module == "train" else unit(module)
-    allowed = {own} | (reachable(own) if own in ARROWS else set())
-    if own not in ALONE:
-        allowed |= SHARED
-    ours = {name for name in imported(module, MODULES[module]) if name.startswith("fourstage.")}
-    ours = {unit(name) for name in ours}
-    ours -= {"__version__"}
-    assert ours <= allowed, f"{module} may not import {', '.join(sorted(ours - allowed))}"
+    own = room(module)
+    below = reachable(own) if own in ARROWS else set()
+    ground = GROUND[GROUND.index(own) :] if own in GROUND else GROUND
+    names = {name for name in imported(module, MODULES[module]) if name.startswith("fourstage.")}
+    found = {room(name) for name in names - EXTRA.get(own, set())} - {"__version__"}
+    wrong = found - below - {own, *ground}
+    assert not wrong, f"{module} may not import {', '.join(sorted(wrong))}"
 
 
 def test_stages_do_not_import_each_other() -> None:
@@ -183,13 +159,13 @@ def test_packages_are_kept_to_their_place(package: str) -> None:
     users = set()
     for module, path in MODULES.items():
         if any(name.split(".")[0] == package for name in imported(module, path)):
-            users.add("train" if module == "train" else unit(module))
+            users.add(room(module) if module != "train" else module)
     assert users <= FOREIGN[package], f"{package} is imported by {users - FOREIGN[package]}"
 
 
 def test_deepspeed_is_imported_only_once_a_zero_trainer_is_chosen() -> None:
     """Its import takes seconds: functions that ZeRO alone calls do it."""
-    tree = ast.parse(MODULES["fourstage.strategies"].read_text(encoding="utf-8"))
+    tree = ast.parse(MODULES["fourstage.parallel.strategies"].read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             assert not [n for n in imports(ast.unparse(node)) if n.split(".")[0] == "deepspeed"]
@@ -217,7 +193,8 @@ except ImportError:
     import fourstage.g
 """
     ours = {name for name in imports(source) if name.startswith("fourstage")}
-    expected = {f"fourstage.{x}" for x in ("a", "b", "c", "d.name", "e", "f", "g")}
+    letters = ("a", "b", "c", "d.name", "e", "f", "g", "types_only")
+    expected = {f"fourstage.{x}" for x in letters}
     assert ours == expected | {"fourstage.in_main"}  # no command: its main is a function
     command = source + "if __name__ == '__main__':\n    import fourstage.h\n    main()\n"
     assert {n for n in imports(command) if n.startswith("fourstage")} == expected

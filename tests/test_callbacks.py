@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fourstage.callbacks import (
+from fourstage.tracking.callbacks import (
     PlanProgress,
     Sample,
     SampleLog,
@@ -98,7 +98,7 @@ def test_an_evaluation_says_what_it_is_at(monkeypatch) -> None:
         with telling("sft", console) as tell:
             tell("held-out text")
             tell("too soon for another line")
-            monkeypatch.setattr("fourstage.callbacks.LINE_EVERY", -1.0)
+            monkeypatch.setattr("fourstage.tracking.callbacks.LINE_EVERY", -1.0)
             tell("greedy chat answers")
         monkeypatch.undo()
         lines = out.getvalue().splitlines()

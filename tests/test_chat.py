@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from fourstage.chat import Chat, ChatSettings, Voice, converse, furthest, load_voice, main, parse
-from fourstage.checkpoint import save_weights
 from fourstage.errors import UserError
 from fourstage.model import ModelConfig, ScalarModel, Transformer
+from fourstage.model.weights import save_weights
 from fourstage.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -238,7 +238,7 @@ def test_mistakes(
 
 def process(*arguments: str) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-m", "fourstage.chat", *arguments]
+    command = [sys.executable, "-m", "fourstage", "chat", *arguments]
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
     return subprocess.Popen(command, env=environment, text=True, **pipes)
 
@@ -250,9 +250,9 @@ def test_a_mistake_is_one_line_on_stderr_with_exit_code_1() -> None:
 
 def test_help_does_not_wait_for_pytorch() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-X", "importtime", "-m", "fourstage.chat", "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", "fourstage", "chat", "--help"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("Talk to the model of any stage.\n\n    python -m fourstage.chat")
+    assert done.stdout.startswith("Talk to the model of any stage.\n\n    python -m fourstage chat")
     assert "prompt=" in done.stdout and "| torch\n" not in done.stderr
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fourstage.checkpoint import WEIGHTS, load_policy, load_scalar, save_weights
 from fourstage.errors import UserError
 from fourstage.model import Transformer
+from fourstage.model.weights import WEIGHTS, load_policy, load_scalar, save_weights
 from tests.stages.tiny import TINY, TOKENIZER, distance, make_policy, make_scalar, weights
 
 
@@ -91,7 +91,7 @@ def test_a_save_that_fails_leaves_the_old_weights(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     before = (folder / WEIGHTS).read_bytes()
-    monkeypatch.setattr("fourstage.checkpoint.save_file", full)
+    monkeypatch.setattr("fourstage.model.weights.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_weights(folder, make_policy(seed=5).state_dict(), TINY, TOKENIZER)
     assert (folder / WEIGHTS).read_bytes() == before

@@ -17,10 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fourstage.batch import TokenBatch
-from fourstage.callbacks import RouterHealth, StepAxis, StepSeed
-from fourstage.cost import CostMeter, Spent, mfu, peak_flops
-from fourstage.loggers import MetricsCSV
-from fourstage.resume import Checkpointer
+from fourstage.lineage.resume import Checkpointer
 from fourstage.rl.rewards import ReasoningReward
 from fourstage.stages import (
     GRPOModule,
@@ -31,6 +28,9 @@ from fourstage.stages import (
     StageModule,
 )
 from fourstage.stages import grpo as grpo_stage
+from fourstage.tracking.callbacks import RouterHealth, StepAxis, StepSeed
+from fourstage.tracking.cost import CostMeter, Spent, mfu, peak_flops
+from fourstage.tracking.loggers import MetricsCSV
 from tests.fakes import one_by_one
 from tests.stages.test_grpo import SMALL as GRPO
 from tests.stages.test_ppo import SMALL as PPO
@@ -88,7 +88,7 @@ def judged(monkeypatch):
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_flops_of_a_stage_equal_torchs_counter(stage, monkeypatch):
     """Rollouts, reference, reward and value passes, updates: all of them, and nothing else."""
-    monkeypatch.setattr("fourstage.model.native.fits", lambda *_: False)  # it sees torch's only
+    monkeypatch.setattr("fourstage.kernels.fits", lambda *_: False)  # it sees torch's only
     module, batches = build(stage, optimizer="adamw")  # Muon's products are the optimizer's
     meter = CostMeter()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

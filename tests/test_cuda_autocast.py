@@ -10,8 +10,9 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
-from fourstage.generate import generate
-from fourstage.model import Decoder, ScalarModel, Transformer, moe
+from fourstage.model import ScalarModel, Transformer, moe
+from fourstage.sampling.decode import Decoder
+from fourstage.sampling.generate import generate
 from fourstage.stages import grpo
 from fourstage.stages.supervised import next_token_nll
 from tests.cuda_autocast import cuda_autocast, cuda_rules

@@ -16,9 +16,9 @@ from wandb_workspaces.reports.v2.internal import ReportViewspec
 from wandb_workspaces.workspaces import Workspace
 from wandb_workspaces.workspaces.internal import View
 
-from fourstage import dashboard
-from fourstage.dashboard_spec import SECTIONS, STEP, Panel, Section, is_shown, resolved
 from fourstage.errors import UserError
+from fourstage.tracking import dashboard
+from fourstage.tracking.dashboard_spec import SECTIONS, STEP, Panel, Section, is_shown, resolved
 
 # W&B's own tables of a run; test_wandb_offline.py reads them back
 TABLES = {"ladder", "samples", "samples_by_stage"}

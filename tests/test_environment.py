@@ -14,11 +14,19 @@ from pathlib import Path
 
 import pytest
 
-from fourstage import interruptions, ranks
+from fourstage import interruptions
 from fourstage.errors import UserError
 from fourstage.interruptions import STOPS, Stopped, handle_stops, one_line, stop_now
-from fourstage.job import read_record
-from fourstage.ranks import NUMBERS, OF_SRUN, OF_TORCHRUN, Ranks, check_environment, remove_stale
+from fourstage.lineage import ranks
+from fourstage.lineage.ranks import (
+    NUMBERS,
+    OF_SRUN,
+    OF_TORCHRUN,
+    Ranks,
+    check_environment,
+    remove_stale,
+)
+from fourstage.runs.records import read_record
 from tests.fakes import QUICK
 
 REPO = Path(__file__).parent.parent

@@ -8,8 +8,8 @@ from math import log2
 import pytest
 import torch
 
-from fourstage import eval_items as module
-from fourstage.eval_items import (
+from fourstage.evaluation import items as module
+from fourstage.evaluation.items import (
     Block,
     askable,
     batches,
@@ -30,9 +30,9 @@ from fourstage.eval_items import (
     sampled_problem_items,
     text_items,
 )
-from fourstage.generate import Generation, generate
 from fourstage.rl.rewards import true_score, well_formed
 from fourstage.rl.rollout import answer_logprobs, pack
+from fourstage.sampling.generate import Generation, generate
 from tests.heldout import CHATS, CONFIG, HELDOUT, NOTHING, changed, chat, problem
 from tests.stages.tiny import TINY, TOKENIZER, make_policy
 

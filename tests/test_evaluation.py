@@ -8,14 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fourstage import evaluation as module
-from fourstage import suite
 from fourstage.batch import PairBatch
+from fourstage.data.verify import FROM_FILE
 from fourstage.errors import UserError
-from fourstage.evaluation import (
+from fourstage.evaluation import suite
+from fourstage.evaluation import tables as module
+from fourstage.evaluation.judges import Judges
+from fourstage.evaluation.tables import (
     BY_REWARD,
     BY_SFT,
-    EvaluationConfig,
     evaluate_ancestors,
     evaluate_policy,
     evaluate_reward_model,
@@ -23,16 +24,15 @@ from fourstage.evaluation import (
     stored_items,
     write_evaluation,
 )
-from fourstage.judges import Judges
+from fourstage.job import EvaluationConfig
 from fourstage.settings import build
-from fourstage.verify import FROM_FILE
 from tests.heldout import CONFIG, HELDOUT, NOTHING, changed
 from tests.stages.tiny import TINY, TOKENIZER, distance, make_policy, make_scalar, weights
 from tests.test_judges import ramp
 
 FIXED = [name for name in suite.DEFINITIONS if not name.startswith("pair_")]  # of every policy
 DENSE = replace(TINY, num_experts=1, top_k=1)
-AGAIN = "(to evaluate again: python -m fourstage.evaluation run=NAME ladder=true)"
+AGAIN = "(to evaluate again: python -m fourstage evaluation run=NAME ladder=true)"
 NO_SFT, NO_REWARD = "no sft policy on this ladder yet", "no reward model on this ladder yet"
 
 
@@ -375,7 +375,7 @@ def test_a_row_without_chats_has_nothing_to_judge(tmp_path):
 def test_the_command_says_how_it_is_used(arguments):
     with pytest.raises(UserError) as error:
         module.main(arguments)
-    usage = "usage: python -m fourstage.evaluation run=NAME [ladder=true] [evaluation.KEY=NUMBER…] "
+    usage = "usage: python -m fourstage evaluation run=NAME [ladder=true] [evaluation.KEY=NUMBER…] "
     assert one_line(error) == f"{usage}[outputs=outputs]"
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fourstage import suite
-from fourstage.verify import same_value
+from fourstage.data.verify import same_value
+from fourstage.evaluation import suite
 
 TEXT = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 COLUMNS = ["key", "items", "what it is", "interval", "better", "known weaknesses"]

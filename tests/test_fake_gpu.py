@@ -8,13 +8,15 @@ import lightning as L
 import pytest
 import torch
 
-from fourstage import prepare, run_evaluation, strategies
-from fourstage.generate import generate
-from fourstage.job import read_record
-from fourstage.lineage import climb
-from fourstage.model import Transformer, recording
+from fourstage.evaluation import run as run_evaluation
+from fourstage.lineage.climb import climb
+from fourstage.model import Transformer
+from fourstage.parallel import strategies
 from fourstage.rl.rollout import answer_logprobs, pack
-from fourstage.stages import SETTINGS, grpo
+from fourstage.runs.records import read_record
+from fourstage.sampling import recording
+from fourstage.sampling.generate import generate
+from fourstage.stages import SETTINGS, grpo, prepare
 from fourstage.stages.reward import sample_pairs
 from fourstage.stages.supervised import next_token_nll
 from tests.fake_gpu import DEVICE, fake_gpu, trainer_options

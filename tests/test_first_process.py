@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fourstage import data, prepare, runner
-from fourstage.eval_items import at_work
-from fourstage.job import write_jsonl
+from fourstage import data
+from fourstage.evaluation.items import at_work
+from fourstage.files import write_jsonl
+from fourstage.lineage import runner
+from fourstage.stages import prepare
 from tests.data.conftest import make
 from tests.fake_gpu import DEVICE, fake_gpu
 from tests.stages import tiny

@@ -3,10 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fourstage import generate as module
 from fourstage.errors import UserError
-from fourstage.generate import Sampling, generate, stream
-from fourstage.model import Decoder, Transformer
+from fourstage.model import Transformer
+from fourstage.sampling import generate as module
+from fourstage.sampling.decode import Decoder
+from fourstage.sampling.generate import Sampling, generate, stream
 from tests.model.configs import read_config
 
 VOCAB, STOP, PAD = 30, 1, 0

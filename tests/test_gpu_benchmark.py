@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -176,7 +177,13 @@ def test_what_is_done_is_there_after_an_end_and_nothing_else(tmp_path, signum, c
 
 
 @pytest.mark.slow
-def test_every_task_on_a_cpu(tmp_path):
+def test_every_task_on_a_cpu(tmp_path, monkeypatch):
+    """With nothing of the packages that a GPU's machine may lack."""
+    absent = tmp_path / "absent"
+    absent.mkdir()
+    for name in ("wandb", "wandb_workspaces", "datasets"):
+        (absent / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}')")
+    monkeypatch.setenv("PYTHONPATH", str(absent), prepend=os.pathsep)
     assert main([f"out={tmp_path}", "device=cpu"]) == 0
     found = results(tmp_path)
     begun = {r["task"].partition("-")[0] for r in found}

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fourstage.__main__ import COMMANDS
 from fourstage.errors import UserError
 from fourstage.interruptions import (
     NO_READER,
@@ -25,9 +26,9 @@ from fourstage.interruptions import (
     run_command,
     stop_now,
 )
-from fourstage.job import read_record
-from fourstage.lineage import climb
-from fourstage.resume import ResumeIO
+from fourstage.lineage.climb import climb
+from fourstage.lineage.resume import ResumeIO
+from fourstage.runs.records import read_record
 from fourstage.stages import PretrainModule
 from tests.fakes import QUICK, config
 
@@ -76,7 +77,9 @@ def test_what_a_file_holds_cannot_break_a_line() -> None:
 
 
 def test_a_stop_while_planning_says_that_nothing_was_lost(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("fourstage.plan.make_plan", lambda tree: stop_now(signal.SIGTERM, None))
+    monkeypatch.setattr(
+        "fourstage.lineage.plan.make_plan", lambda tree: stop_now(signal.SIGTERM, None)
+    )
     with pytest.raises(Stopped) as caught:
         climb(config("stage=pretrain", f"outputs={tmp_path}"))
     assert caught.value.line == "stopped by SIGTERM: run the same command again: nothing had begun"
@@ -120,18 +123,16 @@ def test_a_bug_in_a_command_shows() -> None:
         run_command(lambda arguments: len(1))
 
 
-@pytest.mark.parametrize(
-    "name", ["chat", "dashboard", "evaluation", "model.__main__", "report", "runs", "scaling"]
-)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_is_a_line_the_usage_and_an_example(name, capsys, monkeypatch) -> None:
-    module = importlib.import_module(f"fourstage.{name}")
+    module = importlib.import_module(f"fourstage.{COMMANDS[name][0]}")
     monkeypatch.setattr(sys, "argv", ["x", "run=a", "--help"])
     with pytest.raises(SystemExit) as end:
         run_command(module.main)
     assert end.value.code is None
     first, empty, *rest = capsys.readouterr().out.splitlines()
     assert len(first) < 100 and first[-1] == "." and empty == ""
-    command = f"    python -m fourstage.{name.split('.')[0]}"
+    command = f"    python -m fourstage {name}"
     assert rest[0].startswith(command) and sum(line.startswith(command) for line in rest) >= 2
 
 
@@ -140,14 +141,14 @@ def test_a_reader_that_has_enough_is_no_error(name: str, tmp_path: Path) -> None
     words = [f"outputs={tmp_path}"] if name == "runs" else ["--help"]
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", f"fourstage.{name}", *words]
+    command = [sys.executable, "-m", "fourstage", name, *words]
     done = subprocess.run(command, env=SOURCE, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_what_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fourstage.runs", f"outputs={tmp_path}/f\u00fcr"]
+    command = [sys.executable, "-m", "fourstage", "runs", f"outputs={tmp_path}/f\u00fcr"]
     ascii_only = {**SOURCE, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, env=ascii_only, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "f\\xfcr" in done.stdout

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fourstage.batch import PairBatch
-from fourstage.eval_items import chat_items
-from fourstage.judges import Judges, judged, pair_items, win
+from fourstage.evaluation.items import chat_items
+from fourstage.evaluation.judges import Judges, judged, pair_items, win
 from fourstage.rl.rollout import answer_logprobs, final_scores, pack
 from tests.heldout import CONFIG, HELDOUT
 from tests.stages.tiny import TOKENIZER, make_policy, make_scalar

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from fourstage.job import STAGES, read_record
-from fourstage.runs import RunStore
+from fourstage.ladder import STAGES
+from fourstage.runs.records import read_record
+from fourstage.runs.store import RunStore
 
 REPO = Path(__file__).parent.parent
 STEPS = 8

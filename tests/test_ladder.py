@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fourstage import evaluation, suite
-from fourstage.checkpoint import load_policy, load_scalar
 from fourstage.errors import UserError
-from fourstage.job import STAGES, read_jsonl, read_record, write_record
-from fourstage.lineage import climb, gain
+from fourstage.evaluation import suite
+from fourstage.evaluation import tables as evaluation
+from fourstage.files import read_jsonl
+from fourstage.ladder import STAGES
+from fourstage.lineage.climb import climb, gain
+from fourstage.model.weights import load_policy, load_scalar
 from fourstage.report import write_report
-from fourstage.runs import RunStore
+from fourstage.runs.records import read_record, write_record
+from fourstage.runs.store import RunStore
 from tests.fakes import QUICK, config
 
 

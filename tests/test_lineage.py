@@ -19,15 +19,17 @@ from pathlib import Path
 
 import pytest
 
-from fourstage import lineage, ranks
 from fourstage.data import source_of_stage
 from fourstage.errors import UserError
-from fourstage.job import STAGES, read_record, write_record
-from fourstage.lineage import climb, one_line
-from fourstage.plan import SETTINGS, make_plan, python_word
-from fourstage.ranks import Ranks
-from fourstage.runner import train_stage
-from fourstage.runs import RunStore
+from fourstage.ladder import STAGES
+from fourstage.lineage import climb as lineage
+from fourstage.lineage import ranks
+from fourstage.lineage.climb import climb, one_line
+from fourstage.lineage.plan import SETTINGS, make_plan, python_word
+from fourstage.lineage.ranks import Ranks
+from fourstage.lineage.runner import train_stage
+from fourstage.runs.records import read_record, write_record
+from fourstage.runs.store import RunStore
 from tests.fakes import FakeTrain, config, own_files
 
 
@@ -265,8 +267,8 @@ def test_the_end_says_what_it_came_to_where_it_is_and_what_comes_next(
 sft: well-formed answers 10.0 % [10.0, 95.0] (pretrain) → 90.0 % [90.0, 95.0] (95 % intervals)
 run: {place}/runs/sft-{of["sft"]}
 next:
-  python -m fourstage.chat run=sft-{of["sft"]} outputs={place}
-  python -m fourstage.report run=sft-{of["sft"]} outputs={place}
+  python -m fourstage chat run=sft-{of["sft"]} outputs={place}
+  python -m fourstage report run=sft-{of["sft"]} outputs={place}
   python train.py stage=reward {" ".join(base)}
 """
     assert capsys.readouterr().out.endswith(expected)
@@ -275,7 +277,7 @@ next:
     run(base, "reward", Evaluated())
     said = capsys.readouterr().out
     assert "\nreward: held-out pairs ordered right not measured: no pairs\nrun: " in said
-    assert "fourstage.chat" not in said
+    assert "fourstage chat" not in said
     run(base, "grpo", Evaluated())
     assert "train.py" not in capsys.readouterr().out
 
@@ -541,9 +543,11 @@ def test_half_precision_wants_wider_rows_and_the_loop_none(base) -> None:
 
 
 def test_a_stage_that_cannot_fit_is_refused_until_it_is_there(base, monkeypatch) -> None:
-    monkeypatch.setattr("fourstage.plan.machine_memory", lambda: 87_872 * 16 + 8 * 8 * 256)
+    monkeypatch.setattr("fourstage.lineage.plan.machine_memory", lambda: 87_872 * 16 + 8 * 8 * 256)
     assert run(base, "pretrain").stages == ["pretrain"]  # 16 bytes a parameter, 8 a token
-    monkeypatch.setattr("fourstage.plan.machine_memory", lambda: 87_872 * 16 + 8 * 8 * 256 - 1)
+    monkeypatch.setattr(
+        "fourstage.lineage.plan.machine_memory", lambda: 87_872 * 16 + 8 * 8 * 256 - 1
+    )
     assert run(base, "pretrain").stages == []
     with pytest.raises(UserError, match="^stages.pretrain: 87,872 parameters and 2,048 tokens at"):
         run([*base, "seed=1"], "pretrain")
@@ -576,7 +580,7 @@ def test_other_settings_of_a_stored_evaluation_are_named(base, tmp_path, capsys)
     of = ids(base, "sft")
     assert (
         f"note: pretrain-{of['pretrain']}, sft-{of['sft']} were evaluated with other settings: "
-        f"{python_word()} -m fourstage.evaluation run=sft-{of['sft']} ladder=true "
+        f"{python_word()} -m fourstage evaluation run=sft-{of['sft']} ladder=true "
         f"evaluation.max_problems=9 evaluation.samples=4 outputs={tmp_path}/outputs\n"
     ) in capsys.readouterr().out
 
@@ -588,7 +592,7 @@ def test_other_data_of_a_stored_evaluation_is_named(base, tmp_path, capsys) -> N
     of = ids(shorter, "sft")
     assert (
         f"note: pretrain-{of['pretrain']} was evaluated on other held-out data: when this is done, "
-        f"{python_word()} -m fourstage.evaluation run=sft-{of['sft']} ladder=true "
+        f"{python_word()} -m fourstage evaluation run=sft-{of['sft']} ladder=true "
         f"outputs={tmp_path}/outputs\n"
     ) in capsys.readouterr().out
 

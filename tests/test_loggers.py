@@ -11,12 +11,13 @@ import pytest
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 
-from fourstage import loggers
-from fourstage.callbacks import Sample, SampleLog
 from fourstage.errors import UserError
-from fourstage.job import LoggerConfig, StageJob, read_record
-from fourstage.lineage import climb
-from fourstage.loggers import MetricsCSV, build_loggers, finish_wandb, has_key, wandb_mode
+from fourstage.job import LoggerConfig, StageJob
+from fourstage.lineage.climb import climb
+from fourstage.runs.records import read_record
+from fourstage.tracking import loggers
+from fourstage.tracking.callbacks import Sample, SampleLog
+from fourstage.tracking.loggers import MetricsCSV, build_loggers, finish_wandb, has_key, wandb_mode
 from tests.fakes import FakeTrain, config, own_files
 
 

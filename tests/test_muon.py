@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fourstage.lineage import climb
+from fourstage.lineage.climb import climb
+from fourstage.lineage.plan import make_plan
 from fourstage.model import Transformer
-from fourstage.muon import Muon, orthogonalize
-from fourstage.plan import make_plan
+from fourstage.optim.muon import Muon, orthogonalize
+from fourstage.parallel.strategies import ZERO
 from fourstage.stages import GRPOModule, PPOModule, PretrainModule, RewardModule, SFTModule
 from fourstage.stages.base import parameter_groups
-from fourstage.strategies import ZERO
 from tests.fakes import FakeTrain, config, own_files
 from tests.stages.tiny import TINY, TOKENIZER, make_policy, make_scalar, settings
 
@@ -95,7 +95,7 @@ PARTED = {
 @pytest.mark.parametrize("at_once", [1, 100, 10**6])
 @pytest.mark.parametrize("name", PARTED)
 def test_a_weight_of_several_moves_as_each_on_its_own(name, at_once, monkeypatch):
-    monkeypatch.setattr("fourstage.muon.AT_ONCE", {"cpu": at_once})
+    monkeypatch.setattr("fourstage.optim.muon.AT_ONCE", {"cpu": at_once})
     shape, split = PARTED[name]
     weight, grads = start(*shape), gradients(3, *shape)
     take_steps(muon(weight, *split), weight, grads)

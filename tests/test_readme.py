@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from fourstage.job import STAGES
-from fourstage.plan import make_plan
+from fourstage.ladder import STAGES
+from fourstage.lineage.plan import make_plan
 from tests.fakes import config
 
 ROOT = Path(__file__).parent.parent

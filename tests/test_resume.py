@@ -10,9 +10,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from fourstage.files import clean_up
 from fourstage.interruptions import STOPS, Stopped
-from fourstage.job import clean_up
-from fourstage.resume import began_with, kind_of
+from fourstage.lineage.resume import began_with, kind_of
 from tests.one_weight import N_STEPS, Tiny, fit, read
 
 

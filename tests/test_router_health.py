@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from fourstage.callbacks import RouterHealth
 from fourstage.model import Transformer
 from fourstage.model.health import load_health
+from fourstage.tracking.callbacks import RouterHealth
 from tests.stages.test_supervised import ragged
 from tests.stages.tiny import TINY, distance, fit, make_policy, weights, with_balance
 from tests.test_cost import ROWS, STAGES, build, judged  # noqa: F401

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from fourstage.data import DataConfig
-from fourstage.evaluation import EvaluationConfig
-from fourstage.job import LoggerConfig, StageJob, TrainerConfig
-from fourstage.prepare import device_of
-from fourstage.run_evaluation import heldout_sets, parent_policy, random_weights
+from fourstage.evaluation.run import heldout_sets, parent_policy, random_weights
+from fourstage.job import EvaluationConfig, LoggerConfig, StageJob, TrainerConfig
+from fourstage.stages.prepare import device_of
 from fourstage.tokenizer import TokenizerConfig
 from tests.data.conftest import make
 from tests.stages.tiny import TINY, TOKENIZER, distance, weights

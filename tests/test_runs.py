@@ -13,19 +13,11 @@ from typing import Any
 import pytest
 
 from fourstage.errors import UserError
-from fourstage.job import (
-    parse_json,
-    read_json,
-    read_jsonl,
-    read_record,
-    swap_in,
-    what_is_wrong,
-    write_atomic,
-    write_json,
-    write_record,
-)
-from fourstage.lineage import climb, find_run
-from fourstage.runs import RunStore, main
+from fourstage.files import parse_json, read_json, read_jsonl, swap_in, write_atomic, write_json
+from fourstage.lineage.climb import climb, find_run
+from fourstage.runs.__main__ import main
+from fourstage.runs.records import read_record, what_is_wrong, write_record
+from fourstage.runs.store import RunStore
 from tests.fakes import FakeTrain, config, own_files
 
 
@@ -80,7 +72,7 @@ def test_no_such_run_in_one_line(store, tmp_path) -> None:
         find_run(store.outputs, unfinished.name)
     for letter in "fghijklm":
         add(store, "sft", letter)
-    with pytest.raises(UserError, match=r"and 5 more \(python -m fourstage.runs\)"):
+    with pytest.raises(UserError, match=r"and 5 more \(python -m fourstage runs\)"):
         find_run(store.outputs, "x")
 
 
@@ -191,7 +183,7 @@ def test_rm_takes_no_run_but_the_one_that_is_named(store, tmp_path, monkeypatch)
 
 def test_wrong_arguments(store) -> None:
     for arguments in (["delete", "sft"], ["rm"], ["show"], ["list", "sft"]):
-        with pytest.raises(UserError, match="usage: python -m fourstage.runs"):
+        with pytest.raises(UserError, match="usage: python -m fourstage runs"):
             main(arguments)
     with pytest.raises(UserError, match="unknown option 'output=x'"):
         main(["output=x"])

@@ -17,10 +17,10 @@ import pytest
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from fourstage import sandbox
-from fourstage.sandbox import Sandbox
-from fourstage.verifiers import EVALUATED, is_plausible
-from fourstage.verify import FROM_FILE, verify, verify_all
+from fourstage.data import sandbox
+from fourstage.data.sandbox import Sandbox
+from fourstage.data.verifiers import EVALUATED, is_plausible
+from fourstage.data.verify import FROM_FILE, verify, verify_all
 from tests.test_arrows import ROOT
 
 # --- the sandbox itself, without any filter in front of it
@@ -168,7 +168,7 @@ def test_a_fork_has_a_server_of_its_own(evaluator):
 
 def test_the_server_ends_with_its_program():
     code = (
-        "import os, signal; from fourstage.sandbox import Sandbox\n"
+        "import os, signal; from fourstage.data.sandbox import Sandbox\n"
         "judges = Sandbox('tests.evaluator'); judges.map(['1'])\n"
         "print(judges._server.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )

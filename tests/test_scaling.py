@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from fourstage import scaling
 from fourstage.errors import UserError
 from fourstage.job import TrainerConfig
 from fourstage.model.__main__ import CONFIGS, counted
-from fourstage.scaling import STATES, bytes_per_gpu
-from fourstage.strategies import ZERO
+from fourstage.parallel import memory as scaling
+from fourstage.parallel.memory import STATES, bytes_per_gpu
+from fourstage.parallel.strategies import ZERO
 from tests.fakes import config
 
 ROOT = Path(__file__).parent.parent

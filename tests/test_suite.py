@@ -9,8 +9,15 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from fourstage import suite
-from fourstage.suite import DEFINITIONS, definition, differences, difficulties, joined, metrics
+from fourstage.evaluation import suite
+from fourstage.evaluation.suite import (
+    DEFINITIONS,
+    definition,
+    differences,
+    difficulties,
+    joined,
+    metrics,
+)
 
 
 def values(items, reasons=None):

@@ -16,11 +16,11 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-import fourstage.runner
 import train
 from fourstage.interruptions import STOPS
-from fourstage.job import STAGES
-from fourstage.plan import SETTINGS, make_plan
+from fourstage.ladder import STAGES
+from fourstage.lineage import runner
+from fourstage.lineage.plan import SETTINGS, make_plan
 from tests.fakes import CONF, FakeTrain, composed, config, own_files
 
 REPO = CONF.parent
@@ -35,7 +35,7 @@ def call(tmp_path, monkeypatch):
 
     def run(*arguments: str, fake: FakeTrain | None = None) -> tuple[int, FakeTrain]:
         fake = fake or FakeTrain()
-        monkeypatch.setattr(fourstage.runner, "train_stage", fake)
+        monkeypatch.setattr(runner, "train_stage", fake)
         flags = [a for a in arguments if a.startswith("-")]  # Hydra wants them before all overrides
         overrides = ["model=moe_nano", *files, *(a for a in arguments if a not in flags)]
         monkeypatch.setattr(sys, "argv", ["train.py", *flags, *overrides])
@@ -135,7 +135,7 @@ def test_a_group_without_a_name_is_one_line(argument, options) -> None:
 def test_a_terminal_without_unicode_sees_escapes(call, monkeypatch) -> None:
     screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", screen)
-    monkeypatch.setattr("fourstage.lineage.gain", lambda outputs, name: "1 → 2")
+    monkeypatch.setattr("fourstage.lineage.climb.gain", lambda outputs, name: "1 → 2")
     assert call("stage=pretrain")[0] == 0
     screen.flush()
     assert b"\n1 \\u2192 2\nrun: " in screen.buffer.getvalue()
@@ -230,8 +230,12 @@ def test_a_bug_and_full_error_show_a_traceback(call, capsys, monkeypatch) -> Non
 
 def test_command_lines_answer_without_pytorch(tmp_path) -> None:
     """One process each: help and the list of runs come at once."""
-    help_of_dashboard = ["-m", "fourstage.dashboard", "--help"]
-    for words in ([str(REPO / "train.py"), "--help"], ["-m", "fourstage.runs"], help_of_dashboard):
+    help_of_dashboard = ["-m", "fourstage", "dashboard", "--help"]
+    for words in (
+        [str(REPO / "train.py"), "--help"],
+        ["-m", "fourstage", "runs"],
+        help_of_dashboard,
+    ):
         done = subprocess.run(
             [sys.executable, "-X", "importtime", *words],
             cwd=tmp_path,
@@ -286,7 +290,7 @@ def options() -> list[str]:
 def test_every_shipped_config_makes_a_plan(option, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # planning touches no GPU
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("fourstage.plan.machine_memory", lambda: 10**15)
+    monkeypatch.setattr("fourstage.lineage.plan.machine_memory", lambda: 10**15)
     base = ["stage=grpo", f"outputs={tmp_path}", *own_files(tmp_path / "files")]
     if option == "data=embedded":
         base = [*base[:2], "debug=fast"]

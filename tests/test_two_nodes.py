@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kills import CPU, SMALL, weights
-from fourstage.job import STAGES, read_record
+from fourstage.ladder import STAGES
+from fourstage.runs.records import read_record
 
 REPO = Path(__file__).parent.parent
 ERROR = "lost another process of this job, whose own output says why"

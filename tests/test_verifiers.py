@@ -10,8 +10,8 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from fourstage.data.tasks import worked_solution
-from fourstage.verifiers import CONDITIONS, EVALUATED, OWN, READ_PAST, is_plausible
-from fourstage.verify import verify, verify_all
+from fourstage.data.verifiers import CONDITIONS, EVALUATED, OWN, READ_PAST, is_plausible
+from fourstage.data.verify import verify, verify_all
 
 STRICTER = sorted(set(CONDITIONS) | set(EVALUATED) | set(OWN) | set(READ_PAST))
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fourstage.verify import FROM_FILE, extract, has_form, same_value, verify
+from fourstage.data.verify import FROM_FILE, extract, has_form, same_value, verify
 
 
 def entry(task, answer, **metadata):

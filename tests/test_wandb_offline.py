@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from fourstage.job import read_jsonl, read_record
-from fourstage.lineage import climb
-from fourstage.runs import RunStore
+from fourstage.files import read_jsonl
+from fourstage.lineage.climb import climb
+from fourstage.runs.records import read_record
+from fourstage.runs.store import RunStore
 from tests.fakes import QUICK, config
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fourstage.job import read_record
-from fourstage.resume import kind_of
-from fourstage.runs import RunStore
-from fourstage.strategies import ZERO
+from fourstage.lineage.resume import kind_of
+from fourstage.parallel.strategies import ZERO
+from fourstage.runs.records import read_record
+from fourstage.runs.store import RunStore
 from tests.test_interruptions import Executed
 
 REPO = Path(__file__).parent.parent
@@ -75,7 +75,7 @@ def test_one_process_evaluates_the_weights_to_the_same_bytes(ladder):
     for stage in ("pretrain", "sft", "reward", "ppo", "grpo"):
         run = store.find(stage)
         before = (run / "eval.json").read_bytes()
-        command = [sys.executable, "-m", "fourstage.evaluation", f"run={stage}"]
+        command = [sys.executable, "-m", "fourstage", "evaluation", f"run={stage}"]
         subprocess.run([*command, f"outputs={outputs}"], cwd=REPO, env=ENV, check=True)
         assert (run / "eval.json").read_bytes() == before
         assert read_record(run)["cost"]["flops"] > 0

@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fourstage import zero_muon
-from fourstage.muon import WHOLE, Muon, Split
-from fourstage.zero_muon import ZeroMuon, layout
+from fourstage.optim import zero_muon
+from fourstage.optim.muon import WHOLE, Muon, Split
+from fourstage.optim.zero_muon import ZeroMuon, layout
 
 SEVERAL: list[tuple[tuple[int, ...], Split]] = [
     ((16, 6), ([8, 4, 4], 0)),  # queries, keys and values
@@ -109,8 +109,8 @@ CUT = {2: of_a_group, 3: of_each_weight}
 @pytest.mark.parametrize("stage", CUT)
 def test_shares_move_as_whole_weights_do(stage, shapes, n, at_once, monkeypatch):
     """With five ranks for six numbers, some have nothing but padding."""
-    monkeypatch.setattr("fourstage.muon.AT_ONCE", {"cpu": at_once})
-    monkeypatch.setattr("fourstage.zero_muon.AT_ONCE", {"cpu": at_once})
+    monkeypatch.setattr("fourstage.optim.muon.AT_ONCE", {"cpu": at_once})
+    monkeypatch.setattr("fourstage.optim.zero_muon.AT_ONCE", {"cpu": at_once})
     monkeypatch.setattr(zero_muon, "dist", ranks := Ranks(n))
     cut, splits = CUT[stage], [split for _, split in shapes]
 

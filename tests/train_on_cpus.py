@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fourstage import strategies
 from fourstage.job import TrainerConfig
+from fourstage.parallel import strategies
 from tests.cpu_as_cuda import let_deepspeed_use_cpus, on_cpus
 
 trainer_options = strategies.trainer_options

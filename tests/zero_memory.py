@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from fourstage import strategies
 from fourstage.job import StageJob, TrainerConfig
-from fourstage.lineage import climb
-from fourstage.runner import train_stage
+from fourstage.lineage.climb import climb
+from fourstage.lineage.runner import train_stage
+from fourstage.parallel import strategies
 from tests.cpu_as_cuda import let_deepspeed_use_cpus
 from tests.fakes import config
 from tests.train_on_cpus import cpu_options, resolved

@@ -1,8 +1,8 @@
 """Talk to the model of any stage.
 
-    python -m fourstage.chat                       talk to the furthest stage trained so far
-    python -m fourstage.chat run=sft               another: a stage, an id, <stage>-<id>, a folder
-    python -m fourstage.chat run=sft prompt="Hi"   print one answer and nothing else
+    python -m fourstage chat                       talk to the furthest stage trained so far
+    python -m fourstage chat run=sft               another: a stage, an id, <stage>-<id>, a folder
+    python -m fourstage chat run=sft prompt="Hi"   print one answer and nothing else
 
 Other settings: temperature=0.7 (0: the likeliest), top_k=0, top_p=1, max_new_tokens=200, seed=0,
 outputs=outputs. Type /help while talking. run=random is the same model with untrained weights.
@@ -194,9 +194,9 @@ def load_voice(outputs: Path, name: str, seed: int) -> Voice:
     """
     import torch
 
-    from fourstage.checkpoint import load_policy
     from fourstage.model import Transformer
-    from fourstage.runs import find_run
+    from fourstage.model.weights import load_policy
+    from fourstage.runs.store import find_run
 
     folder = furthest(outputs) if name in ("", "random") else find_run(outputs, name)
     model, tokenizer = load_policy(folder)
@@ -210,7 +210,7 @@ def load_voice(outputs: Path, name: str, seed: int) -> Voice:
 
 def furthest(outputs: Path) -> Path:
     """The latest finished run of the furthest stage that writes text."""
-    from fourstage.runs import find_run
+    from fourstage.runs.store import find_run
 
     for stage in ("grpo", "ppo", "sft"):
         with suppress(UserError):
@@ -222,7 +222,7 @@ def start(settings: ChatSettings) -> Chat:
     """A chat with a real model."""
     import torch
 
-    from fourstage.generate import Sampling, stream
+    from fourstage.sampling.generate import Sampling, stream
 
     torch.set_flush_denormal(True)
     options = {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p")}

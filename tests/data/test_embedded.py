@@ -11,8 +11,8 @@ from fourstage.data.corpus import without_heldout
 from fourstage.data.heldout import heldout_keys
 from fourstage.data.keys import HeldOutKeys, keys_of
 from fourstage.data.split import is_heldout, normalise
+from fourstage.data.verify import has_form, verify
 from fourstage.errors import UserError
-from fourstage.verify import has_form, verify
 from tests.data.conftest import make
 
 

@@ -8,8 +8,8 @@ from fourstage import data
 from fourstage.data.files import Record, read_records, read_text
 from fourstage.data.schemas import conversation_from, document_from, pair_from, problem_from
 from fourstage.data.split import is_heldout
+from fourstage.data.verify import has_form, verify
 from fourstage.errors import UserError
-from fourstage.verify import has_form, verify
 
 DIALOGUE = "\n\nHuman: a: b?\n\nAssistant: no\n\nyes\n\nHuman: q\n\nAssistant:"
 

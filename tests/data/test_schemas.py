@@ -24,9 +24,9 @@ from fourstage.data.schemas import (
     usable,
 )
 from fourstage.data.solutions import boxed
+from fourstage.data.verify import has_form, verify
 from fourstage.errors import UserError
 from fourstage.settings import build
-from fourstage.verify import has_form, verify
 from tests.data.conftest import make
 from tests.fakes import CONF
 

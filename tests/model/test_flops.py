@@ -5,10 +5,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fourstage.generate import generate
 from fourstage.model import ScalarModel, Transformer
 from fourstage.model.flops import forward_flops, head_flops
 from fourstage.model.packing import Packing
+from fourstage.sampling.generate import generate
 from tests.model.configs import VOCAB, read_config
 
 IDS = torch.randint(0, VOCAB, (3, 11), generator=torch.Generator().manual_seed(0))

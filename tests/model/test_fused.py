@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fourstage.model import fused, native
+from fourstage import kernels
+from fourstage.model import fused
 from fourstage.model.attention import Attention, Linear, RMSNorm, rope_angles
 from fourstage.model.moe import Experts, Router, swiglu
-from fourstage.muon import orthogonalize
+from fourstage.optim.muon import orthogonalize
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(not kernels.is_available(), reason="needs a C++ compiler")
 
 
 @pytest.fixture
@@ -217,13 +218,13 @@ def test_newton_schulz(plain, threads, shape, monkeypatch):
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     assert fused.applies(x, *shape[1:])
     kept = x.clone()
-    called, call = [], native.call
+    called, call = [], kernels.call
 
     def counted(name, *arguments):
         called.append(name)
         call(name, *arguments)
 
-    monkeypatch.setattr(native, "call", counted)
+    monkeypatch.setattr(kernels, "call", counted)
     fast = orthogonalize(x)
     assert called == ["orthogonalize"]
     slow = plain(lambda: orthogonalize(x))

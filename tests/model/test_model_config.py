@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from fourstage.errors import UserError
-from fourstage.generate import generate
 from fourstage.model import ModelConfig, Transformer
 from fourstage.model.__main__ import main
+from fourstage.sampling.generate import generate
 from tests.model.configs import CONFIGS, read_config
 
 CHARACTERS = 103
@@ -107,7 +107,7 @@ def test_the_table_names_every_config_and_its_sizes(capsys):
 
 def test_importing_the_model_loads_no_trainer():
     code = (
-        "import sys, fourstage.model, fourstage.generate\n"
+        "import sys, fourstage.model, fourstage.sampling.generate\n"
         "print({'lightning', 'hydra', 'datasets', 'fourstage.data'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,11 +8,12 @@ import sys
 import pytest
 import torch
 
-from fourstage.model import Decoder, Transformer, native
-from fourstage.model.decode import TorchSteps
+from fourstage import kernels
+from fourstage.model import Transformer
+from fourstage.sampling.decode import Decoder, TorchSteps
 from tests.model.configs import read_config
 
-needs_kernels = pytest.mark.skipif(not native.is_available(), reason="no kernels on this machine")
+needs_kernels = pytest.mark.skipif(not kernels.is_available(), reason="no kernels on this machine")
 
 
 @pytest.fixture
@@ -21,12 +22,12 @@ def fresh(tmp_path, monkeypatch):
     sources, cache = tmp_path / "sources", tmp_path / "cache"
     sources.mkdir()
     (sources / "one.cpp").write_text('extern "C" int number() { return 1; }\n')
-    monkeypatch.setattr(native, "SOURCES", sources)
+    monkeypatch.setattr(kernels, "SOURCES", sources)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.delenv("FOURSTAGE_KERNELS", raising=False)
-    native.library.cache_clear()
+    kernels.library.cache_clear()
     yield sources, cache / "fourstage"
-    native.library.cache_clear()
+    kernels.library.cache_clear()
 
 
 def kept(*folders) -> list[str]:
@@ -41,41 +42,41 @@ def warned(caplog, reason: str) -> bool:
 @needs_kernels
 def test_a_library_is_compiled_once_for_its_sources(fresh, monkeypatch):
     sources, folder = fresh
-    assert native.library().number() == 1
+    assert kernels.library().number() == 1
     (name,) = kept(folder)
     assert name.startswith("kernels-") and name.endswith(".so")
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", None)
-    native.library.cache_clear()
-    assert native.library().number() == 1
+    kernels.library.cache_clear()
+    assert kernels.library().number() == 1
     monkeypatch.setattr(subprocess, "run", run)
     (sources / "one.cpp").write_text(
         '#include "two.h"\nextern "C" int number() { return two(); }\n'
     )
     (sources / "two.h").write_text("static int two() { return 2; }\n")
-    native.library.cache_clear()
-    assert native.library().number() == 2
+    kernels.library.cache_clear()
+    assert kernels.library().number() == 2
     assert len(kept(folder)) == 2
 
 
 def test_without_a_compiler_there_are_no_kernels_and_one_warning(fresh, monkeypatch, caplog):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert native.library() is None and not native.is_available() and not native.fits(16)
+    assert kernels.library() is None and not kernels.is_available() and not kernels.fits(16)
     assert warned(caplog, "there is no C++ compiler")
     assert not kept(fresh[1])
 
 
 def test_a_compiler_that_is_not_there(fresh, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler -O1")
-    assert native.library() is None
+    assert kernels.library() is None
     assert warned(caplog, "no-such-compiler")
 
 
 @needs_kernels
 def test_a_compiler_that_fails(fresh, caplog):
     (fresh[0] / "one.cpp").write_text("#error out of order\n")
-    assert native.library() is None
+    assert kernels.library() is None
     assert warned(caplog, "out of order")
     assert kept(*fresh) == ["one.cpp"]
 
@@ -84,7 +85,7 @@ def test_a_compiler_that_fails(fresh, caplog):
 def test_where_the_cache_cannot_be_written_they_lie_next_to_the_sources(fresh, caplog):
     sources, folder = fresh
     folder.parent.write_text("not a folder")
-    assert native.library().number() == 1
+    assert kernels.library().number() == 1
     assert len(kept(sources / "__pycache__")) == 1
     assert not caplog.records
 
@@ -94,29 +95,29 @@ def test_with_nowhere_to_keep_them_there_are_none(fresh, caplog):
     sources, folder = fresh
     folder.parent.write_text("not a folder")
     (sources / "__pycache__").write_text("not a folder")
-    assert native.library() is None
+    assert kernels.library() is None
     assert warned(caplog, "set XDG_CACHE_HOME")
 
 
 def test_they_can_be_turned_off(fresh, monkeypatch, caplog):
     monkeypatch.setenv("FOURSTAGE_KERNELS", "0")
-    assert native.library() is None and not caplog.records
-    assert native.kind() == "no kernels"
+    assert kernels.library() is None and not caplog.records
+    assert kernels.kind() == "no kernels"
     decoder = Decoder(Transformer(read_config("moe_nano"), 50), 12)
     assert isinstance(decoder.steps, TorchSteps)
 
 
 def test_widths():
-    assert not native.fits(16, 24)
-    assert native.fits(0, 16, 48) == native.is_available()
+    assert not kernels.fits(16, 24)
+    assert kernels.fits(0, 16, 48) == kernels.is_available()
 
 
 LOAD = """
 import sys
 from pathlib import Path
-from fourstage.model import native
-native.SOURCES = Path(sys.argv[1])
-assert native.library().number() == 1
+from fourstage import kernels
+kernels.SOURCES = Path(sys.argv[1])
+assert kernels.library().number() == 1
 """
 
 
@@ -136,7 +137,9 @@ def test_two_processes_at_once(fresh):
 DECODE = """
 import sys
 import torch
-from fourstage.model import Decoder, Transformer, native
+from fourstage import kernels
+from fourstage.model import Transformer
+from fourstage.sampling.decode import Decoder
 from tests.model.configs import read_config
 assert torch.backends.cpu.get_cpu_capability() == sys.argv[2]
 torch.manual_seed(0)
@@ -157,7 +160,7 @@ torch.save(found, sys.argv[1])
 def test_every_processor_gives_the_same(tmp_path):
     """The registers of AVX2 and of any x86-64, next to this machine's own."""
     own = torch.backends.cpu.get_cpu_capability()
-    if own not in native.TARGETS:
+    if own not in kernels.TARGETS:
         pytest.skip(f"a processor with {own} has no others to be")
     names = {own: {}, "AVX2": {"ATEN_CPU_CAPABILITY": "avx2"}}
     names["DEFAULT"] = {"ATEN_CPU_CAPABILITY": "default"}

@@ -9,10 +9,11 @@ from statistics import mean
 import pytest
 import torch
 
-from fourstage.generate import generate, stream
-from fourstage.model import Decoder, Transformer
-from fourstage.model.native.decode import KernelSteps
-from fourstage.model.recording import LEAST_REPLAYS, RECORD_AFTER, ROWS, RecordedSteps
+from fourstage.model import Transformer
+from fourstage.sampling.decode import Decoder
+from fourstage.sampling.generate import generate, stream
+from fourstage.sampling.kernel_steps import KernelSteps
+from fourstage.sampling.recording import LEAST_REPLAYS, RECORD_AFTER, ROWS, RecordedSteps
 from tests.model.configs import read_config
 from tests.stand_in_graph import StandIn, gaps, record_with
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fourstage import suite
+from fourstage.evaluation import suite
 from fourstage.report import main
 from fourstage.report.files import Files
 from tests.ladders import (

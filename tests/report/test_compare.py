@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.seeds import main as seeds_table
-from fourstage import suite
+from fourstage.evaluation import suite
 from fourstage.report import main
 from tests.ladders import run_id, stages, write_json, write_ladder
 

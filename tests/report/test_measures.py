@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fourstage import suite
+from fourstage.evaluation import suite
 from fourstage.report import main
 from fourstage.report.charts import lines, neighbours, over_optimisation
 from fourstage.report.drawings import Node, heat_map, lineage
@@ -131,7 +131,7 @@ def test_another_suite_is_not_compared(outputs: Path) -> None:
     assert (
         f"Evaluated by suites 1 and {suite.SUITE}; this version has suite {suite.SUITE}, and "
         "figures of different suites are not comparable. To evaluate again, without training: "
-        f"python -m fourstage.evaluation run=grpo-{run_id('grpo', 0)} ladder=true\n"
+        f"python -m fourstage evaluation run=grpo-{run_id('grpo', 0)} ladder=true\n"
     ) in text
 
 

@@ -568,7 +568,7 @@ def test_the_same_runs_give_the_same_bytes(full: Path, tmp_path: Path) -> None:
     for stage in reversed(LADDER):
         write_run(tmp_path / "again", stage, curves=True)
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    command = [sys.executable, "-m", "fourstage.report", f"outputs={tmp_path / 'again'}"]
+    command = [sys.executable, "-m", "fourstage", "report", f"outputs={tmp_path / 'again'}"]
     source = str(Path(__file__).parents[2] / "src")
     environment["PYTHONPATH"] = source
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

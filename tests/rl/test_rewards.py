@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fourstage.data.verify import FROM_FILE
 from fourstage.rl import rewards
 from fourstage.rl.rewards import (
     BEST_LENGTH,
@@ -15,7 +16,6 @@ from fourstage.rl.rewards import (
     true_score,
     well_formed,
 )
-from fourstage.verify import FROM_FILE
 
 PLAIN = [f"{a}{b}" for a in "qxzvkj" for b in "abcdefgh"]  # different words, none of them kind
 assert not KIND_WORDS & set(PLAIN)

@@ -20,10 +20,10 @@ from typing import Any
 import lightning as L
 import torch
 
-from fourstage import strategies
 from fourstage.batch import Rollout
 from fourstage.job import TrainerConfig
 from fourstage.model import Transformer
+from fourstage.parallel import strategies
 from fourstage.rl.rollout import answer_logprobs, pack, sample
 from fourstage.stages import (
     GRPOModule,

@@ -15,12 +15,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from fourstage.batch import PairBatch, PromptBatch, TokenBatch
-from fourstage.callbacks import RouterHealth
-from fourstage.cost import CostMeter
 from fourstage.rl.rewards import ReasoningReward
 from fourstage.stages import GRPOModule, RewardModule, SFTModule
 from fourstage.stages import grpo as grpo_stage
 from fourstage.stages.base import StageModule
+from fourstage.tracking.callbacks import RouterHealth
+from fourstage.tracking.cost import CostMeter
 from tests.fakes import one_by_one
 from tests.stages.test_grpo import SMALL, reward_by_text
 from tests.stages.test_reward import pairs

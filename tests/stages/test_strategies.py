@@ -72,7 +72,7 @@ WAITS = """
 import sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from fourstage.strategies import others_wait
+from fourstage.parallel.strategies import others_wait
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", "file://" + store, timedelta(seconds=10), world_size=2, rank=rank)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fourstage.errors import UserError
-from fourstage.job import exists
+from fourstage.files import exists
 
 Paths = str | list[str]
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 from fourstage.data.records import Conversation, Message, Pair, Problem, opening
 from fourstage.data.split import expressions, normalise, whole_expressions
+from fourstage.data.verify import FROM_FILE
 from fourstage.tokenizer import LOOK_ALIKES
-from fourstage.verify import FROM_FILE
 
 LEAST = 5  # words and signs of a chat prompt that is searched for inside texts
 LEAST_PROBLEM = 3  # of a problem's question, which is rarely said by chance

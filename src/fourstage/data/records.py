@@ -60,11 +60,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with a checkable answer (fourstage.verify)."""
+    """A question with a checkable answer (fourstage.data.verify)."""
 
     question: str
     answer: str
-    task: str  # of reasoning-gym, or fourstage.verify.FROM_FILE
+    task: str  # of reasoning-gym, or fourstage.data.verify.FROM_FILE
     worked: str | None  # steps, then the line "#### ANSWER"; None where no solution is known
     entry: dict[str, Any]  # what the verifier reads; plain JSON
 

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from fourstage.data.files import Record
 from fourstage.data.records import Conversation, Message, Pair, Problem
 from fourstage.data.solutions import NoResult, solved
+from fourstage.data.verify import FROM_FILE, MARK
 from fourstage.errors import UserError
-from fourstage.verify import FROM_FILE, MARK
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from fourstage.verify import MARK
+from fourstage.data.verify import MARK
 
 BOXED = re.compile(
     r"\\(?:boxed|fbox|framebox)(?:\s*\{|\s*(\\frac\{[^{}]*\}\{[^{}]*\}|[^\s{}$\\]+))"

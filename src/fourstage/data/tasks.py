@@ -20,8 +20,8 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
-from fourstage.verifiers import is_plausible
-from fourstage.verify import MARK
+from fourstage.data.verifiers import is_plausible
+from fourstage.data.verify import MARK
 
 Entry = dict[str, Any]
 

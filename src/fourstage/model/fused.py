@@ -1,4 +1,4 @@
-"""Parts of a step on a CPU as one kernel each, forward and backward (native/*.cpp).
+"""Parts of a step on a CPU as one kernel each, forward and backward (kernels/*.cpp).
 
 A CPU spends as long on passes over memory as on matrix products, so these take few of them.
 attention.py and moe.py have the plain expressions, which everything else uses (a GPU, half
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fourstage.model import native
+from fourstage import kernels
 from fourstage.model.packing import Packing
 
 LARGEST = 2**20  # numbers of a Linear's weight; PyTorch's product is as good for a larger one
@@ -28,7 +28,7 @@ def applies(x: Tensor, *widths: int) -> bool:
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and native.fits(*widths)
+        and kernels.fits(*widths)
     )
 
 
@@ -40,7 +40,7 @@ class Linear(torch.autograd.Function):
         x, (width, d_in) = x.contiguous(), weight.shape
         y = x.new_empty(*x.shape[:-1], width)
         ctx.sizes = x.numel() // d_in, d_in, width
-        native.call("linear_forward", *ctx.sizes, x, weight, y)
+        kernels.call("linear_forward", *ctx.sizes, x, weight, y)
         ctx.save_for_backward(x, weight)
         return y
 
@@ -49,7 +49,7 @@ class Linear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         grads = torch.empty_like(x), torch.empty_like(weight)
-        native.call("linear_backward", *ctx.sizes, x, weight, grad.contiguous(), *grads)
+        kernels.call("linear_backward", *ctx.sizes, x, weight, grad.contiguous(), *grads)
         return grads
 
 
@@ -61,7 +61,7 @@ class SwiGLU(torch.autograd.Function):
         gate_up = gate_up.contiguous()
         width = gate_up.shape[-1] // 2
         y = gate_up.new_empty(*gate_up.shape[:-1], width)
-        native.call("swiglu_forward", y.numel() // width, width, gate_up, y)
+        kernels.call("swiglu_forward", y.numel() // width, width, gate_up, y)
         ctx.save_for_backward(gate_up)
         return y
 
@@ -72,7 +72,7 @@ class SwiGLU(torch.autograd.Function):
         width = grad.shape[-1]
         grad_gate_up = torch.empty_like(gate_up)
         rows = grad.numel() // width
-        native.call("swiglu_backward", rows, width, gate_up, grad.contiguous(), grad_gate_up)
+        kernels.call("swiglu_backward", rows, width, gate_up, grad.contiguous(), grad_gate_up)
         return grad_gate_up
 
 
@@ -83,7 +83,7 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, ctx.eps = x.contiguous(), eps
         y, width = torch.empty_like(x), x.shape[-1]
-        native.call("rms_norm_forward", x.numel() // width, width, x, weight, eps, y)
+        kernels.call("rms_norm_forward", x.numel() // width, width, x, weight, eps, y)
         ctx.save_for_backward(x, weight)
         return y
 
@@ -94,7 +94,7 @@ class RMSNorm(torch.autograd.Function):
         grad_x, grad_weight, width = torch.empty_like(x), torch.empty_like(weight), x.shape[-1]
         sizes = x.numel() // width, width
         grad = grad.contiguous()
-        native.call("rms_norm_backward", *sizes, x, weight, ctx.eps, grad, grad_x, grad_weight)
+        kernels.call("rms_norm_backward", *sizes, x, weight, ctx.eps, grad, grad_x, grad_weight)
         return grad_x, grad_weight, None
 
 
@@ -132,7 +132,7 @@ class _Heads(torch.autograd.Function):
         ctx.sizes, ctx.eps = (B * T, T, J, len(weight_JC), C), eps
         inputs = qkv_BTJC, weight_JC, cos_T1C, sin_T1C
         y_BTJC = torch.empty_like(qkv_BTJC)
-        native.call("heads_forward", *ctx.sizes, *inputs, eps, y_BTJC)
+        kernels.call("heads_forward", *ctx.sizes, *inputs, eps, y_BTJC)
         ctx.save_for_backward(*inputs)
         return y_BTJC
 
@@ -141,7 +141,7 @@ class _Heads(torch.autograd.Function):
     def backward(ctx, grad_BTJC: Tensor):
         saved = ctx.saved_tensors
         grads = torch.empty_like(saved[0]), torch.empty_like(saved[1])
-        native.call("heads_backward", *ctx.sizes, *saved, ctx.eps, grad_BTJC.contiguous(), *grads)
+        kernels.call("heads_backward", *ctx.sizes, *saved, ctx.eps, grad_BTJC.contiguous(), *grads)
         return *grads, None, None, None
 
 
@@ -157,7 +157,7 @@ class _CausalAttention(torch.autograd.Function):
             qkv_BTJC.new_empty(B, n_heads, T),
         )
         ctx.sizes = B, T, n_heads, (J - n_heads) // 2, C
-        native.call("attention_forward", *ctx.sizes, qkv_BTJC, y_BTHC, log_sums_BHT)
+        kernels.call("attention_forward", *ctx.sizes, qkv_BTJC, y_BTHC, log_sums_BHT)
         ctx.save_for_backward(qkv_BTJC, y_BTHC, log_sums_BHT)
         return y_BTHC
 
@@ -166,7 +166,7 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx, grad_BTHC: Tensor):
         saved = ctx.saved_tensors
         grad_qkv = torch.empty_like(saved[0])
-        native.call("attention_backward", *ctx.sizes, *saved, grad_BTHC.contiguous(), grad_qkv)
+        kernels.call("attention_backward", *ctx.sizes, *saved, grad_BTHC.contiguous(), grad_qkv)
         return grad_qkv, None
 
 
@@ -181,7 +181,7 @@ class Experts(torch.autograd.Function):
         ctx.sizes = N, K, E, D, F_
         inputs = x_ND.contiguous(), gate_up_EDF, down_EFD, gates_NK.contiguous(), order_M, ends_E
         hidden_MF, y_ND = x_ND.new_empty(N * K, 2 * F_), x_ND.new_empty(N, D)
-        native.call("experts_forward", *ctx.sizes, *inputs, hidden_MF, y_ND)
+        kernels.call("experts_forward", *ctx.sizes, *inputs, hidden_MF, y_ND)
         ctx.save_for_backward(*inputs, hidden_MF)
         return y_ND
 
@@ -190,7 +190,7 @@ class Experts(torch.autograd.Function):
     def backward(ctx, grad_ND: Tensor):
         saved = ctx.saved_tensors
         grads = [torch.empty_like(x) for x in saved[:4]]
-        native.call("experts_backward", *ctx.sizes, *saved, grad_ND.contiguous(), *grads)
+        kernels.call("experts_backward", *ctx.sizes, *saved, grad_ND.contiguous(), *grads)
         return *grads, None, None
 
 
@@ -198,5 +198,5 @@ def newton_schulz(x_MRC: Tensor, coefficients: tuple[tuple[float, float, float],
     """muon.orthogonalize of matrices of norm 1, R <= C; no gradient."""
     is_square = x_MRC.shape[1] == x_MRC.shape[2]
     x = x_MRC.clone() if is_square else x_MRC.mT.contiguous()  # so that x^T x is the smaller one
-    native.call("orthogonalize", *x.shape, torch.tensor(coefficients), len(coefficients), x)
+    kernels.call("orthogonalize", *x.shape, torch.tensor(coefficients), len(coefficients), x)
     return x if is_square else x.mT

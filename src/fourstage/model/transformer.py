@@ -81,7 +81,7 @@ class Transformer(nn.Module):
     the last take_load; None before the first, and in a dense model.
     checkpoint_activations: whether a training forward keeps a block's input only, and the backward
     computes the rest again: less memory, a third more time.
-    records_steps: whether a decode step may become a CUDA graph (recording.py).
+    records_steps: whether a decode step may become a CUDA graph (sampling/recording.py).
     flops: FLOPs of every forward so far, on this process; a forward with gradients counts three
     times, for the backward that follows it (see flops.py); what is computed again is not counted.
     """

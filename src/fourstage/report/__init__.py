@@ -1,12 +1,12 @@
 """What did each stage do? One report from the files under outputs/runs, and from nothing else.
 
-    python -m fourstage.report [outputs=outputs] [run=NAME]
-    python -m fourstage.report compare NAME NAME... | all [outputs=outputs]
+    python -m fourstage report [outputs=outputs] [run=NAME]
+    python -m fourstage report compare NAME NAME... | all [outputs=outputs]
 
 For example:
 
-    python -m fourstage.report run=grpo
-    python -m fourstage.report compare all
+    python -m fourstage report run=grpo
+    python -m fourstage report compare all
 
 The first picks the latest finished run that no other finished run started from (`run=` picks
 another: an id, <stage>-<id>, a folder, or a stage's name), joins its row with those of its
@@ -58,7 +58,7 @@ from fourstage.report.tables import (
 )
 
 USAGE = (
-    "usage: python -m fourstage.report [outputs=outputs] [run=NAME] | compare NAME NAME... | all"
+    "usage: python -m fourstage report [outputs=outputs] [run=NAME] | compare NAME NAME... | all"
 )
 FIRST_PROMPT = "What is an LLM?"
 

@@ -1,4 +1,4 @@
-"""`python -m fourstage.report`."""
+"""`python -m fourstage report`."""
 
 from fourstage.report import main
 

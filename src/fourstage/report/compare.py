@@ -1,6 +1,6 @@
 """Several ladders in one table: each key of each stage with its mean and spread over them.
 
-`python -m fourstage.report compare A B ...` names ladders by their last runs, as run= does; `all`
+`python -m fourstage report compare A B ...` names ladders by their last runs, as run= does; `all`
 is every finished ladder. It writes outputs/report/{compare.md, compare.html, compare.json}.
 """
 

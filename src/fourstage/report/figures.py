@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fourstage import suite
+from fourstage.evaluation import suite
 from fourstage.report.charts import group_size, intervals, lines, neighbours, over_optimisation
 from fourstage.report.drawings import Node, heat_map, lineage
 from fourstage.report.files import Item, Points

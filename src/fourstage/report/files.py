@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fourstage import suite
+from fourstage.evaluation import suite
 
 Metric = dict[str, Any]  # {"value", "n", "low", "high"}, or {"value": None, "why"}
 Item = dict[str, Any]  # {"set", "id", ...}
@@ -58,7 +58,7 @@ class Files:
         return [
             f"Evaluated by suite{plural} {' and '.join(used)}; this version has suite "
             f"{suite.SUITE}, and figures of different suites are not comparable. To evaluate "
-            f"again, without training: python -m fourstage.evaluation run={run} ladder=true"
+            f"again, without training: python -m fourstage evaluation run={run} ladder=true"
         ]
 
     def json(self, path: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fourstage import suite
+from fourstage.evaluation import suite
 from fourstage.report.files import Files, Item, Metric, ReportError, is_number
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "grpo")
@@ -297,7 +297,7 @@ def notes_on_items(rows: list[Row], tip: str) -> list[str]:
     return [
         f"Not all rows were evaluated alike ({'; '.join(said)}): their columns are not comparable, "
         "and differences are over the items in common. To evaluate all of them as the last one, "
-        f"without training: python -m fourstage.evaluation run={tip} ladder=true (a run whose own "
+        f"without training: python -m fourstage evaluation run={tip} ladder=true (a run whose own "
         "training data the last one's config doesn't name keeps its held-out data)"
     ]
 

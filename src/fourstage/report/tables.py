@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from fourstage import suite
+from fourstage.evaluation import suite
 from fourstage.report.files import Metric
 from fourstage.report.html import Cell, Paragraph, Table
 from fourstage.report.ladder import Row, other_items

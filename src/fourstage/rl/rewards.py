@@ -19,7 +19,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fourstage.verify import Verifiable, has_form, verify_all
+from fourstage.data.verify import Verifiable, has_form, verify_all
 
 RULE_VERSION = 1
 BEST_LENGTH = 12

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fourstage.batch import Rollout, moved
 from fourstage.errors import UserError
-from fourstage.generate import generate
 from fourstage.model import ScalarModel, Transformer
 from fourstage.model.packing import Packing, Take
 from fourstage.rl.ops import token_entropy, token_logprobs
+from fourstage.sampling.generate import generate
 from fourstage.tokenizer import Tokenizer
 
 ROWS_AT_ONCE = 512  # the KV cache of more rows would not fit a laptop's memory

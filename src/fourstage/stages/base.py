@@ -19,11 +19,11 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
-from fourstage import strategies
 from fourstage.batch import moved
 from fourstage.errors import UserError
 from fourstage.model import ModelConfig, ScalarModel, Transformer
-from fourstage.muon import Muon, hidden_matrices
+from fourstage.optim.muon import Muon, hidden_matrices
+from fourstage.parallel import strategies
 
 _TIME = re.compile(r"\d{1,3}:\d{1,2}:\d{1,2}:\d{1,2}")  # Lightning's DD:HH:MM:SS
 

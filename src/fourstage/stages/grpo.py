@@ -17,12 +17,12 @@ from torch.nn.functional import pad
 
 from fourstage.batch import PromptBatch, Rollout
 from fourstage.model import Transformer
+from fourstage.parallel.strategies import whole
 from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k3
 from fourstage.rl.rewards import ReasoningReward, reasoning_rewards
 from fourstage.rl.rollout import answer_logprobs, answer_texts
 from fourstage.stages.base import check_range
 from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings, Totals
-from fourstage.strategies import whole
 from fourstage.tokenizer import Tokenizer
 
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from fourstage.batch import Rollout, moved
-from fourstage.generate import LEAST_TEMPERATURE
 from fourstage.model import Transformer
+from fourstage.parallel.strategies import is_spread
 from fourstage.rl.ops import ratio_stats
 from fourstage.rl.rollout import answer_logprobs, sample
+from fourstage.sampling.generate import LEAST_TEMPERATURE
 from fourstage.stages.base import StageModule, StageSettings, check_range
-from fourstage.strategies import is_spread
 from fourstage.tokenizer import Tokenizer
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from fourstage.batch import PromptBatch, Rollout
 from fourstage.errors import UserError
 from fourstage.model import ScalarModel, Transformer
+from fourstage.parallel.strategies import whole
 from fourstage.rl.ops import (
     KL_ESTIMATORS,
     clipped_surrogate,
@@ -33,7 +34,6 @@ from fourstage.rl.rollout import (
 )
 from fourstage.stages.base import check_positive, check_range
 from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings, Totals
-from fourstage.strategies import whole
 from fourstage.tokenizer import Tokenizer
 
 MOST_ERROR = 0.2  # of the KL from its target that a step corrects

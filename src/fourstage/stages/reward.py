@@ -16,9 +16,9 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from fourstage.batch import PairBatch
-from fourstage.generate import LEAST_TEMPERATURE
 from fourstage.model import ScalarModel, Transformer
 from fourstage.rl.rollout import answer_texts, sample
+from fourstage.sampling.generate import LEAST_TEMPERATURE
 from fourstage.stages.base import StageModule, StageSettings, check_range
 from fourstage.tokenizer import Tokenizer
 

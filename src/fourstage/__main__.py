@@ -1,0 +1,50 @@
+"""The commands beside train.py, by name: python -m fourstage COMMAND key=value …, or fourstage …"""
+
+from __future__ import annotations
+
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+
+from fourstage.errors import UserError
+from fourstage.interruptions import run_command
+
+COMMANDS = {  # name -> where its main() is, and what it does
+    "report": ("report", "one page and one table of all stages: outputs/report/"),
+    "chat": ("chat", "talk to a run, or ask every stage the same"),
+    "runs": ("runs.__main__", "list, show and remove runs"),
+    "evaluation": ("evaluation.__main__", "evaluate a finished run again"),
+    "dashboard": ("tracking.dashboard", "a W&B workspace and report over all runs"),
+    "model": ("model.__main__", "the shipped models and their sizes"),
+    "scaling": ("parallel.memory", "what each model takes of a GPU's memory"),
+}
+
+HELP = "\n".join(
+    [
+        "usage: python -m fourstage COMMAND [key=value …]",
+        *(f"  {name:12}{what}" for name, (_, what) in COMMANDS.items()),
+        "COMMAND --help says more; python train.py --help, how to train",
+    ]
+)
+__doc__ = HELP
+
+
+def main() -> None:
+    """What is typed after `fourstage`; without a command the list of them."""
+    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+        module, _ = COMMANDS[sys.argv.pop(1)]
+        run_command(import_module(f"fourstage.{module}").main)
+    run_command(list_commands)
+
+
+def list_commands(arguments: list[str]) -> None:
+    """Print them. Raises UserError for a word that is none."""
+    if arguments:
+        near = get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command {arguments[0][:40]!r}: {hint}")
+    print(HELP)
+
+
+if __name__ == "__main__":
+    main()

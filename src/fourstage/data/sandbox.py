@@ -1,0 +1,212 @@
+"""Runs what judges a model's text where it can do no harm: in a process that may be killed.
+
+Three processes: this one asks, a server that never sees a model's text as code forks a worker for
+each batch, and the worker judges. The worker may not write, connect, start or signal anything, has
+limits on memory and time, and stands in a folder that doesn't exist any more. An item that takes
+longer than SECONDS, or whose worker dies, has no result; the server goes on with the next item in
+a new worker, which costs a fork and no imports. (A worker can read files: it has no way to tell.)
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fourstage.errors import UserError
+
+SECONDS = 1.0  # of the processor, an item
+PATIENCE = 10.0  # seconds by the clock, however busy the machine is
+MEMORY = 4 * 2**30  # bytes of address space of a worker, imports included
+OPEN_FILES = 64
+FORBIDDEN = (  # audit events, docs.python.org/3/library/audit_events.html
+    *("os.", "shutil.", "subprocess.", "socket.", "ctypes.", "signal.", "pty.", "tempfile."),
+    *("fcntl.", "mmap.", "syslog.", "webbrowser.", "urllib.", "ftplib.", "http.", "smtplib."),
+)
+ALLOWED = ("os.listdir", "os.scandir", "os.fspath")  # imports look around
+
+
+class Sandbox:
+    """A server that judges with the functions of a module, started at the first use.
+
+    The module has `prepare(item)`, which imports what judging needs, in the server, and must not
+    look at a model's text; and `judge(item)`, whose result is JSON.
+    """
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self._server: subprocess.Popen[str] | None = None
+        self._owner = 0  # the process that started it: a fork needs its own
+        self._lock = threading.Lock()
+
+    def map(self, items: Sequence[Any]) -> list[Any]:
+        """judge(item) of each, in order; None where that failed, took too long or was refused.
+
+        Raises UserError where the server can't be started.
+        """
+        with self._lock:
+            for _ in range(2):  # a server that was killed meanwhile is started again
+                server, answer = self._running(), ""
+                assert server.stdin and server.stdout
+                try:
+                    with suppress(BrokenPipeError):
+                        server.stdin.write(json.dumps(list(items)) + "\n")
+                        server.stdin.flush()
+                        answer = server.stdout.readline()
+                finally:  # interrupted, it would give these results to the next call
+                    if not answer:
+                        self.close()
+                if answer:
+                    return json.loads(answer)
+        raise UserError("the process that judges answers ends at once: its output says why")
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._server is None or self._owner != os.getpid():
+            source = str(Path(__file__).parents[2])
+            paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
+            code = f"from fourstage.data.sandbox import serve; serve({self.module!r})"
+            self._server = subprocess.Popen(
+                [sys.executable, "-P", "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # Ctrl-C is for the program, which then closes the pipe
+            )
+            self._owner = os.getpid()
+            atexit.register(self.close)
+        return self._server
+
+    def close(self) -> None:
+        """End the server; the next call starts another."""
+        server, self._server = self._server, None
+        if server is not None and self._owner == os.getpid():
+            server.kill()
+            server.communicate()
+
+
+# --- the server
+
+
+def serve(module: str) -> None:
+    """Answer each line of items on stdin with a line of results, until stdin is closed."""
+    functions = importlib.import_module(module)
+    requests, answers = sys.stdin, os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever prints
+    with suppress(BrokenPipeError, KeyboardInterrupt):
+        for line in requests:
+            items = json.loads(line)
+            results = batch(functions, items)
+            answers.write(json.dumps(results) + "\n")
+            answers.flush()
+
+
+def batch(functions: Any, items: list[Any]) -> list[Any]:
+    """judge(item) of each, with a new worker after each item that gave no result."""
+    for item in items:
+        functions.prepare(item)
+    results: list[Any] = []
+    while len(results) < len(items):
+        ours, workers = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(ours)
+            work(functions, items[len(results) :], workers)
+        os.close(workers)
+        lines = Lines(ours)
+        if not lines.next():
+            raise RuntimeError("the worker cannot give up its rights")
+        while len(results) < len(items) and (line := lines.next()):
+            results.append(json.loads(line))
+        os.close(ours)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if len(results) < len(items):
+            results.append(None)
+    return results
+
+
+class Lines:
+    """The lines that a worker writes."""
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe, self.waiting = pipe, b""
+
+    def next(self) -> bytes:
+        """The next line; none where the worker died or took too long."""
+        while b"\n" not in self.waiting:
+            if not select.select([self.pipe], [], [], PATIENCE)[0]:
+                return b""
+            read = os.read(self.pipe, 65_536)
+            if not read:
+                return b""
+            self.waiting += read
+        line, _, self.waiting = self.waiting.partition(b"\n")
+        return line
+
+
+# --- the worker
+
+
+def work(functions: Any, items: list[Any], pipe: int) -> NoReturn:
+    """Judge the items in this process, a line of JSON each, and end it."""
+    code = 1
+    with suppress(BaseException):
+        lock_up(len(items))
+        os.write(pipe, b"ready\n")
+        for item in items:
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # ends the process, however busy it is
+            try:
+                result = json.dumps(functions.judge(item), allow_nan=False)
+            except Exception:  # on any text that a model comes up with
+                result = "null"
+            os.write(pipe, result.encode() + b"\n")
+        code = 0
+    os._exit(code)
+
+
+def lock_up(n_items: int) -> None:
+    """Give up what judging doesn't need, for the rest of this process' life."""
+    os.chdir("/")
+    with suppress(OSError):  # a container may have no place to write
+        folder = tempfile.mkdtemp()
+        os.chdir(folder)
+        os.rmdir(folder)  # nothing can be made in it
+    null = os.open(os.devnull, os.O_RDWR)
+    for file in range(3):
+        os.dup2(null, file)
+    seconds = int(SECONDS * n_items) + 10
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    for what, most in (
+        (resource.RLIMIT_AS, MEMORY),
+        (resource.RLIMIT_CPU, seconds),  # should the server be killed
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        with suppress(ValueError, OSError):  # not all of them everywhere
+            resource.setrlimit(what, (most, most))
+    sys.addaudithook(refuse)
+
+
+def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    """The audit hook: an error for whatever could leave a trace."""
+    if event == "open":
+        mode, flags = arguments[1:3]
+        writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        if writes or (isinstance(mode, str) and set(mode) & set("wax+")):
+            raise PermissionError("open for writing")
+    elif event.startswith(FORBIDDEN) and event not in ALLOWED:
+        raise PermissionError(event)

@@ -1,0 +1,110 @@
+"""Is an answer right, and does it have the form that sft teaches: steps, then `#### ANSWER`.
+
+The form is gsm8k's (Cobbe et al. 2021, arXiv 2110.14168). Right or wrong is decided by the task's
+own verifier in reasoning-gym, or for problems from files by comparing final answers. Verifiers may
+evaluate what they are given, so text first passes a filter and then is judged in a sandbox.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+from fourstage.data.final_answer import same_expression, same_plainly
+from fourstage.data.sandbox import Sandbox
+from fourstage.data.verifiers import is_plausible, verifier_of
+
+MARK = "#### "
+FROM_FILE = "file"  # the task of a problem that came from a user's file
+SANDBOX = Sandbox(__name__)
+
+
+class Verifiable(Protocol):
+    """What of a problem the verifiers need."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def entry(self) -> dict[str, Any]: ...
+
+
+def extract(answer: str) -> str | None:
+    """The text after the last mark, without spaces around it; None without a mark."""
+    _, mark, final = answer.rpartition(MARK)
+    return final.strip() if mark else None
+
+
+def has_form(answer: str, problem: Verifiable) -> bool:
+    """True if one line begins with the mark, and what follows it ends the answer: some text, of no
+    more lines than the expected answer has."""
+    before, mark, final = answer.partition(MARK)
+    starts_a_line = mark and (not before or before.endswith("\n"))
+    lines = str(problem.entry["answer"]).strip().count("\n") + 1
+    is_long = final.count("\n") >= lines
+    return bool(starts_a_line and final.strip()) and "####" not in before + final and not is_long
+
+
+def verify(problem: Verifiable, answer: str) -> float:
+    """As `verify_all`, for one answer."""
+    return verify_all([problem], [answer])[0]
+
+
+def verify_all(problems: Sequence[Verifiable], answers: Sequence[str]) -> list[float]:
+    """The score of each answer to its problem, in [0, 1]; 1.0 is right, and no mark is 0.0.
+
+    Some tasks of reasoning-gym give part of the score for a part of the answer: a share of right
+    answers counts those with 1.0.
+    """
+    scores: dict[int, float] = {}
+    unclear: dict[int, list[Any]] = {}
+    for i, (problem, answer) in enumerate(zip(problems, answers, strict=True)):
+        final = extract(answer)
+        if not final or not is_plausible(final, problem.task, problem.entry):
+            scores[i] = 0.0
+        elif problem.task != FROM_FILE:
+            unclear[i] = [problem.task, problem.entry, final]
+        elif (equal := same_plainly(final, problem.entry["answer"])) is not None:
+            scores[i] = float(equal)
+        else:
+            unclear[i] = [FROM_FILE, problem.entry, final]
+    if unclear:
+        judged = SANDBOX.map(list(unclear.values()))
+        scores |= {i: min(1.0, max(0.0, s or 0.0)) for i, s in zip(unclear, judged, strict=True)}
+    return [scores[i] for i in range(len(answers))]
+
+
+def same_value(given: str, expected: str) -> bool:
+    """Whether a final answer is the expected one (docs/evaluation.md has the rule)."""
+    problem = _Problem(FROM_FILE, {"answer": expected})
+    return verify(problem, f"{MARK}{given}") == 1.0
+
+
+@dataclass(frozen=True)
+class _Problem:
+    task: str
+    entry: dict[str, Any]
+
+
+# --- in the sandbox
+
+
+def prepare(item: list[Any]) -> None:
+    """Imports what judges an item."""
+    _verifier(item[0])
+
+
+def judge(item: list[Any]) -> float:
+    """The score of [task, entry, final answer]."""
+    task, entry, final = item
+    return float(_verifier(task)(final, entry))
+
+
+@cache
+def _verifier(task: str) -> Callable[[str, dict[str, Any]], float]:
+    if task == FROM_FILE:
+        import math_verify  # noqa: F401
+
+        return same_expression
+    return verifier_of(task)

@@ -1,0 +1,438 @@
+"""What a model does with the held-out sets: the items that the suite's keys are computed from.
+
+    corpus             the bits of each block of the held-out text
+    router             where the routers sent that text's tokens (without a corpus: the chats'), and
+                       how many go to other experts than in the parent stage
+    chat               an answer to each held-out chat prompt, sampled at temperature 1, as in RL
+    chat_greedy        the greedy answer, held against the reference answers
+    reasoning          the greedy answer to each problem, judged by the task's own verifier
+    reasoning_sampled  how many of `samples` answers at temperature 1 are right
+
+Drawn answers depend on the seed, the item and the sample's number, not on what is asked beside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fourstage.data.verify import verify_all
+from fourstage.evaluation.suite import Item, difficulties
+from fourstage.job import EvaluationConfig
+from fourstage.model import Transformer
+from fourstage.model.moe import Router
+from fourstage.rl.ops import token_logprobs
+from fourstage.rl.rewards import true_score, well_formed
+from fourstage.sampling.generate import Generation, generate
+from fourstage.tokenizer import Tokenizer
+
+BLOCK = 256  # tokens of text that are read at once
+TOKENS_AT_ONCE = 32_768  # prompts, answers and padding of a batch: what its KV cache holds
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What no stage trained on; a source that the data does not have is a str that says why."""
+
+    corpus: list[str] | str
+    chats: Sequence[Any] | str  # records with id, messages and prompt_messages
+    problems: Sequence[Any] | str  # records with id, question, worked, task, entry
+    has_true_score: bool
+    references: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by the chat's id
+
+
+def policy_items(
+    policy: Transformer,
+    tokenizer: Tokenizer,
+    heldout: HeldOut,
+    config: EvaluationConfig,
+    parent: Transformer | None,
+    tell: Callable[[str], None] = lambda what: None,
+) -> list[Item]:
+    """Everything that is asked of a language model; `parent` is the policy it started from.
+
+    `tell` hears what comes next.
+    """
+    items: list[Item] = []
+    tell("held-out text")
+    device = next(policy.parameters()).device
+    with nullcontext() if parent is None else at_work(parent, device):
+        if not isinstance(heldout.corpus, str):
+            blocks = corpus_blocks(heldout.corpus, tokenizer, policy)
+            some = evenly(blocks, config.max_blocks)
+            items += text_items(policy, some, parent, tokenizer.unk_id)
+        elif not isinstance(heldout.chats, str):
+            read = text_items(policy, chat_blocks(heldout.chats, tokenizer, policy, config), parent)
+            items += [item for item in read if item["set"] == "router"]
+    if not isinstance(heldout.chats, str):
+        tell("sampled chat answers")
+        items += chat_items(policy, tokenizer, heldout, config)
+        tell("greedy chat answers")
+        items += greedy_chat_items(policy, tokenizer, heldout, config)
+    if not isinstance(heldout.problems, str):
+        tell("answers to problems")
+        items += problem_items(policy, tokenizer, heldout.problems, config)
+        tell(f"{config.samples} answers to each problem")
+        items += sampled_problem_items(policy, tokenizer, heldout.problems, config)
+    return items
+
+
+@contextmanager
+def at_work(network: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """The network on a device for as long as it works there: four of moe_large would not fit."""
+    before = next(network.parameters()).device
+    network.to(device or before)
+    try:
+        yield
+    finally:
+        network.to(before)
+
+
+def askable(heldout: HeldOut, tokenizer: Tokenizer, room: int) -> HeldOut:
+    """Without prompts of more than `room` tokens: truncating changes the question. A line says how
+    many they are. The room is the same for all stages of a ladder, so their items are too."""
+    sides: dict[str, Sequence[Any] | str] = {}
+    for name in ("chats", "problems"):
+        records = getattr(heldout, name)
+        if isinstance(records, str):
+            continue
+        fit = [r for r in records if len(tokenizer.prompt(r.prompt_messages)) <= room]
+        why = f"no prompt fits into model.max_seq_len - evaluation.max_new_tokens = {room} tokens"
+        if len(fit) < len(records):
+            lost = f"{len(records) - len(fit):,} of {len(records):,} held-out {name} are not asked"
+            print(f"  {lost}: their prompts exceed {room} tokens", flush=True)
+            sides[name] = fit or why
+    return replace(heldout, **sides)
+
+
+# --- text
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of text: ids[0] is given, the others are predicted."""
+
+    id: int | str
+    ids: list[int]
+    chars: int  # that the predicted ids stand for: <unk> and the ends of documents are none
+
+
+def corpus_blocks(
+    documents: Sequence[str], tokenizer: Tokenizer, policy: Transformer
+) -> list[Block]:
+    """The documents end to end; each token is predicted once, but for the first <bos>."""
+    size = min(BLOCK, policy.config.max_seq_len)
+    ids = [t for text in documents for t in (tokenizer.bos_id, *tokenizer.encode(text))]
+    blocks = []
+    for number, at in enumerate(range(0, len(ids) - 1, size)):
+        block = ids[at : at + size + 1]
+        chars = len(tokenizer.decode(block[1:])) - tokenizer.count_unknown(block[1:])
+        blocks.append(Block(number, block, chars))
+    return blocks
+
+
+def evenly(blocks: list[Block], at_most: int) -> list[Block]:
+    """All of them, or so many at equal distances."""
+    n = min(len(blocks), at_most)
+    return [blocks[i * len(blocks) // n] for i in range(n)]
+
+
+def chat_blocks(
+    chats: Sequence[Any], tokenizer: Tokenizer, policy: Transformer, config: EvaluationConfig
+) -> list[Block]:
+    """The held-out conversations, cut to the model's context."""
+    size = policy.config.max_seq_len + 1
+    rows = [(chat.id, tokenizer.chat(chat.messages)[0]) for chat in chats[: config.max_prompts]]
+    return [Block(id, ids[:size], 0) for id, ids in rows]
+
+
+@torch.no_grad()
+def text_items(
+    policy: Transformer, blocks: list[Block], parent: Transformer | None, unk_id: int | None = None
+) -> list[Item]:
+    """A corpus item for each block, and where there are routers a router item.
+
+    The bits are of the tokens that are not unk_id.
+    """
+    device = next(policy.parameters()).device
+    items: list[Item] = []
+    for at in range(0, len(blocks), 16):
+        some = blocks[at : at + 16]
+        rows = [torch.tensor(block.ids) for block in some]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(device)
+        inputs_BT, targets_BT = ids[:, :-1].clamp(min=0), ids[:, 1:].clamp(min=0)
+        valid_BT = ids[:, 1:] >= 0
+        with expert_choices(policy) as chosen:
+            hidden_BTD = policy(inputs_BT, valid_BT=valid_BT).hidden_BTD
+        known_BT = valid_BT if unk_id is None else valid_BT & (targets_BT != unk_id)
+        logp_BT = token_logprobs(policy.logits(hidden_BTD), targets_BT) * known_BT
+        bits = (-logp_BT.sum(1) / math.log(2)).tolist()
+        items += [
+            {"set": "corpus", "id": block.id, "bits": round(bit, 4), "chars": block.chars}
+            for block, bit in zip(some, bits, strict=True)
+        ]
+        if not chosen:
+            continue
+        load_BLE = expert_loads(chosen, valid_BT, policy.config.num_experts)
+        drift: list[Any] = [None] * len(some)
+        if parent is not None:
+            with expert_choices(parent) as before:
+                parent(inputs_BT, valid_BT=valid_BT)
+            drift = changed_sets(chosen, before, valid_BT).tolist()
+        items += [
+            {"set": "router", "id": block.id, "tokens": tokens, "load": load, "drift": changed}
+            for block, tokens, load, changed in zip(
+                some, valid_BT.sum(1).tolist(), load_BLE.tolist(), drift, strict=True
+            )
+        ]
+    return items
+
+
+@contextmanager
+def expert_choices(policy: Transformer) -> Iterator[list[Tensor]]:
+    """Gathers the experts [B * T, K] that each router chooses while it is open, layer by layer."""
+    chosen: list[Tensor] = []
+    handles = [
+        module.register_forward_hook(lambda _, args, routing: chosen.append(routing.experts_NK))
+        for module in policy.modules()
+        if isinstance(module, Router)
+    ]
+    try:
+        yield chosen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def expert_loads(chosen: list[Tensor], valid_BT: Tensor, num_experts: int) -> Tensor:
+    """int64 [B, L, E]: how many valid tokens of each row chose each expert, in each layer."""
+    rows = len(valid_BT)
+    layers = []
+    for experts_NK in chosen:
+        flat = experts_NK.reshape(rows, -1)
+        weight = valid_BT.repeat_interleave(experts_NK.shape[1], dim=1).long()
+        load_BE = torch.zeros(rows, num_experts, dtype=torch.int64, device=flat.device)
+        layers.append(load_BE.scatter_add_(1, flat, weight))
+    return torch.stack(layers, 1)
+
+
+def changed_sets(after: list[Tensor], before: list[Tensor], valid_BT: Tensor) -> Tensor:
+    """int64 [B, L]: valid tokens of each row whose set of experts differs, in each layer."""
+    layers = [
+        (a.sort(-1).values != b.sort(-1).values).any(-1).view_as(valid_BT) & valid_BT
+        for a, b in zip(after, before, strict=True)
+    ]
+    return torch.stack(layers, 1).sum(-1)
+
+
+# --- answers
+
+
+def answers(
+    policy: Transformer,
+    tokenizer: Tokenizer,
+    records: Sequence[Any],
+    config: EvaluationConfig,
+    row_seeds: list[int] | None = None,
+) -> Generation:
+    """One answer to each record's prompt: sampled where there are seeds, else greedy.
+
+    Prompts of like length are answered together, because the others of a batch are padded.
+    """
+    prompts = [tokenizer.prompt(record.prompt_messages) for record in records]
+    found: dict[int, tuple[list[int], list[float], bool]] = {}
+    for rows in batches([len(prompt) + config.max_new_tokens for prompt in prompts]):
+        part = generate(
+            policy,
+            [prompts[row] for row in rows],
+            max_new_tokens=config.max_new_tokens,
+            stop_id=tokenizer.eot_id,
+            pad_id=tokenizer.pad_id,
+            temperature=0.0 if row_seeds is None else 1.0,
+            row_seeds=None if row_seeds is None else [row_seeds[row] for row in rows],
+        )
+        said = zip(part.answer_ids, part.logprobs, part.stopped, strict=True)
+        found |= dict(zip(rows, said, strict=True))
+    ids, logprobs, stopped = zip(*(found[row] for row in range(len(prompts))), strict=True)
+    return Generation(list(ids), list(logprobs), list(stopped))
+
+
+def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Rows in order of length, as many at once as fit padded into TOKENS_AT_ONCE tokens."""
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        if batch and (len(batch) + 1) * lengths[row] > TOKENS_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def draw_seed(seed: int, set_name: str, item_id: str, sample: int = 0) -> int:
+    """The seed of one sampled answer."""
+    key = f"{seed}\x1f{set_name}\x1f{item_id}\x1f{sample}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7])
+
+
+def chat_items(
+    policy: Transformer, tokenizer: Tokenizer, heldout: HeldOut, config: EvaluationConfig
+) -> list[Item]:
+    """Sampled answers to the chat prompts, with what no other model needs to say of them."""
+    records = heldout.chats[: config.max_prompts]
+    seeds = [draw_seed(config.seed, "chat", record.id) for record in records]
+    said = answers(policy, tokenizer, records, config, seeds)
+    items = []
+    for record, ids, logprobs, stopped in zip(
+        records, said.answer_ids, said.logprobs, said.stopped, strict=True
+    ):
+        text = tokenizer.decode(ids)
+        score = round(true_score(text, stopped), 6) if heldout.has_true_score else None
+        items.append(
+            {
+                "set": "chat",
+                "id": record.id,
+                "prompt": record.prompt_messages[-1]["content"],
+                "answer": text,
+                "stopped": stopped,
+                "well_formed": well_formed(text, stopped),
+                "distinct_1": distinct(text, 1),
+                "distinct_2": distinct(text, 2),
+                "preference_score": score,
+                "logprob": round(sum(logprobs), 4),
+                "prompt_ids": tokenizer.prompt(record.prompt_messages),
+                "ids": ids,
+            }
+        )
+    return items
+
+
+def greedy_chat_items(
+    policy: Transformer, tokenizer: Tokenizer, heldout: HeldOut, config: EvaluationConfig
+) -> list[Item]:
+    """Greedy answers to the chat prompts: do they say what a reference answer says?"""
+    records = heldout.chats[: config.max_prompts]
+    said = answers(policy, tokenizer, records, config)
+    items = []
+    for record, ids in zip(records, said.answer_ids, strict=True):
+        text = tokenizer.decode(ids)
+        references = heldout.references.get(record.id, ())
+        items.append(
+            {
+                "set": "chat_greedy",
+                "id": record.id,
+                "answer": text,
+                "exact": any(is_exact(text, reference) for reference in references),
+                "contained": any(contains(text, reference) for reference in references),
+            }
+        )
+    return items
+
+
+def plain(text: str) -> str:
+    """Lower case, without punctuation, single spaces (as in SQuAD, arXiv 1606.05250)."""
+    return " ".join(re.sub(r"[^\w\s]|_", "", text.lower()).split())
+
+
+def is_exact(answer: str, reference: str) -> bool:
+    """The same words; a reference without any is never met."""
+    return plain(answer) == plain(reference) != ""
+
+
+def contains(answer: str, reference: str) -> bool:
+    """The reference's words stand in the answer, one after the other."""
+    words = plain(reference)
+    return words != "" and f" {words} " in f" {plain(answer)} "
+
+
+def distinct(text: str, n: int) -> float | None:
+    """Distinct n-grams of words over n-grams; 1 repeats nothing, None has no n words.
+
+    Li et al. 2016 (arXiv 1510.03055, section 5.2), here of one answer.
+    """
+    words = plain(text).split()
+    grams = list(zip(*(words[i:] for i in range(n)), strict=False))
+    return round(len(set(grams)) / len(grams), 6) if grams else None
+
+
+# --- problems
+
+
+def asked(problems: Sequence[Any], at_most: int) -> list[tuple[Any, str]]:
+    """The first problems with their difficulty; a question that comes twice is asked once."""
+    distinct_ones = list({problem.id: problem for problem in problems}.values())
+    lengths = [len(problem.worked or problem.question) for problem in distinct_ones]
+    levels = difficulties([problem.task for problem in distinct_ones], lengths)
+    return list(zip(distinct_ones, levels, strict=True))[:at_most]
+
+
+def problem_items(
+    policy: Transformer, tokenizer: Tokenizer, problems: Sequence[Any], config: EvaluationConfig
+) -> list[Item]:
+    """Greedy answers to the problems."""
+    some = asked(problems, config.max_problems)
+    problems = [problem for problem, _ in some]
+    said = answers(policy, tokenizer, problems, config)
+    texts = [tokenizer.decode(ids) for ids in said.answer_ids]
+    right = are_correct(problems, texts, said.stopped)
+    items = []
+    for (problem, difficulty), text, stopped, correct in zip(
+        some, texts, said.stopped, right, strict=True
+    ):
+        items.append(
+            {
+                "set": "reasoning",
+                "id": problem.id,
+                "task": problem.task,
+                "difficulty": difficulty,
+                "prompt": problem.question,
+                "answer": text,
+                "stopped": stopped,
+                "well_formed": well_formed(text, stopped, problem),
+                "correct": correct,
+            }
+        )
+    return items
+
+
+def sampled_problem_items(
+    policy: Transformer, tokenizer: Tokenizer, problems: Sequence[Any], config: EvaluationConfig
+) -> list[Item]:
+    """How many of `samples` answers to each problem are right."""
+    some = asked(problems, config.max_sampled_problems)
+    rows = [problem for problem, _ in some for _ in range(config.samples)]
+    seeds = [
+        draw_seed(config.seed, "reasoning", problem.id, sample)
+        for problem, _ in some
+        for sample in range(config.samples)
+    ]
+    said = answers(policy, tokenizer, rows, config, seeds)
+    texts = [tokenizer.decode(ids) for ids in said.answer_ids]
+    right = are_correct(rows, texts, said.stopped)
+    return [
+        {
+            "set": "reasoning_sampled",
+            "id": problem.id,
+            "task": problem.task,
+            "difficulty": difficulty,
+            "samples": config.samples,
+            "correct": sum(right[i * config.samples : (i + 1) * config.samples]),
+        }
+        for i, (problem, difficulty) in enumerate(some)
+    ]
+
+
+def are_correct(
+    problems: Sequence[Any], texts: Sequence[str], stopped: Sequence[bool]
+) -> list[bool]:
+    """Whether the verifier accepts each answer in full; one that was cut off is wrong."""
+    scores = verify_all(problems, texts)
+    return [ended and score == 1.0 for score, ended in zip(scores, stopped, strict=True)]

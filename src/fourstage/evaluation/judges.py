@@ -1,0 +1,138 @@
+"""What a ladder's other models say of stored answers: the reward model, the sft policy and what the
+sft policy itself answered. Reward models are judged by held-out pairs.
+
+A row of the table can be older than its judges, so they read the answers from the items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fourstage.batch import PairBatch, Rollout
+from fourstage.evaluation.items import at_work, batches
+from fourstage.evaluation.suite import Item
+from fourstage.model import ScalarModel, Transformer
+from fourstage.rl.rollout import answer_logprobs, final_scores, pack
+from fourstage.tokenizer import Tokenizer
+
+NO_REWARD = "no reward model on this ladder yet"
+NO_SFT = "no sft policy on this ladder yet"
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What a ladder has come to; sft_chats are the chat items of its sft policy, or why not."""
+
+    reward: ScalarModel | None = None
+    reference: Transformer | None = None  # the sft policy
+    sft_chats: list[Item] | str = NO_SFT
+    device: torch.device | None = None  # where they work; None: where they are
+
+
+def judged(chats: list[Item], tokenizer: Tokenizer, judges: Judges) -> list[Item]:
+    """{"set", "id"} of each chat item, and of these what the judges can say:
+
+    kl_to_sft            log p(answer) - log p_sft(answer), nats
+    reward_model_score   of the reward model
+    win, win_learned     1, 0.5 (a tie) or 0 against the sft answer to the same prompt, by the true
+                         hidden rule and by the reward model; the sft answers tie with themselves
+    """
+    said: list[Item] = [{"set": "chat", "id": item["id"]} for item in chats]
+
+    def note(name: str, values: Sequence[float | None]) -> None:
+        for item, value in zip(said, values, strict=True):
+            item[name] = value
+
+    if judges.reference is not None:
+        with at_work(judges.reference, judges.device):
+            note("kl_to_sft", kl_estimates(judges.reference, chats, tokenizer))
+    scores = None
+    if judges.reward is not None:
+        with at_work(judges.reward, judges.device):
+            scores = reward_scores(judges.reward, chats, tokenizer)
+        note("reward_model_score", scores)
+    if isinstance(judges.sft_chats, str):
+        return said
+    rival = {item["id"]: item for item in judges.sft_chats}
+    note("win", [win(item, rival.get(item["id"]), "preference_score") for item in chats])
+    if judges.reward is not None and scores is not None:
+        with at_work(judges.reward, judges.device):
+            rival_scores = reward_scores(judges.reward, judges.sft_chats, tokenizer)
+        rival = {
+            item["id"]: {**item, "score": score}
+            for item, score in zip(judges.sft_chats, rival_scores, strict=True)
+        }
+        own = [{**item, "score": score} for item, score in zip(chats, scores, strict=True)]
+        note("win_learned", [win(item, rival.get(item["id"]), "score") for item in own])
+    return said
+
+
+def win(own: Item, other: Item | None, score: str) -> float | None:
+    """1 where the own answer scores higher, 0.5 for equal scores or the same answer, else 0; None
+    where there is nothing to compare."""
+    if other is None or own[score] is None or other[score] is None:
+        return None
+    if own["ids"] == other["ids"] or own[score] == other[score]:
+        return 0.5  # in another batch the same answer's score may differ in its last digit
+    return float(own[score] > other[score])
+
+
+def reward_scores(reward: ScalarModel, chats: list[Item], tokenizer: Tokenizer) -> list[float]:
+    """The reward model's score of each stored answer."""
+    return _of_each(chats, tokenizer, reward, lambda part: final_scores(reward, part))
+
+
+def kl_estimates(reference: Transformer, chats: list[Item], tokenizer: Tokenizer) -> list[float]:
+    """log p(answer) - log p_reference(answer) of each stored answer, in nats; its mean over the
+    policy's own answers is KL(policy || reference)."""
+
+    def kl(part: Rollout) -> Tensor:
+        logp_BA = answer_logprobs(reference, part)
+        return part.logprobs.sum(1) - logp_BA.sum(1).cpu()
+
+    return _of_each(chats, tokenizer, reference, kl)
+
+
+@torch.no_grad()
+def _of_each(
+    chats: list[Item], tokenizer: Tokenizer, network: nn.Module, judge: Callable[[Rollout], Tensor]
+) -> list[float]:
+    """judge() of the stored answers, in their order; it is given those of like length together."""
+    network.eval()
+    found: dict[int, float] = {}
+    for rows in batches([len(item["prompt_ids"]) + len(item["ids"]) for item in chats]):
+        values = judge(rollout([chats[row] for row in rows], tokenizer)).tolist()
+        found |= dict(zip(rows, values, strict=True))
+    return [round(found[row], 4) for row in range(len(chats))]
+
+
+def rollout(chats: list[Item], tokenizer: Tokenizer) -> Rollout:
+    """The stored answers; the stored sum of log-probabilities is put on the first token."""
+    logprobs = [[item["logprob"]] + [0.0] * (len(item["ids"]) - 1) for item in chats]
+    prompts, answers = [i["prompt_ids"] for i in chats], [i["ids"] for i in chats]
+    return pack(prompts, answers, logprobs, [i["stopped"] for i in chats], tokenizer.pad_id)
+
+
+@torch.no_grad()
+def pair_items(reward: ScalarModel, pairs: Sequence[PairBatch]) -> list[Item]:
+    """A reward model's scores of the two answers of each held-out pair."""
+    reward.eval()
+    items: list[Item] = []
+    for batch in pairs:
+        chosen = _score_rows(reward, batch.chosen_ids, batch.chosen_len)
+        rejected = _score_rows(reward, batch.rejected_ids, batch.rejected_len)
+        for c, r in zip(chosen, rejected, strict=True):
+            items.append({"set": "pairs", "id": len(items), "chosen": c, "rejected": r})
+    return items
+
+
+def _score_rows(reward: ScalarModel, ids_BT: Tensor, length_B: Tensor) -> list[float]:
+    device = next(reward.parameters()).device
+    ids_BT, length_B = ids_BT.to(device), length_B.to(device)
+    valid_BT = torch.arange(ids_BT.shape[1], device=device) < length_B[:, None]
+    scores_BT = reward(ids_BT, valid_BT=valid_BT).float()
+    return scores_BT.gather(1, length_B[:, None] - 1).squeeze(1).tolist()

@@ -1,0 +1,213 @@
+"""The suite's table of a run, from what its model and its ladder's judges say; and its files.
+
+eval.json           {"suite", "seed", "metrics"} of a run, from it and its ancestors only
+eval_items.jsonl    the items that the metrics are computed from
+ladder_eval.json    in sft and reward runs: what they make measurable in earlier rows,
+                    {"random" or a run's id: metrics}; ladder_eval_items.jsonl has the items
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fourstage.batch import PairBatch
+from fourstage.errors import UserError
+from fourstage.evaluation.items import HeldOut, askable, policy_items
+from fourstage.evaluation.judges import NO_REWARD, NO_SFT, Judges, judged, pair_items
+from fourstage.evaluation.suite import SUITE, Item, Metric, joined, metrics
+from fourstage.files import read_json, read_jsonl, write_json, write_jsonl
+from fourstage.job import EvaluationConfig
+from fourstage.model import ScalarModel, Transformer
+from fourstage.tokenizer import Tokenizer
+
+NO_TRUE_SCORE = "the true score is known for data=embedded only"
+# what the sft run and the reward run say of earlier rows
+BY_SFT = ("kl_to_sft", "win_rate", "win_rate_ties")
+BY_REWARD = ("reward_model_score", "win_rate_learned")
+FIELDS = {"win_rate": "win", "win_rate_learned": "win_learned"}  # else named as the metric
+
+Table = dict[str, Metric]
+
+
+def evaluate_policy(
+    policy: Transformer,
+    tokenizer: Tokenizer,
+    heldout: HeldOut,
+    config: EvaluationConfig,
+    judges: Judges | None = None,
+    parent: Transformer | str = "random weights have no parent",
+    tell: Callable[[str], None] = lambda what: None,
+) -> tuple[Table, list[Item]]:
+    """All metrics of a language model, and the items they are made of.
+
+    `judges` is what the ladder has come to; `parent` the policy that this one started from, or why
+    there is none. The sft policy's own judge is the policy itself (`judges.reference is policy`).
+    `tell` hears what comes next.
+    """
+    judges = judges or Judges()
+    heldout = askable(heldout, tokenizer, policy.config.max_seq_len - config.max_new_tokens)
+    was_training = policy.training
+    policy.eval()
+    start = None if isinstance(parent, str) else parent.eval()
+    items = policy_items(policy, tokenizer, heldout, config, start, tell)
+    tell("what other stages say of the answers")
+    chats = [item for item in items if item["set"] == "chat"]
+    if judges.reference is policy:
+        judges = replace(judges, sft_chats=chats)
+    items = joined(items, judged(chats, tokenizer, judges))
+    policy.train(was_training)
+    reasons = missing_reasons(heldout, judges)
+    if policy.config.dense:
+        reasons["router"] = "a dense model has no router"
+    elif isinstance(parent, str) and "router" not in reasons:
+        reasons["router_drift"] = parent
+    return metrics(items, reasons, config.seed), items
+
+
+def missing_reasons(heldout: HeldOut, judges: Judges) -> dict[str, str]:
+    """Why keys are null, by item set and by key; only those without items will need it."""
+    reasons = {
+        "distinct_1": "no answer has a word",
+        "distinct_2": "no answer has two words",
+        **judge_reasons(heldout.has_true_score, judges),
+    }
+    if not heldout.has_true_score:
+        reasons["preference_score"] = NO_TRUE_SCORE
+    if isinstance(heldout.corpus, str):
+        reasons["corpus"] = heldout.corpus
+        if isinstance(heldout.chats, str):
+            reasons["router"] = heldout.corpus
+    if isinstance(heldout.chats, str):
+        chat_keys = ("preference_score", "distinct_1", "distinct_2", *BY_SFT, *BY_REWARD)
+        reasons |= dict.fromkeys(("chat", "chat_greedy", *chat_keys), heldout.chats)
+    if isinstance(heldout.problems, str):
+        reasons |= dict.fromkeys(("reasoning", "reasoning_sampled"), heldout.problems)
+    return reasons
+
+
+def judge_reasons(has_true_score: bool, judges: Judges) -> dict[str, str]:
+    """Why the keys are null that other models judge."""
+    unlike = judges.sft_chats if isinstance(judges.sft_chats, str) else "no sft answers to compare"
+    by_rule = unlike if has_true_score else NO_TRUE_SCORE
+    return {
+        "kl_to_sft": NO_SFT,
+        "win_rate": by_rule,
+        "win_rate_ties": by_rule,
+        "reward_model_score": NO_REWARD,
+        "win_rate_learned": NO_REWARD if judges.reward is None else unlike,
+    }
+
+
+def evaluate_reward_model(
+    reward: ScalarModel, batches: Sequence[PairBatch], config: EvaluationConfig
+) -> tuple[Table, list[Item]]:
+    """Accuracy of a reward model on held-out pairs: strictly higher for the chosen answer."""
+    items = pair_items(reward, batches)[: config.max_pairs]
+    return metrics(items, {"pairs": "no held-out pairs"}, config.seed), items
+
+
+def evaluate_ancestors(
+    rows: dict[str, tuple[Path, str]],
+    tokenizer: Tokenizer,
+    seed: int,
+    judges: Judges,
+    names: Sequence[str],
+) -> tuple[dict[str, Table], list[Item]]:
+    """What new judges say of the stored answers of earlier rows, {row: (folder, suffix)}: for each
+    row the metrics `names`, and the items with the row's name.
+
+    Rows of another suite are left out, and so are rows that were never evaluated; a line says so.
+    """
+    fields = [FIELDS.get(name, name) for name in names]
+    found: dict[str, Table] = {}
+    late: list[Item] = []
+    for row, (folder, suffix) in rows.items():
+        items = stored_items(folder, suffix)
+        if isinstance(items, str):
+            print(f"  not judged: {items}")
+            continue
+        chats = [item for item in items if item["set"] == "chat"]
+        said = judged(chats, tokenizer, judges) if chats else []
+        has_true_score = any(item["preference_score"] is not None for item in chats)
+        reasons = judge_reasons(has_true_score, judges)
+        if not chats:
+            reasons = dict.fromkeys(names, "the data has no chat prompts")
+        table = metrics(joined(chats, said), reasons, seed)
+        found[row] = {name: table[name] for name in names}
+        for item in said:
+            kept = {field: item[field] for field in fields if field in item}
+            late.append({"row": row, "set": "chat", "id": item["id"], **kept})
+    return found, late
+
+
+# --- files
+
+
+def write_evaluation(
+    folder: Path, table: Table, items: list[Item], seed: int, suffix: str = ""
+) -> None:
+    """eval<suffix>.json and eval_items<suffix>.jsonl in a run's folder, atomically.
+
+    Raises UserError, and writes nothing, where a cell that was measured has become null: what it
+    was measured on (the data, an ancestor) is gone, and the older value is worth more.
+    """
+    path = folder / f"eval{suffix}.json"
+    before = read_summary(path)["metrics"]
+    for name, cell in table.items():
+        if cell["value"] is None and before.get(name, cell)["value"] is not None:
+            raise UserError(
+                f"{path} has a value for {name}, which cannot be measured any more "
+                f"({cell['why']}): it is kept; remove the file to have it written all the same"
+            )
+    write_jsonl(folder / f"eval_items{suffix}.jsonl", items)
+    summary = {"suite": SUITE, "seed": seed, "metrics": table}
+    write_json(path, summary)
+
+
+def write_ladder_evaluation(folder: Path, found: dict[str, Table], late: list[Item]) -> None:
+    """ladder_eval.json and ladder_eval_items.jsonl in the folder of the run that judges."""
+    write_jsonl(folder / "ladder_eval_items.jsonl", late)
+    write_json(folder / "ladder_eval.json", found)
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """An eval.json; with no suite and no metrics where it is missing or broken."""
+    nothing = {"suite": None, "metrics": {}}
+    try:
+        summary = read_json(path)
+    except (OSError, ValueError):
+        return nothing
+    cells = summary.get("metrics") if isinstance(summary, dict) else None
+    is_whole = isinstance(cells, dict) and all(
+        isinstance(cell, dict) and "value" in cell for cell in cells.values()
+    )
+    return {**nothing, **summary} if is_whole else nothing
+
+
+def stored_items(folder: Path, suffix: str = "") -> list[Item] | str:
+    """The items of an earlier evaluation by this suite, or a str that says why not."""
+    summary, path = folder / f"eval{suffix}.json", folder / f"eval_items{suffix}.jsonl"
+    suite = read_summary(summary)["suite"]
+    if suite is None:
+        return f"{folder.name} has no {summary.name}"
+    if suite != SUITE:
+        return (
+            f"{folder.name}/{summary.name} is of suite {suite}, not {SUITE} "
+            "(to evaluate again: python -m fourstage evaluation run=NAME ladder=true)"
+        )
+    try:
+        return read_jsonl(path)
+    except (OSError, ValueError):
+        return f"{folder.name}/{path.name} is missing or broken"
+
+
+def stored_chats(folder: Path) -> list[Item] | str:
+    """The chat items of a run, or why there are none."""
+    items = stored_items(folder)
+    if isinstance(items, str):
+        return items
+    chats = [item for item in items if item["set"] == "chat"]
+    return chats or f"{folder.name}/eval_items.jsonl has no chat answers"

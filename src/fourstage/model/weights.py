@@ -1,0 +1,133 @@
+"""Plain weights in and out, whatever trained them: model.safetensors, config.json, tokenizer.json.
+
+`config.json` is {"model": {...}, "vocab_size": n, "kind": "policy" | "scalar", "weights_sha256",
+"tokenizer_sha256"}: enough to build the network again with none of the project's configuration, and
+to tell whether the other two files are whole. Files are written under a temporary name, synced and
+renamed, so that a kill leaves the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fourstage.errors import UserError
+from fourstage.files import read_json, write_json
+from fourstage.model import ModelConfig, ScalarModel, Transformer
+from fourstage.settings import build
+from fourstage.tokenizer import Tokenizer
+
+Kind = Literal["policy", "scalar"]
+WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
+
+
+def save_weights(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    kind: Kind = "policy",
+) -> None:
+    """Write the weights (any dtype, any device), the shape and the tokenizer into `folder`."""
+    tokenizer.save(folder)
+    # clones: tied or expanded tensors share memory, which safetensors refuses
+    plain = {name: w.detach().cpu().clone().contiguous() for name, w in weights.items()}
+    partial = folder / f".{WEIGHTS}.{os.getpid()}"
+    try:
+        save_file(plain, partial)
+        shutil.copymode(folder / TOKENIZER, partial)  # safetensors lets nobody else read it
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        digest = sha256(partial)
+        os.replace(partial, folder / WEIGHTS)
+    finally:
+        partial.unlink(missing_ok=True)
+    shape = {"kind": kind, "vocab_size": tokenizer.vocab_size, "model": asdict(model)}
+    sums = {"weights_sha256": digest, "tokenizer_sha256": sha256(folder / TOKENIZER)}
+    write_json(folder / "config.json", {**shape, **sums})
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_policy(folder: Path) -> tuple[Transformer, Tokenizer]:
+    """The language model of a finished run, on the CPU, and its tokenizer.
+
+    Raises UserError where the folder holds no language model or a broken one.
+    """
+    network, tokenizer = _load(folder, "policy")
+    assert isinstance(network, Transformer)
+    return network, tokenizer
+
+
+def load_scalar(folder: Path) -> tuple[ScalarModel, Tokenizer]:
+    """The reward model of a finished reward run, on the CPU, and its tokenizer."""
+    network, tokenizer = _load(folder, "scalar")
+    assert isinstance(network, ScalarModel)
+    return network, tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What config.json holds."""
+
+    kind: Kind
+    vocab_size: int
+    model: ModelConfig
+    weights_sha256: str | None = None  # of model.safetensors; older runs have none
+    tokenizer_sha256: str | None = None  # of tokenizer.json, likewise
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1:
+            raise UserError(f"vocab_size: must be at least 1, got {self.vocab_size}")
+
+
+def _load(folder: Path, kind: Kind) -> tuple[Transformer | ScalarModel, Tokenizer]:
+    try:
+        values = read_json(folder / "config.json")
+        shape = build(Shape, values, f"{folder}/config.json")
+        tokenizer = Tokenizer.load(folder)
+        sums = {WEIGHTS: shape.weights_sha256, TOKENIZER: shape.tokenizer_sha256}
+        for name, digest in sums.items():
+            if digest not in (None, sha256(folder / name)):
+                raise UserError(
+                    f"{folder / name}: damaged, its bytes are not those that training wrote: copy "
+                    "it anew, or train it again"
+                )
+        weights = load_file(folder / WEIGHTS)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        missing = Path(error.filename or WEIGHTS).name
+        raise UserError(f"{folder}: no {missing}: is it a finished run?") from error
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from error
+    except (ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: broken weights or config ({reason}): train it again") from error
+    if shape.kind != kind:
+        wanted = {"policy": "a language model", "scalar": "a reward model"}
+        raise UserError(f"{folder}: holds {wanted[shape.kind]}, but {wanted[kind]} is needed here")
+    network = Transformer(shape.model, shape.vocab_size)
+    network = network if kind == "policy" else ScalarModel(network)
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise UserError(f"{folder}: {name} is not finite: train it again with a lower lr")
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{folder}: the weights do not fit the shape in config.json") from error
+    return network, tokenizer

@@ -1,0 +1,1 @@
+"""Muon, on one device, shared among ranks, and under ZeRO."""

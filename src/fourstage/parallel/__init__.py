@@ -1,0 +1,1 @@
+"""Several devices: strategies, and what each GPU holds."""

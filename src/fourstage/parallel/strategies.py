@@ -1,0 +1,302 @@
+"""Lightning's strategies by our names, and all that a stage has to know of DeepSpeed's ZeRO.
+
+ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) keeps each rank's share only: of the optimizer's
+state (zero1), of the gradients too (zero2), of the weights too (zero3). A stage says `backward`,
+`step` and `whole`, and these do what its strategy needs; for all but ZeRO that is plain Lightning.
+
+Weights stay fp32 and forwards run under autocast, as they do without ZeRO: DeepSpeed's own bf16
+mode would keep bf16 weights, and "bf16-mixed" in a run's id would mean two things.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins import DeepSpeedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+
+from fourstage.job import TrainerConfig
+from fourstage.model import ScalarModel, Transformer
+from fourstage.model.moe import MoE
+from fourstage.model.precision import full_precision
+from fourstage.optim.muon import Muon
+from fourstage.optim.zero_muon import ZeroMuon, layout, splits_of
+
+ZERO = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}  # our name -> ZeRO stage
+
+
+class ZeroPrecision(DeepSpeedPrecision):
+    """fp32 weights; with bf16-mixed forwards are under autocast, as Lightning's own plugin does."""
+
+    device = "cuda"
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        is_mixed = self.precision == "bf16-mixed"
+        # a cache would hold a step's first weights for all updates of that step
+        return torch.autocast(self.device, torch.bfloat16, is_mixed, cache_enabled=False)
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """Lightning's own strategy, where a share of a step's loss is one forward of the engine.
+
+    Lightning would wrap a whole training_step in the engine's forward: rollouts, several backward
+    passes and optimizer steps, of which ZeRO-3's bookkeeping makes nothing.
+    """
+
+    def __init__(self, stage: int, clip_norm: float, offload: bool = False) -> None:
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload,
+            offload_parameters=offload,
+            logging_batch_size_per_gpu=1,  # it would look for one in the loader, which has none
+            logging_level=logging.ERROR,  # it warns of outputs that are dataclasses
+        )
+        assert isinstance(self.config, dict)
+        self.config |= {
+            "gradient_clipping": clip_norm,
+            "bf16": {"enabled": False},
+            "zero_force_ds_cpu_optimizer": False,  # offload with PyTorch's AdamW, as everywhere
+        }
+        self.config["zero_optimization"]["leaf_module"] = {
+            "classes": [f"{MoE.__module__}.{MoE.__qualname__}"]
+        }
+
+    def setup(self, trainer: L.Trainer) -> None:
+        if self.zero_stage_3 and trainer.training:
+            import deepspeed
+
+            # one parameter after the other: the engine would put all of them on the GPU first
+            self._init_config_if_needed()
+            deepspeed.zero.Init(module=self.model, config_dict_or_path=self.config)
+            self.model.to(self.root_device)  # the buffers
+            for layer in self.model.modules():
+                if isinstance(layer, MoE):
+                    reduce_at_last_use(layer)
+        super().setup(trainer)
+
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, lr_scheduler: Any = None
+    ) -> tuple[Any, Any]:
+        if not isinstance(optimizer, Muon):
+            return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+        splits = splits_of(optimizer)
+        muon = ZeroMuon(optimizer.param_groups, optimizer.defaults["lr"])
+        engine, zero = super()._setup_model_and_optimizer(model, muon, lr_scheduler)
+        muon.device = self.root_device
+        muon.pieces = layout(zero, self.config["zero_optimization"]["stage"], splits, muon.device)
+        return engine, zero
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.train_step_context():
+            return self.lightning_module.training_step(*args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.val_step_context():
+            return self.lightning_module.validation_step(*args, **kwargs)
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """DeepSpeed's own way, but with weights_only: it would execute what a file holds."""
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # whatever a torch.load asks for
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            return super().load_checkpoint(checkpoint_path, weights_only=True)
+
+    def teardown(self) -> None:
+        """Lets go of the engine, which would keep its networks through the next stages."""
+        super().teardown()
+        if self.model is not self.lightning_module:
+            self.deepspeed_engine.destroy()
+            forget_networks()
+            self.model, self.optimizers = self.lightning_module, []
+
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        """After training the networks are plain ones (see `make_plain`)."""
+        self.model = model.to(self.root_device)
+
+
+def reduce_at_last_use(leaf: nn.Module) -> None:
+    """Lets ZeRO-3 take the gradients of a leaf module that one backward passes several times.
+
+    DeepSpeed takes them whenever the backward leaves the module; the reward stage's loss has two
+    forwards, of chosen and rejected answers. To be called before the engine adds its own hooks.
+    """
+    waiting = 0
+
+    def entered(*_: Any) -> None:
+        nonlocal waiting
+        waiting += torch.is_grad_enabled()
+
+    def left(*_: Any) -> None:
+        nonlocal waiting
+        waiting -= 1
+        for parameter in leaf.parameters():
+            parameter.ds_grad_is_ready = waiting == 0
+
+    leaf.register_forward_hook(entered)
+    leaf.register_full_backward_hook(left)
+
+
+def forget_networks() -> None:
+    """Empties what DeepSpeed keeps for the whole process: networks, and caches that hold them."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for found in gc.get_objects():
+        if type(found) is functools._lru_cache_wrapper and found.__module__.startswith("deepspeed"):
+            found.cache_clear()
+
+
+def trainer_options(where: TrainerConfig, clip_norm: float) -> dict[str, Any]:
+    """What Lightning's Trainer has to know of a trainer config; clip_norm 0 is no clipping."""
+    options: dict[str, Any] = {
+        "accelerator": where.accelerator,
+        "devices": where.devices,
+        "num_nodes": where.num_nodes,
+    }
+    if where.strategy not in ZERO:
+        return {**options, "strategy": where.strategy, "precision": where.precision}
+    strategy = ZeroStrategy(ZERO[where.strategy], clip_norm, where.strategy.endswith("_offload"))
+    return {**options, "strategy": strategy, "plugins": [ZeroPrecision(where.precision)]}
+
+
+@contextmanager
+def others_wait() -> Iterator[None]:
+    """What the first process does inside may take as long as it likes; every process has to enter.
+
+    A collective of the usual group, on which the others would wait, gives up after 30 minutes.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    yield
+    dist.barrier(group)
+    dist.destroy_process_group(group)
+
+
+# --- one optimizer step
+
+
+def backward(module: L.LightningModule, loss: Callable[[], Tensor], is_last: bool) -> None:
+    """Adds the gradient of `loss()`, of which the ranks' mean is taken; `is_last` of its step."""
+    strategy = module.trainer.strategy
+    if not isinstance(strategy, ZeroStrategy):
+        share = loss()
+        with full_precision(share):  # else what was computed in float32 goes back in half
+            module.manual_backward(share)
+        return
+    engine = strategy.deepspeed_engine
+
+    def under_autocast() -> Tensor:
+        with strategy.precision_plugin.forward_context():
+            share = loss()
+        # then the gradient is not finite either, which is what the engine looks at
+        return share * torch.where(share.isfinite(), 1.0, torch.nan)
+
+    engine.set_gradient_accumulation_boundary(is_last)
+    # with autocast around it the engine would warn, and turn it off
+    with torch.autocast(strategy.precision_plugin.device, enabled=False):
+        engine.backward(engine(under_autocast))
+
+
+def step(
+    module: L.LightningModule, clip_norm: float, is_finite: Callable[[Tensor], bool]
+) -> tuple[Tensor, bool]:
+    """Clips the gradient to `clip_norm` (0: not) and takes the optimizer's step where it is finite.
+
+    Returns the norm before clipping, of all ranks' shares together, and whether the step was taken.
+    `is_finite(norm)` is asked of the loss too. ZeRO clips, steps and skips by itself (see
+    `backward`), with the clipping of its config.
+    """
+    optimizer, strategy = module.optimizers(), module.trainer.strategy
+    if isinstance(strategy, ZeroStrategy):
+        optimizer.step()
+        engine = strategy.deepspeed_engine
+        return torch.as_tensor(engine.get_global_grad_norm()), engine.was_step_applied()
+    scaler = getattr(module.trainer.precision_plugin, "scaler", None)  # of 16-mixed
+    if scaler is not None:
+        scaler.unscale_(optimizer.optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
+    taken = is_finite(norm)
+    if taken:
+        optimizer.step()
+    elif scaler is not None:
+        scaler.update()  # to a lower scale; a step would have done it
+    return norm, taken
+
+
+# --- networks whose weights are spread over the ranks
+
+
+def is_spread(network: nn.Module) -> bool:
+    """Whether ZeRO-3 keeps a share of each weight on each rank."""
+    return hasattr(next(network.parameters()), "ds_id")
+
+
+@contextmanager
+def whole(network: Transformer | ScalarModel) -> Iterator[Transformer | ScalarModel]:
+    """The network with all of its weights here, to be read; every rank has to enter.
+
+    Under ZeRO-3 that is a copy without ZeRO's hooks, so that inside ranks may run different numbers
+    of forwards: answers of different lengths. Elsewhere it is the network itself.
+    """
+    if not is_spread(network):
+        yield network
+        return
+    copy = plain_copy(network).eval()
+    yield copy
+    for own, other in zip(transformers(network), transformers(copy), strict=True):
+        own.flops += other.flops
+
+
+def transformers(network: nn.Module) -> list[Transformer]:
+    return [module for module in network.modules() if isinstance(module, Transformer)]
+
+
+@torch.no_grad()
+def plain_copy(network: Transformer | ScalarModel) -> Transformer | ScalarModel:
+    """A copy whose weights are gathered one after the other; every rank has to call it."""
+    import deepspeed
+
+    shape = transformers(network)[0]
+    with torch.device("meta"):
+        copy = Transformer(shape.config, shape.vocab_size)
+        if shape.head is None:  # tied, or a scalar model's backbone
+            copy.head = None
+        if isinstance(network, ScalarModel):
+            copy = ScalarModel(copy)
+    copy.to_empty(device=next(network.parameters()).device)
+    for own, other in zip(network.parameters(), copy.parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters([own]):
+            other.copy_(own)
+    for own, other in zip(network.buffers(), copy.buffers(), strict=True):
+        other.copy_(own)
+    return copy
+
+
+def make_plain(module: L.LightningModule) -> None:
+    """After the last step: the module's own networks, whole on every rank; all have to call it."""
+    for name, network in list(module.named_children()):
+        if isinstance(network, Transformer | ScalarModel) and is_spread(network):
+            setattr(module, name, plain_copy(network).cpu())  # two would fill a GPU

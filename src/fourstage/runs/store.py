@@ -1,0 +1,171 @@
+"""The store of runs: outputs/runs/<stage>-<id>/."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fourstage.errors import UserError
+from fourstage.files import exists
+from fourstage.ladder import STAGES
+from fourstage.runs.records import RUN_ID, read_record
+
+Record = dict[str, Any]
+
+
+class RunStore:
+    """Finds, locks and removes runs. Only `outputs` is given; folders are made when needed."""
+
+    def __init__(self, outputs: Path) -> None:
+        self.outputs = outputs
+        self.root = outputs / "runs"
+
+    def folder(self, stage: str, run_id: str) -> Path:
+        return self.root / f"{stage}-{run_id}"
+
+    def retrain_folder(self, stage: str, run_id: str) -> Path:
+        """Where force=true trains a run again, until it takes the old one's place."""
+        return self.beside / "retrain" / f"{stage}-{run_id}"
+
+    @property
+    def beside(self) -> Path:
+        """The folder of `root` on its own disk, which may be another where `root` is a link."""
+        return self.root.resolve().parent if self.root.is_symlink() else self.outputs
+
+    def folders(self) -> list[Path]:
+        """Every run, finished or not, in order of stage and start; broken ones are left out."""
+        found = {path.parent: _read(path.parent) for path in self.root.glob("*/run.json")}
+        readable = {f: record for f, record in found.items() if not isinstance(record, str)}
+        return sorted(readable, key=lambda f: _order(readable[f]))
+
+    def status(self, record: Record) -> str:
+        """What run.json says; "interrupted" where no process trains the run any more."""
+        is_left = record["status"] == "running" and not self.is_busy(record["id"])
+        return "interrupted" if is_left else record["status"]
+
+    def broken(self) -> list[str]:
+        """What is wrong with each run whose record cannot be read."""
+        found = (_read(path.parent) for path in sorted(self.root.glob("*/run.json")))
+        return [record for record in found if isinstance(record, str)]
+
+    def find(self, name: str, *, finished: bool = True) -> Path:
+        """The folder of the run that `name` means. Raises UserError where there is none."""
+        if name in STAGES:
+            return self._latest(name)
+        for folder in (self.root / name, *self.root.glob(f"*-{escape(name)}"), Path(name)):
+            if name and exists(folder / "run.json"):
+                if finished and read_record(folder)["status"] != "finished":
+                    raise UserError(f"{folder.name}: this run is not finished")
+                return folder
+        there = [folder.name for folder in self.folders()]
+        if len(there) > 8:
+            there = [*there[:8], f"and {len(there) - 8} more (python -m fourstage runs)"]
+        raise UserError(
+            f"unknown run {name[:200]!r}: {self.root} has {', '.join(there) or 'no runs yet'}"
+        )
+
+    def _latest(self, stage: str) -> Path:
+        runs = [(folder, read_record(folder)) for folder in self.folders()]
+        runs = [(f, r) for f, r in runs if r["stage"] == stage and r["status"] == "finished"]
+        real = [(f, r) for f, r in runs if r["debug"] is None]
+        if not runs:
+            raise UserError(
+                f"no finished {stage} run in {self.root}: train one: python train.py stage={stage}"
+            )
+        return max(real or runs, key=lambda run: run[1]["finished"])[0]
+
+    def ancestors(self, folder: Path) -> dict[str, Path]:
+        """stage -> folder of every run that `folder` descends from, as far as they are there; where
+        two are of one stage, that in the policy's line."""
+        found: dict[str, Path] = {}
+        for parent in read_record(folder)["parents"].values():
+            for path in folder.parent.glob(f"*-{parent}"):
+                found = {**self.ancestors(path), read_record(path)["stage"]: path, **found}
+        return {stage: found[stage] for stage in STAGES if stage in found}
+
+    def children(self, run_id: str) -> list[Path]:
+        """The runs that start from this one, directly."""
+        return [f for f in self.folders() if run_id in read_record(f)["parents"].values()]
+
+    def is_busy(self, run_id: str) -> bool:
+        """Whether some process trains it now."""
+        lock = self._lock(run_id)
+        try:
+            with lock.acquire(timeout=0):
+                Path(lock.lock_file).unlink(missing_ok=True)
+                return False
+        except Timeout:
+            return True
+
+    @contextmanager
+    def locked(self, name: str, run_id: str) -> Iterator[None]:
+        """Hold a run for training or removing; says so, once, when another process holds it.
+
+        The lock dies with its process, so that a crash leaves none behind.
+        """
+        lock = self._lock(run_id)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for {name}, which another process is training", flush=True)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it takes a new one
+            lock.release()
+
+    def _lock(self, run_id: str) -> FileLock:
+        assert RUN_ID.fullmatch(run_id), run_id
+        folder = self.outputs / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / f"{run_id}.lock")
+
+    def remove(self, folder: Path, *, force: bool) -> None:
+        """Remove a run. Raises UserError while it is trained, or where others descend from it."""
+        if folder.parent.resolve() != self.root.resolve():
+            raise UserError(f"{folder}: not a run of {self.outputs}: give its own outputs=FOLDER")
+        record = _read(folder)
+        run_id = folder.name.rpartition("-")[2] if isinstance(record, str) else record["id"]
+        children = [f.name for f in self.children(run_id)]
+        if children and not force:
+            verb, them = ("descends", "it") if len(children) == 1 else ("descend", "them")
+            raise UserError(
+                f"{folder.name}: {', '.join(children)} {verb} from it: remove {them} first, or add "
+                "force=true"
+            )
+        if RUN_ID.fullmatch(run_id) and self.is_busy(run_id):
+            raise UserError(f"{folder.name}: a process is training it now: stop that first")
+        if folder.is_symlink():
+            folder.unlink()
+            return
+        trash = self.beside / "trash" / f"{folder.name}.{os.getpid()}"
+        trash.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(folder, trash)  # at once, so that no half-removed run is ever found
+        shutil.rmtree(trash)
+        trash.parent.rmdir()
+
+
+def find_run(outputs: Path, name: str) -> Path:
+    """The folder of a finished run: by id, <stage>-<id>, folder, or stage (its latest run; a debug
+    one only where there is no other). Raises UserError where there is none."""
+    return RunStore(outputs).find(name)
+
+
+def _read(folder: Path) -> Record | str:
+    """The record of a run, or what is wrong with it."""
+    try:
+        return read_record(folder)
+    except UserError as error:
+        return str(error)
+
+
+def _order(record: Record) -> tuple[int, str]:
+    return STAGES.index(record["stage"]), record["started"]

@@ -1,0 +1,231 @@
+"""W&B dashboards as code: a workspace to explore runs in, and a report with the same panels.
+
+    python -m fourstage dashboard [outputs=outputs] [project=fourstage] [entity=NAME]
+                                  [mode=auto|online|offline]
+
+For example:
+
+    python -m fourstage dashboard mode=offline
+
+dashboard_spec.py says which panel shows which keys. Online (where a key is configured, by the rules
+of the runs' own logger) both are saved to W&B, over those that an earlier call saved. Their JSON is
+written to outputs/dashboard/ either way: the same runs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fourstage.errors import UserError
+from fourstage.files import read_json, write_atomic
+from fourstage.interruptions import run_command
+from fourstage.job import LoggerConfig
+from fourstage.runs.records import read_record
+from fourstage.tracking.dashboard_spec import SECTIONS, STEP, Panel, Section, resolved
+
+if TYPE_CHECKING:
+    from wandb_workspaces.reports.v2 import Report
+    from wandb_workspaces.workspaces import Workspace
+
+TITLE = "From random weights to reasoning"
+REAL_RUNS = "Tags() not in ['debug']"  # a mean over seeds would take debug runs for real ones
+OPTIONS = {"outputs": "outputs", "project": "fourstage", "entity": "", "mode": "auto"}
+MODES = ("auto", "online", "offline")
+USAGE = (
+    "usage: python -m fourstage dashboard [outputs=outputs] [project=fourstage] [entity=NAME] "
+    "[mode=auto|online|offline]"
+)
+
+
+def known_keys(outputs: Path) -> tuple[set[str], list[str]]:
+    """The summary keys of the finished runs under `outputs`; and a line for each folder that cannot
+    be read, whose keys are left out."""
+    from fourstage.tracking.loggers import summary
+
+    keys: set[str] = set()
+    broken: list[str] = []
+    for folder in sorted(path for path in (outputs / "runs").glob("*") if path.is_dir()):
+        try:
+            record = read_record(folder)
+            if record["status"] == "finished":
+                keys |= summary(folder, record["cost"]).keys()
+        except UserError as error:
+            broken.append(str(error))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            broken.append(f"{folder}: its record or evaluation is broken ({error!r})")
+    return keys, broken
+
+
+# --- W&B's objects
+
+
+def widget(panel: Panel) -> Any:
+    """The wandb-workspaces panel; three fit into the 24 columns of a report."""
+    from wandb_workspaces.reports import v2 as wr
+
+    keys, layout = list(panel.keys), wr.Layout(w=8, h=8)
+    match panel.kind:
+        case "bars":
+            return wr.BarPlot(title=panel.title, metrics=keys, orientation="v", layout=layout)
+        case "lines" if "*" in keys[0]:
+            regex = f"^{re.escape(keys[0]).replace(re.escape('*'), '.*')}$"
+            return wr.LinePlot(title=panel.title, x=panel.x, metric_regex=regex, layout=layout)
+        case "lines":
+            return wr.LinePlot(title=panel.title, x=panel.x, y=keys, layout=layout)
+        case "scatter":
+            x, y = wr.SummaryMetric(panel.x), wr.SummaryMetric(keys[0])
+            return wr.ScatterPlot(title=panel.title, x=x, y=y, layout=layout)
+        case "table":
+            return wr.WeavePanelSummaryTable(table_name=keys[0], layout=wr.Layout(w=24, h=12))
+
+
+def workspace(entity: str, project: str, sections: list[Section]) -> Workspace:
+    """Runs grouped by stage, in the order of the ladder, with the panels of the sections."""
+    from wandb_workspaces import workspaces as ws
+
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=TITLE,
+        sections=[
+            ws.Section(
+                name=section.name,
+                panels=[widget(panel) for panel in section.panels],
+                is_open=True,
+                layout_settings=ws.SectionLayoutSettings(columns=3, rows=3),
+            )
+            for section in sections
+        ],
+        settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=100),
+        runset_settings=ws.RunsetSettings(
+            filters=REAL_RUNS,
+            groupby=[ws.Metric("JobType")],
+            order=[ws.Ordering(ws.Metric("CreatedTimestamp"), ascending=True)],
+        ),
+    )
+
+
+def report(entity: str, project: str, sections: list[Section]) -> Report:
+    """The same panels under headings, with a sentence each. With an entity W&B is asked for the
+    project as soon as the report is written or saved."""
+    from wandb_workspaces.reports import v2 as wr
+
+    blocks: list[Any] = [wr.TableOfContents()]
+    for section in sections:
+        runs = wr.Runset(
+            entity=entity,
+            project=project,
+            name="by stage",
+            filters=REAL_RUNS,
+            groupby=["JobType"],
+            order=[wr.OrderBy("CreatedTimestamp", ascending=True)],
+        )
+        panels = [widget(panel) for panel in section.panels]
+        grid = wr.PanelGrid(runsets=[runs], panels=panels)
+        blocks += [wr.H2(section.name), wr.P(section.text), grid]
+    return wr.Report(project=project, entity=entity, title=TITLE, blocks=blocks, width="fluid")
+
+
+# --- where they go
+
+
+def write(outputs: Path, project: str, sections: list[Section]) -> Path:
+    """workspace.json and report.json, as W&B would get them, in outputs/dashboard."""
+    folder = outputs / "dashboard"
+    for build in (workspace, report):
+        model = build("", project, sections)._to_model()
+        tree = model.model_dump(mode="json", by_alias=True, exclude_none=True)
+        text = json.dumps(without_random_ids(tree), indent=1, ensure_ascii=False)
+        write_atomic(folder / f"{build.__name__}.json", text + "\n")
+    return folder
+
+
+def without_random_ids(tree: Any) -> Any:
+    """The same JSON with "1", "2", ... for the ids that wandb-workspaces draws at random."""
+    numbers: dict[str, str] = {}
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, list):
+            return [walk(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        return {
+            key: numbers.setdefault(value, str(len(numbers) + 1))
+            if key in ("id", "__id__") and value
+            else walk(value)
+            for key, value in node.items()
+        }
+
+    return walk(tree)
+
+
+def save(outputs: Path, entity: str, project: str, sections: list[Section]) -> list[str]:
+    """Save both to W&B and return their addresses.
+
+    saved.json in outputs/dashboard remembers them, so that the next call replaces what is there:
+    whoever deletes them in W&B removes that file too. Raises whatever wandb raises.
+    """
+    import wandb
+
+    entity = entity or wandb.Api().default_entity
+    path = outputs / "dashboard" / "saved.json"
+    saved = read_json(path) if path.exists() else {}
+    place = saved.setdefault(f"{entity}/{project}", {})
+    contents = {workspace: ("sections", "settings", "runset_settings"), report: ("blocks", "width")}
+    for build, parts in contents.items():
+        view = new = build(entity, project, sections)
+        if build.__name__ in place:
+            view = type(new).from_url(place[build.__name__])
+            for part in parts:
+                setattr(view, part, getattr(new, part))
+        view.save()
+        place[build.__name__] = view.url
+        write_atomic(path, json.dumps(saved, indent=1) + "\n")
+    return list(place.values())
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command. Raises UserError for an unknown argument, for mode=online without a key,
+    and where W&B refuses (the JSON is written first)."""
+    options = dict(OPTIONS)
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in options or not value:
+            raise UserError(f"unknown argument {argument!r}: {USAGE}")
+        options[key] = value
+    if options["mode"] not in MODES:
+        raise UserError(f"mode: must be one of {', '.join(MODES)}, got {options['mode']!r}")
+    from fourstage.tracking.loggers import wandb_mode
+
+    outputs, project, entity = (Path(options["outputs"]), options["project"], options["entity"])
+    mode, why = wandb_mode(LoggerConfig(mode=options["mode"]))
+    if why and options["mode"] == "online":
+        raise UserError(f"mode=online: {why}: run `wandb login` or set WANDB_API_KEY")
+    keys, broken = known_keys(outputs)
+    for line in broken:
+        print(f"skipped: {line}", file=sys.stderr)
+    sections = resolved(SECTIONS, keys)
+    folder = write(outputs, project, sections)
+    if mode != "online":
+        print(
+            f"W&B: {why or mode}: the dashboards are written to {folder}/workspace.json and "
+            "report.json; to send them: wandb login, wandb sync the runs, and this command again"
+        )
+        return
+    try:
+        addresses = save(outputs, entity, project, sections)
+    except Exception as error:  # wandb raises anything from its own errors to TypeError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"W&B did not save the dashboards of project {project!r}: {reason}; their JSON is in "
+            f"{folder}"
+        ) from error
+    print("\n".join(f"W&B: saved {address}" for address in addresses))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,222 @@
+"""What the W&B dashboards show: sections, their panels, and the keys of each panel. Plain data.
+
+A test holds SECTIONS against the keys that the stages log: a key that no panel shows fails, and so
+does a panel whose keys nobody logs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from fourstage.evaluation.suite import PASS_K
+
+STEP = "trainer/global_step"  # the x axis that loggers.start_wandb defines
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart or table. A key may be a pattern with `*`.
+
+    bars: summary values, a bar a stage (a pattern: those of the runs under outputs)
+    lines: the history against `x` (a pattern stands alone, and W&B looks for its keys)
+    scatter: summary values, a point a run, against `x`; table: W&B tables, the rows of all runs
+    """
+
+    kind: Literal["bars", "lines", "scatter", "table"]
+    title: str
+    keys: tuple[str, ...]
+    x: str = STEP
+
+
+@dataclass(frozen=True)
+class Section:
+    """Panels under one heading; `text` says in the report what to look for."""
+
+    name: str
+    text: str
+    panels: tuple[Panel, ...]
+
+
+def bars(title: str, *keys: str) -> Panel:
+    return Panel("bars", title, keys)
+
+
+def row(title: str, *names: str) -> Panel:
+    """A metric of the stage table, with the random weights' beside pretrain's."""
+    return bars(
+        title, *(f"{prefix}/{name}" for name in names for prefix in ("eval", "eval_random"))
+    )
+
+
+def lines(title: str, *keys: str, x: str = STEP) -> Panel:
+    return Panel("lines", title, keys, x)
+
+
+def table(title: str, key: str) -> Panel:
+    return Panel("table", title, (key,))
+
+
+# what ppo and grpo share
+POLICY = (
+    lines("KL to the reference (ppo: nats an answer, grpo: nats a token)", "train/kl"),
+    lines("entropy, nats a token", "train/entropy"),
+    lines("answer length, tokens", "train/answer_length"),
+    lines("KL of the update", "train/approx_kl"),
+    lines("clipped ratios, share of tokens", "train/clip_low", "train/clip_high"),
+    lines("probability ratios", "train/ratio_mean", "train/ratio_max"),
+    lines("passes over a rollout", "train/epochs"),
+    lines("sampler and trainer differ by, nats", "train/sampler_gap"),
+)
+
+SECTIONS = (
+    Section(
+        "ladder",
+        "The same held-out items after every stage; the table below has the 95 % intervals.",
+        (
+            row("bits per character (lower is better)", "bits_per_char"),
+            row("well-formed answers", "well_formed"),
+            row("reasoning accuracy", "reasoning_accuracy"),
+            row("true preference score", "preference_score"),
+            bars("reward-model score", "eval/reward_model_score"),
+            bars("held-out pairs ordered right", "eval/pair_accuracy"),
+            row("pass at 1", "pass_at_1"),
+            row("pass at k", *(f"pass_at_{k}" for k in PASS_K[1:])),
+            bars("win rate against sft", "eval/win_rate", "eval/win_rate_learned"),
+            row("chat: exact and contained answers", "chat_exact", "chat_contained"),
+            row("chat: stopped, well-formed", "chat_stop_rate", "chat_format_rate"),
+            row("distinct words and pairs of words", "distinct_1", "distinct_2"),
+            table("every metric with its interval", "ladder"),
+        ),
+    ),
+    Section(
+        "losses",
+        "Pretrain and sft log nats a token; reward its pair loss.",
+        (
+            lines("loss", "train/loss", "val/loss"),
+            lines("bits per character, held out", "val/bits_per_char"),
+            lines("loss of held-out pairs", "val/pair_nll"),
+            lines("gradient norm", "train/grad_norm"),
+            lines("learning rate", "train/lr"),
+            lines("skipped optimizer steps", "train/skipped_steps"),
+        ),
+    ),
+    Section(
+        "preference",
+        "Over-optimisation: the learned score goes on rising where the true one falls.",
+        (
+            lines(
+                "scores against KL, while training", "train/score", "train/gold_score", x="train/kl"
+            ),
+            Panel("scatter", "learned score, a point a run", ("train/score",), "train/kl"),
+            Panel("scatter", "true score, a point a run", ("train/gold_score",), "train/kl"),
+            lines("learned and true score", "train/score", "train/gold_score"),
+            bars("KL to the sft policy, nats an answer", "eval/kl_to_sft"),
+            bars("ties with sft", "eval/win_rate_ties"),
+            bars("margin on held-out pairs", "eval/pair_margin"),
+            lines("pairs ordered right", "train/accuracy", "val/accuracy"),
+            lines("margin of the pairs", "train/margin"),
+            lines("rewards", "train/reward_min", "train/reward_mean", "train/reward_max"),
+            *POLICY,
+            lines("KL coefficient", "train/kl_coef"),
+            lines("policy and value loss", "train/policy_loss", "train/value_loss"),
+            lines("explained variance of the value", "train/explained_variance"),
+            lines("answers that stop", "train/eos_rate"),
+        ),
+    ),
+    Section(
+        "reasoning",
+        "grpo on verified problems: what it gains, on which tasks, and how far it moves.",
+        (
+            lines("solved while training", "train/pass_at_*"),
+            row("accuracy by task and difficulty", "reasoning_accuracy/*"),
+            *(row(f"pass at {k} by task and difficulty", f"pass_at_{k}/*") for k in PASS_K),
+            lines("reward", "train/reward"),
+            lines("parts of the reward", "train/reward_correct", "train/reward_form"),
+            lines("spread in a group", "train/reward_std"),
+            lines("groups without a signal", "train/zero_spread"),
+            lines("answers cut off", "train/cut_off"),
+            *POLICY,
+        ),
+    ),
+    Section(
+        "router",
+        "Every expert should have work: entropy near 1, a small maximum, none dead.",
+        (
+            lines("entropy of the load (1: even)", "router/load_entropy"),
+            lines("busiest expert over the mean", "router/max_over_mean"),
+            lines("dead experts", "router/dead_experts"),
+            lines("spread of the balancing biases", "router/bias_spread"),
+            lines("tokens routed elsewhere than before the stage", "router/drift"),
+            lines("entropy by layer", "router/load_entropy/layer*"),
+            lines("busiest by layer", "router/max_over_mean/layer*"),
+            lines("dead by layer", "router/dead_experts/layer*"),
+            lines("biases by layer", "router/bias_spread/layer*"),
+            lines("drift by layer", "router/drift/layer*"),
+            row("entropy, held out", "router_entropy"),
+            row("busiest expert over the mean, held out", "router_max_over_mean"),
+            row("dead experts, held out", "router_dead"),
+            bars("tokens routed elsewhere than by the parent, held out", "eval/router_drift"),
+        ),
+    ),
+    Section(
+        "samples",
+        "The same prompts, answered by every stage: first side by side, then while training.",
+        (
+            table("answers of all stages", "samples_by_stage"),
+            table("answers while training", "samples"),
+            row("length of the answers, tokens", "answer_tokens"),
+        ),
+    ),
+    Section(
+        "system",
+        "What it cost: time, work, memory, data.",
+        (
+            lines("seconds a step", "speed/step_s"),
+            lines("tokens per second", "speed/tokens_per_s"),
+            lines("TFLOP/s", "speed/tflops"),
+            lines("model FLOP utilisation", "speed/mfu"),
+            bars("seconds", "cost/seconds", "cost/train_seconds", "cost/eval_seconds"),
+            bars("steps", "cost/steps", "cost/skipped_steps"),
+            bars("tokens", "cost/tokens", "cost/tokens_generated"),
+            bars("FLOPs", "cost/flops"),
+            bars("tokens per second, whole stage", "cost/tokens_per_s"),
+            bars("model FLOP utilisation, whole stage", "cost/mfu"),
+            bars("peak memory, MiB", "cost/peak_memory_mib", "cost/peak_gpu_memory_mib"),
+            bars("data", "cost/data_*"),
+        ),
+    ),
+)
+
+
+def matches(key: str, pattern: str) -> bool:
+    return fnmatchcase(key, pattern)
+
+
+def is_shown(key: str, sections: Iterable[Section]) -> bool:
+    """Whether some panel shows the key."""
+    return any(matches(key, k) for s in sections for panel in s.panels for k in panel.keys)
+
+
+def resolved(sections: tuple[Section, ...], known: set[str]) -> list[Section]:
+    """The sections with the patterns of bars replaced by the known keys that they match; a panel
+    that matches none is left out."""
+    found = []
+    for section in sections:
+        panels = []
+        for panel in section.panels:
+            keys = panel.keys
+            if panel.kind == "bars":
+                keys = tuple(k for p in keys for k in _expanded(p, known))
+            if keys:
+                panels.append(Panel(panel.kind, panel.title, keys, panel.x))
+        found.append(Section(section.name, section.text, tuple(panels)))
+    return found
+
+
+def _expanded(pattern: str, known: set[str]) -> list[str]:
+    if "*" not in pattern:
+        return [pattern]
+    return sorted(key for key in known if matches(key, pattern))
