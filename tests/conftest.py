@@ -13,8 +13,16 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 import pytest
 import torch
 
+from tests.device import DEVICE
+
 torch.set_num_threads(1)
 torch.set_flush_denormal(True)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """A GPU where there is one, else the CPU."""
+    return DEVICE
 
 
 @pytest.fixture(scope="session")

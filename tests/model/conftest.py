@@ -12,11 +12,11 @@ def nano():
 
 
 @pytest.fixture
-def build(nano):
+def build(nano, device):
     """A seeded moe_nano with larger weights, so that what a test changes shows in the output."""
 
     def build(seed: int = 0, **changes) -> Transformer:
         torch.manual_seed(seed)
-        return Transformer(nano(**{"init_std": 0.2, **changes}), VOCAB)
+        return Transformer(nano(**{"init_std": 0.2, **changes}), VOCAB).to(device)
 
     return build

@@ -21,6 +21,12 @@ from tests.model.configs import VOCAB
 ENDS = torch.tensor([3, 3, 10], dtype=torch.int32)  # the second expert has no rows
 
 
+@pytest.fixture
+def device() -> torch.device:
+    """Graphs are captured there."""
+    return torch.device("cpu")
+
+
 @pytest.fixture(autouse=True)
 def forget():
     """Each test compiles for itself."""

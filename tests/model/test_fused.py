@@ -15,6 +15,12 @@ pytestmark = pytest.mark.skipif(not kernels.is_available(), reason="needs a C++ 
 
 
 @pytest.fixture
+def device() -> torch.device:
+    """The kernels are the CPU's."""
+    return torch.device("cpu")
+
+
+@pytest.fixture
 def plain(monkeypatch):
     """A function that computes the same without the kernels."""
 

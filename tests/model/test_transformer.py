@@ -6,96 +6,100 @@ import torch
 
 from fourstage.model import Transformer
 from fourstage.model.health import bias_spread, drift, load_health
+from tests.device import close, repeated
 from tests.model.configs import VOCAB, read_config
 
-IDS = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
+
+@pytest.fixture
+def ids(device) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def logits(model: Transformer, ids: torch.Tensor, **kwargs) -> torch.Tensor:
     return model.logits(model(ids, **kwargs).hidden_BTD)
 
 
-def test_a_later_token_changes_nothing_earlier(build):
+def test_a_later_token_changes_nothing_earlier(build, ids):
     model = build()
-    changed = IDS.clone()
+    changed = ids.clone()
     changed[:, 7] = (changed[:, 7] + 1) % VOCAB
-    before, after = logits(model, IDS), logits(model, changed)
-    assert torch.allclose(before[:, :7], after[:, :7], atol=1e-5)
+    before, after = logits(model, ids), logits(model, changed)
+    close(after[:, :7], before[:, :7])
     assert not torch.allclose(before[:, 7], after[:, 7], atol=1e-2)
     assert not torch.allclose(before[:, -1], after[:, -1], atol=1e-4)
 
 
-def test_positions_matter(build):
+def test_positions_matter(build, device):
     model = build()
-    same = torch.full((1, 3), 4)
-    far = torch.tensor([[0, 1, 9]])
-    repeated = torch.tensor([[5, 4, 4]])
-    assert torch.allclose(logits(model, same)[0, 0], logits(model, same)[0, 2], atol=1e-5)
+    same = torch.full((1, 3), 4, device=device)
+    far = torch.tensor([[0, 1, 9]], device=device)
+    again = torch.tensor([[5, 4, 4]], device=device)
+    close(logits(model, same)[0, 2], logits(model, same)[0, 0])
     assert not torch.allclose(
-        logits(model, repeated)[0, 2], logits(model, repeated, positions_BT=far)[0, 2], atol=1e-3
+        logits(model, again)[0, 2], logits(model, again, positions_BT=far)[0, 2], atol=1e-3
     )
 
 
-def test_right_padding_changes_no_real_token(build):
+def test_right_padding_changes_no_real_token(build, ids, device):
     model = build()
-    padded = torch.cat((IDS, torch.full((2, 5), 3)), dim=1)
-    valid = torch.arange(17)[None] < torch.tensor([[12], [12]])
-    out, alone = model(padded, valid_BT=valid), model(IDS)
-    assert torch.allclose(out.hidden_BTD[:, :12], alone.hidden_BTD, atol=1e-5)
+    padded = torch.nn.functional.pad(ids, (0, 5), value=3)
+    valid = (torch.arange(17) < 12).expand(2, -1).to(device)
+    out, alone = model(padded, valid_BT=valid), model(ids)
+    close(out.hidden_BTD[:, :12], alone.hidden_BTD)
     assert torch.equal(out.router.load_LE, alone.router.load_LE)
     assert not torch.equal(model(padded).router.load_LE, alone.router.load_LE)
 
 
-def test_padding_is_no_part_of_the_balance_losses(build):
+def test_padding_is_no_part_of_the_balance_losses(build, ids, device):
     model = build(balance="switch", z_loss_coef=0.1)
-    padded = torch.cat((IDS, torch.full((2, 5), 3)), dim=1)
-    valid = torch.arange(17)[None] < torch.tensor([[12], [12]])
-    alone = model(IDS).router.aux_loss.item()
+    padded = torch.nn.functional.pad(ids, (0, 5), value=3)
+    valid = (torch.arange(17) < 12).expand(2, -1).to(device)
+    alone = model(ids).router.aux_loss.item()
     assert model(padded, valid_BT=valid).router.aux_loss.item() == pytest.approx(alone, rel=1e-5)
     assert model(padded).router.aux_loss.item() != pytest.approx(alone, rel=1e-3)
 
 
-def test_left_padding_with_positions_and_a_mask_changes_no_real_token(build):
+def test_left_padding_with_positions_and_a_mask_changes_no_real_token(build, ids, device):
     model = build()
-    padded = torch.cat((torch.full((2, 3), 3), IDS), dim=1)
-    real = torch.arange(15) >= 3
-    mask = torch.ones(15, 15).tril().bool() & real | torch.eye(15).bool()
-    positions = (torch.arange(15) - 3).clamp(min=0)[None]
+    padded = torch.nn.functional.pad(ids, (3, 0), value=3)
+    at = torch.arange(15, device=device)
+    mask = (at <= at[:, None]) & (at >= 3) | (at == at[:, None])
+    positions = (at - 3).clamp(min=0)[None]
     out = model(padded, positions_BT=positions, attn_mask=mask[None, None])
-    assert torch.allclose(out.hidden_BTD[:, 3:], model(IDS).hidden_BTD, atol=1e-5)
+    close(out.hidden_BTD[:, 3:], model(ids).hidden_BTD)
 
 
-def test_the_grouped_and_the_loop_model_agree_in_logits_and_gradients(build):
+def test_the_grouped_and_the_loop_model_agree_in_logits_and_gradients(build, ids):
     gradients = []
     for path in ("loop", "grouped"):
         model = build(expert_path=path)
-        logits(model, IDS).logsumexp(-1).sum().backward()
+        logits(model, ids).logsumexp(-1).sum().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
-        assert torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-4), name
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_tied_embeddings_share_one_weight(build):
+def test_tied_embeddings_share_one_weight(build, ids):
     tied = build(tie_embeddings=True)
     assert tied.head is None
     assert "head.weight" not in tied.state_dict()
-    out = tied(IDS)
-    assert torch.allclose(tied.logits(out.hidden_BTD), out.hidden_BTD @ tied.embedding.weight.T)
+    out = tied(ids)
+    close(tied.logits(out.hidden_BTD), out.hidden_BTD @ tied.embedding.weight.T)
     assert build(tie_embeddings=False).head.weight.shape == (VOCAB, 64)
 
 
 @pytest.mark.parametrize("name", ["dense_tiny", "moe_nano"])
-def test_one_expert_is_dense_and_has_no_router(name):
-    model = Transformer(read_config(name), VOCAB)
-    out = model(IDS)
+def test_one_expert_is_dense_and_has_no_router(device, ids, name):
+    model = Transformer(read_config(name), VOCAB).to(device)
+    out = model(ids)
     dense = name.startswith("dense")
     assert (out.router is None) is dense
     assert any("router" in key for key in model.state_dict()) is not dense
 
 
-def test_every_parameter_gets_a_gradient(build):
+def test_every_parameter_gets_a_gradient(build, ids):
     model = build(d_shared=16)
-    logits(model, IDS).square().mean().backward()
+    logits(model, ids).square().mean().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -115,51 +119,54 @@ def test_initial_weights_have_their_standard_deviations():
     assert loss.item() == pytest.approx(math.log(1000), rel=0.05)
 
 
-def test_dropout_is_on_in_training_only(build):
+def test_dropout_is_on_in_training_only(build, ids):
     model = build(dropout=0.5)
-    assert not torch.allclose(logits(model, IDS), logits(model, IDS))
+    assert not torch.allclose(logits(model, ids), logits(model, ids))
     model.eval()
-    assert torch.equal(logits(model, IDS), logits(model, IDS))
+    assert torch.equal(logits(model, ids), logits(model, ids))
 
 
 # The selection bias
 
 
-def test_the_bias_update_by_hand(build):
+def test_the_bias_update_by_hand(build, device):
     model = build(bias_step=0.1)
-    model.update_expert_bias(torch.tensor([[6.0, 4.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]]))
+    load = torch.tensor([[6.0, 4.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
+    model.update_expert_bias(load.to(device))
     # Layer 0: mean load 3, signs (-1, -1, 1, 1), which are centred already. Layer 1: no sign.
     want = torch.tensor([[-0.1, -0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0]])
-    assert torch.allclose(model.expert_bias_LE(), want)
-    model.update_expert_bias(torch.tensor([[9.0, 1.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]]))
+    close(model.expert_bias_LE(), want)
+    load = torch.tensor([[9.0, 1.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
+    model.update_expert_bias(load.to(device))
     # Signs (-1, 1, 1, 1) have the mean 0.5: steps of 0.1 * (-1.5, 0.5, 0.5, 0.5) on top.
     want[0] += torch.tensor([-0.15, 0.05, 0.05, 0.05])
-    assert torch.allclose(model.expert_bias_LE(), want)
-    assert torch.allclose(model.expert_bias_LE().sum(-1), torch.zeros(2), atol=1e-6)
+    close(model.expert_bias_LE(), want)
+    close(model.expert_bias_LE().sum(-1), torch.zeros(2))
 
 
 @pytest.mark.parametrize("balance", ["bias", "switch", "none"])
-def test_loads_add_up_over_forwards_until_they_are_taken(build, balance):
+def test_loads_add_up_over_forwards_until_they_are_taken(build, ids, balance):
     model, other = build(balance=balance), build(balance=balance)
-    loads = model(IDS[:1]).router.load_LE + model(IDS[1:]).router.load_LE
-    other(IDS)
+    loads = model(ids[:1]).router.load_LE + model(ids[1:]).router.load_LE
+    other(ids)
     assert torch.equal(model.take_load(), loads)
     assert torch.equal(other.take_load(), loads)
     assert model.take_load() is None
 
 
 @pytest.mark.parametrize("case", ["eval", "no_grad", "dense"])
-def test_only_training_forwards_of_routers_are_counted(build, case):
+def test_only_training_forwards_of_routers_are_counted(build, ids, case):
     model = build(num_experts=1, top_k=1) if case == "dense" else build()
     with torch.set_grad_enabled(case != "no_grad"):
-        model.train(case != "eval")(IDS)
+        model.train(case != "eval")(ids)
     assert model.take_load() is None
 
 
-def test_the_bias_evens_out_the_load(build):
+def test_the_bias_evens_out_the_load(build, device):
     """Without any learning, the bias alone makes skewed routers use their experts equally."""
     model = build(bias_step=0.02)
     ids = torch.randint(0, VOCAB, (8, 64), generator=torch.Generator().manual_seed(1))
+    ids = ids.to(device)
     first = load_health(model(ids).router.load_LE)
     for _ in range(60):
         model.update_expert_bias(model.take_load())
@@ -169,9 +176,9 @@ def test_the_bias_evens_out_the_load(build):
     assert (last["load_entropy"] > first["load_entropy"]).all()
 
 
-def test_the_bias_is_saved_and_the_counts_are_not(build):
+def test_the_bias_is_saved_and_the_counts_are_not(build, ids):
     model = build()
-    model(IDS)
+    model(ids)
     assert sum(key.endswith("expert_bias_E") for key in model.state_dict()) == 2
     assert not any("load" in key for key in model.state_dict())
     copy.deepcopy(model)
@@ -193,22 +200,22 @@ def test_drift_compares_sets_of_experts():
     assert drift(before, before).tolist() == [0, 0]
 
 
-def test_a_forward_says_which_experts_each_token_chose(build):
-    router = build()(IDS).router
+def test_a_forward_says_which_experts_each_token_chose(build, ids):
+    router = build()(ids).router
     for experts_NK, load_E in zip(router.experts, router.load_LE, strict=True):
-        assert experts_NK.shape == (IDS.numel(), 2)
+        assert experts_NK.shape == (ids.numel(), 2)
         assert experts_NK.flatten().bincount(minlength=4).tolist() == load_E.tolist()
 
 
-def test_the_same_seed_gives_the_same_loss_and_gradients(build):
+def test_the_same_seed_gives_the_same_loss_and_gradients(build, ids):
     runs = []
     for _ in range(2):
         model = build()
-        loss = logits(model, IDS).logsumexp(-1).mean()
+        loss = logits(model, ids).logsumexp(-1).mean()
         loss.backward()
-        runs.append((loss, [p.grad for p in model.parameters()]))
-    assert torch.equal(runs[0][0], runs[1][0])
-    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+        runs.append([loss, *(p.grad for p in model.parameters())])
+    for a, b in zip(*runs, strict=True):
+        repeated(a, b)
 
 
 def gradients(model: Transformer, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -218,8 +225,8 @@ def gradients(model: Transformer, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("shape", [{}, {"num_experts": 1, "top_k": 1}])
-def test_checkpointed_activations_change_memory_only(build, shape):
-    model, ids = build(**shape), torch.randint(0, VOCAB, (3, 40))
+def test_checkpointed_activations_change_memory_only(build, device, shape):
+    model, ids = build(**shape), torch.randint(0, VOCAB, (3, 40)).to(device)
     found, kept = [], []
     for model.checkpoint_activations in (False, True):
         numbers = []
@@ -239,4 +246,4 @@ def test_checkpointed_activations_change_memory_only(build, shape):
     assert flops == flops_again
     assert load is None or torch.equal(load, load_again)
     for name, gradient in plain.items():
-        torch.testing.assert_close(again[name], gradient, msg=name)
+        repeated(again[name], gradient)
