@@ -18,6 +18,7 @@ from fourstage.optim.muon import Muon, orthogonalize
 from fourstage.parallel.strategies import ZERO
 from fourstage.stages import GRPOModule, PPOModule, PretrainModule, RewardModule, SFTModule
 from fourstage.stages.base import parameter_groups
+from tests.device import BFLOAT16, close, repeated
 from tests.fakes import FakeTrain, config, own_files
 from tests.stages.tiny import TINY, TOKENIZER, make_policy, make_scalar, settings
 
@@ -25,13 +26,18 @@ TIED = replace(TINY, tie_embeddings=True, d_shared=16, qk_norm=False)
 DENSE = replace(TINY, num_experts=1, top_k=1, balance="none")
 
 
-def gradients(n: int, *shape: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator) for _ in range(n)]
+@pytest.fixture
+def gradients(device) -> Callable[..., list[Tensor]]:
+    def gradients(n: int, *shape: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randn(shape, generator=generator).to(device) for _ in range(n)]
+
+    return gradients
 
 
-def start(*shape: int) -> nn.Parameter:
-    return nn.Parameter(gradients(1, *shape)[0].flip(0))
+@pytest.fixture
+def start(gradients) -> Callable[..., nn.Parameter]:
+    return lambda *shape: nn.Parameter(gradients(1, *shape)[0].flip(0))
 
 
 def take_steps(optimizer: torch.optim.Optimizer, weight: nn.Parameter, grads: list[Tensor]) -> None:
@@ -47,10 +53,10 @@ def muon(weight: nn.Parameter, *split) -> Muon:
 # --- the mathematics
 
 
-def test_singular_values_go_through_the_polynomial_and_nothing_turns():
+def test_singular_values_go_through_the_polynomial_and_nothing_turns(device):
     """In float64, against x (a + b x^2 + c x^4), five times, on the singular values alone."""
     generator = torch.Generator().manual_seed(0)
-    x_MRC = torch.randn(3, 4, 6, generator=generator, dtype=torch.float64)
+    x_MRC = torch.randn(3, 4, 6, generator=generator, dtype=torch.float64).to(device)
     u, s, vh = torch.linalg.svd(x_MRC, full_matrices=False)
     s = s / s.norm(dim=1, keepdim=True)
     for _ in range(5):
@@ -59,22 +65,22 @@ def test_singular_values_go_through_the_polynomial_and_nothing_turns():
     assert s.min() > 0.6 and s.max() < 1.3
 
 
-def test_a_matrix_without_a_gradient_stays():
-    assert not orthogonalize(torch.zeros(1, 2, 3)).any()
+def test_a_matrix_without_a_gradient_stays(device):
+    assert not orthogonalize(torch.zeros(1, 2, 3, device=device)).any()
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)])
-def test_one_matrix_moves_as_with_pytorchs_muon(shape):
-    """To 1 %: PyTorch's works in bf16."""
+def test_one_matrix_moves_as_with_pytorchs_muon(start, gradients, shape):
+    """Which works in bf16."""
     mine, theirs, grads = start(*shape), start(*shape), gradients(5, *shape)
     take_steps(muon(mine, shape[0], 0), mine, grads)
     options = {"lr": 0.02, "weight_decay": 0.5, "adjust_lr_fn": "match_rms_adamw"}
     take_steps(torch.optim.Muon([theirs], **options), theirs, grads)
     moved = theirs.detach() - start(*shape).detach()
-    assert (mine - theirs).norm() < 0.01 * moved.norm()
+    assert (mine - theirs).norm() < BFLOAT16 * moved.norm()
 
 
-def test_other_groups_are_adamws_to_the_bit():
+def test_other_groups_are_adamws_to_the_bit(start, gradients):
     mine, theirs, grads = start(6, 10), start(6, 10), gradients(3, 6, 10)
     options = {"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.5}
     take_steps(Muon([{"params": [mine]}], **options), mine, grads)
@@ -93,9 +99,12 @@ PARTED = {
 
 
 @pytest.mark.parametrize("at_once", [1, 100, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", PARTED)
 def test_a_weight_of_several_moves_as_each_on_its_own(name, at_once, monkeypatch):
     monkeypatch.setattr("fourstage.optim.muon.AT_ONCE", {"cpu": at_once})
+def test_a_weight_of_several_moves_as_each_on_its_own(
+    start, gradients, name, at_once, dtype, monkeypatch
     shape, split = PARTED[name]
     weight, grads = start(*shape), gradients(3, *shape)
     take_steps(muon(weight, *split), weight, grads)
@@ -110,8 +119,8 @@ def test_a_weight_of_several_moves_as_each_on_its_own(name, at_once, monkeypatch
         take_steps(muon(own, len(own), 0), own, [matrices(grad)[i] for grad in grads])
         alone.append(own)
     assert len(alone) == {"qkv": 3, "gate and up": 2, "experts": 3}.get(name, 6)
-    for one, two in zip(matrices(weight), alone, strict=True):
-        torch.testing.assert_close(one, two.detach(), rtol=0, atol=1e-6)
+    for one, two, before in zip(matrices(weight), alone, matrices(start(*shape)), strict=True):
+        close(one - before, two - before, dtype)
 
 
 # --- every network of every stage
@@ -222,7 +231,7 @@ def test_every_weight_is_in_the_group_that_it_should_be_in(stage):
 # --- state, and the next stage
 
 
-def test_a_resumed_optimizer_goes_on_to_the_bit():
+def test_a_resumed_optimizer_goes_on_to_the_bit(device):
     """Through a file, in the middle of ppo's two networks."""
 
     def steps(module: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
@@ -231,10 +240,10 @@ def test_a_resumed_optimizer_goes_on_to_the_bit():
             for group in optimizer.param_groups:
                 group["lr"] = 0.01 / (1 + seed)
                 for weight in group["params"]:
-                    weight.grad = torch.randn(weight.shape, generator=generator)
+                    weight.grad = torch.randn(weight.shape, generator=generator).to(device)
             optimizer.step()
 
-    calm, first, second = ppo(), ppo(), ppo()
+    calm, first, second = (ppo().to(device) for _ in range(3))
     steps(calm, calm.configure_optimizers(), range(4))
     optimizer = first.configure_optimizers()
     steps(first, optimizer, range(2))
@@ -247,7 +256,8 @@ def test_a_resumed_optimizer_goes_on_to_the_bit():
     resumed.load_state_dict(state)
     steps(second, resumed, range(2, 4))
     for one, two, before in zip(*(m.parameters() for m in (calm, second, first)), strict=True):
-        assert one.equal(two) and not one.equal(before)
+        repeated(one, two)
+        assert not one.equal(before)
 
 
 def test_zero_goes_on_from_a_run_of_any_trainer(tmp_path, monkeypatch):

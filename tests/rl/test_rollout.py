@@ -18,14 +18,15 @@ from fourstage.rl.rollout import (
     pack,
     sample,
 )
+from tests.device import close
 from tests.stages.tiny import TINY, TOKENIZER, make_policy, make_scalar
 
 PROMPTS = [TOKENIZER.prompt([{"role": "user", "content": text}]) for text in ("a", "Hi you", "so")]
 
 
 @pytest.fixture(scope="module")
-def policy():
-    return make_policy()
+def policy(device):
+    return make_policy().to(device)
 
 
 @pytest.fixture(scope="module")
@@ -79,31 +80,31 @@ def test_a_sample_holds_its_prompts_and_ends_with_its_end_token(rollout):
 def test_the_sampler_and_the_trainer_agree(policy, temperature):
     """A cached, left-padded forward a token against one right-padded forward in train mode."""
     got = sample(policy, PROMPTS * 4, TOKENIZER, max_new_tokens=12, temperature=temperature, seed=5)
-    logprobs = answer_logprobs(policy.train(), got, temperature)
+    logprobs = answer_logprobs(policy.train(), got, temperature).cpu()
     gap = (logprobs - got.logprobs).abs()[got.mask]
     assert gap.max() < 1e-4
-    other = answer_logprobs(policy, got, 1.3)  # the temperature matters
+    other = answer_logprobs(policy, got, 1.3).cpu()  # the temperature matters
     assert (other - got.logprobs).abs()[got.mask].max() > 0.1
 
 
-def test_scores_are_those_of_one_row_alone_without_padding(policy, rollout):
+def test_scores_are_those_of_one_row_alone_without_padding(policy, rollout, device):
     logprobs, entropies = answer_logprobs(policy, rollout), answer_entropies(policy, rollout)
     for row in range(4):
         start, length = int(rollout.start[row]), int(rollout.length[row])
-        ids = rollout.ids[row, : start + length]
+        ids = rollout.ids[row, : start + length].to(device)
         logp = policy.logits(policy(ids[None]).hidden_BTD)[0].log_softmax(-1)
-        at = torch.arange(start - 1, start + length - 1)
+        at = torch.arange(start - 1, start + length - 1, device=device)
         want = logp[at, ids[start:]]
-        torch.testing.assert_close(logprobs[row, :length], want, atol=1e-5, rtol=1e-4)
+        close(logprobs[row, :length], want)
         want = -(logp[at].exp() * logp[at]).sum(-1)
-        torch.testing.assert_close(entropies[row, :length], want, atol=1e-5, rtol=1e-4)
+        close(entropies[row, :length], want)
 
 
 @pytest.mark.parametrize("n_prompts", [1, 3, 12])
-def test_packing_changes_neither_scores_nor_gradients(policy, monkeypatch, n_prompts):
+def test_packing_changes_neither_scores_nor_gradients(policy, device, monkeypatch, n_prompts):
     prompts = [[*PROMPTS[i % 3], 40 + i] for i in range(n_prompts)] * (12 // n_prompts)
     got = sample(policy, prompts, TOKENIZER, max_new_tokens=12, seed=4)
-    weight = torch.rand(got.mask.shape, generator=torch.Generator().manual_seed(1))
+    weight = torch.rand(got.mask.shape, generator=torch.Generator().manual_seed(1)).to(device)
 
     def scores(most_packed: float) -> list[torch.Tensor]:
         monkeypatch.setattr(module, "MOST_PACKED", most_packed)
@@ -116,8 +117,9 @@ def test_packing_changes_neither_scores_nor_gradients(policy, monkeypatch, n_pro
 
     plain, packed = scores(0.0), scores(1.0)
     assert len(plain) == len(list(policy.parameters())) + 2
-    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-4)
-    assert (plain[0][~got.mask] == 0).all()
+    for one, other in zip(packed, plain, strict=True):
+        close(one, other)
+    assert (plain[0].cpu()[~got.mask] == 0).all()
 
 
 def test_both_ways_pass_the_same_modules_in_the_same_order(policy, rollout, monkeypatch):
@@ -141,29 +143,27 @@ def test_both_ways_pass_the_same_modules_in_the_same_order(policy, rollout, monk
 
 
 @pytest.mark.parametrize("fill", [TOKENIZER.pad_id, 50])
-def test_wider_padding_changes_nothing(policy, rollout, fill):
-    scalar, wide = make_scalar(), wider(rollout, 7, fill)
+def test_wider_padding_changes_nothing(policy, rollout, device, fill):
+    scalar, wide = make_scalar().to(device), wider(rollout, 7, fill)
     mask = rollout.mask
     narrow_wide = rollout, wide
     a, b = ([f(policy, r) for f in (answer_logprobs, answer_entropies)] for r in narrow_wide)
     assert wide.mask[:, : mask.shape[1]].equal(mask) and not wide.mask[:, mask.shape[1] :].any()
     for x, y in zip(b, a, strict=True):
-        torch.testing.assert_close(x[wide.mask], y[mask], atol=1e-5, rtol=1e-5)
-    values = answer_values(scalar, rollout)[mask], answer_values(scalar, wide)[wide.mask]
-    torch.testing.assert_close(*values, atol=1e-5, rtol=1e-5)
-    finals = final_scores(scalar, rollout), final_scores(scalar, wide)
-    torch.testing.assert_close(*finals, atol=1e-5, rtol=1e-5)
+        close(x.cpu()[wide.mask], y.cpu()[mask])
+    values = [answer_values(scalar, r).cpu()[r.mask] for r in narrow_wide]
+    close(*values)
+    close(final_scores(scalar, rollout), final_scores(scalar, wide))
 
 
-def test_values_stand_before_their_tokens_and_the_score_at_the_last_one(rollout):
-    scalar = make_scalar()
+def test_values_stand_before_their_tokens_and_the_score_at_the_last_one(rollout, device):
+    scalar = make_scalar().to(device)
     values, scores = answer_values(scalar, rollout), final_scores(scalar, rollout)
     for row in range(4):
         start, length = int(rollout.start[row]), int(rollout.length[row])
-        alone = scalar(rollout.ids[row : row + 1, : start + length])[0]
-        want = alone[start - 1 : -1]
-        torch.testing.assert_close(values[row, :length], want, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(scores[row], alone[-1], atol=1e-5, rtol=1e-4)
+        alone = scalar(rollout.ids[row : row + 1, : start + length].to(device))[0]
+        close(values[row, :length], alone[start - 1 : -1])
+        close(scores[row], alone[-1])
 
 
 def test_answers_as_text(rollout):
@@ -186,7 +186,7 @@ def test_many_prompts_are_answered_in_parts_that_change_nothing(policy, rollout,
     parts = sample(policy, PROMPTS * 4, TOKENIZER, max_new_tokens=12, seed=3)
     assert parts.ids.tolist() == rollout.ids.tolist()
     assert parts.stopped.tolist() == rollout.stopped.tolist()
-    torch.testing.assert_close(parts.logprobs, rollout.logprobs, atol=1e-5, rtol=1e-5)
+    close(parts.logprobs, rollout.logprobs)
 
 
 @pytest.mark.parametrize("seed", [20_240_101 * 1_000_003, 2**32 * 1_000_003])
@@ -196,7 +196,7 @@ def test_a_large_seed_is_as_good_as_a_small_one(policy, seed):
     assert one.ids.tolist() != two.ids.tolist()
 
 
-def test_a_long_prompt_loses_its_beginning():
+def test_a_long_prompt_loses_its_beginning(policy):
     text = "0123456789" * 10
     messages = [{"role": "user", "content": text}]
     whole = TOKENIZER.prompt(messages)
@@ -205,7 +205,7 @@ def test_a_long_prompt_loses_its_beginning():
     assert len(short) == 20
     assert short[:2] == whole[:2]  # <bos><user>
     assert short[2:] == whole[-18:]  # the end of the question, <eot> and <assistant>
-    sample(make_policy(), [short], TOKENIZER, max_new_tokens=TINY.max_seq_len - 20)  # it fits
+    sample(policy, [short], TOKENIZER, max_new_tokens=TINY.max_seq_len - 20)  # it fits
 
 
 def test_no_room_for_a_prompt_is_the_users_mistake():
