@@ -14,6 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from fourstage.lineage.resume import Checkpointer
 from fourstage.tracking.callbacks import Sample, SampleLog, StepAxis, StepSeed
 from fourstage.tracking.loggers import MetricsCSV
+from tests.device import TRAINER
 
 N_STEPS, VAL_EVERY = 12, 4
 
@@ -55,7 +56,7 @@ class Tiny(LightningModule):
     def training_step(self, batch, batch_idx) -> None:
         optimizer = self.optimizers()
         optimizer.zero_grad()
-        self.manual_backward((self.weight * batch * torch.rand(1)).sum())
+        self.manual_backward((self.weight * batch * torch.rand(1).to(self.device)).sum())
         optimizer.step()
         self.steps_of_this_process.append(batch_idx + 1)
         self.log("train/loss", self.weight.item())
@@ -80,7 +81,7 @@ def fit(folder: Path, *extra: Callback, every: int = 3, log_every: int = 1) -> T
         at_start=True,
     )
     trainer = Trainer(
-        accelerator="cpu",
+        **TRAINER,
         max_epochs=1,
         logger=[MetricsCSV(folder / "metrics.csv", resume=resume)],
         callbacks=[
