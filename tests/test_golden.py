@@ -73,7 +73,12 @@ def test_next_token_losses(case):
         else PretrainModule(policy, settings, seed=0, heldout_chars=1)
     )
     logged = Logged("train/loss")
-    tiny.fit(module, token_batches(8, 6, 70, padded=case == "padded"), callbacks=[logged])
+    tiny.fit(
+        module,
+        token_batches(8, 6, 70, padded=case == "padded"),
+        callbacks=[logged],
+        accelerator="cpu",
+    )
     assert logged.values == pytest.approx(LOSSES[case], rel=1e-5)
 
 
@@ -89,7 +94,7 @@ def test_grpo_gradients(monkeypatch):
     settings = tiny.steady("grpo", **ON_POLICY, group_size=4, minibatch_size=8, kl_coef=0.1)
     module = GRPOModule(tiny.make_policy(), tiny.make_policy(7), tiny.TOKENIZER, settings, 0)
     logged = Logged("train/grad_norm")
-    tiny.fit(module, tiny.prompt_batches(3), callbacks=[logged])
+    tiny.fit(module, tiny.prompt_batches(3), callbacks=[logged], accelerator="cpu")
     assert logged.values == pytest.approx(GRAD_NORMS["grpo"], rel=1e-4)
 
 
@@ -100,5 +105,5 @@ def test_ppo_gradients():
     networks = (tiny.make_policy(), value, tiny.make_policy(7), reward)
     logged = Logged("train/grad_norm")
     module = PPOModule(*networks, tiny.TOKENIZER, settings, 0, None)
-    tiny.fit(module, tiny.prompt_batches(3), callbacks=[logged])
+    tiny.fit(module, tiny.prompt_batches(3), callbacks=[logged], accelerator="cpu")
     assert logged.values == pytest.approx(GRAD_NORMS["ppo"], rel=1e-4)

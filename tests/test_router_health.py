@@ -12,6 +12,7 @@ from torch import Tensor
 from fourstage.model import Transformer
 from fourstage.model.health import load_health
 from fourstage.tracking.callbacks import RouterHealth
+from tests.device import REPEATED
 from tests.stages.test_supervised import ragged
 from tests.stages.tiny import TINY, distance, fit, make_policy, weights, with_balance
 from tests.test_cost import ROWS, STAGES, build, judged  # noqa: F401
@@ -31,7 +32,7 @@ def watch(network: Transformer) -> Tensor:
             experts_NK = routing.experts_NK
             if inputs[1] is not None:  # how often a token counts
                 experts_NK = experts_NK.repeat_interleave(inputs[1].long(), dim=0)
-            load_LE[layer] += experts_NK.flatten().bincount(minlength=E)
+            load_LE[layer] += experts_NK.cpu().flatten().bincount(minlength=E)
 
         return hook
 
@@ -124,7 +125,7 @@ def test_looking_changes_nothing(stage):
         torch.manual_seed(6)
         fit(module, batches, callbacks=callbacks)
         results.append((weights(module), torch.get_rng_state(), module.tokens_generated))
-    assert distance(results[0][0], results[1][0]) == 0
+    assert distance(results[0][0], results[1][0]) <= REPEATED
     assert torch.equal(results[0][1], results[1][1])
     assert results[0][2] == results[1][2]
 

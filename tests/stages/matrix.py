@@ -110,7 +110,7 @@ def fixed_answers(policy: Any, prompts: list[list[int]], tokenizer: Any, **_: An
     stopped = [len(answer) % 2 == 0 for answer in answers]
     rollout = pack(prompts, answers, nothing, stopped, TOKENIZER.pad_id)
     with torch.no_grad():
-        rollout.logprobs = answer_logprobs(policy, rollout) * rollout.mask
+        rollout.logprobs = answer_logprobs(policy, rollout).cpu() * rollout.mask
     return rollout
 
 
@@ -136,7 +136,7 @@ class Keep(L.Callback):
         update = module.update
 
         def summed(piece: Any, n_rows: int) -> torch.Tensor:
-            total = torch.zeros(())
+            total = torch.zeros((), device=module.device)
 
             def counted(rows: slice) -> torch.Tensor:
                 share = piece(rows)

@@ -14,6 +14,7 @@ from fourstage.errors import UserError
 from fourstage.settings import build
 from fourstage.stages import SETTINGS, PretrainModule, SFTModule
 from fourstage.stages.base import learning_rate_factor, parameter_groups
+from tests.device import REPEATED, repeated
 from tests.stages.tiny import (
     STAGES,
     distance,
@@ -286,7 +287,7 @@ def test_a_step_starts_without_the_last_steps_gradient(monkeypatch):
     fit(SFTModule(together, s, 0), [one, two])
     for batch in (one, two):
         fit(SFTModule(apart, s, 0), [batch])
-    assert distance(weights(together), weights(apart)) == 0
+    assert distance(weights(together), weights(apart)) <= REPEATED
 
 
 class Poisoned(SFTModule):
@@ -320,11 +321,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(kind):
     assert trainer.callback_metrics["train/skipped_steps"] == 1
     expected = Poisoned(make_policy(), s, {})
     other = fit(expected, without(2, batches))
-    assert distance(weights(module), weights(expected)) == 0
+    assert distance(weights(module), weights(expected)) <= REPEATED
     states = [t.optimizers[0].state_dict()["state"] for t in (trainer, other)]
     assert states[0].keys() == states[1].keys()
     for one, two in zip(states[0].values(), states[1].values(), strict=True):
-        assert all(one[name].equal(two[name]) for name in two)
+        for name in two:
+            repeated(one[name], two[name])
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run_in_one_line():

@@ -23,6 +23,7 @@ from fourstage.stages.grpo import (
     tied_groups,
 )
 from fourstage.stages.on_policy import Totals
+from tests.device import ROUNDING
 from tests.fakes import one_by_one
 from tests.stages.tiny import (
     TINY,
@@ -273,7 +274,7 @@ def test_one_piece_of_eight_answers_equals_eight_of_one(monkeypatch, loss, kl_co
     assert len(set(found[0].rollout.length.tolist())) > 2
     (whole, metrics), (pieces, others) = results
     assert distance(weights(make()), whole) > 1e-3
-    assert distance(whole, pieces) < 1e-6
+    assert distance(whole, pieces) < ROUNDING
     same = {n: pytest.approx(x.item(), abs=2e-4) for n, x in metrics.items()}
     assert {name: x.item() for name, x in others.items()} == same
 
@@ -308,7 +309,7 @@ def test_two_passes_are_the_gradients_of_the_loss_written_out(monkeypatch, name)
             for p, gradient in zip(parameters, gradients, strict=True):
                 p -= 0.1 * gradient
     for p, q in zip(parameters, module.policy.parameters(), strict=True):
-        torch.testing.assert_close(q, p, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(q, p, atol=ROUNDING, rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss", REDUCTIONS)
@@ -335,7 +336,7 @@ def test_leaving_out_answers_without_advantage_is_exact(monkeypatch, loss):
         results.append(weights(module))
     assert sum(some for some, _ in rows) <= sum(every for _, every in rows) / 2
     assert distance(weights(make()), results[0]) > 1e-3
-    assert distance(*results) < 1e-6
+    assert distance(*results) < ROUNDING
 
 
 def test_how_far_the_policy_moved_is_measured_on_the_answers_it_was_trained_on(monkeypatch):

@@ -1,4 +1,4 @@
-"""16-mixed: the loss is scaled so that half-precision gradients do not vanish. On a CPU here."""
+"""bf16-mixed; and 16-mixed: the loss is scaled so that half-precision gradients do not vanish."""
 
 import pytest
 import torch
@@ -6,13 +6,14 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from fourstage.model import Transformer
 from fourstage.stages import PretrainModule
+from tests.device import BFLOAT16, DEVICE
 from tests.model.configs import read_config
 from tests.stages import tiny
 from tests.test_golden import VOCAB, Logged, token_batches
 
 
-def train(optimizer: str, n_steps: int, scale: float | None):
-    """Losses and gradient norms of some steps; without a scale in full precision."""
+def train(optimizer: str, n_steps: int, scale: float | None, precision: str | None = None):
+    """Losses and gradient norms of some steps; with a scale in 16-mixed."""
     torch.manual_seed(3)
     policy = Transformer(read_config("moe_nano", init_std=0.06, expert_path="loop"), VOCAB)
     changes = {"optimizer": optimizer, "lr": 2e-3, "clip_norm": 1.0, "max_steps": n_steps}
@@ -20,10 +21,10 @@ def train(optimizer: str, n_steps: int, scale: float | None):
     losses, norms = Logged("train/loss"), Logged("train/grad_norm")
     plugins = []
     if scale is not None:
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=scale)
+        plugins = [MixedPrecision("16-mixed", DEVICE.type, scaler)]
     batches = token_batches(n_steps, 6, 70, padded=False)
-    tiny.fit(module, batches, callbacks=[losses, norms], plugins=plugins)
+    tiny.fit(module, batches, callbacks=[losses, norms], plugins=plugins, precision=precision)
     return module, losses.values, norms.values
 
 
@@ -34,6 +35,15 @@ def test_steps_and_norms_are_those_of_full_precision(optimizer):
     assert losses == pytest.approx(want_losses, rel=1e-3)
     assert norms == pytest.approx(want_norms, rel=5e-3)
     assert max(norms) > 1  # some were clipped
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_bf16_needs_no_scale(optimizer):
+    module, losses, norms = train(optimizer, 6, scale=None, precision="bf16-mixed")
+    _, want_losses, want_norms = train(optimizer, 6, scale=None)
+    assert losses == pytest.approx(want_losses, rel=BFLOAT16)
+    assert norms == pytest.approx(want_norms, rel=BFLOAT16)
+    assert losses != want_losses and module.skipped_steps == 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -14,12 +14,14 @@ from fourstage.rl.ops import kl_k1, moments
 from fourstage.rl.rollout import answer_entropies, answer_logprobs, answer_texts, final_scores, pack
 from fourstage.stages import PPOModule
 from fourstage.stages.ppo import (
+    Experience,
     adapted_kl_coef,
     clipped_value_loss,
     explained_variance,
     gae,
     token_rewards,
 )
+from tests.device import REPEATED, ROUNDING
 from tests.stages.tiny import (
     TINY,
     TOKENIZER,
@@ -170,13 +172,15 @@ def make(judge=None, model=TINY, seed: int = 0, **changes) -> PPOModule:
     return PPOModule(policy, value, reference, reward, TOKENIZER, s, seed, judge)
 
 
-def seen_by(module: PPOModule) -> list:
-    """What the module's rollouts hold, once it has been trained."""
+def seen_by(module: PPOModule) -> list[Experience]:
+    """What the module's rollouts hold, on the CPU, once it has been trained."""
     found, collect = [], module.collect
 
     def keep(prompts):
-        found.append(collect(prompts))
-        return found[-1]
+        seen = collect(prompts)
+        here = {k: x.cpu() for k, x in vars(seen).items() if isinstance(x, Tensor)}
+        found.append(replace(seen, **here))
+        return seen
 
     module.collect = keep
     return found
@@ -236,7 +240,7 @@ def test_two_passes_are_the_gradients_of_the_loss_written_out(monkeypatch):
                 p -= 0.05 * gradient
     trained = [*module.policy.parameters(), *module.value.parameters()]
     for p, q in zip(parameters, trained, strict=True):
-        torch.testing.assert_close(q, p, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(q, p, atol=ROUNDING, rtol=1e-5)
 
 
 def test_one_piece_of_four_answers_equals_four_of_one(monkeypatch):
@@ -251,7 +255,7 @@ def test_one_piece_of_four_answers_equals_four_of_one(monkeypatch):
     assert distance(weights(make()), results[0][0]) > 1e-3
     (whole, metrics, ids), (pieces, others, same_ids) = results
     assert all(a.equal(b) for a, b in zip(ids, same_ids, strict=True))
-    assert distance(whole, pieces) < 1e-6
+    assert distance(whole, pieces) < ROUNDING
     same = {n: pytest.approx(x.item(), abs=2e-4) for n, x in metrics.items()}
     assert {name: x.item() for name, x in others.items()} == same
 
@@ -323,7 +327,7 @@ def test_a_good_answer_becomes_likelier_and_a_bad_one_less(monkeypatch, advantag
     def judged(prompts):
         x = collect(prompts)
         x.advantages_BA = torch.zeros_like(x.advantages_BA)
-        x.advantages_BA[2] = advantage * x.rollout.mask[2]
+        x.advantages_BA[2] = advantage
         found.append(x)
         return x
 
@@ -347,7 +351,7 @@ def test_the_hidden_rule_is_logged_and_never_trained_on():
     gold = (sum(map(len, texts)) + 100.0 * rollout.stopped.sum().item()) / 4
     assert results[1][1]["train/gold_score"].item() == pytest.approx(gold)
     assert "train/gold_score" not in results[0][1]
-    assert distance(results[0][0], results[1][0]) == 0
+    assert distance(results[0][0], results[1][0]) <= REPEATED
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

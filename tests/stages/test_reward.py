@@ -13,6 +13,7 @@ from fourstage.rl.rollout import pack
 from fourstage.stages import RewardModule
 from fourstage.stages import reward as stage
 from fourstage.stages.reward import bradley_terry_loss, sample_pairs, scores_at_end
+from tests.device import REPEATED, ROUNDING, close, repeated
 from tests.stages.tiny import (
     TINY,
     TOKENIZER,
@@ -73,18 +74,18 @@ def test_only_the_difference_counts_without_centring():
     assert bradley_terry_loss(a, b).item() == pytest.approx(bradley_terry_loss(a + 7, b + 7).item())
 
 
-def test_the_score_is_read_at_the_last_real_token():
+def test_the_score_is_read_at_the_last_real_token(device):
     """Whatever the padding holds, it is the last value of the row alone."""
-    scalar, batch = make_scalar(), pairs(6)
+    scalar, batch = make_scalar().to(device), pairs(6).to(device)
     for fill in (TOKENIZER.pad_id, 50):
         ids = batch.chosen_ids.clone()
-        ids[torch.arange(12) >= batch.chosen_len[:, None]] = fill
+        ids[torch.arange(12, device=device) >= batch.chosen_len[:, None]] = fill
         wide = torch.nn.functional.pad(ids, (0, 5), value=fill)
         for padded in (ids, wide):
             got = scores_at_end(scalar, padded, batch.chosen_len)
             rows = zip(ids, batch.chosen_len.tolist(), strict=True)
             want = torch.stack([scalar(row[None, :n])[0, -1] for row, n in rows])
-            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+            close(got, want)
 
 
 # --- a step
@@ -101,7 +102,7 @@ def test_one_piece_of_eight_pairs_equals_eight_of_one(monkeypatch, clip_norm):
     whole, metrics = results[0]
     assert distance(start, whole) > 1e-2
     for pieces, others in results[1:]:
-        assert distance(whole, pieces) < 1e-6
+        assert distance(whole, pieces) < ROUNDING
         same = {name: pytest.approx(x.item(), abs=1e-5) for name, x in metrics.items()}
         assert {name: x.item() for name, x in others.items()} == same
 
@@ -110,8 +111,8 @@ def test_wider_padding_changes_nothing(monkeypatch):
     use_sgd(monkeypatch)
     narrow, loss = train(pairs(6))
     wide, wide_loss = train(pairs(6, pad=9))
-    assert distance(narrow, wide) < 1e-6
-    assert loss["train/loss"].item() == pytest.approx(wide_loss["train/loss"].item(), rel=1e-6)
+    assert distance(narrow, wide) < ROUNDING
+    assert loss["train/loss"].item() == pytest.approx(wide_loss["train/loss"].item(), rel=ROUNDING)
 
 
 def test_what_is_logged_is_what_the_scores_say():
@@ -155,8 +156,8 @@ def test_the_routers_bias_is_frozen_and_dropout_off():
     frozen = {name: w for name, w in after.items() if name.endswith("expert_bias_E")}
     assert frozen and not any(bias.any() for bias in frozen.values())
     dropped, metrics = train(pairs(6), replace(TINY, dropout=0.5), max_steps=2)
-    assert metrics["train/loss"] == plain["train/loss"]
-    assert distance(after, dropped) == 0
+    repeated(metrics["train/loss"], plain["train/loss"])
+    assert distance(after, dropped) <= REPEATED
 
 
 def test_the_bias_may_move_where_the_settings_say_so():
@@ -275,8 +276,8 @@ def test_the_judge_hears_whether_an_answer_stopped(monkeypatch):
     ]
 
 
-def test_real_pairs_are_seeded_and_in_the_judges_order():
-    policy = make_policy()
+def test_real_pairs_are_seeded_and_in_the_judges_order(device):
+    policy = make_policy().to(device)
     s = settings("reward", pairs_per_prompt=3, max_new_tokens=10, temperature=1.0)
     prompts = [TOKENIZER.prompt([{"role": "user", "content": text}]) for text in ("a", "Hello")]
 

@@ -14,6 +14,7 @@ from fourstage.model import Transformer
 from fourstage.stages import PretrainModule, SFTModule, supervised
 from fourstage.stages.pretrain import bits_per_char
 from fourstage.stages.supervised import next_token_nll
+from tests.device import REPEATED, ROUNDING, close, repeated
 from tests.stages import tiny
 from tests.stages.tiny import (
     TOKENIZER,
@@ -84,7 +85,8 @@ def test_sft_learns_the_assistants_tokens_and_their_end_of_turn_only():
     total, learnt = 0.0, []
     for chat in chats():
         ids, mask = TOKENIZER.chat(chat.messages)
-        logp = policy.logits(policy(torch.tensor([ids])).hidden_BTD)[0].log_softmax(-1)
+        with torch.no_grad():
+            logp = policy.logits(policy(torch.tensor([ids])).hidden_BTD)[0].log_softmax(-1)
         at = [t for t, m in enumerate(mask) if m]
         total -= sum(logp[t - 1, ids[t]].item() for t in at)
         learnt.append(TOKENIZER.decode([ids[t] for t in at], keep_special=True))
@@ -96,16 +98,16 @@ def test_sft_learns_the_assistants_tokens_and_their_end_of_turn_only():
     assert metrics["train/loss"].item() == pytest.approx(total / n_targets, rel=1e-5)
 
 
-def test_the_logits_of_a_prompt_get_no_gradient():
+def test_the_logits_of_a_prompt_get_no_gradient(device):
     """At a target it is softmax - one-hot, elsewhere 0."""
-    logits = torch.randn(2, 3, 5, requires_grad=True)
-    targets = torch.tensor([[IGNORE, 4, IGNORE], [2, IGNORE, IGNORE]])
+    logits = torch.randn(2, 3, 5).to(device).requires_grad_()
+    targets = torch.tensor([[IGNORE, 4, IGNORE], [2, IGNORE, IGNORE]], device=device)
     (got,) = torch.autograd.grad(next_token_nll(logits, targets), logits)
-    want = torch.zeros(2, 3, 5)
+    want = torch.zeros(2, 3, 5, device=device)
     for row, t, target in ((0, 1, 4), (1, 0, 2)):
         want[row, t] = logits[row, t].detach().softmax(-1)
         want[row, t, target] -= 1
-    torch.testing.assert_close(got, want)
+    close(got, want)
 
 
 def test_losing_the_mask_would_show(monkeypatch):
@@ -143,14 +145,15 @@ def test_a_second_validation_starts_from_nothing():
     module.validation_metrics = lambda nll, n: seen.append((nll, n)) or monitor(nll, n)
     fit(module, [ragged(2)] * 2, [ragged(3)], val_check_interval=1)
     assert len(seen) == 2
-    torch.testing.assert_close(seen[0], seen[1])
+    for first, second in zip(*seen, strict=True):
+        repeated(first, second)
 
 
 def test_a_uniform_model_pays_log_v():
     policy = make_policy(model=UNBALANCED)
     torch.nn.init.zeros_(policy.head.weight)
     _, metrics = train_sft(ragged(6), policy=policy)
-    assert metrics["train/loss"].item() == pytest.approx(log(103), rel=1e-6)
+    assert metrics["train/loss"].item() == pytest.approx(log(103), rel=ROUNDING)
 
 
 # --- invariances of a step
@@ -169,7 +172,7 @@ def test_one_piece_of_eight_rows_equals_eight_of_one(monkeypatch, clip_norm):
     whole, metrics = results[0]
     assert distance(start, whole) > 1e-2
     for pieces, others in results[1:]:
-        assert distance(whole, pieces) < 1e-6
+        assert distance(whole, pieces) < ROUNDING
         for name in ("train/loss", "train/grad_norm"):
             assert others[name].item() == pytest.approx(metrics[name].item(), rel=1e-5)
 
@@ -184,7 +187,7 @@ def test_the_z_loss_adds_up_over_pieces(monkeypatch, z_loss_coef):
     whole, _ = train_sft(batch, model, micro_batch_size=8, max_steps=3)
     for size in (1, 3):
         pieces, _ = train_sft(batch, model, micro_batch_size=size, max_steps=3)
-        assert distance(whole, pieces) < 1e-6
+        assert distance(whole, pieces) < ROUNDING
     without, _ = train_sft(batch, with_balance("bias"), micro_batch_size=8, max_steps=3)
     assert (distance(whole, without) > 1e-4) == (z_loss_coef > 0)
 
@@ -195,7 +198,7 @@ def test_pieces_without_a_target_are_no_trouble(monkeypatch):
     batch.targets[1:3] = IGNORE
     whole, _ = train_sft(batch, micro_batch_size=4)
     pieces, metrics = train_sft(batch, micro_batch_size=1)
-    assert distance(whole, pieces) < 1e-6
+    assert distance(whole, pieces) < ROUNDING
     assert metrics["train/loss"].isfinite()
 
 
@@ -205,8 +208,8 @@ def test_wider_padding_changes_nothing(monkeypatch, balance):
     model = with_balance(balance, switch_coef=0.5)
     narrow, loss = train_sft(ragged(6), model)
     wide, wide_loss = train_sft(ragged(6, pad=9), model)
-    assert distance(narrow, wide) < 1e-6
-    assert loss["train/loss"].item() == pytest.approx(wide_loss["train/loss"].item(), rel=1e-6)
+    assert distance(narrow, wide) < ROUNDING
+    assert loss["train/loss"].item() == pytest.approx(wide_loss["train/loss"].item(), rel=ROUNDING)
 
 
 # --- the router
@@ -226,9 +229,9 @@ def test_the_switch_loss_reaches_the_router(monkeypatch):
     for name, gradient in zip(names, gradients, strict=True):
         assert gradient.abs().max() > 1e-3
         torch.testing.assert_close(
-            after[name] - without[name], -0.1 * gradient, atol=1e-6, rtol=1e-3
+            after[name] - without[name], -0.1 * gradient, atol=ROUNDING, rtol=1e-3
         )
-    assert metrics["train/loss"].item() == pytest.approx(plain["train/loss"].item(), rel=1e-6)
+    assert metrics["train/loss"].item() == pytest.approx(plain["train/loss"].item(), rel=ROUNDING)
 
 
 def test_the_bias_moves_once_a_step_by_the_load_of_the_whole_batch():
@@ -255,7 +258,7 @@ def test_the_bias_stands_still_where_told_to_and_while_validating():
         fit(PretrainModule(policy, s, 0, 1), [batch] * 2, val, val_check_interval=1)
         moved.append(biases(policy))
         assert policy.load_LE is None  # nothing is left over
-    assert distance(*moved) == 0
+    assert distance(*moved) <= REPEATED
 
 
 def test_a_dense_model_trains_too():
@@ -269,15 +272,17 @@ def test_a_dense_model_trains_too():
 
 @pytest.mark.parametrize("at_once", [4, 64])  # 48 pieces of 33 tokens, and 3
 def test_logits_of_a_large_vocabulary_in_pieces(monkeypatch, at_once):
+@pytest.mark.parametrize("at_once", [7, 64])
+def test_logits_of_a_large_vocabulary_in_pieces(monkeypatch, device, at_once):
     """The same loss, gradients and FLOPs as with all logits at once, and never all of them held."""
-    ids, targets = (torch.randint(0, 300, (3, 11)) for _ in range(2))
+    ids, targets = (torch.randint(0, 300, (3, 11)).to(device) for _ in range(2))
     targets[0, :4] = IGNORE
     found = []
     for large in (1000, 100):
         monkeypatch.setattr(supervised, "LARGE_VOCABULARY", large)
         monkeypatch.setattr(supervised, "LOGITS_AT_ONCE", at_once)
         torch.manual_seed(0)
-        policy = Transformer(tiny.TINY, 300)
+        policy = Transformer(tiny.TINY, 300).to(device)
         held: list[int] = []
 
         def pack(x, held=held):
@@ -294,6 +299,6 @@ def test_logits_of_a_large_vocabulary_in_pieces(monkeypatch, at_once):
         )
     whole, pieces = found
     for mine, its in zip(pieces[:3], whole[:3], strict=True):
-        torch.testing.assert_close(mine, its)
+        close(mine, its)
     assert pieces[3] == whole[3]
     assert max(whole[4]) == 33 * 300 and max(pieces[4]) < 33 * 300

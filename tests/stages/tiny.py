@@ -19,6 +19,7 @@ from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.settings import build
 from fourstage.stages import SETTINGS, StageModule
 from fourstage.tokenizer import Tokenizer
+from tests.device import TRAINER
 from tests.model.configs import read_config
 
 STAGES = Path(__file__).parents[2] / "conf" / "stages"
@@ -64,9 +65,9 @@ def steady(name: str, **changes: Any) -> Any:
 
 
 def fit(module: StageModule, batches: Sequence[Any], val: Sequence[Any] = (), **options: Any):
-    """Train on these batches with Lightning (on the CPU by default); returns the Trainer."""
+    """Train on these batches with Lightning (where tests run, by default); returns the Trainer."""
     trainer = L.Trainer(
-        **{"accelerator": "cpu", "devices": 1, **options},
+        **{**TRAINER, **options},
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
@@ -97,7 +98,7 @@ def use_sgd(monkeypatch) -> None:
 
 def weights(network: nn.Module) -> dict[str, Tensor]:
     """A copy of everything that would be saved."""
-    return {name: w.detach().clone() for name, w in network.state_dict().items()}
+    return {name: w.detach().cpu().clone() for name, w in network.state_dict().items()}
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
