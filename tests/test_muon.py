@@ -101,10 +101,11 @@ PARTED = {
 @pytest.mark.parametrize("at_once", [1, 100, 10**6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", PARTED)
-def test_a_weight_of_several_moves_as_each_on_its_own(name, at_once, monkeypatch):
-    monkeypatch.setattr("fourstage.optim.muon.AT_ONCE", {"cpu": at_once})
 def test_a_weight_of_several_moves_as_each_on_its_own(
     start, gradients, name, at_once, dtype, monkeypatch
+):
+    monkeypatch.setattr("fourstage.optim.muon.AT_ONCE", {"cpu": at_once, "cuda": at_once})
+    monkeypatch.setattr("fourstage.optim.muon.worked_in", lambda x: dtype)
     shape, split = PARTED[name]
     weight, grads = start(*shape), gradients(3, *shape)
     take_steps(muon(weight, *split), weight, grads)

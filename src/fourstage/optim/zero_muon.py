@@ -1,4 +1,4 @@
-"""Muon where DeepSpeed's ZeRO gives the optimizer a flat share of the weights (see parallel/strategies.py).
+"""Muon where DeepSpeed's ZeRO (parallel/strategies.py) gives it a flat share of the weights.
 
 Momentum and weight decay are elementwise: each rank keeps those of its share. Only an orthogonal
 step needs whole matrices. So the directions of some weights at a time are put together by a sum

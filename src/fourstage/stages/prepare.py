@@ -165,9 +165,7 @@ def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> d
     prompts = as_planned(job, data.load_prompts(job.data))
     if rank() > 0:  # the first one samples, before the processes meet
         for name in PAIR_FILES:
-            while not (
-                job.folder / name
-            ).exists():  # it ends with the first one: see lineage/ranks.py
+            while not (job.folder / name).exists():  # it ends with it: lineage/ranks.py
                 time.sleep(WAIT)
         return stored_pairs(job.folder)
     policy.to(device_of(job))
