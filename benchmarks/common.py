@@ -31,9 +31,10 @@ from torch.utils.data import DataLoader
 
 from fourstage.batch import TokenBatch
 from fourstage.errors import UserError
+from fourstage.ladder import LADDER
 from fourstage.model import ModelConfig, Transformer
 from fourstage.settings import build
-from fourstage.stages import SETTINGS, StageModule
+from fourstage.stages import StageModule
 from fourstage.stages.pretrain import PretrainModule
 from fourstage.tokenizer import Tokenizer
 
@@ -167,7 +168,7 @@ def reference_ids() -> list[int]:
 def stage_settings(stage: str, **changes: Any) -> Any:
     """conf/stages/<stage>.yaml with changes."""
     values = yaml.safe_load((REPO / "conf" / "stages" / f"{stage}.yaml").read_text())
-    return build(SETTINGS[stage], {**values, **changes}, f"stages.{stage}")
+    return build(LADDER[stage].code.Settings, {**values, **changes}, f"stages.{stage}")
 
 
 def pretrain_module(model: Transformer, shape: Shape) -> PretrainModule:

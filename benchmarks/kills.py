@@ -27,13 +27,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.common import start
-from fourstage.ladder import STAGES
+from fourstage.ladder import LADDER
 
 REPO = Path(__file__).parent.parent
 SMALL = ["stage=grpo", "model=moe_nano", "debug=fast", "logger=none"]
 SMALL += [
     f"stages.{stage}.{setting}"
-    for stage in STAGES
+    for stage in LADDER
     for setting in ("max_steps=8", "checkpoint_every=2", "log_every=1")
 ]
 # random weights solve no problem: what moves the policy is how soon it stops
@@ -153,9 +153,9 @@ def main(arguments: list[str]) -> None:
     root = Path(values.get("outputs", "outputs/kills")).resolve()
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    longest = calm_ladder(root / "calm", program, overrides) / len(STAGES)
+    longest = calm_ladder(root / "calm", program, overrides) / len(LADDER)
     expected = weights(root / "calm")
-    assert len(expected) == len(STAGES)
+    assert len(expected) == len(LADDER)
     print("| kill | ladder | who | s in the stage | stage | step | saving | others end after |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     kills = ladders = identical = saves = stuck = 0

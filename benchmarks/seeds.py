@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 
 from benchmarks.common import start
+from fourstage.ladder import place
 from fourstage.report.files import Files
 from fourstage.report.ladder import ladder, read_rows, read_runs
-from fourstage.report.tables import GOALS, NONE, goals
+from fourstage.report.tables import NONE, goals
 
 NAMES = {
     "bits_per_char": "bits per character",
@@ -60,7 +61,7 @@ def entries(outputs: Path) -> list[dict]:
                     "seconds": seconds,
                 }
             )
-    return sorted(found, key=lambda e: (list(GOALS).index(e["goal"].stage), e["seed"]))
+    return sorted(found, key=lambda e: (place(e["goal"].stage), e["seed"]))
 
 
 def main(arguments: list[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fourstage.evaluation import run as run_evaluation
+from fourstage.ladder import LADDER
 from fourstage.lineage.climb import climb
 from fourstage.model import Transformer
 from fourstage.parallel import strategies
@@ -16,7 +17,7 @@ from fourstage.rl.rollout import answer_logprobs, pack
 from fourstage.runs.records import read_record
 from fourstage.sampling import recording
 from fourstage.sampling.generate import generate
-from fourstage.stages import SETTINGS, grpo, prepare
+from fourstage.stages import grpo, reward
 from fourstage.stages.reward import sample_pairs
 from fourstage.stages.supervised import next_token_nll
 from tests.fake_gpu import DEVICE, fake_gpu, trainer_options
@@ -178,8 +179,8 @@ def test_a_ladder_with_its_evaluation(tmp_path, monkeypatch):
         places.append(next(policy.parameters()).device)
         return sample_pairs(policy, *rest)
 
-    monkeypatch.setattr(prepare, "sample_pairs", sampled)
-    monkeypatch.setattr(prepare, "device_of", lambda job: DEVICE)
+    monkeypatch.setattr(reward, "sample_pairs", sampled)
+    monkeypatch.setattr(reward, "device_of", lambda job: DEVICE)
     monkeypatch.setattr(run_evaluation, "device_of", lambda job: DEVICE)
     # a tensor of an inference mode could not be wrapped
     options = {"inference_mode": False}
@@ -189,5 +190,5 @@ def test_a_ladder_with_its_evaluation(tmp_path, monkeypatch):
         climb(config(*words, f"outputs={tmp_path}"))
     assert places == [DEVICE, DEVICE]
     runs = [read_record(run) for run in (tmp_path / "runs").iterdir()]
-    assert sorted(run["stage"] for run in runs) == sorted(SETTINGS)
+    assert sorted(run["stage"] for run in runs) == sorted(LADDER)
     assert all(run["status"] == "finished" for run in runs)

@@ -13,7 +13,7 @@ from fourstage import data
 from fourstage.evaluation.items import at_work
 from fourstage.files import write_jsonl
 from fourstage.lineage import runner
-from fourstage.stages import prepare
+from fourstage.stages import reward
 from tests.data.conftest import make
 from tests.fake_gpu import DEVICE, fake_gpu
 from tests.stages import tiny
@@ -22,7 +22,7 @@ from tests.stages import tiny
 @pytest.fixture
 def rank(monkeypatch):
     def be(number: int) -> None:
-        monkeypatch.setattr(prepare, "rank", lambda: number)
+        monkeypatch.setattr(reward, "rank", lambda: number)
         monkeypatch.setattr(runner, "rank", lambda: number)
 
     return be
@@ -43,7 +43,7 @@ def test_pairs_are_sampled_by_the_first_process_and_read_by_the_others(rank, tmp
     def never(*_):
         raise AssertionError("another process samples too")
 
-    monkeypatch.setattr(prepare, "sample_pairs", never)
+    monkeypatch.setattr(reward, "sample_pairs", never)
     config = make("embedded")
     job = SimpleNamespace(
         stage="reward",
@@ -56,14 +56,14 @@ def test_pairs_are_sampled_by_the_first_process_and_read_by_the_others(rank, tmp
     row = {"prompt": message, "chosen": "Yes.", "rejected": "no"}
 
     def first_process() -> None:
-        for name in prepare.PAIR_FILES:
-            time.sleep(2 * prepare.WAIT)
+        for name in reward.PAIR_FILES:
+            time.sleep(2 * reward.WAIT)
             write_jsonl(tmp_path / name, [row])
 
     rank(1)
     first = threading.Thread(target=first_process)
     first.start()
-    pairs = prepare.sampled_pairs(job, tiny.make_policy(), tiny.TOKENIZER)
+    pairs = reward.sampled_pairs(job, tiny.make_policy(), tiny.TOKENIZER)
     first.join()
     assert [pair.chosen for pair in (*pairs.train, *pairs.heldout)] == ["Yes.", "Yes."]
 

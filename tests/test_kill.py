@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fourstage.ladder import STAGES
+from fourstage.ladder import LADDER
 from fourstage.runs.records import read_record
 from fourstage.runs.store import RunStore
 
@@ -21,7 +21,7 @@ REPO = Path(__file__).parent.parent
 STEPS = 8
 SMALL = ["model=moe_nano", "debug=fast", "logger=none", "trainer=cpu"] + [
     f"stages.{stage}.{key}"
-    for stage in STAGES
+    for stage in LADDER
     for key in (f"max_steps={STEPS}", "checkpoint_every=3", "log_every=1")
 ]
 
@@ -40,7 +40,7 @@ def calm(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", LADDER)
 def test_a_killed_stage_resumes_to_the_same_bits(stage: str, calm: Path, tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
     store = RunStore(calm)

@@ -14,7 +14,7 @@ from fourstage.errors import UserError
 from fourstage.evaluation import suite
 from fourstage.evaluation import tables as evaluation
 from fourstage.files import read_jsonl
-from fourstage.ladder import STAGES
+from fourstage.ladder import LADDER
 from fourstage.lineage.climb import climb, gain
 from fourstage.model.weights import load_policy, load_scalar
 from fourstage.report import write_report
@@ -38,10 +38,10 @@ def metrics(outputs: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_each_run_names_its_parents_and_nothing_else_lies_there(ladder) -> None:
-    records = {stage: read_record(folder(ladder, stage)) for stage in STAGES}
+    records = {stage: read_record(folder(ladder, stage)) for stage in LADDER}
     ids = {stage: record["id"] for stage, record in records.items()}
-    assert {p.name for p in (ladder / "runs").iterdir()} == {f"{s}-{ids[s]}" for s in STAGES}
-    assert [records[stage]["parents"] for stage in STAGES] == [
+    assert {p.name for p in (ladder / "runs").iterdir()} == {f"{s}-{ids[s]}" for s in LADDER}
+    assert [records[stage]["parents"] for stage in LADDER] == [
         {},
         {"policy": ids["pretrain"]},
         {"policy": ids["sft"]},
@@ -50,7 +50,7 @@ def test_each_run_names_its_parents_and_nothing_else_lies_there(ladder) -> None:
     ]
     assert all(r["status"] == "finished" and r["debug"] == "fast" for r in records.values())
     assert {record["group"] for record in records.values()} == {ids["pretrain"]}
-    assert [records[stage]["cost"]["steps"] for stage in STAGES] == [3, 3, 3, 2, 2]
+    assert [records[stage]["cost"]["steps"] for stage in LADDER] == [3, 3, 3, 2, 2]
 
 
 def test_the_files_of_each_stage(ladder) -> None:
@@ -64,7 +64,7 @@ def test_the_files_of_each_stage(ladder) -> None:
         "ppo": {"samples.jsonl"},
         "grpo": {"samples.jsonl"},
     }
-    for stage in STAGES:
+    for stage in LADDER:
         assert {p.name for p in folder(ladder, stage).iterdir()} == always | extra[stage], stage
 
 
@@ -107,7 +107,7 @@ def test_metrics_have_one_validation_loss_and_it_is_the_final_weights(ladder) ->
 
 
 def test_each_stage_logs_the_health_of_its_routers(ladder) -> None:
-    for stage in STAGES:
+    for stage in LADDER:
         columns = metrics(ladder, stage)
         for name in ("load_entropy", "max_over_mean", "dead_experts", "bias_spread", "drift"):
             for layer in ("", "/layer0", "/layer1"):
@@ -115,7 +115,7 @@ def test_each_stage_logs_the_health_of_its_routers(ladder) -> None:
 
 
 def test_each_run_knows_what_it_cost(ladder) -> None:
-    for stage in STAGES:
+    for stage in LADDER:
         cost = read_record(folder(ladder, stage))["cost"]
         assert cost["seconds"] > cost["train_seconds"] + cost["eval_seconds"] - 0.2  # rounded
         assert min(cost["tokens"], cost["flops"], cost["tokens_per_s"]) > 0
@@ -152,7 +152,7 @@ def test_the_report_has_a_row_a_stage_with_intervals(ladder) -> None:
     place = write_report(ladder)
     table = json.loads((place / "stages.json").read_text())
     rows = {row["stage"]: row for row in table["rows"]}
-    assert list(rows) == ["random", *STAGES] and table["suite"] == evaluation.SUITE
+    assert list(rows) == ["random", *LADDER] and table["suite"] == evaluation.SUITE
     for stage in ("random", "pretrain", "sft", "ppo", "grpo"):
         for name in (
             "bits_per_char",
@@ -239,7 +239,7 @@ def test_other_settings_are_taken_and_recorded(ladder, capsys) -> None:
 
 
 def test_a_ladder_is_evaluated_on_what_its_last_run_holds_out(ladder, capsys) -> None:
-    places = [folder(ladder, stage) for stage in STAGES]
+    places = [folder(ladder, stage) for stage in LADDER]
     before, record = evaluations(*places), read_record(places[0])
     write_report(ladder, "grpo")
     differ = "Not all rows were evaluated alike"
@@ -274,7 +274,7 @@ def test_a_ladder_is_evaluated_on_what_its_last_run_holds_out(ladder, capsys) ->
 
 
 def test_an_ancestor_of_other_data_keeps_its_held_out_items(ladder, capsys) -> None:
-    places = [folder(ladder, stage) for stage in STAGES]
+    places = [folder(ladder, stage) for stage in LADDER]
     before, record = evaluations(*places), read_record(places[-1])
     data = record["config"]["data"]
     nothing = {**data, "name": "files"}  # no path: no corpus, no chat
@@ -320,7 +320,7 @@ def test_what_other_data_would_say_replaces_no_evaluation(ladder) -> None:
 
 def test_a_ladder_of_an_older_suite_becomes_one_of_this(ladder, capsys) -> None:
     """Evaluated from the bottom up, so that the later stages find rows that they can judge."""
-    places = [folder(ladder, stage) for stage in STAGES]
+    places = [folder(ladder, stage) for stage in LADDER]
     before = evaluations(*places)
     for place in places:
         for path in (*place.glob("eval.json"), *place.glob("eval_random.json")):

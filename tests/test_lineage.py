@@ -19,13 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from fourstage.data import source_of_stage
 from fourstage.errors import UserError
-from fourstage.ladder import STAGES
+from fourstage.ladder import LADDER
 from fourstage.lineage import climb as lineage
 from fourstage.lineage import ranks
 from fourstage.lineage.climb import climb, one_line
-from fourstage.lineage.plan import SETTINGS, make_plan, python_word
+from fourstage.lineage.plan import make_plan, python_word
 from fourstage.lineage.ranks import Ranks
 from fourstage.lineage.runner import train_stage
 from fourstage.runs.records import read_record, write_record
@@ -54,7 +53,7 @@ def run(overrides: list[str], stage: str = "grpo", train: FakeTrain | None = Non
 
 def test_ids_are_letters_and_do_not_change(base) -> None:
     first = ids(base)
-    assert list(first) == list(STAGES) and first == ids(base)
+    assert list(first) == list(LADDER) and first == ids(base)
     assert len(set(first.values())) == 5
     assert all(re.fullmatch("[a-z]{10}", run_id) for run_id in first.values())
 
@@ -69,7 +68,7 @@ def test_ids_are_letters_and_do_not_change(base) -> None:
     ],
 )
 def test_the_size_of_a_piece_counts_where_the_weights_depend_on_it(base, model, stages) -> None:
-    for stage in STAGES:
+    for stage in LADDER:
         one, other = (
             ids([*base, model, f"stages.{stage}.micro_batch_size={size}"], stage) for size in (2, 3)
         )
@@ -78,10 +77,10 @@ def test_the_size_of_a_piece_counts_where_the_weights_depend_on_it(base, model, 
     assert (more["pretrain"] != ids([*base, model])["pretrain"]) == bool(stages)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", LADDER)
 def test_a_file_that_is_edited_after_the_plan_trains_nothing(base, tmp_path, stage) -> None:
     """Else its weights would be found later, under the id of the file as it was."""
-    source = source_of_stage[stage]
+    source = LADDER[stage].source
     path = next(tmp_path.glob(f"files/{source}.*"))
     kept = path.read_text()
 
@@ -104,12 +103,12 @@ def test_a_file_that_is_edited_after_the_plan_trains_nothing(base, tmp_path, sta
 @pytest.mark.parametrize(
     ("override", "changed"),
     [
-        ("seed=1", STAGES),
-        ("model.d_expert=48", STAGES),
-        ("debug=fast", STAGES),
-        ("trainer.precision=bf16-mixed", STAGES),
-        ("stages.pretrain.lr=0.00123", STAGES),
-        ("stages.pretrain.optimizer=adamw", STAGES),
+        ("seed=1", LADDER),
+        ("model.d_expert=48", LADDER),
+        ("debug=fast", LADDER),
+        ("trainer.precision=bf16-mixed", LADDER),
+        ("stages.pretrain.lr=0.00123", LADDER),
+        ("stages.pretrain.optimizer=adamw", LADDER),
         ("stages.sft.batch_size=16", ("sft", "reward", "ppo", "grpo")),
         ("stages.reward.margin=0.5", ("reward", "ppo", "grpo")),
         ("stages.ppo.kl_coef=0.123", ("ppo", "grpo")),
@@ -152,8 +151,9 @@ def test_only_the_source_that_a_stage_reads_counts(base, tmp_path) -> None:
 
 def test_every_hashed_setting_of_every_stage_changes_the_id(base) -> None:
     tree, plain = config(*base, "stage=grpo"), ids(base)
-    for stage in STAGES:
-        for field in dataclasses.fields(SETTINGS[stage]):
+    for stage in LADDER:
+        kind = LADDER[stage].code.Settings
+        for field in dataclasses.fields(kind):
             value = tree["stages"][stage][field.name]
             if isinstance(value, bool):
                 other = not value
@@ -164,7 +164,10 @@ def test_every_hashed_setting_of_every_stage_changes_the_id(base) -> None:
             changed = copy.deepcopy(tree) | {"stage": stage}
             changed["stages"][stage][field.name] = other
             differs = make_plan(changed).runs[-1].id != plain[stage]
-            assert differs == (field.name not in SETTINGS[stage].NOT_HASHED), (stage, field.name)
+            assert differs == (field.name not in kind.NOT_HASHED), (
+                stage,
+                field.name,
+            )
 
 
 # --- climbing
@@ -173,7 +176,7 @@ def test_every_hashed_setting_of_every_stage_changes_the_id(base) -> None:
 def test_a_whole_ladder(base, tmp_path) -> None:
     train = run(base)
     store = RunStore(tmp_path / "outputs")
-    assert train.stages == list(STAGES)
+    assert train.stages == list(LADDER)
     folders = {f.name.split("-")[0]: f for f in store.folders()}
     records = {stage: read_record(folder) for stage, folder in folders.items()}
     of = {stage: record["id"] for stage, record in records.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from fourstage.ladder import STAGES
+from fourstage.ladder import place, stages
 from fourstage.lineage.plan import make_plan
 from tests.fakes import config
 
@@ -52,7 +52,7 @@ def test_a_training_command_makes_a_plan(command: str, tmp_path: Path) -> None:
         wanted = next((o.split("=")[1] for o in job if o.startswith("stage=")), "pretrain")
         assert [run.stage for run in plan.runs] == [
             stage
-            for stage in STAGES[: STAGES.index(wanted) + 1]
+            for stage in stages()[: place(wanted) + 1]
             if "stages.grpo.parent=sft" not in job or stage in ("pretrain", "sft", "grpo")
         ]
 

@@ -18,9 +18,9 @@ from omegaconf import DictConfig
 
 import train
 from fourstage.interruptions import STOPS
-from fourstage.ladder import STAGES
+from fourstage.ladder import LADDER
 from fourstage.lineage import runner
-from fourstage.lineage.plan import SETTINGS, make_plan
+from fourstage.lineage.plan import make_plan
 from tests.fakes import CONF, FakeTrain, composed, config, own_files
 
 REPO = CONF.parent
@@ -303,8 +303,8 @@ def test_every_shipped_config_makes_a_plan(option, tmp_path, monkeypatch) -> Non
 
 def test_stage_files_have_exactly_the_settings_of_their_class() -> None:
     tree = config()
-    for stage in STAGES:
-        assert set(tree["stages"][stage]) == {f.name for f in fields(SETTINGS[stage])}
+    for stage in LADDER:
+        assert set(tree["stages"][stage]) == {f.name for f in fields(LADDER[stage].code.Settings)}
     assert config("stages@stages.grpo=grpo_dapo")["stages"]["grpo"]["loss"] == "dapo"
 
 

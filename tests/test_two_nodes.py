@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kills import CPU, SMALL, weights
-from fourstage.ladder import STAGES
+from fourstage.ladder import LADDER
 from fourstage.runs.records import read_record
 
 REPO = Path(__file__).parent.parent
@@ -94,7 +94,7 @@ def test_a_node_dies_and_the_same_commands_go_on(nodes: list[Node], tmp_path: Pa
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     assert [agent.wait(300) for agent in launch(nodes, 29411, calm)] == [0, 0]
     expected = weights(calm)
-    assert len(expected) == len(STAGES)
+    assert len(expected) == len(LADDER)
 
     first, second = launch(nodes, 29412, killed)
     while not list(killed.glob("runs/ppo-*/checkpoints/last.ckpt")):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from fourstage.errors import UserError
 from fourstage.interruptions import run_command
+from fourstage.ladder import LADDER, stages
 from fourstage.settings import build
 
 if TYPE_CHECKING:  # PyTorch is imported when a model is needed, so that --help is quick
@@ -212,10 +213,11 @@ def furthest(outputs: Path) -> Path:
     """The latest finished run of the furthest stage that writes text."""
     from fourstage.runs.store import find_run
 
-    for stage in ("grpo", "ppo", "sft"):
+    first, *others = [stage for stage in stages() if LADDER[stage].leaves == "policy"]
+    for stage in reversed(others):
         with suppress(UserError):
             return find_run(outputs, stage)
-    return find_run(outputs, "pretrain")
+    return find_run(outputs, first)
 
 
 def start(settings: ChatSettings) -> Chat:

@@ -13,6 +13,7 @@ from fourstage.data.keys import HeldOutKeys, keys_of
 from fourstage.data.split import is_heldout, normalise
 from fourstage.data.verify import has_form, verify
 from fourstage.errors import UserError
+from fourstage.ladder import LADDER
 from tests.data.conftest import make
 
 
@@ -141,7 +142,7 @@ def test_prompts_come_once_and_are_no_problems(embedded):
 
 
 def test_digests_follow_the_content_of_one_source(embedded):
-    stages = list(data.source_of_stage)
+    stages = list(LADDER)
     before = {stage: data.digest(embedded, stage) for stage in stages}
     assert before["reward"] == before["ppo"] != before["sft"]
     other = make(

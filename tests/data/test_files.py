@@ -10,6 +10,7 @@ from fourstage.data.schemas import conversation_from, document_from, pair_from, 
 from fourstage.data.split import is_heldout
 from fourstage.data.verify import has_form, verify
 from fourstage.errors import UserError
+from fourstage.ladder import LADDER
 
 DIALOGUE = "\n\nHuman: a: b?\n\nAssistant: no\n\nyes\n\nHuman: q\n\nAssistant:"
 
@@ -370,9 +371,9 @@ def test_heldout_problems_are_in_no_other_source(write, files):
     assert "number 3." in corpus.train[0], "the rest of the text stays"
 
 
-@pytest.mark.parametrize("stage", data.source_of_stage)
+@pytest.mark.parametrize("stage", LADDER)
 def test_a_source_without_a_path_says_which(files, stage):
-    with pytest.raises(UserError, match=rf"needs? data\.{data.source_of_stage[stage]}\.path="):
+    with pytest.raises(UserError, match=rf"needs? data\.{LADDER[stage].source}\.path="):
         data.digest(files(), stage)
 
 

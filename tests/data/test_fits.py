@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fourstage.data.fits import check_records
 from fourstage.errors import UserError
+from fourstage.stages.prepare import check_records
 from fourstage.tokenizer import Tokenizer
 from tests.data.conftest import make
 

@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import Timer
 
 from fourstage.batch import TokenBatch
 from fourstage.errors import UserError
+from fourstage.ladder import LADDER
 from fourstage.settings import build
-from fourstage.stages import SETTINGS, PretrainModule, SFTModule
+from fourstage.stages import PretrainModule, SFTModule
 from fourstage.stages.base import learning_rate_factor, parameter_groups
 from tests.device import REPEATED, repeated
 from tests.stages.tiny import (
@@ -48,9 +49,9 @@ def test_the_kl_coefficient_of_ppo_stays_above_0():
 
 
 def test_every_shipped_file_builds():
-    assert set(SETTINGS) < set(FILES)
+    assert set(LADDER) < set(FILES)
     for name in FILES:
-        assert isinstance(settings(name), SETTINGS[name.split("_")[0]])
+        assert isinstance(settings(name), LADDER[name.split("_")[0]].code.Settings)
     assert settings("grpo_dapo").loss == "dapo"
     assert settings("grpo_dr").loss == "dr_grpo"
 
@@ -134,7 +135,7 @@ ONE_STAGE = {
     ],
 }
 PINNED = {"max_time": None, "max_steps": 10}
-BAD = [(stage, *case) for stage in SETTINGS for case in (*EVERY_STAGE, *ONE_STAGE[stage])]
+BAD = [(stage, *case) for stage in LADDER for case in (*EVERY_STAGE, *ONE_STAGE[stage])]
 
 
 def values(stage: str) -> dict:
@@ -146,11 +147,11 @@ def values(stage: str) -> dict:
 @pytest.mark.parametrize(("stage", "key", "value", "message"), BAD)
 def test_a_bad_value_is_one_line_that_names_its_key(stage, key, value, message):
     with pytest.raises(UserError) as error:
-        build(SETTINGS[stage], {**values(stage), key: value}, f"stages.{stage}")
+        build(LADDER[stage].code.Settings, {**values(stage), key: value}, f"stages.{stage}")
     assert str(error.value) == f"stages.{stage}.{key}: {message}"
 
 
-@pytest.mark.parametrize("stage", SETTINGS)
+@pytest.mark.parametrize("stage", LADDER)
 def test_every_number_of_every_stage_has_a_bad_value_above(stage):
     tried = {key for key, _, _ in (*EVERY_STAGE, *ONE_STAGE[stage])}
     assert tried == set(shipped(stage))

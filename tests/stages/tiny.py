@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fourstage.batch import PromptBatch
+from fourstage.ladder import LADDER
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.settings import build
-from fourstage.stages import SETTINGS, StageModule
+from fourstage.stages import StageModule
 from fourstage.tokenizer import Tokenizer
 from tests.device import TRAINER
 from tests.model.configs import read_config
@@ -56,7 +57,7 @@ def shipped(name: str) -> dict[str, Any]:
 def settings(name: str, **changes: Any) -> Any:
     """The settings of conf/stages/<name>.yaml with changes."""
     stage = name.split("_")[0]
-    return build(SETTINGS[stage], {**shipped(name), **changes}, f"stages.{stage}")
+    return build(LADDER[stage].code.Settings, {**shipped(name), **changes}, f"stages.{stage}")
 
 
 def steady(name: str, **changes: Any) -> Any:

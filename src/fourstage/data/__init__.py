@@ -13,7 +13,7 @@ from fourstage.data.preference import load_preference, load_prompts
 from fourstage.data.reasoning import load_reasoning
 from fourstage.data.records import Chats, Conversation, Corpus, Pair, Pairs, Problem, Problems
 from fourstage.data.schemas import NOT_READ
-from fourstage.data.sources import digest, left_out, other_source, sample_prompts, source_of_stage
+from fourstage.data.sources import digest, left_out, other_source, sample_prompts
 
 __all__ = [
     "NOT_READ",
@@ -38,5 +38,4 @@ __all__ = [
     "load_reasoning",
     "sample_prompts",
     "other_source",
-    "source_of_stage",
 ]

@@ -14,13 +14,13 @@ from fourstage.data.chat import load_chat
 from fourstage.data.config import DataConfig
 from fourstage.data.corpus import load_corpus
 from fourstage.data.datamodule import fit_conversation, fit_pair, says_the_same
-from fourstage.data.preference import load_preference, load_prompts
+from fourstage.data.preference import load_preference
 from fourstage.data.problems import split_problems
-from fourstage.data.reasoning import load_reasoning
 from fourstage.data.records import Chats, Conversation, Message, Pairs, Problem
 from fourstage.data.schemas import NOT_READ
-from fourstage.data.sources import kept, left_out, source_of_stage
+from fourstage.data.sources import kept, left_out
 from fourstage.errors import UserError
+from fourstage.ladder import LADDER
 from fourstage.tokenizer import Tokenizer
 
 LEAST_PROMPT = 8  # tokens of a prompt whose beginning is cut
@@ -30,54 +30,64 @@ LOUD_UNKNOWN = 0.01  # share of characters that the tokenizer doesn't know
 MOST_UNKNOWN = 0.2
 
 
-def check_records(
-    config: DataConfig, stage: str, settings: Any, tokenizer: Tokenizer, max_seq_len: int
-) -> list[str]:
-    """Warnings of what the stage will not read of its data.
+def check_corpus(config: DataConfig, tokenizer: Tokenizer, block_size: int) -> list[str]:
+    corpus = load_corpus(config)
+    least = sum(map(len, corpus.train)) + len(corpus.train)
+    if least < block_size:  # a token has a character at least
+        raise UserError(
+            f"data.corpus: at most {least} tokens to train on are less than one block of "
+            f"{block_size}: give more text or a smaller stages.pretrain.block_size"
+        )
+    return [
+        *check_unknown("data.corpus", [*corpus.train, *corpus.heldout], tokenizer),
+        *without_steps(config, "data.corpus.problems", config.corpus.problems),
+    ]
 
-    Raises UserError, as the stage itself would, where that leaves it no record.
-    """
-    warnings = lost_on_reading(config, stage)
-    match stage:
-        case "pretrain":
-            corpus = load_corpus(config)
-            least = sum(map(len, corpus.train)) + len(corpus.train)
-            if least < settings.block_size:  # a token has a character at least
-                raise UserError(
-                    f"data.corpus: at most {least} tokens to train on are less than one block of "
-                    f"{settings.block_size}: give more text or a smaller "
-                    "stages.pretrain.block_size"
-                )
-            warnings += check_unknown("data.corpus", [*corpus.train, *corpus.heldout], tokenizer)
-            warnings += without_steps(config, "data.corpus.problems", config.corpus.problems)
-        case "sft":
-            chats = load_chat(config)
-            texts = (text for c in chats.train for text in contents(c.messages))
-            warnings += check_unknown("data.chat", texts, tokenizer)
-            warnings += check_conversations(chats, tokenizer, settings.max_tokens, max_seq_len)
-            warnings += without_steps(
-                config, "data.chat.demonstrations", config.chat.demonstrations
-            )
-        case "reward":
-            pairs = load_preference(config)
-            if pairs is not None:
-                texts = (text for p in pairs.train for text in (*contents(p.messages), p.chosen))
-                warnings += check_unknown("data.preference", texts, tokenizer)
-                warnings += check_pairs(pairs, tokenizer, settings.max_tokens, max_seq_len)
-            elif settings.max_tokens - settings.max_new_tokens < LEAST_PROMPT:
-                raise UserError(
-                    f"stages.reward.max_new_tokens: {settings.max_new_tokens} tokens leave no room "
-                    f"for a prompt in stages.reward.max_tokens={settings.max_tokens}: lower it"
-                )
-        case "ppo" | "grpo":
-            source = load_prompts if stage == "ppo" else load_reasoning
-            records = source(config).train
-            where, limit = f"stages.{stage}", settings.max_prompt_tokens
-            room = max_seq_len - settings.max_new_tokens
-            texts = (text for r in records for text in contents(r.prompt_messages))
-            warnings += check_unknown(f"data.{source_of_stage[stage]}", texts, tokenizer)
-            warnings += check_prompts(records, tokenizer, where, limit, room)
-    return warnings
+
+def check_chats(
+    config: DataConfig, tokenizer: Tokenizer, max_tokens: int, max_seq_len: int
+) -> list[str]:
+    chats = load_chat(config)
+    texts = (text for c in chats.train for text in contents(c.messages))
+    return [
+        *check_unknown("data.chat", texts, tokenizer),
+        *check_conversations(chats, tokenizer, max_tokens, max_seq_len),
+        *without_steps(config, "data.chat.demonstrations", config.chat.demonstrations),
+    ]
+
+
+def check_preferences(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    max_new_tokens: int,
+    max_seq_len: int,
+) -> list[str]:
+    pairs = load_preference(config)
+    if pairs is not None:
+        texts = (text for p in pairs.train for text in (*contents(p.messages), p.chosen))
+        return [
+            *check_unknown("data.preference", texts, tokenizer),
+            *check_pairs(pairs, tokenizer, max_tokens, max_seq_len),
+        ]
+    if max_tokens - max_new_tokens < LEAST_PROMPT:
+        raise UserError(
+            f"stages.reward.max_new_tokens: {max_new_tokens} tokens leave no room "
+            f"for a prompt in stages.reward.max_tokens={max_tokens}: lower it"
+        )
+    return []
+
+
+def check_questions(
+    stage: str, records: Sequence[Any], settings: Any, tokenizer: Tokenizer, max_seq_len: int
+) -> list[str]:
+    """Of a stage that answers prompts."""
+    room = max_seq_len - settings.max_new_tokens
+    texts = (text for r in records for text in contents(r.prompt_messages))
+    return [
+        *check_unknown(f"data.{LADDER[stage].source}", texts, tokenizer),
+        *check_prompts(records, tokenizer, f"stages.{stage}", settings.max_prompt_tokens, room),
+    ]
 
 
 def contents(messages: Iterable[Message]) -> list[str]:
@@ -86,7 +96,7 @@ def contents(messages: Iterable[Message]) -> list[str]:
 
 def lost_on_reading(config: DataConfig, stage: str) -> list[str]:
     """What was left out of a user's file when it was read, where that is much."""
-    source = source_of_stage[stage]
+    source = LADDER[stage].source
     if getattr(config, source).path is None:
         return []
     rest, counts = kept(config, stage), left_out(config, stage)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fourstage.data.chat import load_chat
@@ -11,14 +11,7 @@ from fourstage.data.corpus import load_corpus
 from fourstage.data.preference import load_preference, load_prompts
 from fourstage.data.reasoning import load_reasoning
 from fourstage.errors import UserError
-
-source_of_stage = {
-    "pretrain": "corpus",
-    "sft": "chat",
-    "reward": "preference",
-    "ppo": "preference",
-    "grpo": "reasoning",
-}
+from fourstage.ladder import LADDER
 
 QUESTIONS = (
     "What is an LLM?",
@@ -28,6 +21,12 @@ QUESTIONS = (
     "My internet is not working.",
 )
 PROBLEMS = 3
+LOAD: dict[str, Callable[[DataConfig], Any]] = {
+    "corpus": load_corpus,
+    "chat": load_chat,
+    "preference": load_preference,
+    "reasoning": load_reasoning,
+}
 # notes of a source that say how much it holds; the others say what was left out
 KEPT = {
     "train",
@@ -42,22 +41,13 @@ KEPT = {
 def digest(config: DataConfig, stage: str) -> str:
     """12 hexadecimal digits of the content of the only source that a stage reads.
 
-    For ppo that is the prompts; so it is for reward where the pairs are sampled.
+    Of preferences, where they are sampled or only prompts are needed, that is the prompts.
 
     Raises:
         UserError: the source is missing or its file is bad.
     """
-    source = source_of_stage[stage]
-    if source == "corpus":
-        return load_corpus(config).digest
-    if source == "chat":
-        return load_chat(config).digest
-    if source == "reasoning":
-        return load_reasoning(config).digest
-    pairs = load_preference(config)
-    if stage == "reward" and pairs is not None:
-        return pairs.digest
-    return load_prompts(config).digest
+    source = None if LADDER[stage].from_prompts else _read(config, stage)
+    return (load_prompts(config) if source is None else source).digest
 
 
 def other_source(config: DataConfig, record: Mapping[str, Any]) -> str | None:
@@ -66,7 +56,7 @@ def other_source(config: DataConfig, record: Mapping[str, Any]) -> str | None:
     What is held out under a config is in no text that was read under it, and may be in others.
     """
     stage = record["stage"]
-    name = source_of_stage[stage]
+    name = LADDER[stage].source
     try:
         now = digest(config, stage)
     except UserError:
@@ -88,15 +78,13 @@ def kept(config: DataConfig, stage: str) -> int:
 
 
 def _notes(config: DataConfig, stage: str) -> dict[str, int]:
-    source = source_of_stage[stage]
-    if source == "corpus":
-        return load_corpus(config).notes
-    if source == "chat":
-        return load_chat(config).notes
-    if source == "reasoning":
-        return load_reasoning(config).notes
-    pairs = load_preference(config)
-    return {} if pairs is None else pairs.notes
+    source = _read(config, stage)
+    return {} if source is None else source.notes
+
+
+def _read(config: DataConfig, stage: str) -> Any:
+    """The source of a stage; None for preferences that are sampled."""
+    return LOAD[LADDER[stage].source](config)
 
 
 def sample_prompts(config: DataConfig) -> list[dict[str, Any]]:

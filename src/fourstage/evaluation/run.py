@@ -22,12 +22,13 @@ from fourstage.evaluation.judges import NO_SFT, Judges
 from fourstage.evaluation.suite import Item
 from fourstage.evaluation.tables import BY_REWARD, BY_SFT
 from fourstage.job import EvaluationConfig, LoggerConfig, StageJob, TrainerConfig
+from fourstage.ladder import LADDER, REFERENCE, REWARD
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.model.weights import load_policy, load_scalar
 from fourstage.runs.records import read_record, write_record
 from fourstage.settings import build
-from fourstage.stages import SETTINGS
-from fourstage.stages.prepare import device_of, stored_pairs
+from fourstage.stages.prepare import device_of
+from fourstage.stages.reward import stored_pairs
 from fourstage.tokenizer import Tokenizer, TokenizerConfig
 
 PAIRS_AT_ONCE = 128
@@ -127,11 +128,11 @@ def _evaluate_run(
             tell,
         )
     tables.write_evaluation(job.folder, table, items, job.evaluation.seed)
-    if job.stage in ("sft", "reward"):
+    if job.stage in (REFERENCE, REWARD):
         tell("the answers of earlier stages")
-    if job.stage == "sft":
+    if job.stage == REFERENCE:
         judge_earlier_rows(job, tokenizer, replace(judges, sft_chats=sft_chats(job)), BY_SFT)
-    elif job.stage == "reward":
+    elif job.stage == REWARD:
         judge_earlier_rows(job, tokenizer, judges, BY_REWARD)
 
 
@@ -198,7 +199,7 @@ def evaluate_again(
         run_id=record["id"],
         folder=folder,
         outputs=outputs,
-        settings=build(SETTINGS[stage], config["stages"][stage], f"stages.{stage}"),
+        settings=build(LADDER[stage].code.Settings, config["stages"][stage], f"stages.{stage}"),
         model=build(ModelConfig, config["model"], "model"),
         tokenizer=build(TokenizerConfig, config["tokenizer"], "tokenizer"),
         data=build(data.DataConfig, config["data"], "data"),
@@ -217,17 +218,17 @@ def evaluate_again(
     )
     changed = [f for f in (folder, *ancestors.values()) if has_other_data(read_record(f))]
     if changed and (folder / "eval.json").exists():
-        source = data.source_of_stage[read_record(changed[0])["stage"]]
+        source = LADDER[read_record(changed[0])["stage"]].source
         whose = f"its {source}" if changed[0] == folder else f"the {source} of {changed[0].name}"
         raise UserError(
             f"{folder.name}: {whose} has changed since it was trained, and what is held out now it "
             "may have trained on: "
             f"{folder / 'eval.json'} is kept; remove the file to have it written all the same"
         )
-    if stage == "pretrain":
+    if not LADDER[stage].parents:
         tokenizer = Tokenizer.from_config(job.tokenizer)
         evaluate_random(job, random_weights(job, tokenizer), tokenizer, telling)
-    network, tokenizer = (load_scalar if stage == "reward" else load_policy)(folder)
+    network, tokenizer = (load_scalar if LADDER[stage].leaves == "scalar" else load_policy)(folder)
     evaluate_run(job, network.to(device_of(job)), tokenizer, telling)
     if config != record["config"]:
         evaluated = asdict(job.evaluation)
@@ -258,24 +259,24 @@ def known_judges(job: StageJob, policy: Transformer) -> Judges:
     """The reward model, the sft policy and its answers, as far as this ladder has come."""
     device = next(policy.parameters()).device
     reward = reference = None
-    if "reward" in job.ancestors:
-        reward = load_scalar(job.ancestors["reward"])[0]
-    if job.stage == "sft":
+    if REWARD in job.ancestors:
+        reward = load_scalar(job.ancestors[REWARD])[0]
+    if job.stage == REFERENCE:
         return Judges(reward, reference=policy, device=device)
-    if "sft" in job.ancestors:
-        reference = load_policy(job.ancestors["sft"])[0]
+    if REFERENCE in job.ancestors:
+        reference = load_policy(job.ancestors[REFERENCE])[0]
     return Judges(reward, reference, sft_chats(job), device)
 
 
 def sft_chats(job: StageJob) -> list[Item] | str:
     """What the ladder's sft policy answered, or why that is not known."""
-    folder = job.folder if job.stage == "sft" else job.ancestors.get("sft")
+    folder = job.folder if job.stage == REFERENCE else job.ancestors.get(REFERENCE)
     return NO_SFT if folder is None else tables.stored_chats(folder)
 
 
 def parent_policy(job: StageJob, tokenizer: Tokenizer) -> Transformer | str:
     """The policy that the run started from, on the CPU, or why there is none."""
-    if job.stage == "pretrain":
+    if not LADDER[job.stage].parents:
         return random_weights(job, tokenizer)
     if "policy" not in job.parents:
         return "the parent run is not there any more"
@@ -285,8 +286,9 @@ def parent_policy(job: StageJob, tokenizer: Tokenizer) -> Transformer | str:
 def earlier_rows(job: StageJob) -> dict[str, tuple[Path, str]]:
     """The rows below this run: "random" and the ancestors' ids, with their folder and suffix."""
     rows = {}
-    if "pretrain" in job.ancestors:
-        rows["random"] = (job.ancestors["pretrain"], "_random")
+    for stage, folder in job.ancestors.items():
+        if not LADDER[stage].parents:
+            rows["random"] = (folder, "_random")
     for folder in job.ancestors.values():
         rows[folder.name.split("-", 1)[1]] = (folder, "")
     return rows

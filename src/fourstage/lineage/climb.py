@@ -28,7 +28,7 @@ from fourstage.errors import UserError
 from fourstage.files import clean_up, swap_in, undo_swap
 from fourstage.interruptions import Stopped, heed_ctrl_c, one_line
 from fourstage.job import StageJob
-from fourstage.ladder import STAGES
+from fourstage.ladder import LADDER, stages
 from fourstage.lineage.ranks import Ranks
 from fourstage.runs.records import read_record, write_record
 from fourstage.runs.store import find_run
@@ -80,7 +80,7 @@ def ending(plan: Plan, folder: Path, overrides: Sequence[str]) -> str:
     from fourstage.lineage.plan import outputs_word, python_word
 
     stage, last = plan.command.stage, [f"run={folder.name}", *outputs_word(plan)]
-    shows = ["report"] if stage == "reward" else ["chat", "report"]  # a reward model has no answers
+    shows = ["report"] if LADDER[stage].leaves == "scalar" else ["chat", "report"]
     commands = [shlex.join([python_word(), "-m", "fourstage", show, *last]) for show in shows]
     if (following := next_stage(plan)) is not None:
         commands.append(train_command(following, [*overrides, *missing_file(plan, following)]))
@@ -90,20 +90,23 @@ def ending(plan: Plan, folder: Path, overrides: Sequence[str]) -> str:
 
 def next_stage(plan: Plan) -> str | None:
     """The stage that goes on from this one: one that was told to, else the first that does."""
-    from fourstage.lineage.plan import LADDER, named_parents
+    from fourstage.lineage.plan import named_parents
 
-    stage, settings = plan.command.stage, vars(plan.command.stages)
-    later = STAGES[STAGES.index(stage) + 1 :]
-    heirs = [name for name in later if stage in named_parents(name, settings[name]).values()]
-    told = [name for name in heirs if settings[name].parent == stage != LADDER[name]]
+    stage, settings = plan.command.stage, plan.command.stages
+    heirs = [
+        name
+        for name in stages()
+        if name != stage and stage in named_parents(name, settings[name]).values()
+    ]
+    told = [
+        name for name in heirs if settings[name].parent == stage != LADDER[name].parents["policy"]
+    ]
     return next(iter([*told, *heirs]), None)
 
 
 def missing_file(plan: Plan, stage: str) -> list[str]:
     """The setting that names a stage's own file, where it is still to be given."""
-    from fourstage.data import source_of_stage
-
-    data, source = plan.command.data, source_of_stage[stage]
+    data, source = plan.command.data, LADDER[stage].source
     from_gym = source == "reasoning" and data.reasoning.chosen
     is_there = data.embedded or getattr(data, source).path or from_gym
     return [] if is_there else [f"data.{source}.path=FILE"]

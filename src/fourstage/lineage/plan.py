@@ -19,24 +19,19 @@ from rich.console import Console
 from rich.table import Table
 
 from fourstage import data
-from fourstage.data.fits import check_records
 from fourstage.errors import UserError
 from fourstage.job import EvaluationConfig, LoggerConfig, TrainerConfig
-from fourstage.ladder import STAGES
+from fourstage.ladder import LADDER, place, stages
 from fourstage.model import ModelConfig
 from fourstage.parallel.memory import GIB, WEIGHTS, bytes_per_gpu, machine_memory
-from fourstage.rl.rewards import RULE_VERSION
 from fourstage.runs.records import read_record
 from fourstage.runs.store import Record, RunStore
 from fourstage.settings import build
-from fourstage.stages import SETTINGS, StageSettings
-from fourstage.stages.reward import PAIRS_VERSION
+from fourstage.stages import StageSettings
+from fourstage.stages.prepare import check_records
 from fourstage.tokenizer import Tokenizer, TokenizerConfig
 from fourstage.tracking.callbacks import clock
 
-LADDER = {"sft": "pretrain", "reward": "sft", "ppo": "sft", "grpo": "ppo"}  # the usual parents
-# every stage's settings, by its name
-StagesConfig = make_dataclass("StagesConfig", SETTINGS.items(), frozen=True, kw_only=True)
 Status = Literal["found", "resume", "train", "not needed"]
 
 
@@ -44,14 +39,14 @@ Status = Literal["found", "resume", "train", "not needed"]
 class Command:
     """The whole config tree, checked (see conf/config.yaml)."""
 
-    stage: Literal["pretrain", "sft", "reward", "ppo", "grpo"]
+    stage: str
     seed: int
     outputs: str
     force: bool
     ancestors: Literal["train", "require"]
     keep_checkpoints: bool
     debug: str | None
-    stages: StagesConfig
+    stages: dict[str, StageSettings]  # of every stage, by its name
     model: ModelConfig
     tokenizer: TokenizerConfig
     data: data.DataConfig
@@ -60,6 +55,8 @@ class Command:
     evaluation: EvaluationConfig
 
     def __post_init__(self) -> None:
+        if self.stage not in LADDER:
+            raise UserError(f"stage: expected one of {', '.join(stages())}, got {self.stage!r}")
         if not 0 <= self.seed < 2**32:  # it is multiplied into the seeds of steps and rows
             raise UserError(f"seed: must be between 0 and {2**32 - 1}, got {self.seed}")
         self.evaluation.check_room(self.model.max_seq_len)
@@ -106,15 +103,16 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
 
     Raises UserError, one line, for whatever is wrong in any stage that the command needs.
     """
+    if "stages" in config:
+        config = {**config, "stages": stage_settings(config["stages"])}
     command = build(Command, config, "")
     command = replace(command, trainer=command.trainer.resolved())
     store = RunStore(Path(command.outputs))
     plan = Plan(command=command, store=store, runs=[])
     command.model.check_widths(command.trainer.precision)
-    settings = vars(command.stages)
-    for stage in needed_stages(command, settings):
-        check_stage(command, stage, settings[stage])
-        plan.runs.append(plan_run(plan, stage, settings[stage]))
+    for stage in needed_stages(command):
+        check_stage(command, stage, command.stages[stage])
+        plan.runs.append(plan_run(plan, stage, command.stages[stage]))
     target = plan.runs[-1]
     for run in plan.runs[:-1]:
         if target.status == "found" and run.status != "found":
@@ -129,32 +127,34 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
     return plan
 
 
-def needed_stages(command: Command, settings: Mapping[str, StageSettings]) -> list[str]:
+def stage_settings(values: Mapping[str, Any]) -> dict[str, StageSettings]:
+    """The typed settings of every stage."""
+    kinds = [(name, LADDER[name].code.Settings) for name in stages()]
+    return vars(build(make_dataclass("Stages", kinds, kw_only=True), values, "stages"))
+
+
+def needed_stages(command: Command) -> list[str]:
     """The stage that was asked for and those it descends from."""
     waiting, needed = [command.stage], set()
     while waiting:
         stage = waiting.pop()
         needed.add(stage)
-        for key, parent in named_parents(stage, settings[stage]).items():
-            if parent not in STAGES:
+        for key, parent in named_parents(stage, command.stages[stage]).items():
+            if parent not in LADDER:
                 continue  # a run
-            if STAGES.index(parent) >= STAGES.index(stage):
+            if place(parent) >= place(stage):
                 where = f"stages.{stage}.{key}"
                 raise UserError(f"{where}: {stage} cannot descend from {parent}: name a run")
             waiting.append(parent)
-    return [stage for stage in STAGES if stage in needed]
+    return [stage for stage in stages() if stage in needed]
 
 
 def named_parents(stage: str, settings: StageSettings) -> dict[str, str]:
     """config key -> the stage or run that it names, for each parent of a stage."""
-    if stage == "pretrain":
-        if settings.parent is not None:
-            raise UserError("stages.pretrain.parent: must be null: it starts from random weights")
-        return {}
-    names = {"parent": settings.parent or LADDER[stage]}
-    if stage == "ppo":
-        names["reward_parent"] = settings.reward_parent or "reward"
-    return names
+    row = LADDER[stage]
+    if not row.parents and settings.parent is not None:
+        raise UserError(f"stages.{stage}.parent: must be null: it starts from random weights")
+    return {key: getattr(settings, key) or row.parents[role] for role, key in row.keys.items()}
 
 
 def check_stage(command: Command, stage: str, settings: StageSettings) -> None:
@@ -202,10 +202,11 @@ def plan_run(plan: Plan, stage: str, settings: StageSettings) -> PlannedRun:
     folders: dict[str, Path] = {}
     parents: dict[str, str] = {}
     group = ""
-    for key, name in named_parents(stage, settings).items():
-        role = "reward" if key == "reward_parent" else "policy"
+    for role, (key, name) in zip(
+        LADDER[stage].parents, named_parents(stage, settings).items(), strict=True
+    ):
         planned = {run.stage: run for run in plan.runs}
-        if name in STAGES:
+        if name in LADDER:
             check_role(f"stages.{stage}.{key}", name, name, role)
             parent_id, parent_group = planned[name].id, planned[name].group
             folders[role] = store.folder(name, parent_id)
@@ -214,7 +215,7 @@ def plan_run(plan: Plan, stage: str, settings: StageSettings) -> PlannedRun:
             parent_id, parent_group = record["id"], record["group"]
         parents[role] = parent_id
         group = group or parent_group
-    source = data.source_of_stage[stage]
+    source = LADDER[stage].source
     digest = data.digest(command.data, stage)
     identity = {
         "stage": stage,
@@ -230,8 +231,7 @@ def plan_run(plan: Plan, stage: str, settings: StageSettings) -> PlannedRun:
     pieces = settings.pieces(command.model, command.trainer.devices * command.trainer.num_nodes)
     if pieces is not None:
         identity["pieces"] = pieces
-    if stage == "reward" and command.data.has_hidden_rule:
-        identity["pairs"] = [PAIRS_VERSION, RULE_VERSION]
+    identity |= getattr(LADDER[stage].code, "identity", lambda data: {})(command.data)
     run_id = letters(identity)
     planned_folders = [store.folder(run.stage, run.id) for run in plan.runs]
     forced = command.force and stage == command.stage
@@ -318,9 +318,10 @@ def shape(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_role(where: str, name: str, stage: str, role: str) -> None:
     """Raise UserError for a reward model where a language model is needed, and the reverse."""
-    if (stage == "reward") != (role == "reward"):
-        wanted = {"reward": "a reward run", "policy": "a language model, not a reward run"}
-        raise UserError(f"{where}: {name} will not do, expected {wanted[role]}")
+    is_scalar = LADDER[stage].leaves == "scalar"
+    if is_scalar != (role == "reward"):
+        wanted = "a language model, not a reward run" if is_scalar else "a reward run"
+        raise UserError(f"{where}: {name} will not do, expected {wanted}")
 
 
 def named_run(

@@ -21,13 +21,14 @@ from fourstage.errors import UserError
 from fourstage.evaluation.run import evaluate_random, evaluate_run
 from fourstage.interruptions import FREE_SETTINGS, advice, explained, held_back
 from fourstage.job import StageJob
+from fourstage.ladder import LADDER
 from fourstage.lineage.resume import Checkpointer, ResumeIO, began_with, kind_of
 from fourstage.model import ScalarModel, Transformer
 from fourstage.model.weights import save_weights
 from fourstage.parallel import strategies
 from fourstage.rl.rollout import fitted_prompt
 from fourstage.sampling.generate import generate
-from fourstage.stages.prepare import PREPARE, Prepared, rank, say, world_size
+from fourstage.stages.prepare import Prepared, rank, say, world_size
 from fourstage.tokenizer import Tokenizer
 from fourstage.tracking.callbacks import (
     PlanProgress,
@@ -61,7 +62,7 @@ def train_stage(job: StageJob) -> dict[str, Any]:
         with held_back():
             gc.collect()  # an earlier stage's networks, which hang in cycles
         quieten()
-        prepared = PREPARE[job.stage](job)
+        prepared = LADDER[job.stage].code.prepare(job)
         for transformer in prepared.module.transformers():
             transformer.checkpoint_activations = job.trainer.checkpoint_activations
             transformer.records_steps = job.trainer.compile
@@ -94,7 +95,7 @@ def is_first_look(job: StageJob) -> bool:
     """Whether this process measures random weights: the first one of pre-training, before the
     processes meet. (The others would do the same on the same GPU.)"""
     has_none = not (job.folder / "eval_random.json").exists()
-    return job.stage == "pretrain" and rank() == 0 and has_none
+    return not LADDER[job.stage].parents and rank() == 0 and has_none
 
 
 def device_peak(device: torch.device, precision: str) -> float | None:
@@ -174,7 +175,7 @@ def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trai
             job.folder / "samples.jsonl",
             answers,
             every=settings.sample_every,
-            at_start=job.stage == "pretrain",
+            at_start=not LADDER[job.stage].parents,
         )
         callbacks.append(samples)
     options = strategies.trainer_options(job.trainer, settings.clip_norm)

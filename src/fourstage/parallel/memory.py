@@ -20,6 +20,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from fourstage.ladder import LADDER, stages
+
 GIB = 2**30
 
 
@@ -44,14 +46,6 @@ STATES = {
     "zero3": States(whole=0, spread=4 + 4 + 8),
     "zero3_offload": States(whole=0, spread=0, host=4 + 4 + 4 + 8),
 }
-TRAINED = {
-    "pretrain": 1,
-    "sft": 1,
-    "reward": 1,
-    "ppo": 2,
-    "grpo": 1,
-}  # networks of the model's size
-FROZEN = {"pretrain": 0, "sft": 0, "reward": 0, "ppo": 2, "grpo": 1}
 
 
 def bytes_per_gpu(trainer: str, stage: str, parameters: int, gpus: int) -> float:
@@ -61,8 +55,9 @@ def bytes_per_gpu(trainer: str, stage: str, parameters: int, gpus: int) -> float
     Frozen networks are whole on each GPU. Under ZeRO-3 whole networks take turns there: the copy
     that answers in a rollout or a table of samples, then each frozen one.
     """
-    trained = STATES[trainer].on_gpu(TRAINED[stage] * parameters, gpus)
-    whole = 1 if trainer.startswith("zero3") else FROZEN[stage]
+    row = LADDER[stage]
+    trained = STATES[trainer].on_gpu(row.trained * parameters, gpus)
+    whole = 1 if trainer.startswith("zero3") else row.frozen
     return trained + WEIGHTS * whole * parameters
 
 
@@ -84,18 +79,19 @@ def main(arguments: list[str]) -> None:
 
     vocab_size = vocab_size_of(arguments)
     gpus = (1, 8, 32)
+    # of stages that hold as many networks, the first
+    kinds = {(LADDER[s].trained, LADDER[s].frozen): s for s in reversed(stages())}
+    shown = [kinds[networks] for networks in sorted(kinds)]
     for name in ("moe_small", "moe_medium", "moe_large"):
         parameters = counted(CONFIGS / f"{name}.yaml", vocab_size)[0]
         table = Table(title=f"{name}, {parameters / 1e6:,.0f} M parameters: GiB on each GPU")
         table.add_column("trainer")
-        for stage in ("sft", "grpo", "ppo"):
+        for stage in shown:
             for n in gpus:
                 table.add_column(f"{stage} {n}", justify="right")
         for trainer in STATES:
             sizes = [
-                bytes_per_gpu(trainer, stage, parameters, n) / GIB
-                for stage in ("sft", "grpo", "ppo")
-                for n in gpus
+                bytes_per_gpu(trainer, stage, parameters, n) / GIB for stage in shown for n in gpus
             ]
             table.add_row(trainer, *(f"{size:,.1f}" for size in sizes))
         Console(width=110).print(table)

@@ -37,6 +37,7 @@ from fourstage.report.ladder import (
     Run,
     choose,
     ladder,
+    leaves_policy,
     notes_on_items,
     other_items,
     other_tips,
@@ -169,7 +170,7 @@ def _how_to_read(rows: list[Row]) -> str:
             "interval excludes 0. "
         )
     text += f"{NONE}: not measured, and the last section says why."
-    if any(row.stage == "reward" for row in rows):
+    if not all(leaves_policy(row.stage) for row in rows):
         text += " A reward model gives no answers, and only reward models are asked about pairs."
     return text
 

@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fourstage.ladder import place, stages
 from fourstage.report.files import Files, ReportError
 from fourstage.report.html import Block, Bullets, Cell, Heading, Paragraph, Table, markdown, page
-from fourstage.report.ladder import STAGES, Row, Run, choose, ladder, read_rows, read_runs, tips
+from fourstage.report.ladder import Row, Run, choose, ladder, read_rows, read_runs, tips
 from fourstage.report.tables import COSTS, NONE, Goal, goals, is_share, keys, number, title
 
 Shown = tuple[str, Callable[[float], str]]  # a figure's title, and how its values are written
@@ -98,7 +99,7 @@ def named(runs: dict[str, Run], names: Sequence[str], outputs: Path) -> list[Run
 
 
 def _order(run: Run) -> tuple[int, str, str]:
-    return STAGES.index(run.stage), str(run.config.get("seed")).rjust(9), run.id
+    return place(run.stage), str(run.config.get("seed")).rjust(9), run.id
 
 
 # --- what they share
@@ -171,7 +172,7 @@ def lines(ladders: Sequence[Ladder], names: Sequence[str]) -> list[Line]:
 
     return [
         line
-        for stage in ("random", *STAGES)
+        for stage in ("random", *stages())
         for name in names
         if (line := _line(ladders, stage, name, value)).distinct
     ]
@@ -185,7 +186,7 @@ def cost_lines(ladders: Sequence[Ladder]) -> list[Line]:
 
     return [
         line
-        for stage in STAGES
+        for stage in stages()
         for name, *_ in COSTS.values()
         if (line := _line(ladders, stage, name, value)).distinct
     ]
@@ -199,8 +200,8 @@ def _line(
     by_run: dict[str | None, float] = {}
     for ladder_, row, x in zip(ladders, rows, values, strict=True):
         if row is not None and x is not None:
-            # the random weights are those of the pretrain run
-            run = row if row.run else ladder_.by_stage.get("pretrain", row)
+            # the random weights are those of the first run
+            run = row if row.run else ladder_.by_stage.get(stages()[0], row)
             by_run[run.id] = x
     return Line(stage, name, values, list(by_run.values()))
 
@@ -305,7 +306,7 @@ def _goal_table(ladders: Sequence[Ladder], labels: Sequence[str]) -> Table:
 
 
 def _by_stage(key: tuple[str, str]) -> tuple[int, str]:
-    return STAGES.index(key[0]), key[1]
+    return place(key[0]), key[1]
 
 
 def _gain(goal: Goal) -> Cell:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fourstage.evaluation import suite
+from fourstage.ladder import LADDER
 from fourstage.report.charts import group_size, intervals, lines, neighbours, over_optimisation
 from fourstage.report.drawings import Node, heat_map, lineage
 from fourstage.report.files import Item, Points
@@ -50,12 +51,14 @@ def lineage_figures(rows: list[Row]) -> list[Block]:
         if row.run is None:
             nodes.append(Node("random", ["weights", "before training"], []))
             continue
-        parents = ["random"] if row.stage == "pretrain" else []
+        parents = [] if LADDER[row.stage].parents else ["random"]
         parents += [stage_of[parent] for parent in row.parents if parent in stage_of]
         goal = own[row.stage]
         seconds = row.run.costs().get("seconds", math.nan)
         time = NONE if math.isnan(seconds) else duration(seconds)
-        nodes.append(Node(row.stage, [row.run.id, SHORT[goal.name], goal.step, time], parents))
+        nodes.append(
+            Node(row.stage, [row.run.id, SHORT.get(goal.name, goal.name), goal.step, time], parents)
+        )
     text = "Each stage with its run, its own goal on held-out data before and after, and its time."
     drawn = [Figure("The ladder", lineage(nodes, across), text) for across in (True, False)]
     return [Figures(drawn, "ladder")]

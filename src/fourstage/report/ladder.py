@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from fourstage.evaluation import suite
+from fourstage.ladder import LADDER, REFERENCE, REWARD, place, stages
 from fourstage.report.files import Files, Item, Metric, ReportError, is_number
 
-STAGES = ("pretrain", "sft", "reward", "ppo", "grpo")
 POLICY_METRICS = (
     "bits_per_char",
     "well_formed",
@@ -78,7 +78,7 @@ class Run:
     @property
     def rank(self) -> tuple[str, int, str]:
         """Largest for the latest finished (ISO times in UTC), then the furthest up the ladder."""
-        return str(self.record.get("finished") or ""), STAGES.index(self.stage), self.id
+        return str(self.record.get("finished") or ""), place(self.stage), self.id
 
 
 def own_sources(data: Any) -> list[str]:
@@ -127,7 +127,7 @@ def read_runs(outputs: Path, files: Files) -> dict[str, Run]:
             continue
         parents = record.get("parents")
         if (
-            record.get("stage") not in STAGES
+            record.get("stage") not in LADDER
             or not isinstance(record.get("id"), str)
             or not isinstance(record.get("status"), str)
             or not isinstance(parents, dict)
@@ -194,15 +194,20 @@ def ladder(tip: Run, runs: dict[str, Run], files: Files) -> dict[str, Run]:
             elif parent not in seen:
                 seen.add(parent)
                 waiting.insert(0 if role == "policy" else len(waiting), runs[parent])
-    return {stage: found[stage] for stage in STAGES if stage in found}
+    return {stage: found[stage] for stage in stages() if stage in found}
 
 
 # --- rows
 
 
+def leaves_policy(stage: str) -> bool:
+    """Whether the row has a policy's metrics; random weights are one."""
+    return stage == "random" or LADDER[stage].leaves == "policy"
+
+
 def read_rows(line: dict[str, Run], files: Files) -> list[Row]:
     """The random weights' row and one for each run, later models' judgements joined in."""
-    late = [_Late(run, files) for stage, run in line.items() if stage in ("sft", "reward")]
+    late = [_Late(run, files) for stage, run in line.items() if stage in (REFERENCE, REWARD)]
     rows: list[Row] = []
 
     def add(stage: str, run: Run | None, folder: Path, suffix: str, samples: list[Item]) -> None:
@@ -217,15 +222,15 @@ def read_rows(line: dict[str, Run], files: Files) -> list[Row]:
                 if cell["value"] is not None or name not in metrics:
                     metrics[name] = cell
             items = judge.joined(key, items)
-        for name in ("pair_accuracy",) if stage == "reward" else POLICY_METRICS:
+        for name in POLICY_METRICS if leaves_policy(stage) else ("pair_accuracy",):
             why = f"not in {folder.name}/eval{suffix}.json"
             metrics.setdefault(name, {"value": None, "why": why})
         answers = _answers(samples)
         rows.append(Row(stage, run, evaluation.suite, evaluation.seed, metrics, items, answers))
 
     for stage, run in line.items():
-        samples = [] if stage == "reward" else files.samples(run.folder / "samples.jsonl")
-        if stage == "pretrain":
+        samples = files.samples(run.folder / "samples.jsonl") if leaves_policy(stage) else []
+        if not LADDER[stage].parents:
             before = [row for row in samples if row["step"] == 0]
             add("random", None, run.folder, "_random", before)
             samples = [row for row in samples if row["step"] > 0]
@@ -262,7 +267,7 @@ def _answers(samples: list[dict[str, Any]]) -> dict[str, tuple[str, bool]]:
 def _with_parents(rows: list[Row]) -> list[Row]:
     done: dict[str | None, Row] = {}
     for row in rows:
-        if row.run is not None and row.stage != "reward":  # which has no metric of a policy's
+        if row.run is not None and leaves_policy(row.stage):
             row = replace(row, parent=done.get(row.run.parents.get("policy")))
         done[row.id] = row
     return list(done.values())

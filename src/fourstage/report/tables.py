@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from fourstage.evaluation import suite
+from fourstage.ladder import LADDER
 from fourstage.report.files import Metric
 from fourstage.report.html import Cell, Paragraph, Table
-from fourstage.report.ladder import Row, other_items
+from fourstage.report.ladder import Row, leaves_policy, other_items
 
 NONE = "–"
 # the columns of the stage table; the rest of the suite has a table of its own
@@ -20,16 +21,8 @@ HEADLINES = (
     "reward_model_score",
     "pair_accuracy",
 )
-# what each stage is for; the reward model is held against a coin, the others against their parent
-GOALS = {
-    "pretrain": "bits_per_char",
-    "sft": "well_formed",
-    "reward": "pair_accuracy",
-    "ppo": "preference_score",
-    "grpo": "reasoning_accuracy",
-}
-# the learned score, which ppo raises, where no hidden rule gives a true one (a user's own data)
-LEARNED = "reward_model_score"
+# ppo's goal; where no hidden rule gives it (a user's own data), the learned score, which it raises
+TRUE, LEARNED = "preference_score", "reward_model_score"
 COIN = {"value": 0.5, "low": 0.5, "high": 0.5}
 
 
@@ -205,10 +198,10 @@ def goals(rows: list[Row]) -> list[Goal]:
     for row in rows:
         if row.run is None:
             continue
-        name = GOALS[row.stage]
-        if row.stage == "ppo" and row.metrics[name]["value"] is None:
+        name = LADDER[row.stage].goal
+        if name == TRUE and row.metrics[name]["value"] is None:
             name = LEARNED if row.metrics[LEARNED]["value"] is not None else name
-        if row.stage == "reward":
+        if not leaves_policy(row.stage):
             start, before = "a coin", COIN
         elif row.parent is not None:
             start, before = row.parent.stage, row.parent.metrics[name]
@@ -343,7 +336,7 @@ def data_notes(rows: list[Row]) -> list[str]:
 
 def missing(rows: list[Row], problems: list[str]) -> list[str]:
     """Everything that could not be read, and every cell that has no value, with the reason."""
-    policies = [row for row in rows if row.stage != "reward"]
+    policies = [row for row in rows if leaves_policy(row.stage)]
     asked, _ = keys(policies)
     whys: dict[tuple[str, str], list[str]] = {}
     for row in rows:

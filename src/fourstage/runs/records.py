@@ -10,7 +10,7 @@ from typing import Any
 
 from fourstage.errors import UserError
 from fourstage.files import read_json, write_json
-from fourstage.ladder import STAGES
+from fourstage.ladder import LADDER
 
 RUN_ID = re.compile("[a-z]{10}")
 # what every record has, by type, and what it may have
@@ -51,7 +51,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if wrong := what_is_wrong(record):
         path = folder / "run.json"
         raise UserError(f"{path}: broken ({wrong}): remove the folder and train again")
-    if record["stage"] not in STAGES:
+    if record["stage"] not in LADDER:
         raise UserError(f"{folder}: of a stage that is not known here ({record['stage'][:40]})")
     return record
 
@@ -71,7 +71,7 @@ def what_is_wrong(record: dict[str, Any]) -> str | None:
     for run_id in ids:
         if not isinstance(run_id, str) or not RUN_ID.fullmatch(run_id):  # it names files
             return f"{str(run_id)[:40]!r} is no run's id, which is ten letters a to z"
-    if record["stage"] in STAGES and not isinstance(
+    if record["stage"] in LADDER and not isinstance(
         record["config"]["stages"].get(record["stage"]), dict
     ):
         return f"it has no config.stages.{record['stage']}"

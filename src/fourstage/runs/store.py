@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from fourstage.errors import UserError
 from fourstage.files import exists
-from fourstage.ladder import STAGES
+from fourstage.ladder import LADDER, place, stages
 from fourstage.runs.records import RUN_ID, read_record
 
 Record = dict[str, Any]
@@ -57,7 +57,7 @@ class RunStore:
 
     def find(self, name: str, *, finished: bool = True) -> Path:
         """The folder of the run that `name` means. Raises UserError where there is none."""
-        if name in STAGES:
+        if name in LADDER:
             return self._latest(name)
         for folder in (self.root / name, *self.root.glob(f"*-{escape(name)}"), Path(name)):
             if name and exists(folder / "run.json"):
@@ -88,7 +88,7 @@ class RunStore:
         for parent in read_record(folder)["parents"].values():
             for path in folder.parent.glob(f"*-{parent}"):
                 found = {**self.ancestors(path), read_record(path)["stage"]: path, **found}
-        return {stage: found[stage] for stage in STAGES if stage in found}
+        return {stage: found[stage] for stage in stages() if stage in found}
 
     def children(self, run_id: str) -> list[Path]:
         """The runs that start from this one, directly."""
@@ -168,4 +168,4 @@ def _read(folder: Path) -> Record | str:
 
 
 def _order(record: Record) -> tuple[int, str]:
-    return STAGES.index(record["stage"]), record["started"]
+    return place(record["stage"]), record["started"]

@@ -1,4 +1,4 @@
-"""The five stages: one file, one formula set, one LightningModule each."""
+"""The stages of ladder.py: one file, one formula set, one LightningModule each."""
 
 from fourstage.stages.base import StageModule, StageSettings
 from fourstage.stages.grpo import GRPOModule, GRPOSettings
@@ -7,16 +7,7 @@ from fourstage.stages.pretrain import PretrainModule, PretrainSettings
 from fourstage.stages.reward import RewardModule, RewardSettings
 from fourstage.stages.sft import SFTModule, SFTSettings
 
-SETTINGS: dict[str, type[StageSettings]] = {
-    "pretrain": PretrainSettings,
-    "sft": SFTSettings,
-    "reward": RewardSettings,
-    "ppo": PPOSettings,
-    "grpo": GRPOSettings,
-}
-
 __all__ = [
-    "SETTINGS",
     "GRPOModule",
     "GRPOSettings",
     "PPOModule",

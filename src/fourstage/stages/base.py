@@ -164,7 +164,6 @@ def parameter_groups(
 class StageModule(L.LightningModule):
     """A stage of training around the networks in `trained`; subclasses write one training_step."""
 
-    Settings: ClassVar[type[StageSettings]]
     uses_dropout: ClassVar[bool] = True  # False: a score or log-probability must be repeatable
 
     def __init__(self, settings: StageSettings, seed: int) -> None:

@@ -8,6 +8,7 @@ whose advantage is 0 have no gradient without a KL term, and are then left out o
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fourstage import data
 from fourstage.batch import PromptBatch, Rollout
+from fourstage.data.fits import check_questions
+from fourstage.job import StageJob
 from fourstage.model import Transformer
 from fourstage.parallel.strategies import whole
 from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k3
@@ -23,6 +27,13 @@ from fourstage.rl.rewards import ReasoningReward, reasoning_rewards
 from fourstage.rl.rollout import answer_logprobs, answer_texts
 from fourstage.stages.base import check_range
 from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings, Totals
+from fourstage.stages.prepare import (
+    Prepared,
+    as_planned,
+    heldout_prompts,
+    parent_policy,
+    prompt_loaders,
+)
 from fourstage.tokenizer import Tokenizer
 
 
@@ -119,7 +130,6 @@ class Answers:
 class GRPOModule(OnPolicyModule):
     """Trains the policy on groups of its own answers; the starting policy is the KL's reference."""
 
-    Settings = GRPOSettings
     settings: GRPOSettings
 
     def __init__(
@@ -255,3 +265,25 @@ def choose(first: Answers, second: Answers, take_second: list[bool]) -> Answers:
         ],
         total_B=merged(first.total_B, second.total_B),
     )
+
+
+# --- what it needs, by the names that ladder.py knows
+
+Settings = GRPOSettings
+
+
+def prepare(job: StageJob) -> Prepared:
+    policy, tokenizer = parent_policy(job)
+    problems = as_planned(job, data.load_reasoning(job.data))
+    module = GRPOModule(policy, deepcopy(policy), tokenizer, job.settings, job.seed)
+    loaders = prompt_loaders(job, problems.train, tokenizer)
+    rows = heldout_prompts(job, problems.heldout, tokenizer)
+    return Prepared(module, loaders, rows, tokenizer)
+
+
+def check_data(
+    config: data.DataConfig, settings: GRPOSettings, tokenizer: Tokenizer, max_seq_len: int
+) -> list[str]:
+    """Warnings; UserError where no data would be left."""
+    problems = data.load_reasoning(config).train
+    return check_questions("grpo", problems, settings, tokenizer, max_seq_len)

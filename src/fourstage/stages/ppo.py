@@ -8,15 +8,20 @@ advantages are whitened over the rollouts of all ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from fourstage import data
 from fourstage.batch import PromptBatch, Rollout
+from fourstage.data.fits import check_questions
 from fourstage.errors import UserError
+from fourstage.job import StageJob
 from fourstage.model import ScalarModel, Transformer
+from fourstage.model.weights import load_scalar
 from fourstage.parallel.strategies import whole
 from fourstage.rl.ops import (
     KL_ESTIMATORS,
@@ -25,6 +30,7 @@ from fourstage.rl.ops import (
     moments,
     whiten,
 )
+from fourstage.rl.rewards import true_score
 from fourstage.rl.rollout import (
     answer_entropies,
     answer_logprobs,
@@ -34,6 +40,13 @@ from fourstage.rl.rollout import (
 )
 from fourstage.stages.base import check_positive, check_range
 from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings, Totals
+from fourstage.stages.prepare import (
+    Prepared,
+    as_planned,
+    heldout_prompts,
+    parent_policy,
+    prompt_loaders,
+)
 from fourstage.tokenizer import Tokenizer
 
 MOST_ERROR = 0.2  # of the KL from its target that a step corrects
@@ -153,7 +166,6 @@ class PPOModule(OnPolicyModule):
     `judge` is the hidden rule where the data has one: logged as the gold score, never trained on.
     """
 
-    Settings = PPOSettings
     settings: PPOSettings
 
     def __init__(
@@ -258,3 +270,35 @@ class PPOModule(OnPolicyModule):
             gold = [self.judge(text, end) for text, end in zip(texts, stopped, strict=True)]
             metrics["gold_score"] = sum(gold) / len(gold)
         self.record("train", metrics)
+
+
+# --- what it needs, by the names that ladder.py knows
+
+Settings = PPOSettings
+
+
+def prepare(job: StageJob) -> Prepared:
+    policy, tokenizer = parent_policy(job)
+    reward, _ = load_scalar(job.parents["reward"])
+    module = PPOModule(
+        policy,
+        value=deepcopy(reward).train(),
+        reference=deepcopy(policy),
+        reward=reward,
+        tokenizer=tokenizer,
+        settings=job.settings,
+        seed=job.seed,
+        judge=true_score if job.data.has_hidden_rule else None,
+    )
+    prompts = as_planned(job, data.load_prompts(job.data))
+    loaders = prompt_loaders(job, prompts.train, tokenizer)
+    rows = heldout_prompts(job, prompts.heldout, tokenizer)
+    return Prepared(module, loaders, rows, tokenizer)
+
+
+def check_data(
+    config: data.DataConfig, settings: PPOSettings, tokenizer: Tokenizer, max_seq_len: int
+) -> list[str]:
+    """Warnings; UserError where no data would be left."""
+    prompts = data.load_prompts(config).train
+    return check_questions("ppo", prompts, settings, tokenizer, max_seq_len)

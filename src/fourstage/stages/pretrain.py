@@ -11,9 +11,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fourstage import data
+from fourstage.data.datamodule import pretrain_data
+from fourstage.data.fits import check_corpus
+from fourstage.job import StageJob
 from fourstage.model import Transformer
 from fourstage.stages.base import check_range
+from fourstage.stages.prepare import Prepared, as_planned, heldout_rows, loader_options
 from fourstage.stages.supervised import NextTokenModule, NextTokenSettings
+from fourstage.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +41,6 @@ def bits_per_char(nll: Tensor, chars: int) -> Tensor:
 class PretrainModule(NextTokenModule):
     """Trains a fresh Transformer on the fixed blocks of the corpus."""
 
-    Settings = PretrainSettings
-
     def __init__(
         self, policy: Transformer, settings: PretrainSettings, seed: int, heldout_chars: int
     ) -> None:
@@ -47,3 +51,28 @@ class PretrainModule(NextTokenModule):
         # every rank reads the whole split, and nll is summed over them
         bits = bits_per_char(nll / self.trainer.world_size, self.heldout_chars)
         return {**super().validation_metrics(nll, tokens), "val/bits_per_char": bits}
+
+
+# --- what it needs, by the names that ladder.py knows
+
+Settings = PretrainSettings
+
+
+def prepare(job: StageJob) -> Prepared:
+    tokenizer = Tokenizer.from_config(job.tokenizer)
+    policy = Transformer(job.model, tokenizer.vocab_size)
+    corpus = as_planned(job, data.load_corpus(job.data))
+    loaders = pretrain_data(
+        corpus, tokenizer, block_size=job.settings.block_size, **loader_options(job)
+    )
+    notes = loaders.notes
+    known = notes["heldout_characters"] - notes["heldout_unknown_characters"]
+    module = PretrainModule(policy, job.settings, job.seed, known)
+    return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
+
+
+def check_data(
+    config: data.DataConfig, settings: PretrainSettings, tokenizer: Tokenizer, max_seq_len: int
+) -> list[str]:
+    """Warnings; UserError where no data would be left."""
+    return check_corpus(config, tokenizer, settings.block_size)

@@ -6,8 +6,10 @@ sigmoid(r_chosen - r_rejected), r read at the last real token of prompt + answer
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +17,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from fourstage import data
 from fourstage.batch import PairBatch
+from fourstage.data.datamodule import reward_data
+from fourstage.data.fits import check_preferences
+from fourstage.errors import UserError
+from fourstage.files import read_jsonl, write_jsonl
+from fourstage.job import StageJob
 from fourstage.model import ScalarModel, Transformer
-from fourstage.rl.rollout import answer_texts, sample
+from fourstage.rl.rewards import RULE_VERSION, true_score
+from fourstage.rl.rollout import answer_texts, fitted_prompt, sample
+from fourstage.runs.records import write_record
 from fourstage.sampling.generate import LEAST_TEMPERATURE
 from fourstage.stages.base import StageModule, StageSettings, check_range
+from fourstage.stages.prepare import (
+    Prepared,
+    as_planned,
+    device_of,
+    heldout_rows,
+    loader_options,
+    parent_policy,
+    rank,
+    say,
+)
 from fourstage.tokenizer import Tokenizer
 
 
@@ -64,7 +84,6 @@ def scores_at_end(network: ScalarModel, ids_BT: Tensor, length_B: Tensor) -> Ten
 class RewardModule(StageModule):
     """Trains a ScalarModel that starts from the sft weights on PairBatch rows."""
 
-    Settings = RewardSettings
     uses_dropout = False  # two scores are compared (Stiennon et al. 2020)
 
     def __init__(self, reward: ScalarModel, settings: RewardSettings, seed: int) -> None:
@@ -172,3 +191,91 @@ def sample_pairs(
             rows.append(row)
         wanted = tied
     return rows, len(wanted)
+
+
+# --- what it needs, by the names that ladder.py knows
+
+Settings = RewardSettings
+
+
+PAIR_FILES = ("pairs.jsonl", "pairs_heldout.jsonl")  # train and held-out side
+WAIT = 0.2  # seconds between two looks for what the first process writes
+
+
+def prepare(job: StageJob) -> Prepared:
+    policy, tokenizer = parent_policy(job)
+    stored = data.load_preference(job.data)
+    pairs = as_planned(job, stored) if stored else sampled_pairs(job, policy, tokenizer)
+    loaders = reward_data(
+        pairs.train,
+        pairs.heldout,
+        tokenizer,
+        max_tokens=job.settings.max_tokens,
+        **loader_options(job),
+    )
+    reward = ScalarModel(policy)
+    module = RewardModule(reward, job.settings, job.seed)
+    return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
+
+
+def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> data.Pairs:
+    """The pairs of data=embedded: two answers of the sft policy, one preferred by the hidden rule.
+
+    Sampled once and kept as pairs.jsonl and pairs_heldout.jsonl, which a resumed run reads.
+    """
+    prompts = as_planned(job, data.load_prompts(job.data))
+    if rank() > 0:  # the first one samples, before the processes meet
+        for name in PAIR_FILES:
+            while not (job.folder / name).exists():  # it ends with it: lineage/ranks.py
+                time.sleep(WAIT)
+        return stored_pairs(job.folder)
+    policy.to(device_of(job))
+    for draw, (name, records) in enumerate(
+        zip(PAIR_FILES, (prompts.train, prompts.heldout), strict=True)
+    ):
+        path = job.folder / name
+        if path.exists():
+            continue
+        say(f"  sampling two answers to each of {len(records):,} prompts for {name}")
+        room = job.settings.max_tokens - job.settings.max_new_tokens
+        ids = [fitted_prompt(tokenizer, record.prompt_messages, room) for record in records]
+        seed = 2 * job.seed + draw
+        rows, skipped = sample_pairs(policy, tokenizer, ids, true_score, job.settings, seed)
+        say(f"  {len(rows):,} pairs; skipped because both answers score the same: {skipped:,}")
+        if not rows:
+            raise UserError(
+                f"{name}: both answers to each of {len(records):,} prompts score the same: sample "
+                "more of them (stages.reward.pairs_per_prompt) or longer ones "
+                "(stages.reward.max_new_tokens)"
+            )
+        write_record(job.folder, sampled_pairs={name: {"kept": len(rows), "tied": skipped}})
+        write_jsonl(path, ({**r, "prompt": records[r["prompt"]].prompt_messages} for r in rows))
+    policy.cpu()  # where training takes it from
+    return stored_pairs(job.folder)
+
+
+def stored_pairs(folder: Path) -> data.Pairs:
+    """The pairs that a reward run sampled."""
+    sides = []
+    for name in PAIR_FILES:
+        rows = read_jsonl(folder / name)
+        sides.append(
+            [
+                data.Pair(r["prompt"], r["chosen"], r["rejected"], tuple(r.get("unfinished", ())))
+                for r in rows
+            ]
+        )
+    return data.Pairs(*sides, digest="", notes={})
+
+
+def identity(config: data.DataConfig) -> dict[str, Any]:
+    """What decides over sampled pairs besides the settings."""
+    return {"pairs": [PAIRS_VERSION, RULE_VERSION]} if config.has_hidden_rule else {}
+
+
+def check_data(
+    config: data.DataConfig, settings: RewardSettings, tokenizer: Tokenizer, max_seq_len: int
+) -> list[str]:
+    """Warnings; UserError where no data would be left."""
+    lengths = settings.max_tokens, settings.max_new_tokens
+    return check_preferences(config, tokenizer, *lengths, max_seq_len)

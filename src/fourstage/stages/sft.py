@@ -8,8 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fourstage import data
+from fourstage.data.datamodule import sft_data
+from fourstage.data.fits import check_chats
+from fourstage.job import StageJob
 from fourstage.stages.base import check_range
+from fourstage.stages.prepare import (
+    Prepared,
+    as_planned,
+    heldout_rows,
+    loader_options,
+    parent_policy,
+)
 from fourstage.stages.supervised import NextTokenModule, NextTokenSettings
+from fourstage.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,4 +38,28 @@ class SFTSettings(NextTokenSettings):
 class SFTModule(NextTokenModule):
     """Trains the pre-trained Transformer on conversations."""
 
-    Settings = SFTSettings
+
+# --- what it needs, by the names that ladder.py knows
+
+Settings = SFTSettings
+
+
+def prepare(job: StageJob) -> Prepared:
+    policy, tokenizer = parent_policy(job)
+    chats = as_planned(job, data.load_chat(job.data))
+    loaders = sft_data(
+        chats.train,
+        chats.heldout,
+        tokenizer,
+        max_tokens=job.settings.max_tokens,
+        **loader_options(job),
+    )
+    module = SFTModule(policy, job.settings, job.seed)
+    return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
+
+
+def check_data(
+    config: data.DataConfig, settings: SFTSettings, tokenizer: Tokenizer, max_seq_len: int
+) -> list[str]:
+    """Warnings; UserError where no data would be left."""
+    return check_chats(config, tokenizer, settings.max_tokens, max_seq_len)

@@ -36,7 +36,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from fourstage.errors import UserError
 from fourstage.files import read_json, read_jsonl, write_atomic
 from fourstage.job import LoggerConfig, StageJob
-from fourstage.ladder import STAGES
+from fourstage.ladder import stages
 from fourstage.runs.records import read_record, write_record
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def samples_by_stage(job: StageJob) -> Table:
     prompts: dict[str, str] = {}
     answers: dict[str, dict[str, str]] = {}  # row of the ladder -> prompt id -> answer
     if (job.folder / "samples.jsonl").exists():
-        paths = {s: folders[s] / "samples.jsonl" for s in STAGES if s in folders}
+        paths = {s: folders[s] / "samples.jsonl" for s in stages() if s in folders}
         for stage, path in paths.items():
             for sample in _samples(path):
                 row = "random" if sample["step"] == 0 else stage
