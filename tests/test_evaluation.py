@@ -12,7 +12,7 @@ from fourstage.batch import PairBatch
 from fourstage.data.verify import FROM_FILE
 from fourstage.errors import UserError
 from fourstage.evaluation import suite
-from fourstage.evaluation import tables as module
+from fourstage.evaluation.__main__ import main as evaluate
 from fourstage.evaluation.judges import Judges
 from fourstage.evaluation.tables import (
     BY_REWARD,
@@ -374,7 +374,7 @@ def test_a_row_without_chats_has_nothing_to_judge(tmp_path):
 )
 def test_the_command_says_how_it_is_used(arguments):
     with pytest.raises(UserError) as error:
-        module.main(arguments)
+        evaluate(arguments)
     usage = "usage: python -m fourstage evaluation run=NAME [ladder=true] [evaluation.KEY=NUMBER…] "
     assert one_line(error) == f"{usage}[outputs=outputs]"
 
@@ -382,11 +382,11 @@ def test_the_command_says_how_it_is_used(arguments):
 @pytest.mark.parametrize("value", ["maybe", "True", "1", ""])
 def test_ladder_is_true_or_false(value, tmp_path):
     with pytest.raises(UserError) as error:
-        module.main(["run=sft", f"ladder={value}", f"outputs={tmp_path}"])
+        evaluate(["run=sft", f"ladder={value}", f"outputs={tmp_path}"])
     assert one_line(error) == f"ladder: expected true or false, got {value!r}"
 
 
 def test_a_run_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(UserError) as error:
-        module.main(["run=nowhere", f"outputs={tmp_path}"])
+        evaluate(["run=nowhere", f"outputs={tmp_path}"])
     assert "nowhere" in one_line(error)

@@ -13,6 +13,7 @@ import torch
 from fourstage.errors import UserError
 from fourstage.evaluation import suite
 from fourstage.evaluation import tables as evaluation
+from fourstage.evaluation.__main__ import main as evaluate
 from fourstage.files import read_jsonl
 from fourstage.ladder import LADDER
 from fourstage.lineage.climb import climb, gain
@@ -217,7 +218,7 @@ def test_evaluating_again_gives_the_same_bytes(ladder) -> None:
         for path in place.glob("*eval*"):
             path.unlink()
         torch.set_num_threads(2)  # the run had one, which the evaluation takes from its record
-        evaluation.main([f"run={stage}", f"outputs={ladder}"])
+        evaluate([f"run={stage}", f"outputs={ladder}"])
         assert torch.get_num_threads() == 1
         assert evaluations(place) == before, stage
 
@@ -226,14 +227,14 @@ def test_other_settings_are_taken_and_recorded(ladder, capsys) -> None:
     place = folder(ladder, "sft")
     before = evaluations(place)
     call = ["run=sft", f"outputs={ladder}"]
-    evaluation.main([*call, "evaluation.max_problems=2"])
+    evaluate([*call, "evaluation.max_problems=2"])
     assert evaluated(ladder, "sft")["reasoning_accuracy"]["n"] == 2
     fewer = evaluations(place)
-    evaluation.main(call)  # as recorded
+    evaluate(call)  # as recorded
     assert evaluations(place) == fewer
     with pytest.raises(UserError, match="^evaluation.max_problems: expected a whole number, got"):
-        evaluation.main([*call, "evaluation.max_problems=all"])
-    evaluation.main([*call, "evaluation.max_problems=4"])
+        evaluate([*call, "evaluation.max_problems=all"])
+    evaluate([*call, "evaluation.max_problems=4"])
     assert evaluations(place) == before
     assert "sft: evaluating: held-out text\nsft: evaluated in 0:0" in capsys.readouterr().err
 
@@ -248,7 +249,7 @@ def test_a_ladder_is_evaluated_on_what_its_last_run_holds_out(ladder, capsys) ->
     write_record(places[0], config={"data": {**record["config"]["data"], "chat": chat}})
     for path in places[0].glob("eval*.json"):
         path.unlink()
-    evaluation.main(["run=pretrain", f"outputs={ladder}", "evaluation.max_problems=2"])
+    evaluate(["run=pretrain", f"outputs={ladder}", "evaluation.max_problems=2"])
     write_report(ladder, "grpo")
     said = (ladder / "report" / "report.md").read_text()
     assert differ in said and "Every row was measured" not in said
@@ -256,7 +257,7 @@ def test_a_ladder_is_evaluated_on_what_its_last_run_holds_out(ladder, capsys) ->
     assert f"run={places[-1].name} ladder=true" in said
     assert " (95 % intervals; other held-out items)" in gain(ladder, places[1].name)
 
-    evaluation.main(["run=grpo", "ladder=true", f"outputs={ladder}"])
+    evaluate(["run=grpo", "ladder=true", f"outputs={ladder}"])
     assert capsys.readouterr().out.endswith(f"{gain(ladder, places[-1].name)}\n")
     assert evaluations(*places) == before
     assert read_record(places[0])["config"] == record["config"]
@@ -265,7 +266,7 @@ def test_a_ladder_is_evaluated_on_what_its_last_run_holds_out(ladder, capsys) ->
     grown = {**record["data"], "digest": "of another text"}
     write_record(places[0], data=grown)
     with pytest.raises(UserError, match="the corpus of pretrain-|its corpus has changed"):
-        evaluation.main(["run=grpo", "ladder=true", f"outputs={ladder}"])
+        evaluate(["run=grpo", "ladder=true", f"outputs={ladder}"])
     name = (
         f"{places[0].name} keeps its own held-out data: under that of {places[-1].name} its corpus"
     )
@@ -281,7 +282,7 @@ def test_an_ancestor_of_other_data_keeps_its_held_out_items(ladder, capsys) -> N
     write_record(places[-1], config={"data": nothing})
     reasons = "there is no corpus that it could have trained on"
     with pytest.raises(UserError):  # grpo itself has nothing to be asked now
-        evaluation.main(["run=grpo", "ladder=true", f"outputs={ladder}"])
+        evaluate(["run=grpo", "ladder=true", f"outputs={ladder}"])
     said = capsys.readouterr().err
     assert f"{places[0].name} keeps its own held-out data: under that of {places[-1].name}" in said
     assert reasons in said
@@ -293,15 +294,15 @@ def test_rows_of_other_settings_are_said_not_to_compare(ladder) -> None:
     place = folder(ladder, "sft")
     before, config = evaluations(place), read_record(place)["config"]["evaluation"]
     more = config["max_new_tokens"] + 8
-    evaluation.main(["run=sft", f"outputs={ladder}", f"evaluation.max_new_tokens={more}"])
+    evaluate(["run=sft", f"outputs={ladder}", f"evaluation.max_new_tokens={more}"])
     write_report(ladder, "grpo")
     said = (ladder / "report" / "report.md").read_text()
     assert f"max_new_tokens {config['max_new_tokens']} before, {more} after" in said
     assert "Every row was measured" not in said
     room = "leave no room for a prompt in model.max_seq_len"
     with pytest.raises(UserError, match=room):
-        evaluation.main(["run=sft", f"outputs={ladder}", "evaluation.max_new_tokens=100000"])
-    evaluation.main(["run=grpo", "ladder=true", f"outputs={ladder}"])
+        evaluate(["run=sft", f"outputs={ladder}", "evaluation.max_new_tokens=100000"])
+    evaluate(["run=grpo", "ladder=true", f"outputs={ladder}"])
     assert evaluations(place) == before
 
 
@@ -313,7 +314,7 @@ def test_what_other_data_would_say_replaces_no_evaluation(ladder) -> None:
         digest = read_record(place)["data"]["digest"]
         write_record(place, data={"digest": "of the old file"})
         with pytest.raises(UserError, match=f"sft-.*: {whose} has changed since .* is kept; "):
-            evaluation.main(["run=sft", f"outputs={ladder}"])
+            evaluate(["run=sft", f"outputs={ladder}"])
         write_record(place, data={"digest": digest})
     assert evaluations(folder(ladder, "sft")) == before
 
@@ -327,7 +328,7 @@ def test_a_ladder_of_an_older_suite_becomes_one_of_this(ladder, capsys) -> None:
             path.write_text(json.dumps({**json.loads(path.read_text()), "suite": "1"}))
         for path in (*place.glob("eval_items*"), *place.glob("ladder_eval*")):
             path.write_text("{}")
-    evaluation.main(["run=grpo", "ladder=true", f"outputs={ladder}"])
+    evaluate(["run=grpo", "ladder=true", f"outputs={ladder}"])
     assert evaluations(*places) == before
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in said if line.startswith("evaluated")] == [

@@ -201,13 +201,14 @@ def goals(rows: list[Row]) -> list[Goal]:
         name = LADDER[row.stage].goal
         if name == TRUE and row.metrics[name]["value"] is None:
             name = LEARNED if row.metrics[LEARNED]["value"] is not None else name
+        unknown = suite.missing(f"this suite has no {name}")
         if not leaves_policy(row.stage):
             start, before = "a coin", COIN
         elif row.parent is not None:
-            start, before = row.parent.stage, row.parent.metrics[name]
+            start, before = row.parent.stage, row.parent.metrics.get(name, unknown)
         else:
             start, before = "", suite.missing("its parent is not there")
-        after = row.metrics[name]
+        after = row.metrics.get(name, unknown)
         suites = {row.suite, row.parent.suite} - {""} if row.parent else set()
         defined = about(name)
         asked_others = defined and other_items(row).keys() & set(defined.sets)

@@ -1,0 +1,99 @@
+"""What is one new file elsewhere is known everywhere: in the table, the charts, the lists."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fourstage import chat, ladder
+from fourstage.errors import UserError
+from fourstage.ladder import LADDER, Stage, stages
+from fourstage.lineage.climb import climb
+from fourstage.lineage.plan import make_plan
+from fourstage.report import write_report
+from fourstage.runs.__main__ import main as runs
+from fourstage.runs.records import read_record
+from fourstage.runs.store import RunStore
+from tests.fakes import QUICK, config
+
+STAGE = Stage(
+    name="smooth",
+    source="chat",
+    goal="chat_exact",
+    parents={"policy": "sft"},
+    module="tests.toys.stage",
+)
+SETTINGS = Path(__file__).parent / "toys" / "stage.yaml"
+
+
+def tree(*overrides: str, **changes) -> dict:
+    values = config(*QUICK, *overrides)
+    values["stages"]["smooth"] = yaml.safe_load(SETTINGS.read_text()) | changes
+    return values
+
+
+@pytest.fixture
+def known(monkeypatch):
+    monkeypatch.setitem(ladder.LADDER, "smooth", STAGE)
+
+
+@pytest.fixture
+def outputs(ladder, tmp_path) -> Path:
+    """The debug ladder of the tests, to be added to."""
+    return shutil.copytree(ladder, tmp_path / "outputs")
+
+
+def test_a_stage_is_a_file_a_row_and_its_settings(known, outputs, capsys):
+    folder = climb(tree("stage=smooth", f"outputs={outputs}"))
+    record = read_record(folder)
+    assert folder.name == f"smooth-{record['id']}" and record["status"] == "finished"
+    assert record["parents"] == {"policy": read_record(RunStore(outputs).find("sft"))["id"]}
+    assert record["config"]["stages"]["smooth"]["smoothing"] == 0.1
+    assert "smooth: " in (said := capsys.readouterr().out) and "chat" in said.split("next:")[1]
+
+    write_report(outputs, folder.name)
+    table = json.loads((outputs / "report" / "stages.json").read_text())
+    rows = {row["stage"]: row for row in table["rows"]}
+    assert list(rows) == ["random", "pretrain", "sft", "smooth"]
+    assert rows["smooth"]["metrics"]["bits_per_char"]["value"] > 0
+    page = (outputs / "report" / "report.html").read_text()
+    assert page.count("smooth") > 5
+
+    runs(["list", f"outputs={outputs}"])
+    assert folder.name in capsys.readouterr().out
+    assert stages()[-1] == "smooth" and chat.furthest(outputs) == folder
+    again = climb(tree("stage=smooth", f"outputs={outputs}"))
+    assert again == folder and "found" in capsys.readouterr().out
+
+
+def test_its_mistakes_are_one_line(known, tmp_path):
+    for changes, line in (
+        ({"smoothing": 2.0}, "stages.smooth.smoothing: must be between 0 and 1, got 2.0"),
+        ({"parent": "grpo"}, None),
+        ({"parent": "smooth"}, "stages.smooth.parent: smooth cannot descend from smooth: name"),
+        ({"parent": "reward"}, "stages.smooth.parent: reward will not do, expected a language"),
+    ):
+        values = tree("stage=smooth", f"outputs={tmp_path}", **changes)
+        if line is None:
+            assert [run.stage for run in make_plan(values).runs][-2:] == ["grpo", "smooth"]
+            continue
+        with pytest.raises(UserError, match=line):
+            make_plan(values)
+
+
+def test_a_run_of_a_stage_that_is_not_known_here_is_named_and_left_alone(outputs, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LADDER, "smooth", STAGE)
+        folder = climb(tree("stage=smooth", f"outputs={outputs}"))
+    capsys.readouterr()
+    before = (folder / "run.json").read_bytes()
+    runs(["list", f"outputs={outputs}"])
+    said = capsys.readouterr()
+    assert "not known here (smooth)" in said.err and "sft-" in said.out
+    write_report(outputs, "grpo")
+    climb(config(*QUICK, "stage=sft", f"outputs={outputs}"))
+    assert (folder / "run.json").read_bytes() == before
