@@ -9,6 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -163,6 +164,8 @@ def test_ctrl_c_asks_only_once_there_is_something_to_lose(handlers) -> None:
 def test_a_signal_waits_while_garbage_is_collected(handlers) -> None:
     """An error raised within __del__ is printed and forgotten."""
 
+    waiting = threading.Event()
+
     class Late:
         def __del__(self) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -170,11 +173,15 @@ def test_a_signal_waits_while_garbage_is_collected(handlers) -> None:
 
     done: list[int] = []
     handle_stops(stop_now)
+    idle = threading.Thread(target=waiting.wait, daemon=True)  # it takes signals too
+    idle.start()
     late = Late()
     late.itself = late
     del late
     with pytest.raises(Stopped, match="143"), interruptions.held_back():
         gc.collect()
+    waiting.set()
+    idle.join()
     assert done
 
 

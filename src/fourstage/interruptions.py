@@ -83,12 +83,19 @@ def handle_stops(handler: Callable[[int, Any], None], and_ctrl_c: bool = False) 
 @contextmanager
 def held_back() -> Iterator[None]:
     """Signals that ask for an end wait until this is over: an error that a handler raises in the
-    middle of a __del__ is lost."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOPS, signal.SIGINT))
+    middle of a __del__ is lost. Not by a mask: another thread would take the signal."""
+    came: list[int] = []
+    handlers = {signum: signal.getsignal(signum) for signum in (*STOPS, signal.SIGINT)}
+    ours = {signum: handler for signum, handler in handlers.items() if callable(handler)}
+    for signum in ours:
+        signal.signal(signum, lambda signum, _: came.append(signum))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for signum, handler in ours.items():
+            signal.signal(signum, handler)
+        for signum in came:
+            signal.raise_signal(signum)
 
 
 def heed_ctrl_c() -> None:
