@@ -182,7 +182,7 @@ def train(name: str, ranks: int, steps: int, folder: Path, stage: str) -> None:
         use_distributed_sampler=False,
         callbacks=[keep],
     )
-    trainer.fit(module, datamodule=Shards(batches))
+    trainer.fit(module, datamodule=Shards(batches, trims=stage in LARGE))
     keep.save(trainer, module)
 
 
@@ -195,6 +195,6 @@ if __name__ == "__main__":
         let_deepspeed_use_cpus()
     for stage_name in names:
         on_policy.sample = sample if stage_name == "sampled" else fixed_answers
-        large, at_once = (0, 40) if stage_name in LARGE else (4096, 8192)
+        large, at_once = (0, 11) if stage_name in LARGE else (4096, 8192)
         supervised.LARGE_VOCABULARY, supervised.LOGITS_AT_ONCE = large, at_once
         train(trainer_name, int(n_ranks), int(n_steps), Path(path), stage_name)

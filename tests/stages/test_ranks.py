@@ -82,24 +82,28 @@ def test_ranks_with_more_and_fewer_tied_groups_stay_in_step(tmp_path):
 
 
 class Shards(L.LightningDataModule):
-    """Rank r of w reads the rows r::w of every batch."""
+    """Rank r of w reads the rows r::w of every batch, trimmed to the longest of them or not."""
 
-    def __init__(self, batches: list) -> None:
+    def __init__(self, batches: list, trims: bool = False) -> None:
         super().__init__()
-        self.batches = batches
+        self.batches, self.trims = batches, trims
 
     def train_dataloader(self) -> DataLoader:
         own = slice(self.trainer.global_rank, None, self.trainer.world_size)
-        return DataLoader([shard(b, own) for b in self.batches], batch_size=None, collate_fn=as_is)
+        shards = [shard(b, own) for b in self.batches]
+        shards = [trimmed(b) for b in shards] if self.trims else shards
+        return DataLoader(shards, batch_size=None, collate_fn=as_is)
 
 
 def shard(batch: TokenBatch | PairBatch | PromptBatch, own: slice):
     if isinstance(batch, PairBatch):
         return batch.rows(own)
-    if isinstance(batch, TokenBatch):  # padded to the rank's own longest row
-        longest = int(batch.valid[own].sum(1).max())
-        return TokenBatch(batch.ids[own, :longest], batch.targets[own, :longest])
     return type(batch)(*(rows[own] for rows in vars(batch).values()))
+
+
+def trimmed(batch: TokenBatch) -> TokenBatch:
+    longest = int(batch.valid.sum(1).max())
+    return TokenBatch(batch.ids[:, :longest], batch.targets[:, :longest])
 
 
 class Save(L.Callback):
