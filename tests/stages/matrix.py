@@ -38,8 +38,8 @@ from fourstage.stages import (
 )
 from tests.cpu_as_cuda import let_deepspeed_use_cpus, on_cpus
 from tests.fakes import one_by_one
+from tests.parallel.test_ranks import Shards
 from tests.stages import test_grpo, test_ppo
-from tests.stages.test_ranks import Shards
 from tests.stages.test_reward import pairs
 from tests.stages.test_supervised import ragged
 from tests.stages.tiny import (

@@ -15,7 +15,7 @@ from fourstage.tracking.callbacks import RouterHealth
 from tests.device import REPEATED
 from tests.stages.test_supervised import ragged
 from tests.stages.tiny import TINY, distance, fit, make_policy, weights, with_balance
-from tests.test_cost import ROWS, STAGES, build, judged  # noqa: F401
+from tests.tracking.test_cost import ROWS, STAGES, build, judged  # noqa: F401
 
 E = TINY.num_experts
 NAMES = ("load_entropy", "max_over_mean", "dead_experts", "bias_spread", "drift")

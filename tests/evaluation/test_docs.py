@@ -10,7 +10,7 @@ import pytest
 from fourstage.data.verify import same_value
 from fourstage.evaluation import suite
 
-TEXT = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 COLUMNS = ["key", "items", "what it is", "interval", "better", "known weaknesses"]
 
 

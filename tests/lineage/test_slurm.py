@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "sweeps" / "slurm.sbatch"
+SCRIPT = Path(__file__).parents[2] / "sweeps" / "slurm.sbatch"
 SRUN = """#!/bin/bash
 trap 'kill $!; exit {code}' USR1
 echo "$@" > started

@@ -26,9 +26,9 @@ from fourstage.evaluation.tables import (
 )
 from fourstage.job import EvaluationConfig
 from fourstage.settings import build
+from tests.evaluation.test_judges import ramp
 from tests.heldout import CONFIG, HELDOUT, NOTHING, changed
 from tests.stages.tiny import TINY, TOKENIZER, distance, make_policy, make_scalar, weights
-from tests.test_judges import ramp
 
 FIXED = [name for name in suite.DEFINITIONS if not name.startswith("pair_")]  # of every policy
 DENSE = replace(TINY, num_experts=1, top_k=1)

@@ -15,7 +15,7 @@ from fourstage.parallel.memory import STATES, bytes_per_gpu
 from fourstage.parallel.strategies import ZERO
 from tests.fakes import config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BILLION = 10**9
 
 

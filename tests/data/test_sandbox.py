@@ -30,7 +30,7 @@ from tests.test_arrows import ROOT
 def evaluator():
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(ROOT)
-    judges = Sandbox("tests.evaluator")
+    judges = Sandbox("tests.evaluation.evaluator")
     judges.map(["1"])
     os.environ["PYTHONPATH"] = before or ""
     yield judges
@@ -126,7 +126,7 @@ def test_no_place_to_write_judges_all_the_same(evaluator, monkeypatch):
     """In a container that is read-only; and a worker that cannot be locked up judges nothing."""
     monkeypatch.setenv("TMPDIR", "/proc")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    judges = Sandbox("tests.evaluator")
+    judges = Sandbox("tests.evaluation.evaluator")
     assert judges.map(["1 + 1"]) == [2]
     judges.close()
 
@@ -135,7 +135,7 @@ def test_the_current_folder_is_not_imported_from(tmp_path, monkeypatch):
     (tmp_path / "select.py").write_text("raise ImportError")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    judges = Sandbox("tests.evaluator")
+    judges = Sandbox("tests.evaluation.evaluator")
     assert judges.map(["1"]) == [1]
     judges.close()
 
@@ -169,7 +169,7 @@ def test_a_fork_has_a_server_of_its_own(evaluator):
 def test_the_server_ends_with_its_program():
     code = (
         "import os, signal; from fourstage.data.sandbox import Sandbox\n"
-        "judges = Sandbox('tests.evaluator'); judges.map(['1'])\n"
+        "judges = Sandbox('tests.evaluation.evaluator'); judges.map(['1'])\n"
         "print(judges._server.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}

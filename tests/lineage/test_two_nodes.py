@@ -21,7 +21,7 @@ from benchmarks.kills import CPU, SMALL, weights
 from fourstage.ladder import LADDER
 from fourstage.runs.records import read_record
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 ERROR = "lost another process of this job, whose own output says why"
 
 

@@ -19,7 +19,7 @@ from fourstage.runs.records import read_record
 from fourstage.runs.store import RunStore
 from tests.test_interruptions import Executed
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 SMALL = ["model=moe_nano", "debug=fast", "logger=none"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO / 'src'}:{REPO}"}
 

@@ -17,7 +17,7 @@ from fourstage.ladder import LADDER
 from fourstage.runs.records import read_record
 from fourstage.runs.store import RunStore
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 STEPS = 8
 SMALL = ["model=moe_nano", "debug=fast", "logger=none", "trainer=cpu"] + [
     f"stages.{stage}.{key}"

@@ -444,7 +444,7 @@ def test_a_command_to_paste_names_this_interpreter(tmp_path, monkeypatch) -> Non
         (str(python), tmp_path, "python"),  # activated
         ("/usr/bin/python", tmp_path, ".venv/bin/python"),
         (None, Path("/"), str(python)[1:]),
-        (None, Path(__file__).parent, str(python)),
+        (None, Path(__file__).parents[1], str(python)),
     ):
         monkeypatch.setattr("shutil.which", lambda name, found=found: found)
         monkeypatch.chdir(here)

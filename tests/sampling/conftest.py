@@ -1,0 +1,1 @@
+from tests.model.conftest import build, nano  # noqa: F401
