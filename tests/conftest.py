@@ -1,6 +1,7 @@
 """For every test: one thread, no denormals, no network, no dashboard; and one trained ladder."""
 
 import os
+import shutil
 from pathlib import Path
 
 # before torch and its libraries are imported, and for the processes that tests start
@@ -34,3 +35,9 @@ def ladder(tmp_path_factory) -> Path:
     outputs = tmp_path_factory.mktemp("ladder") / "outputs"
     climb(config(*QUICK, "stage=grpo", f"outputs={outputs}"))
     return outputs
+
+
+@pytest.fixture
+def own_ladder(ladder, tmp_path) -> Path:
+    """A copy of it, to be changed."""
+    return shutil.copytree(ladder, tmp_path / "ladder")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -41,13 +40,8 @@ def known(monkeypatch):
     monkeypatch.setitem(ladder.LADDER, "smooth", STAGE)
 
 
-@pytest.fixture
-def outputs(ladder, tmp_path) -> Path:
-    """The debug ladder of the tests, to be added to."""
-    return shutil.copytree(ladder, tmp_path / "outputs")
-
-
-def test_a_stage_is_a_file_a_row_and_its_settings(known, outputs, capsys):
+def test_a_stage_is_a_file_a_row_and_its_settings(known, own_ladder, capsys):
+    outputs = own_ladder
     folder = climb(tree("stage=smooth", f"outputs={outputs}"))
     record = read_record(folder)
     assert folder.name == f"smooth-{record['id']}" and record["status"] == "finished"
@@ -85,7 +79,8 @@ def test_its_mistakes_are_one_line(known, tmp_path):
             make_plan(values)
 
 
-def test_a_run_of_a_stage_that_is_not_known_here_is_named_and_left_alone(outputs, capsys):
+def test_a_run_of_a_stage_that_is_not_known_here_is_named_and_left_alone(own_ladder, capsys):
+    outputs = own_ladder
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LADDER, "smooth", STAGE)
         folder = climb(tree("stage=smooth", f"outputs={outputs}"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -52,6 +52,25 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     except UserError as error:
         message = str(error)
         raise UserError(message if message.startswith(where) else _join(where, message)) from None
+
+
+def hashed(config: Any) -> dict[str, Any]:
+    """What of a config is part of a run's id.
+
+    A field that came after the class' HASHED_UP_TO is left out where it has its default, which has
+    to change nothing: so a config that grows renames no run.
+    """
+    names = [f.name for f in fields(config)]
+    first = names[: names.index(config.HASHED_UP_TO) + 1]
+    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    defaults |= {
+        f.name: f.default_factory() for f in fields(config) if f.default_factory is not MISSING
+    }
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if name in first or name not in defaults or value != defaults[name]
+    }
 
 
 def _join(where: str, key: Any) -> str:

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import tokenizers
 from tokenizers import decoders, models, normalizers
@@ -88,6 +88,8 @@ class TokenizerConfig:
     """conf/tokenizer/*.yaml."""
 
     name: Literal["char"] = "char"
+
+    HASHED_UP_TO: ClassVar[str] = "name"  # see settings.hashed
 
 
 class Tokenizer:

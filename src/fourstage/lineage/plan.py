@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -26,12 +26,13 @@ from fourstage.model import ModelConfig
 from fourstage.parallel.memory import GIB, WEIGHTS, bytes_per_gpu, machine_memory
 from fourstage.runs.records import read_record
 from fourstage.runs.store import Record, RunStore
-from fourstage.settings import build
+from fourstage.settings import build, hashed
 from fourstage.stages import StageSettings
 from fourstage.stages.prepare import check_records
 from fourstage.tokenizer import Tokenizer, TokenizerConfig
 from fourstage.tracking.callbacks import clock
 
+T = TypeVar("T")
 Status = Literal["found", "resume", "train", "not needed"]
 
 
@@ -220,8 +221,8 @@ def plan_run(plan: Plan, stage: str, settings: StageSettings) -> PlannedRun:
     identity = {
         "stage": stage,
         "settings": settings.hashed(),
-        "model": shape(asdict(command.model)),
-        "tokenizer": asdict(command.tokenizer),
+        "model": shape(command.model),
+        "tokenizer": hashed(command.tokenizer),
         "seed": command.seed,
         "parents": parents,
         "precision": command.trainer.precision,
@@ -311,9 +312,9 @@ def letters(identity: Mapping[str, Any]) -> str:
     return name
 
 
-def shape(model: Mapping[str, Any]) -> dict[str, Any]:
+def shape(model: ModelConfig) -> dict[str, Any]:
     """What of a model's config matters: not what it is called."""
-    return {key: value for key, value in model.items() if key != "name"}
+    return {key: value for key, value in hashed(model).items() if key != "name"}
 
 
 def check_role(where: str, name: str, stage: str, role: str) -> None:
@@ -334,16 +335,26 @@ def named_run(
         raise UserError(f"{where}: {error}") from None
     record = read_record(folder)
     check_role(where, folder.name, record["stage"], role)
-    mine, its = shape(asdict(command.model)), shape(record["config"]["model"])
-    for key in mine:
-        if mine[key] != its.get(key):
+    its = recorded(ModelConfig, record, "model")  # with the defaults of what it doesn't have
+    if its is None:
+        raise UserError(f"{where}: {folder.name} is of a model that is not known here")
+    for key, value in asdict(command.model).items():
+        if key != "name" and value != (other := getattr(its, key)):
             raise UserError(
-                f"{where}: {folder.name} is of another model ({record['config']['model']['name']}: "
-                f"{key} {its.get(key)}, not {mine[key]}): choose its model= or another parent"
+                f"{where}: {folder.name} is of another model ({its.name}: "
+                f"{key} {other}, not {value}): choose its model= or another parent"
             )
-    if asdict(command.tokenizer) != record["config"].get("tokenizer"):
+    if command.tokenizer != recorded(TokenizerConfig, record, "tokenizer"):
         raise UserError(f"{where}: {folder.name} has another tokenizer: choose its tokenizer=")
     return folder, record
+
+
+def recorded(kind: type[T], record: Record, name: str) -> T | None:
+    """A part of a run's config; what it lacks has its default. None where it is not known here."""
+    try:
+        return build(kind, record["config"].get(name, {}), name)
+    except UserError:
+        return None
 
 
 def estimate(command: Command, store: RunStore, run: PlannedRun) -> float | None:
@@ -355,9 +366,11 @@ def estimate(command: Command, store: RunStore, run: PlannedRun) -> float | None
         record = read_record(folder)
         if (record["stage"], record["status"]) != (run.stage, "finished"):
             continue
-        config, settings = record["config"], record["config"]["stages"][run.stage]
+        settings = record["config"]["stages"][run.stage]
+        model = recorded(ModelConfig, record, "model")
         alike = (
-            shape(config["model"]) == shape(asdict(command.model))
+            model is not None
+            and shape(model) == shape(command.model)
             and record["debug"] == command.debug
         )
         same_steps = (
@@ -431,7 +444,8 @@ def evaluated_otherwise(plan: Plan) -> str:
         if found := {key: mine[key] for key in mine if its.get(key, mine[key]) != mine[key]}:
             names["with other settings"].append(run.name)
             changes |= found
-        if config.get("data", plain(plan.command.data)) != plain(plan.command.data):
+        its = recorded(data.DataConfig, run.record, "data") if "data" in config else None
+        if its not in (None, plan.command.data):
             names["on other held-out data"].append(run.name)
     said = [
         f"{', '.join(runs)} {'was' if len(runs) == 1 else 'were'} evaluated {how}"

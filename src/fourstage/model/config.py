@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fourstage.errors import UserError
 
@@ -44,6 +44,8 @@ class ModelConfig:
     init_std: float = 0.02
     dropout: float = 0.0  # on what attention and MLP add to the residual stream
     expert_path: Literal["grouped", "loop"] = "grouped"
+
+    HASHED_UP_TO: ClassVar[str] = "expert_path"  # see settings.hashed
 
     def __post_init__(self) -> None:
         sizes = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_expert", "top_k")

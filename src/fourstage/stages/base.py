@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -24,6 +24,7 @@ from fourstage.errors import UserError
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.optim.muon import Muon, hidden_matrices
 from fourstage.parallel import strategies
+from fourstage.settings import hashed
 
 _TIME = re.compile(r"\d{1,3}:\d{1,2}:\d{1,2}:\d{1,2}")  # Lightning's DD:HH:MM:SS
 
@@ -58,6 +59,7 @@ class StageSettings:
     # whether the loss has terms, or the networks dropout, that see a piece of a batch as a whole
     sees_pieces: ClassVar[bool] = False
 
+    HASHED_UP_TO: ClassVar[str] = "optimizer"  # see settings.hashed
     # fmt: off
     NOT_HASHED: ClassVar[frozenset[str]] = frozenset((
         "parent", "reward_parent", "micro_batch_size", "val_every", "log_every", "sample_every",
@@ -87,7 +89,7 @@ class StageSettings:
 
     def hashed(self) -> dict[str, Any]:
         """The settings that are part of a run's id; equal times are written in one way."""
-        values = {key: v for key, v in asdict(self).items() if key not in self.NOT_HASHED}
+        values = {key: v for key, v in hashed(self).items() if key not in self.NOT_HASHED}
         if self.seconds is not None:
             minutes, seconds = divmod(int(self.seconds), 60)
             hours, minutes = divmod(minutes, 60)
