@@ -17,6 +17,7 @@ from fourstage.report import write_report
 from fourstage.runs.__main__ import main as runs
 from fourstage.runs.records import read_record
 from fourstage.runs.store import RunStore
+from fourstage.stages import grpo
 from tests.fakes import QUICK, config
 
 STAGE = Stage(
@@ -92,3 +93,16 @@ def test_a_run_of_a_stage_that_is_not_known_here_is_named_and_left_alone(own_lad
     write_report(outputs, "grpo")
     climb(config(*QUICK, "stage=sft", f"outputs={outputs}"))
     assert (folder / "run.json").read_bytes() == before
+
+
+def test_a_loss_is_a_recipe_and_its_parts(monkeypatch, own_ladder):
+    def by_sum(loss_BA, mask_BA, totals):
+        return (loss_BA * mask_BA).sum() / 1000
+
+    monkeypatch.setitem(grpo.REDUCTIONS, "sum", by_sum)
+    monkeypatch.setitem(grpo.RECIPES, "toy", grpo.Recipe("mean", "token", "sum", clip_high=0.3))
+    words = [*QUICK, "stage=grpo", f"outputs={own_ladder}", "stages.grpo.loss=toy"]
+    folder = climb(config(*words))
+    settings = read_record(folder)["config"]["stages"]["grpo"]
+    assert (settings["loss"], settings["clip_high"]) == ("toy", 0.3)
+    assert RunStore(own_ladder).find("grpo") == folder

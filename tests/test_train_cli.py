@@ -338,4 +338,4 @@ def test_the_wandb_sweep_makes_plans(tmp_path) -> None:
         for value in choice["values"] if "values" in choice else (choice["min"], choice["max"]):
             target = make_plan(config(*base, f"{key}={value}")).runs[-1]
             first[key.removeprefix("stages.grpo.")].add(target.id)
-    assert [len(ids) for ids in first.values()] == [2, 3, 3]
+    assert [len(ids) for ids in first.values()] == [2, 4, 3]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fourstage.rl.ops import token_entropy, token_logprobs
-from fourstage.stages.grpo import REDUCTIONS, Totals, group_advantages, policy_loss
+from fourstage.stages.grpo import RECIPES, REDUCTIONS, SCALES, policy_loss, sequence_logprobs
+from fourstage.stages.on_policy import Totals
 from fourstage.stages.reward import bradley_terry_loss
 from tests.stages.tiny import settings
 
@@ -45,7 +46,6 @@ def trl_grpo(**settings) -> SimpleNamespace:
         "aux_loss_enabled": False,
         "top_entropy_quantile": 1.0,
         "off_policy_mask_threshold": None,
-        "importance_sampling_level": "token",
         "use_vllm": False,
         "current_gradient_accumulation_steps": 1,
         "max_completion_length": MAX_LENGTH,
@@ -56,16 +56,18 @@ def trl_grpo(**settings) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("loss", RECIPES)
 def test_grpo_losses_and_gradients(loss, beta):
     torch.manual_seed(1)
     n = PROMPTS * GROUP
     old, ref = (-3 * torch.rand(n, LENGTH) for _ in range(2))
     logp = (old + 0.3 * torch.randn(n, LENGTH)).requires_grad_()
     mask = torch.arange(LENGTH) < torch.randint(1, LENGTH + 1, (n, 1))
-    advantages = group_advantages(torch.rand(PROMPTS, GROUP), loss != "dr_grpo").flatten()
+    recipe = RECIPES[loss]
+    advantages = SCALES[recipe.advantages](torch.rand(PROMPTS, GROUP)).flatten()
     trainer = trl_grpo(
-        loss_type=loss,
+        loss_type="grpo" if loss == "gspo" else loss,
+        importance_sampling_level=recipe.ratio,
         beta=beta,
         epsilon_low=0.2,
         epsilon_high=0.28,
@@ -85,10 +87,11 @@ def test_grpo_losses_and_gradients(loss, beta):
     theirs = GRPOTrainer._compute_loss(trainer, None, inputs)
     (their_gradient,) = torch.autograd.grad(theirs, logp)
 
-    s = settings("grpo", loss=loss, kl_coef=beta, clip_high=0.28)
-    per_token = policy_loss(logp, old, ref if beta else None, advantages, s)
+    s = settings("grpo", loss=loss, kl_coef=beta, clip_low=0.2, clip_high=0.28)
+    compared = sequence_logprobs(logp, old, mask) if recipe.ratio == "sequence" else None
+    per_token = policy_loss(logp, old, ref if beta else None, advantages, s, compared)
     totals = Totals(torch.tensor(n), mask.sum(), MAX_LENGTH)
-    ours = REDUCTIONS[loss](per_token, mask, totals)
+    ours = REDUCTIONS[recipe.reduce](per_token, mask, totals)
     (our_gradient,) = torch.autograd.grad(ours, logp)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(our_gradient, their_gradient)

@@ -14,12 +14,15 @@ from fourstage.rl.rollout import answer_logprobs, answer_texts, pack
 from fourstage.stages import GRPOModule, on_policy
 from fourstage.stages import grpo as stage
 from fourstage.stages.grpo import (
+    RECIPES,
     REDUCTIONS,
+    SCALES,
     Answers,
+    Recipe,
     choose,
-    group_advantages,
     overlong_penalty,
     policy_loss,
+    sequence_logprobs,
     tied_groups,
 )
 from fourstage.stages.on_policy import Totals
@@ -33,6 +36,7 @@ from tests.stages.tiny import (
     fit,
     make_policy,
     prompt_batches,
+    settings,
     steady,
     use_sgd,
     weights,
@@ -73,23 +77,23 @@ def test_group_advantages_by_hand():
     rewards = T([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0], [3.0, 1.0, 1.0, 1.0]])
     # unbiased: sqrt(4 x 0.25 / 3) = 0.5773503, and sqrt((2.25 + 3 x 0.25) / 3) = 1
     a, b = 0.5 / 0.5774503, 0.5 / 1.0001
-    close(group_advantages(rewards, scaled=True), [[a, -a, -a, a], [0.0] * 4, [3 * b, -b, -b, -b]])
+    close(SCALES["std"](rewards), [[a, -a, -a, a], [0.0] * 4, [3 * b, -b, -b, -b]])
     close(
-        group_advantages(rewards, scaled=False),
+        SCALES["mean"](rewards),
         [[0.5, -0.5, -0.5, 0.5], [0.0] * 4, [1.5, -0.5, -0.5, -0.5]],
     )
 
 
-@pytest.mark.parametrize("scaled", [True, False])
-def test_a_tied_group_has_no_advantage_at_all(scaled):
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_tied_group_has_no_advantage_at_all(scale):
     """The float32 mean of eight times 0.1 is not 0.1."""
     rewards = T([[0.1] * 8, [0.7] * 8, [1.1] * 8])
     assert (rewards.mean(1) != rewards[:, 0]).any()
-    assert (group_advantages(rewards, scaled) == 0).all()
+    assert (SCALES[scale](rewards) == 0).all()
 
 
 def test_the_eps_of_group_advantages():
-    got = group_advantages(T([[2e-4, 0.0]]), scaled=True)  # std is sqrt(2) x 1e-4
+    got = SCALES["std"](T([[2e-4, 0.0]]))  # std is sqrt(2) x 1e-4
     close(got, [[1 / (2**0.5 + 1), -1 / (2**0.5 + 1)]], atol=1e-5)
 
 
@@ -125,9 +129,9 @@ LOSS = T([[1.0, 1.0, 50.0, 50.0], [2.0, 2.0, 2.0, 4.0]])  # 50: padding
 @pytest.mark.parametrize(
     ("name", "want"),
     [
-        ("grpo", (1.0 + 2.5) / 2),  # a mean of means
-        ("dapo", (2.0 + 10.0) / 6),  # every token alike
-        ("dr_grpo", (2.0 + 10.0) / (2 * 8)),  # by a constant length
+        ("answer", (1.0 + 2.5) / 2),  # a mean of means
+        ("token", (2.0 + 10.0) / 6),  # every token alike
+        ("constant", (2.0 + 10.0) / (2 * 8)),  # by a constant length
     ],
 )
 def test_reductions_of_a_whole_batch(name, want):
@@ -150,19 +154,54 @@ def test_reductions_divide_by_the_whole_step_so_that_pieces_add_up(name):
 def test_one_update_a_rollout_has_ratio_one_and_yet_a_gradient():
     s = steady("grpo", **SMALL)
     logp = T([[-1.0, -2.0, 0.0, 0.0], [-0.5, -1.5, -2.5, -3.0]], requires_grad=True)
-    advantage = group_advantages(T([[1.0, 0.0]]), scaled=True).flatten()
+    advantage = SCALES["std"](T([[1.0, 0.0]])).flatten()
     loss = policy_loss(logp, logp.detach(), None, advantage, s)
     a = 0.5 / (0.5**0.5 + 1e-4)
     close(loss.detach(), [[-a] * 4, [a] * 4])  # -A times a ratio of exactly 1
     totals = Totals(answers=T(2), tokens=T(6), max_length=8)
     values = {name: reduce(loss, MASK, totals) for name, reduce in REDUCTIONS.items()}
-    assert values["grpo"].item() == pytest.approx(0.0, abs=1e-7)
-    assert values["dapo"].item() == pytest.approx(-(2 * a - 4 * a) / 6)
-    (gradient,) = torch.autograd.grad(values["grpo"], logp)
+    assert values["answer"].item() == pytest.approx(0.0, abs=1e-7)
+    assert values["token"].item() == pytest.approx(-(2 * a - 4 * a) / 6)
+    (gradient,) = torch.autograd.grad(values["answer"], logp)
     close(gradient, [[-a / 4, -a / 4, 0.0, 0.0], [a / 8] * 4])
     loss = policy_loss(logp, logp.detach(), None, advantage, s)
-    (gradient,) = torch.autograd.grad(REDUCTIONS["dapo"](loss, MASK, totals), logp)
+    (gradient,) = torch.autograd.grad(REDUCTIONS["token"](loss, MASK, totals), logp)
     close(gradient, [[-a / 6, -a / 6, 0.0, 0.0], [a / 6] * 4])
+
+
+def test_the_ratio_of_an_answer_is_the_geometric_mean_of_its_tokens():
+    old = T([[-1.0, -2.0, 0.0, 0.0], [-0.5, -1.5, -2.5, -3.0]])
+    logp = T([[-0.8, -2.4, 0.0, 0.0], [-0.5, -1.1, -2.4, -2.7]], requires_grad=True)
+    got = sequence_logprobs(logp, old, MASK)
+    close(got.detach(), [[-1.1, -2.1, 0.0, 0.0], [-0.3, -1.3, -2.3, -2.8]])  # old - 0.1, + 0.2
+    (gradient,) = torch.autograd.grad((got * MASK).sum(), logp)
+    close(gradient, MASK.float().tolist())
+
+
+RECIPE = ("clip_low", "clip_high", "resample_rounds", "overlong_window")
+
+
+@pytest.mark.parametrize(
+    ("loss", "numbers"),
+    [
+        ("grpo", (0.2, 0.2, 0, 0)),
+        ("dr_grpo", (0.2, 0.2, 0, 0)),
+        ("dapo", (0.2, 0.28, 2, 16)),
+        ("gspo", (3e-4, 4e-4, 0, 0)),
+    ],
+)
+def test_a_loss_is_its_whole_recipe_and_each_part_can_be_set(loss, numbers):
+    s = settings("grpo", loss=loss)
+    assert tuple(getattr(s, name) for name in RECIPE) == numbers
+    for name in RECIPE:
+        assert getattr(settings("grpo", loss=loss, **{name: 1}), name) == 1
+    module = make(loss)
+    assert [module.choice(name) for name in Recipe._fields[:3]] == list(RECIPES[loss][:3])
+    module = make(loss, advantages="mean", ratio="sequence", reduce="token")
+    assert [module.choice(name) for name in Recipe._fields[:3]] == ["mean", "sequence", "token"]
+    if loss == "dapo":
+        assert s == settings("grpo_dapo")
+        assert settings("grpo", loss=loss, max_new_tokens=9).overlong_window == 9
 
 
 # --- dynamic sampling
@@ -261,7 +300,7 @@ def seen_by(module: GRPOModule) -> list[Answers]:
 
 @pytest.mark.parametrize(
     ("loss", "kl_coef", "lr"),
-    [("grpo", 0.0, 0.1), ("dr_grpo", 0.0, 0.1), ("dapo", 0.0, 0.1), ("dapo", 0.2, 1e-3)],
+    [*((name, 0.0, 0.1) for name in RECIPES), ("dapo", 0.2, 1e-3)],
 )
 def test_one_piece_of_eight_answers_equals_eight_of_one(monkeypatch, loss, kl_coef, lr):
     use_sgd(monkeypatch)
@@ -279,7 +318,7 @@ def test_one_piece_of_eight_answers_equals_eight_of_one(monkeypatch, loss, kl_co
     assert {name: x.item() for name, x in others.items()} == same
 
 
-@pytest.mark.parametrize("name", REDUCTIONS)
+@pytest.mark.parametrize("name", RECIPES)
 def test_two_passes_are_the_gradients_of_the_loss_written_out(monkeypatch, name):
     """On one unpadded row after the other; both passes compare with the sampler's policy."""
     use_sgd(monkeypatch)
@@ -300,9 +339,10 @@ def test_two_passes_are_the_gradients_of_the_loss_written_out(monkeypatch, name)
             ids = r.ids[row, : start + n]
             logp = policy.logits(policy(ids[None]).hidden_BTD)[0].log_softmax(-1)
             logp = logp[torch.arange(start - 1, start + n - 1), ids[start:]]
-            ratio, good = (logp - r.logprobs[row, :n]).exp(), advantage.flatten()[row]
+            log_ratio, good = logp - r.logprobs[row, :n], advantage.flatten()[row]
+            ratio = (log_ratio.mean().expand(n) if name == "gspo" else log_ratio).exp()
             surrogate = torch.minimum(ratio * good, ratio.clamp(0.8, 1.28) * good)
-            share = {"grpo": 16 * n, "dapo": int(r.length.sum()), "dr_grpo": 16 * 8}[name]
+            share = {"dapo": int(r.length.sum()), "dr_grpo": 16 * 8}.get(name, 16 * n)
             loss = loss - surrogate.sum() / share
         gradients = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
@@ -312,7 +352,7 @@ def test_two_passes_are_the_gradients_of_the_loss_written_out(monkeypatch, name)
         torch.testing.assert_close(q, p, atol=ROUNDING, rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", REDUCTIONS)
+@pytest.mark.parametrize("loss", RECIPES)
 def test_leaving_out_answers_without_advantage_is_exact(monkeypatch, loss):
     """Two of the four groups are tied in every rollout."""
     use_sgd(monkeypatch)
@@ -357,7 +397,7 @@ def test_how_far_the_policy_moved_is_measured_on_the_answers_it_was_trained_on(m
     found = seen_by(module)
     fit(module, prompt_batches(1))
     (a,) = found
-    moves_B = group_advantages(a.total_B.view(4, 4), scaled=True).flatten() != 0
+    moves_B = SCALES["std"](a.total_B.view(4, 4)).flatten() != 0
     assert 0 < moves_B.sum() <= 8
     for mask in masks:
         assert mask.tolist() == (a.rollout.mask & moves_B[:, None]).tolist()
@@ -385,7 +425,7 @@ def all_right(*_) -> ReasoningReward:
     return ReasoningReward(1.0, 1.0)
 
 
-@pytest.mark.parametrize("loss", REDUCTIONS)
+@pytest.mark.parametrize("loss", RECIPES)
 def test_tied_groups_leave_the_weights_alone(monkeypatch, loss):
     monkeypatch.setattr(
         stage, "reasoning_rewards", one_by_one(lambda *_: ReasoningReward(1.0, 1.0))
@@ -425,7 +465,7 @@ def test_good_answers_become_likelier_and_bad_ones_less(monkeypatch):
     fit(module, prompt_batches(1))
     (answers,) = found
     r = answers.rollout
-    advantage = group_advantages(answers.total_B.view(-1, 4), scaled=True).flatten()
+    advantage = SCALES["std"](answers.total_B.view(-1, 4)).flatten()
     change = (answer_logprobs(module.policy, r) * r.mask).sum(1) - r.logprobs.sum(1)
     good, bad = change[advantage > 0].mean(), change[advantage < 0].mean()
     assert good > 0 > bad

@@ -1,16 +1,17 @@
 """Stage 4, reasoning fine-tuning by GRPO on problems whose answers a program can check.
 
 Shao et al. 2024, arXiv 2402.03300. No value network: the advantage of an answer is its reward
-against the other answers to the same problem. Variants: dr_grpo (Liu et al. 2025, arXiv 2503.20783)
-and dapo (Yu et al. 2025, arXiv 2503.14476). It departs from the papers in one exact saving: answers
-whose advantage is 0 have no gradient without a KL term, and are then left out of the update.
+against the other answers to the same problem. Recipes: dr_grpo (Liu et al. 2025, arXiv 2503.20783),
+dapo (Yu et al. 2025, arXiv 2503.14476), gspo (Zheng et al. 2025, arXiv 2507.18071). It departs from
+the papers in one exact saving: answers whose advantage is 0 have no gradient without a KL term, and
+are then left out of the update.
 """
 
 from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.nn.functional import pad
 from fourstage import data
 from fourstage.batch import PromptBatch, Rollout
 from fourstage.data.fits import check_questions
+from fourstage.errors import UserError
 from fourstage.job import StageJob
 from fourstage.model import Transformer
 from fourstage.parallel.strategies import whole
@@ -37,18 +39,54 @@ from fourstage.stages.prepare import (
 from fourstage.tokenizer import Tokenizer
 
 
+class Recipe(NamedTuple):
+    """A published loss: three choices, and the numbers that go with them."""
+
+    advantages: str  # of SCALES: how an answer's reward is held against its group's
+    ratio: str  # token, or sequence: the geometric mean of an answer's ratios
+    reduce: str  # of REDUCTIONS
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    resample_rounds: int = 0
+    overlong_window: int = 0
+
+
+RECIPES = {
+    "grpo": Recipe("std", "token", "answer"),
+    "dr_grpo": Recipe("mean", "token", "constant"),
+    "dapo": Recipe("std", "token", "token", clip_high=0.28, resample_rounds=2, overlong_window=16),
+    "gspo": Recipe("std", "sequence", "answer", clip_low=3e-4, clip_high=4e-4),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class GRPOSettings(OnPolicySettings):
-    """`stages.grpo`"""
+    """`stages.grpo`; what is None is as the recipe of the loss has it."""
 
-    loss: Literal["grpo", "dr_grpo", "dapo"]
+    loss: str  # of RECIPES
+    clip_low: float | None
+    clip_high: float | None
     group_size: int  # answers to each problem
     kl_coef: float  # beta, on the KL to the policy that the stage started from
     form_weight: float  # reward of an answer that stops and marks one final answer
-    resample_rounds: int  # dynamic sampling (dapo): groups with equal rewards are answered again
-    overlong_window: int  # last tokens before the limit that cost up to 1 (dapo eq. 13); 0: none
+    # dynamic sampling: groups with equal rewards are answered again, so many times
+    resample_rounds: int | None
+    overlong_window: int | None  # last tokens before the limit that cost up to 1; 0: none
+    advantages: str | None = None
+    ratio: Literal["token", "sequence"] | None = None
+    reduce: str | None = None
 
     def __post_init__(self) -> None:
+        for name, table in (("loss", RECIPES), ("advantages", SCALES), ("reduce", REDUCTIONS)):
+            value = getattr(self, name)
+            if value is not None and value not in table:
+                raise UserError(f"{name}: expected one of {', '.join(table)}, got {value!r}")
+        recipe = RECIPES[self.loss]
+        window = min(recipe.overlong_window, self.max_new_tokens)
+        for name, value in {**recipe._asdict(), "overlong_window": window}.items():
+            # the three choices stay as they were given: they are younger than runs that exist
+            if name not in ("advantages", "ratio", "reduce") and getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         super().__post_init__()
         check_range(self, 2, "group_size")
         check_range(self, 0, "kl_coef", "form_weight", "resample_rounds")
@@ -63,13 +101,18 @@ def tied_groups(rewards_GK: Tensor) -> Tensor:
     return (rewards_GK == rewards_GK[:, :1]).all(1)
 
 
-def group_advantages(rewards_GK: Tensor, scaled: bool) -> Tensor:
-    """(r - mean) / (std + 1e-4) in each group, unbiased std; only r - mean if not scaled."""
+def centred(rewards_GK: Tensor) -> Tensor:
+    """r - mean in each group."""
     centred_GK = rewards_GK - rewards_GK.mean(1, keepdim=True)
-    centred_GK = centred_GK.masked_fill(tied_groups(rewards_GK)[:, None], 0)
-    if not scaled:
-        return centred_GK
-    return centred_GK / (rewards_GK.std(1, keepdim=True) + 1e-4)
+    return centred_GK.masked_fill(tied_groups(rewards_GK)[:, None], 0)
+
+
+def standardised(rewards_GK: Tensor) -> Tensor:
+    """(r - mean) / (std + 1e-4) in each group, unbiased std."""
+    return centred(rewards_GK) / (rewards_GK.std(1, keepdim=True) + 1e-4)
+
+
+SCALES = {"mean": centred, "std": standardised}
 
 
 def overlong_penalty(length_B: Tensor, max_length: int, window: int) -> Tensor:
@@ -79,23 +122,31 @@ def overlong_penalty(length_B: Tensor, max_length: int, window: int) -> Tensor:
     return ((max_length - window) - length_B.float()).div(window).clamp(-1, 0)
 
 
-def reduce_grpo(loss_BA: Tensor, mask_BA: Tensor, totals: Totals) -> Tensor:
+def by_answer(loss_BA: Tensor, mask_BA: Tensor, totals: Totals) -> Tensor:
     """Mean over the tokens of an answer, then over answers: a long answer's tokens weigh less."""
     per_answer_B = (loss_BA * mask_BA).sum(1) / mask_BA.sum(1).clamp(min=1)
     return per_answer_B.sum() / totals.answers
 
 
-def reduce_dr_grpo(loss_BA: Tensor, mask_BA: Tensor, totals: Totals) -> Tensor:
+def by_constant(loss_BA: Tensor, mask_BA: Tensor, totals: Totals) -> Tensor:
     """Sum over tokens divided by a constant length: no bias towards short or long answers."""
     return (loss_BA * mask_BA).sum() / (totals.answers * totals.max_length)
 
 
-def reduce_dapo(loss_BA: Tensor, mask_BA: Tensor, totals: Totals) -> Tensor:
+def by_token(loss_BA: Tensor, mask_BA: Tensor, totals: Totals) -> Tensor:
     """Mean over all tokens of the step: every token weighs the same."""
     return (loss_BA * mask_BA).sum() / totals.tokens
 
 
-REDUCTIONS = {"grpo": reduce_grpo, "dr_grpo": reduce_dr_grpo, "dapo": reduce_dapo}
+REDUCTIONS = {"answer": by_answer, "constant": by_constant, "token": by_token}
+
+
+def sequence_logprobs(logp_BA: Tensor, logp_old_BA: Tensor, mask_BA: Tensor) -> Tensor:
+    """log-probs for which each token's ratio is the geometric mean of its answer's, [B, A]
+    (GSPO eq. 7)."""
+    ratio_BA = (logp_BA - logp_old_BA) * mask_BA
+    mean_B1 = ratio_BA.sum(1, keepdim=True) / mask_BA.sum(1, keepdim=True).clamp(min=1)
+    return (logp_old_BA + mean_B1) * mask_BA
 
 
 def policy_loss(
@@ -104,10 +155,15 @@ def policy_loss(
     ref_logp_BA: Tensor | None,
     advantage_B: Tensor,
     settings: GRPOSettings,
+    compared_BA: Tensor | None = None,
 ) -> Tensor:
-    """The clipped surrogate plus beta KL per token, [B, A]; reduced by the variant's REDUCTIONS."""
+    """The clipped surrogate plus beta KL per token, [B, A].
+
+    compared: the log-probs that stand over the old ones in the ratio, where it is not logp.
+    """
+    compared_BA = logp_BA if compared_BA is None else compared_BA
     loss_BA = clipped_surrogate(
-        logp_BA, logp_old_BA, advantage_B[:, None], settings.clip_low, settings.clip_high
+        compared_BA, logp_old_BA, advantage_B[:, None], settings.clip_low, settings.clip_high
     )
     if ref_logp_BA is None:
         return loss_BA
@@ -150,14 +206,16 @@ class GRPOModule(OnPolicyModule):
         s = self.settings
         answers = self.collect(batch)
         rewards_GK = answers.total_B.view(-1, s.group_size)
-        advantage_B = group_advantages(rewards_GK, scaled=s.loss != "dr_grpo").flatten()
+        advantage_B = SCALES[self.choice("advantages")](rewards_GK).flatten()
         moves_B, advantage_B = self.moves(advantage_B), self.here(advantage_B)
         ref_logp_BA = self.reference_logprobs(answers.rollout) if s.kl_coef else None
 
         def share(part: Rollout, at: Tensor, logp: Tensor, totals: Totals) -> tuple[Tensor, dict]:
             reference = None if ref_logp_BA is None else ref_logp_BA[at]
-            loss = policy_loss(logp, self.here(part.logprobs), reference, advantage_B[at], s)
-            return REDUCTIONS[s.loss](loss, self.here(part.mask), totals), {}
+            old_logp, mask = self.here(part.logprobs), self.here(part.mask)
+            compared = self.compared(logp, old_logp, mask)
+            loss = policy_loss(logp, old_logp, reference, advantage_B[at], s, compared)
+            return REDUCTIONS[self.choice("reduce")](loss, mask, totals), {}
 
         losses = self.learn(answers.rollout, share, moves_B)
         self.log_answers(answers, losses)
@@ -192,6 +250,14 @@ class GRPOModule(OnPolicyModule):
         total_B = torch.tensor([r.total(s.form_weight) for r in rewards])
         total_B += overlong_penalty(rollout.length, s.max_new_tokens, s.overlong_window)
         return Answers(rollout, rewards, total_B)
+
+    def choice(self, name: str) -> str:
+        """One of the loss' three choices."""
+        return getattr(self.settings, name) or getattr(RECIPES[self.settings.loss], name)
+
+    def compared(self, logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
+        is_of_answers = self.choice("ratio") == "sequence"
+        return sequence_logprobs(logp, old_logp, mask) if is_of_answers else logp
 
     def moves(self, advantage_B: Tensor) -> Tensor:
         """bool [B]: the answers whose loss has a gradient."""

@@ -153,8 +153,9 @@ class OnPolicyModule(StageModule):
             logp_BA = seen.pop("logp")
             # the policy said nothing new of the other rows: their ratio of 1 would dilute the means
             trained_BA = mask_BA & self.here(trained_B)[:, None]
+            compared_BA = self.compared(logp_BA, old_logp_BA, mask_BA)
             stats |= ratio_stats(
-                logp_BA, old_logp_BA, trained_BA, s.clip_low, s.clip_high, self.masked_mean
+                compared_BA, old_logp_BA, trained_BA, s.clip_low, s.clip_high, self.masked_mean
             )
             self.tokens_seen += int(rollout.valid[trained_B].sum())
             if s.max_approx_kl and stats["approx_kl"] > s.max_approx_kl:
@@ -173,6 +174,10 @@ class OnPolicyModule(StageModule):
         for name, x in {"logp": logp, **by_token}.items():
             seen[name][at] = x.detach()
         return loss
+
+    def compared(self, logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
+        """The log-probs that are compared with the sampler's."""
+        return logp
 
     def totals(self, rollout: Rollout, rows: Tensor) -> Totals:
         n = torch.stack([rollout.mask[rows].sum(), torch.tensor(len(rows))])
