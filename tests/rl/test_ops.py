@@ -14,7 +14,6 @@ from fourstage.rl.ops import (
     masked_mean,
     moments,
     ratio_stats,
-    token_entropy,
     token_logprobs,
     whiten,
 )
@@ -42,17 +41,9 @@ def test_token_logprobs_under_a_temperature():
     )
 
 
-def test_token_entropy_under_a_temperature():
-    logits = T([[[1.0, 1.0, 1.0, 1.0]], [[log(0.5), log(0.25), log(0.25), -1e9]]])
-    close(token_entropy(logits), [[log(4)], [1.5 * log(2)]])
-    # squared: 2/3, 1/6, 1/6
-    close(token_entropy(logits, 0.5), [[log(4)], [2 / 3 * log(1.5) + 1 / 3 * log(6)]])
-
-
 def test_half_precision_logits_are_scored_in_single_precision():
     logits = torch.randn(2, 3, 50).bfloat16()
-    for got in (token_logprobs(logits, torch.zeros(2, 3).long()), token_entropy(logits)):
-        assert got.dtype == torch.float32
+    assert token_logprobs(logits, torch.zeros(2, 3).long()).dtype == torch.float32
     total = sum(token_logprobs(logits, torch.full((2, 3), i)).exp() for i in range(50))
     close(total, [[1.0] * 3] * 2, atol=1e-5)
 

@@ -128,7 +128,7 @@ ONE_STAGE = {
         *ON_POLICY,
         ("loss", "ppo", "expected one of grpo, dr_grpo, dapo, gspo, got 'ppo'"),
         ("advantages", "none", "expected one of mean, std, got 'none'"),
-        ("ratio", "word", "expected one of token, sequence or null, got 'word'"),
+        ("ratio", "word", "expected one of token, sequence, got 'word'"),
         ("reduce", "mean", "expected one of answer, constant, token, got 'mean'"),
         ("group_size", 1, "must be at least 2, got 1"),
         ("form_weight", -0.1, "must be at least 0, got -0.1"),

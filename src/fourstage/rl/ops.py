@@ -18,12 +18,6 @@ def token_logprobs(logits_BAV: Tensor, ids_BA: Tensor, temperature: float = 1.0)
     return picked_BA - logits_BAV.logsumexp(-1)
 
 
-def token_entropy(logits_BAV: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature), float32 [B, A]."""
-    logp_BAV = (logits_BAV.float() / temperature).log_softmax(-1)
-    return -(logp_BAV.exp() * logp_BAV).sum(-1)
-
-
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over the True entries; 0 where there is none."""
     return (x * mask).sum() / mask.sum().clamp(min=1)

@@ -15,7 +15,7 @@ from fourstage.batch import Rollout, moved
 from fourstage.errors import UserError
 from fourstage.model import ScalarModel, Transformer
 from fourstage.model.packing import Packing, Take
-from fourstage.rl.ops import token_entropy, token_logprobs
+from fourstage.rl.ops import token_logprobs
 from fourstage.sampling.generate import generate
 from fourstage.tokenizer import Tokenizer
 
@@ -125,11 +125,6 @@ def answer_logprobs(policy: Transformer, rollout: Rollout, temperature: float = 
     """
     ids_M = moved(rollout.answer_ids.flatten()[rollout.places], device_of(policy))
     return _as_rows(token_logprobs(answer_logits(policy, rollout), ids_M, temperature), rollout)
-
-
-def answer_entropies(policy: Transformer, rollout: Rollout, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of what predicts each answer token, as `answer_logprobs`."""
-    return _as_rows(token_entropy(answer_logits(policy, rollout), temperature), rollout)
 
 
 def _as_rows(x_M: Tensor, rollout: Rollout) -> Tensor:

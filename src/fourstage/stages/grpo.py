@@ -289,8 +289,7 @@ class GRPOModule(OnPolicyModule):
                 "pass_at_1": (correct_GK == 1).float().mean(),
                 f"pass_at_{s.group_size}": (correct_GK == 1).any(1).float().mean(),
                 "kl": kl,  # nats a token, to the policy that the stage started from
-                # estimated from the samples
-                "entropy": -self.masked_mean(*map(self.here, (rollout.logprobs, rollout.mask))),
+                "entropy": self.sampled_entropy(rollout),
                 "answer_length": rollout.length.float().mean(),
                 "cut_off": (~rollout.stopped).float().mean(),
                 "lr": self.learning_rate(),

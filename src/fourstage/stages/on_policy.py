@@ -179,6 +179,10 @@ class OnPolicyModule(StageModule):
         """The log-probs that are compared with the sampler's."""
         return logp
 
+    def sampled_entropy(self, rollout: Rollout) -> Tensor:
+        """Nats a token of the policy that answered, estimated from what it drew."""
+        return -self.masked_mean(self.here(rollout.logprobs), self.here(rollout.mask))
+
     def totals(self, rollout: Rollout, rows: Tensor) -> Totals:
         n = torch.stack([rollout.mask[rows].sum(), torch.tensor(len(rows))])
         n_tokens, n_answers = self.sum_over_ranks(self.here(n))

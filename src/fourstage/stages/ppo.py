@@ -32,7 +32,6 @@ from fourstage.rl.ops import (
 )
 from fourstage.rl.rewards import true_score
 from fourstage.rl.rollout import (
-    answer_entropies,
     answer_logprobs,
     answer_texts,
     answer_values,
@@ -153,7 +152,6 @@ class Experience:
     rollout: Rollout
     score_B: Tensor  # the reward model's, before the penalty
     kl_BA: Tensor  # k1 per token, to the reference
-    entropy_BA: Tensor
     values_BA: Tensor
     advantages_BA: Tensor  # whitened
     returns_BA: Tensor
@@ -204,9 +202,6 @@ class PPOModule(OnPolicyModule):
         s = self.settings
         with whole(self.policy) as policy:
             rollout = self.sample_answers(policy, prompts)
-            entropy_BA = self.in_pieces(
-                lambda part: answer_entropies(policy, part, s.temperature), rollout
-            )
         with whole(self.value) as value:
             values_BA = self.in_pieces(lambda part: answer_values(value, part), rollout)
         with self.frozen_network("reference") as reference:
@@ -226,7 +221,6 @@ class PPOModule(OnPolicyModule):
             rollout=rollout,
             score_B=score_B,
             kl_BA=kl_k1(logp_BA, ref_logp_BA) * mask_BA,
-            entropy_BA=entropy_BA,
             values_BA=values_BA,
             advantages_BA=whiten(advantages_BA, answers) * mask_BA,
             returns_BA=returns_BA,
@@ -258,7 +252,7 @@ class PPOModule(OnPolicyModule):
             "score": x.score_B.mean(),
             "kl": x.kl_BA.sum(1).mean(),  # nats an answer
             "kl_coef": self.kl_coef,
-            "entropy": self.masked_mean(x.entropy_BA, self.here(x.rollout.mask)),
+            "entropy": self.sampled_entropy(x.rollout),
             "explained_variance": explained_variance(*both),
             "answer_length": x.rollout.length.float().mean(),
             "eos_rate": x.rollout.stopped.float().mean(),
