@@ -166,9 +166,7 @@ def save_run(outputs: Path, stage: str, run_id: str, seed: int) -> Path:
     config = ModelConfig(**yaml.safe_load((ROOT / "conf/model/moe_nano.yaml").read_text()))
     torch.manual_seed(seed)
     model = Transformer(config, TOKENIZER.vocab_size)
-    kind = "scalar" if stage == "reward" else "policy"
-    network = ScalarModel(model) if kind == "scalar" else model
-    save_weights(folder, network.state_dict(), config, TOKENIZER, kind)
+    save_weights(folder, ScalarModel(model) if stage == "reward" else model, TOKENIZER)
     record = {"id": run_id, "stage": stage, "name": folder.name, "parents": {}, "debug": None}
     record |= {"status": "finished", "started": "2026-01-01", "finished": "2026-01-02"}
     shape = {"seed": 0, "model": {"name": "moe_nano"}, "stages": {stage: {}}}

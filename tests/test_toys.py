@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import yaml
 
 from fourstage import chat, ladder
 from fourstage.errors import UserError
+from fourstage.files import read_json
 from fourstage.ladder import LADDER, Stage, stages
 from fourstage.lineage.climb import climb
 from fourstage.lineage.plan import make_plan
+from fourstage.model.weights import load_policy
 from fourstage.report import write_report
 from fourstage.runs.__main__ import main as runs
 from fourstage.runs.records import read_record
@@ -63,6 +66,31 @@ def test_a_stage_is_a_file_a_row_and_its_settings(known, own_ladder, capsys):
     assert stages()[-1] == "smooth" and chat.furthest(outputs) == folder
     again = climb(tree("stage=smooth", f"outputs={outputs}"))
     assert again == folder and "found" in capsys.readouterr().out
+
+
+def test_a_stage_may_change_its_network_and_take_another(known, own_ladder, monkeypatch):
+    """Its own shape is in config.json, and counts for what starts from it."""
+
+    def pruned(job):
+        prepared = prepare(job)
+        policy = prepared.module.policy
+        policy.blocks, policy.config = policy.blocks[:1], replace(policy.config, n_layers=1)
+        return prepared
+
+    prepare = STAGE.code.prepare
+    monkeypatch.setattr(STAGE.code, "prepare", pruned)
+    words = [f"outputs={own_ladder}", "model.n_layers=2"]
+    folder = climb(tree("stage=smooth", *words))
+    assert read_json(folder / "config.json")["model"]["n_layers"] == 1
+    assert load_policy(folder)[0].config.n_layers == 1
+
+    monkeypatch.setattr(STAGE.code, "prepare", prepare)
+    heir = tree("stage=smooth", *words, parent=folder.name)
+    with pytest.raises(UserError, match="is of another model .*: n_layers 1, not 2"):
+        make_plan(heir)
+    monkeypatch.setitem(ladder.LADDER, "smooth", replace(STAGE, takes_any_shape=True))
+    again = climb(heir)
+    assert again != folder and read_json(again / "config.json")["model"]["n_layers"] == 1
 
 
 def test_its_mistakes_are_one_line(known, tmp_path):

@@ -22,6 +22,7 @@ class Stage:
     goal: the suite's key that it is there for.
     leaves: a language model, or a scalar model, which gives no answers.
     trained, frozen: the networks of the model's size that it holds.
+    takes_any_shape: whether its parents may be of another shape than the command's model.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Stage:
     leaves: Literal["policy", "scalar"] = "policy"
     trained: int = 1
     frozen: int = 0
+    takes_any_shape: bool = False
     module: str = ""  # fourstage.stages.<name>, where it is not said
 
     @property

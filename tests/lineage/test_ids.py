@@ -76,11 +76,12 @@ def test_a_parent_of_an_older_release_is_one_of_today(own_ladder):
 
 def test_a_parent_of_a_newer_release_is_one_line(own_ladder):
     outputs = own_ladder
-    path = RunStore(outputs).find("sft") / "run.json"
-    record = json.loads(path.read_text())
-    record["config"]["model"] |= {"sliding_window": 64}
-    path.write_text(json.dumps(record))
-    words = [*QUICK, "stage=grpo", f"outputs={outputs}", "stages.grpo.parent=" + path.parent.name]
+    folder = RunStore(outputs).find("sft")
+    for name in ("run.json", "config.json"):
+        values = json.loads((folder / name).read_text())
+        values.get("config", values)["model"] |= {"sliding_window": 64}
+        (folder / name).write_text(json.dumps(values))
+    words = [*QUICK, "stage=grpo", f"outputs={outputs}", f"stages.grpo.parent={folder.name}"]
     with pytest.raises(UserError, match="is of a model that is not known here"):
         make_plan(config(*words))
 

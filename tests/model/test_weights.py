@@ -22,7 +22,7 @@ def folder(tmp_path):
     """A finished run of a policy."""
     run = tmp_path / "sft-abcdefghij"
     run.mkdir()
-    save_weights(run, make_policy().state_dict(), TINY, TOKENIZER)
+    save_weights(run, make_policy(), TOKENIZER)
     return run
 
 
@@ -37,7 +37,7 @@ def refused(folder, load=load_policy) -> str:
 def test_a_policy_comes_back_as_it_was(tmp_path):
     policy = make_policy()
     policy.blocks[1].mlp.router.expert_bias_E += torch.tensor([0.1, -0.1, 0.3, -0.3])
-    save_weights(tmp_path, policy.state_dict(), TINY, TOKENIZER)
+    save_weights(tmp_path, policy, TOKENIZER)
     again, tokenizer = load_policy(tmp_path)
     assert distance(weights(policy), weights(again)) == 0
     assert again.config == TINY
@@ -54,7 +54,7 @@ def test_a_policy_comes_back_as_it_was(tmp_path):
 
 def test_a_scalar_model_comes_back_as_it_was(tmp_path):
     scalar = make_scalar()
-    save_weights(tmp_path, scalar.state_dict(), TINY, TOKENIZER, "scalar")
+    save_weights(tmp_path, scalar, TOKENIZER)
     again, _ = load_scalar(tmp_path)
     assert distance(weights(scalar), weights(again)) == 0
     ids = torch.tensor([TOKENIZER.encode("the same score")])
@@ -64,7 +64,7 @@ def test_a_scalar_model_comes_back_as_it_was(tmp_path):
 def test_tied_embeddings_are_saved_once(tmp_path):
     tied = replace(TINY, tie_embeddings=True)
     policy = Transformer(tied, TOKENIZER.vocab_size)
-    save_weights(tmp_path, policy.state_dict(), tied, TOKENIZER)
+    save_weights(tmp_path, policy, TOKENIZER)
     again, _ = load_policy(tmp_path)
     assert distance(weights(policy), weights(again)) == 0
     assert not [name for name in load_file(tmp_path / WEIGHTS) if name.startswith("head")]
@@ -72,16 +72,19 @@ def test_tied_embeddings_are_saved_once(tmp_path):
 
 def test_weights_that_share_memory_are_saved(tmp_path):
     """Views and expanded tensors, as a strategy may hand them over."""
-    flat = torch.arange(12.0)
-    shared = {"a": flat[:6].view(2, 3), "b": flat[6:].view(3, 2).t(), "c": flat[:1].expand(4)}
-    save_weights(tmp_path, shared, TINY, TOKENIZER)
+    policy, D = make_policy(), TINY.d_model
+    flat = torch.arange(3.0 * D)
+    policy.norm.weight.data = flat[:D]
+    policy.blocks[0].mlp_norm.weight.data = flat[1:2].expand(D)
+    policy.blocks[0].attention_norm.weight.data = flat.view(D, 3).t()[1]
+    save_weights(tmp_path, policy, TOKENIZER)
     for name, saved in load_file(tmp_path / WEIGHTS).items():
-        assert saved.equal(shared[name])
+        assert saved.equal(policy.state_dict()[name])
 
 
 def test_saving_again_replaces_the_old_weights(folder):
     other = make_policy(seed=5)
-    save_weights(folder, other.state_dict(), TINY, TOKENIZER)
+    save_weights(folder, other, TOKENIZER)
     assert distance(weights(other), weights(load_policy(folder)[0])) == 0
 
 
@@ -93,7 +96,7 @@ def test_a_save_that_fails_leaves_the_old_weights(folder, monkeypatch):
     before = (folder / WEIGHTS).read_bytes()
     monkeypatch.setattr("fourstage.model.weights.save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        save_weights(folder, make_policy(seed=5).state_dict(), TINY, TOKENIZER)
+        save_weights(folder, make_policy(seed=5), TOKENIZER)
     assert (folder / WEIGHTS).read_bytes() == before
     assert not list(folder.glob(f".{WEIGHTS}*"))
 
@@ -156,7 +159,7 @@ def test_a_run_may_be_copied_under_another_name(folder, tmp_path):
 def test_every_file_may_be_read_by_whom_the_umask_says(tmp_path):
     for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
         before = os.umask(umask)
-        save_weights(tmp_path / str(umask), make_policy().state_dict(), TINY, TOKENIZER)
+        save_weights(tmp_path / str(umask), make_policy(), TOKENIZER)
         os.umask(before)
         files = list((tmp_path / str(umask)).iterdir())
         assert {file.stat().st_mode & 0o777 for file in files} == {mode} and len(files) == 4
@@ -206,7 +209,7 @@ def test_a_tokenizer_that_is_none(folder):
 
 def test_the_wrong_kind_of_model(folder, tmp_path):
     other = tmp_path / "reward-abcdefghij"
-    save_weights(other, make_scalar().state_dict(), TINY, TOKENIZER, "scalar")
+    save_weights(other, make_scalar(), TOKENIZER)
     assert refused(folder, load_scalar).endswith(
         "holds a language model, but a reward model is needed here"
     )
@@ -217,7 +220,9 @@ def test_the_wrong_kind_of_model(folder, tmp_path):
 
 @pytest.mark.parametrize("change", [{"d_model": 64}, {"n_layers": 1}, {"num_experts": 8}])
 def test_weights_of_another_shape(folder, change):
-    save_weights(folder, make_policy(model=replace(TINY, **change)).state_dict(), TINY, TOKENIZER)
+    values = json.loads((folder / "config.json").read_text())
+    values["model"] |= change
+    (folder / "config.json").write_text(json.dumps(values))
     assert "do not fit" in refused(folder)
 
 

@@ -51,6 +51,8 @@ def evaluate_policy(
     heldout = askable(heldout, tokenizer, policy.config.max_seq_len - config.max_new_tokens)
     was_training = policy.training
     policy.eval()
+    if not isinstance(parent, str) and routers(parent) != routers(policy):
+        parent = "the parent has other routers"
     start = None if isinstance(parent, str) else parent.eval()
     items = policy_items(policy, tokenizer, heldout, config, start, tell)
     tell("what other stages say of the answers")
@@ -65,6 +67,11 @@ def evaluate_policy(
     elif isinstance(parent, str) and "router" not in reasons:
         reasons["router_drift"] = parent
     return metrics(items, reasons, config.seed), items
+
+
+def routers(policy: Transformer) -> tuple[int, int]:
+    """How many there are, and of how many experts."""
+    return policy.config.n_layers, policy.config.num_experts
 
 
 def missing_reasons(heldout: HeldOut, judges: Judges) -> dict[str, str]:

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from fourstage import data
 from fourstage.errors import UserError
+from fourstage.files import read_json
 from fourstage.job import EvaluationConfig, LoggerConfig, TrainerConfig
 from fourstage.ladder import LADDER, place, stages
 from fourstage.model import ModelConfig
@@ -212,7 +213,7 @@ def plan_run(plan: Plan, stage: str, settings: StageSettings) -> PlannedRun:
             parent_id, parent_group = planned[name].id, planned[name].group
             folders[role] = store.folder(name, parent_id)
         else:
-            folders[role], record = named_run(command, store, f"stages.{stage}.{key}", name, role)
+            folders[role], record = named_run(command, store, stage, key, name, role)
             parent_id, parent_group = record["id"], record["group"]
         parents[role] = parent_id
         group = group or parent_group
@@ -326,16 +327,19 @@ def check_role(where: str, name: str, stage: str, role: str) -> None:
 
 
 def named_run(
-    command: Command, store: RunStore, where: str, name: str, role: str
+    command: Command, store: RunStore, stage: str, key: str, name: str, role: str
 ) -> tuple[Path, Record]:
-    """A finished run that a config names as a parent, which must be of this model."""
+    """A finished run that a config names as a parent; of this model, where the stage asks that."""
+    where = f"stages.{stage}.{key}"
     try:
         folder = store.find(name)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     record = read_record(folder)
     check_role(where, folder.name, record["stage"], role)
-    its = recorded(ModelConfig, record, "model")  # with the defaults of what it doesn't have
+    if LADDER[stage].takes_any_shape:
+        return folder, record
+    its = own_shape(folder) or recorded(ModelConfig, record, "model")
     if its is None:
         raise UserError(f"{where}: {folder.name} is of a model that is not known here")
     for key, value in asdict(command.model).items():
@@ -347,6 +351,14 @@ def named_run(
     if command.tokenizer != recorded(TokenizerConfig, record, "tokenizer"):
         raise UserError(f"{where}: {folder.name} has another tokenizer: choose its tokenizer=")
     return folder, record
+
+
+def own_shape(folder: Path) -> ModelConfig | None:
+    """The shape of a run's own network, which its stage may have changed."""
+    try:
+        return build(ModelConfig, read_json(folder / "config.json")["model"], "model")
+    except (OSError, ValueError, TypeError, KeyError, UserError):
+        return None
 
 
 def recorded(kind: type[T], record: Record, name: str) -> T | None:

@@ -23,7 +23,7 @@ from fourstage.interruptions import FREE_SETTINGS, advice, explained, held_back
 from fourstage.job import StageJob
 from fourstage.ladder import LADDER
 from fourstage.lineage.resume import Checkpointer, ResumeIO, began_with, kind_of
-from fourstage.model import ScalarModel, Transformer
+from fourstage.model import Transformer
 from fourstage.model.weights import save_weights
 from fourstage.parallel import strategies
 from fourstage.rl.rollout import fitted_prompt
@@ -202,10 +202,9 @@ def finish(job: StageJob, prepared: Prepared, trainer: L.Trainer) -> None:
     """Plain weights and evaluation: what stays of a stage."""
     prepared.module.check_trained()
     result = prepared.result
-    kind = "scalar" if isinstance(result, ScalarModel) else "policy"
     with strategies.others_wait():
         if trainer.is_global_zero:
-            save_weights(job.folder, result.state_dict(), job.model, prepared.tokenizer, kind)
+            save_weights(job.folder, result, prepared.tokenizer)
             result.to(trainer.strategy.root_device)
             evaluate_run(job, result, prepared.tokenizer, telling)
 
@@ -213,7 +212,7 @@ def finish(job: StageJob, prepared: Prepared, trainer: L.Trainer) -> None:
 def fixed_answers(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> list[Sample]:
     """Greedy answers to the prompts that every stage is asked, "What is an LLM?" first."""
     prompts = data.sample_prompts(job.data)
-    room = job.model.max_seq_len - job.evaluation.max_new_tokens
+    room = policy.config.max_seq_len - job.evaluation.max_new_tokens
     answers = generate(
         policy,
         [fitted_prompt(tokenizer, prompt["messages"], room) for prompt in prompts],

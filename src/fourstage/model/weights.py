@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +18,6 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from fourstage.errors import UserError
 from fourstage.files import read_json, write_json
@@ -31,15 +29,10 @@ Kind = Literal["policy", "scalar"]
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
 
 
-def save_weights(
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    model: ModelConfig,
-    tokenizer: Tokenizer,
-    kind: Kind = "policy",
-) -> None:
-    """Write the weights (any dtype, any device), the shape and the tokenizer into `folder`."""
+def save_weights(folder: Path, network: Transformer | ScalarModel, tokenizer: Tokenizer) -> None:
+    """Write the network's weights (any dtype, any device), its own shape and the tokenizer."""
     tokenizer.save(folder)
+    weights = network.state_dict()
     # clones: tied or expanded tensors share memory, which safetensors refuses
     plain = {name: w.detach().cpu().clone().contiguous() for name, w in weights.items()}
     partial = folder / f".{WEIGHTS}.{os.getpid()}"
@@ -52,7 +45,9 @@ def save_weights(
         os.replace(partial, folder / WEIGHTS)
     finally:
         partial.unlink(missing_ok=True)
-    shape = {"kind": kind, "vocab_size": tokenizer.vocab_size, "model": asdict(model)}
+    kind: Kind = "scalar" if isinstance(network, ScalarModel) else "policy"
+    backbone = network.backbone if isinstance(network, ScalarModel) else network
+    shape = {"kind": kind, "vocab_size": backbone.vocab_size, "model": asdict(backbone.config)}
     sums = {"weights_sha256": digest, "tokenizer_sha256": sha256(folder / TOKENIZER)}
     write_json(folder / "config.json", {**shape, **sums})
 
