@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import yaml
 
-from fourstage import chat, ladder
+from fourstage import chat, ladder, tokenizer
 from fourstage.errors import UserError
+from fourstage.evaluation import suite
+from fourstage.evaluation.__main__ import main as evaluate
 from fourstage.files import read_json
 from fourstage.ladder import LADDER, Stage, stages
 from fourstage.lineage.climb import climb
@@ -21,6 +24,7 @@ from fourstage.runs.__main__ import main as runs
 from fourstage.runs.records import read_record
 from fourstage.runs.store import RunStore
 from fourstage.stages import grpo
+from fourstage.tokenizer import Tokenizer
 from tests.fakes import QUICK, config
 
 STAGE = Stage(
@@ -121,6 +125,46 @@ def test_a_run_of_a_stage_that_is_not_known_here_is_named_and_left_alone(own_lad
     write_report(outputs, "grpo")
     climb(config(*QUICK, "stage=sft", f"outputs={outputs}"))
     assert (folder / "run.json").read_bytes() == before
+
+
+def lower_case() -> Tokenizer:
+    """Without capitals: 77 tokens."""
+    backend = json.loads(Tokenizer.char()._json)
+    kept = [t for t in backend["model"]["vocab"] if not (len(t) == 1 and t.isupper())]
+    backend["model"]["vocab"] = {token: i for i, token in enumerate(kept)}
+    backend["normalizer"]["normalizers"].append({"type": "Lowercase"})
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(backend)))
+
+
+def test_a_tokenizer_is_a_function_in_a_table(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(tokenizer.TOKENIZERS, "lower", lower_case)
+    words = [*QUICK, f"outputs={tmp_path}", "tokenizer.name=lower"]
+    folder = climb(config(*words, "stage=grpo"))
+    policy, own = load_policy(folder)
+    assert policy.vocab_size == own.vocab_size == 77
+    assert own.decode(own.encode("What is an LLM?")) == "what is an llm?"
+    write_report(tmp_path)
+    assert len(json.loads((tmp_path / "report" / "stages.json").read_text())["rows"]) == 6
+    chat.main([f"run={folder.name}", f"outputs={tmp_path}", "prompt=HI", "temperature=0"])
+    assert capsys.readouterr().out
+    with pytest.raises(UserError, match="tokenizer.name: expected one of char, lower, got 'none'"):
+        make_plan(config(*words, "tokenizer.name=none"))
+
+
+def test_an_evaluation_key_is_a_row_in_the_suite(monkeypatch, own_ladder):
+    shouts = suite._share("chat answers that shout", ["chat"], shouted)
+    monkeypatch.setitem(suite.DEFINITIONS, "chat_shouted", shouts)
+    evaluate(["run=sft", f"outputs={own_ladder}"])
+    stored = read_json(RunStore(own_ladder).find("sft") / "eval.json")["metrics"]["chat_shouted"]
+    assert stored["n"] == 4 and 0 <= stored["low"] <= stored["value"] <= stored["high"] <= 1
+    write_report(own_ladder, "sft")
+    rows = json.loads((own_ladder / "report" / "stages.json").read_text())["rows"]
+    assert rows[-1]["metrics"]["chat_shouted"] == stored
+    assert "chat answers that shout" in (own_ladder / "report" / "report.html").read_text()
+
+
+def shouted(item: suite.Item) -> tuple[float, float]:
+    return float("!" in item["answer"]), 1.0
 
 
 def test_a_loss_is_a_recipe_and_its_parts(monkeypatch, own_ladder):

@@ -19,11 +19,11 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import tokenizers
 from tokenizers import decoders, models, normalizers
@@ -87,9 +87,13 @@ Messages = Sequence[Mapping[str, str]]
 class TokenizerConfig:
     """conf/tokenizer/*.yaml."""
 
-    name: Literal["char"] = "char"
+    name: str = "char"  # of TOKENIZERS
 
     HASHED_UP_TO: ClassVar[str] = "name"  # see settings.hashed
+
+    def __post_init__(self) -> None:
+        if self.name not in TOKENIZERS:
+            raise UserError(f"name: expected one of {', '.join(TOKENIZERS)}, got {self.name!r}")
 
 
 class Tokenizer:
@@ -125,8 +129,7 @@ class Tokenizer:
     @classmethod
     def from_config(cls, config: TokenizerConfig) -> Tokenizer:
         """The tokenizer that a config names."""
-        assert config.name == "char"
-        return cls.char()
+        return TOKENIZERS[config.name]()
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -257,3 +260,6 @@ def _turns(messages: Messages) -> list[tuple[str, str]]:
                 "(user and assistant take turns, the user first)"
             )
     return turns
+
+
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {"char": Tokenizer.char}
