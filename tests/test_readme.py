@@ -1,4 +1,4 @@
-"""Every command that README.md and sweeps/README.md name exists and means what they say."""
+"""Every command that the README and the documents for users name exists and means what they say."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from fourstage.__main__ import COMMANDS as NAMES
 from fourstage.ladder import place, stages
 from fourstage.lineage.plan import make_plan
 from tests.fakes import config
 
 ROOT = Path(__file__).parent.parent
-TEXTS = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "sweeps/README.md")}
+DOCS = ("data", "results", "runs", "setup")
+FILES = ("README.md", "sweeps/README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in DOCS))
+TEXTS = {name: (ROOT / name).read_text("utf-8") for name in FILES}
 COMMANDS = sorted(
     {
         found.replace("\\|", "|").strip().rstrip("`")
@@ -60,12 +63,34 @@ def test_a_training_command_makes_a_plan(command: str, tmp_path: Path) -> None:
 def test_modules_and_make_targets_exist() -> None:
     for name in {m for c in COMMANDS for m in re.findall(r"-m (fourstage\.\w+)", c)}:
         assert importlib.util.find_spec(name), name
+    named = {n for c in COMMANDS for n in re.findall(r"-m fourstage (\w+)", c)}
+    assert named - {"COMMAND"} == set(NAMES)
     targets = set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split())
-    named = {t for text in TEXTS.values() for t in re.findall(r"`make ([a-z-]+)", text)}
+    named = {t for text in TEXTS.values() for t in re.findall(r"(?:`|    )make ([a-z-]+)", text)}
     assert named and named <= targets
 
 
+def test_links_lead_to_files_and_headings() -> None:
+    for path in [ROOT / name for name in FILES] + sorted((ROOT / "docs").glob("*.md")):
+        prose = re.sub(r"(?s)```.*?```|`[^`\n]*`", "", path.read_text("utf-8"))
+        for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+            name, _, heading = link.partition("#")
+            if "://" in name:
+                continue
+            target = path.parent / name if name else path
+            assert target.exists(), f"{path.name}: {link}"
+            if heading:
+                lines = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.M)
+                assert heading in {line.lower().replace(" ", "-") for line in lines}, link
+
+
+def test_every_document_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text("utf-8")
+    there = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert there == set(re.findall(r"^- \[(\w+\.md)\]", index, re.M))
+
+
 def test_the_tree_names_every_module() -> None:
-    tree = TEXTS["README.md"].split("## The files")[1].split("\n## ")[0]
+    tree = (ROOT / "docs" / "code.md").read_text("utf-8")
     modules = {path.stem for path in (ROOT / "src/fourstage").glob("*.py")} - {"__init__"}
     assert {m for m in modules if not re.search(rf"\b{m}\.py\b", tree)} == set()
