@@ -41,7 +41,7 @@ from benchmarks.common import (
 )
 from fourstage.batch import PromptBatch, Rollout
 from fourstage.model import ScalarModel, Transformer
-from fourstage.model.moe import grouped_mm
+from fourstage.model.ops import grouped_mm
 from fourstage.optim.muon import orthogonalize
 from fourstage.rl.rewards import ReasoningReward
 from fourstage.rl.rollout import answer_logprobs, pack

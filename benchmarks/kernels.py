@@ -32,11 +32,10 @@ from benchmarks.common import (
     start,
     timed,
 )
-from fourstage import kernels
 from fourstage.errors import UserError
-from fourstage.model import ModelConfig, Transformer, fused
+from fourstage.model import ModelConfig, Transformer, ops
 from fourstage.model.attention import Attention, RMSNorm, rope_angles
-from fourstage.model.moe import MoE, swiglu
+from fourstage.model.moe import MoE
 from fourstage.optim.muon import orthogonalize
 from fourstage.sampling.decode import Decoder
 
@@ -54,7 +53,7 @@ class Options:
 
 def without_kernels(step: Callable[[], object]) -> Callable[[], object]:
     def plain() -> object:
-        with mock.patch.object(kernels, "fits", lambda *_: False):
+        with mock.patch.object(ops, "has_kernels", lambda *_: False):
             return step()
 
     return plain
@@ -71,7 +70,7 @@ def parts(config: ModelConfig, rows: int, tokens: int) -> dict[str, Callable[[],
         "norm": lambda: norm(x),
         "projection of queries, keys and values": lambda: attention.qkv(x),
         "attention with its projections": lambda: attention(x, rope),
-        "SwiGLU": lambda: swiglu(hidden),
+        "SwiGLU": lambda: ops.swiglu(hidden),
         "experts with their router": lambda: moe(x)[0],
     }
 
@@ -89,11 +88,11 @@ def decoding(config: ModelConfig, rows: int) -> dict[str, Callable[[], object]]:
     decoders: dict[bool, Decoder] = {}  # by whether it is one with kernels
 
     def prompt() -> None:
-        decoder = decoders[kernels.fits()] = Decoder(model, 2 * PROMPT)
+        decoder = decoders[ops.has_kernels()] = Decoder(model, 2 * PROMPT)
         decoder.prefill(ids)
 
     def step() -> None:
-        decoder = decoders[kernels.fits()]
+        decoder = decoders[ops.has_kernels()]
         decoder.length = PROMPT  # the same place again
         decoder(ids[:, 0])
 
@@ -106,7 +105,7 @@ def product(d_model: int, repeats: int) -> dict[str, float]:
     torch.set_num_threads(1)
     x, weight = torch.randn(MANY, d_model), torch.randn(2 * d_model, d_model)
     contestants = {
-        "kernel": timed(lambda: fused.Linear.apply(x, weight)),
+        "kernel": timed(lambda: ops.linear(x, weight)),
         "PyTorch": timed(lambda: F.linear(x, weight)),
     }
     found = interleave(contestants, repeats, 10)
@@ -129,7 +128,7 @@ def main(arguments: list[str]) -> None:
     config = shipped_model(options.model, init_std=0.1)
     if config.dense:
         raise UserError(f"model: {options.model} has no experts; choose another, as model=moe_tiny")
-    if not kernels.fits(config.d_model, config.head_dim, config.d_expert):
+    if not ops.has_kernels(config.d_model, config.head_dim, config.d_expert):
         raise UserError("there are no kernels here: they need g++ and widths that 16 divides")
     torch.manual_seed(0)
     steps = parts(config, options.rows, options.tokens)

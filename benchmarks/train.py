@@ -48,7 +48,7 @@ from benchmarks.common import (
 )
 from fourstage.batch import TokenBatch
 from fourstage.job import check_compiler
-from fourstage.model import ModelConfig, Transformer, fused
+from fourstage.model import ModelConfig, Transformer, ops
 from fourstage.model.flops import forward_flops, head_flops
 from fourstage.tracking.cost import mfu, peak_flops
 
@@ -111,7 +111,7 @@ def without_fused(block: Block) -> Block:
     """The same with the gradients that PyTorch derives from the plain expressions."""
 
     def plain(n: int) -> list[float]:
-        with mock.patch.object(fused, "applies", lambda *_: False):
+        with mock.patch.object(ops, "applies", lambda *_: False):
             return block(n)
 
     return plain

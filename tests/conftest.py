@@ -41,3 +41,24 @@ def ladder(tmp_path_factory) -> Path:
 def own_ladder(ladder, tmp_path) -> Path:
     """A copy of it, to be changed."""
     return shutil.copytree(ladder, tmp_path / "ladder")
+
+
+@pytest.fixture
+def nano():
+    """moe_nano's config with some values changed."""
+    from tests.model.configs import read_config
+
+    return lambda **changes: read_config("moe_nano", **changes)
+
+
+@pytest.fixture
+def build(nano, device):
+    """A seeded moe_nano with larger weights, so that what a test changes shows in the output."""
+    from fourstage.model import Transformer
+    from tests.model.configs import VOCAB
+
+    def build(seed: int = 0, **changes) -> Transformer:
+        torch.manual_seed(seed)
+        return Transformer(nano(**{"init_std": 0.2, **changes}), VOCAB).to(device)
+
+    return build

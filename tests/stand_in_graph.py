@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fourstage.model import fused, moe, opaque
+from fourstage.model import opaque, ops
 from fourstage.sampling import recording
 from fourstage.sampling.generate import Generation
 
@@ -71,8 +71,8 @@ def record_with(monkeypatch: Any, kind: type[StandIn] = StandIn) -> None:
     monkeypatch.setattr(recording, "Recording", kind)
     monkeypatch.setattr(recording, "can_record", lambda model, dtype: model.records_steps)
     # what PyTorch sees as one operation, as on a GPU: on a CPU it is none, or some for each expert
-    monkeypatch.setattr(fused, "applies", lambda *_: False)
-    monkeypatch.setattr(moe, "grouped_mm", opaque.grouped_mm)
+    monkeypatch.setattr(ops, "applies", lambda *_: False)
+    monkeypatch.setattr(ops, "grouped_mm", opaque.grouped_mm)
     monkeypatch.setattr(StandIn, "recorded", [])
     monkeypatch.setattr(StandIn, "replays", [])
 

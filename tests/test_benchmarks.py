@@ -24,10 +24,9 @@ from benchmarks import (
     train,
 )
 from benchmarks.common import Seconds, Shape, dense_twin, shipped_model
-from fourstage import kernels as cpu
 from fourstage.errors import UserError
 from fourstage.evaluation import suite
-from fourstage.model import Transformer
+from fourstage.model import Transformer, ops
 from fourstage.model.flops import forward_flops
 
 
@@ -389,13 +388,13 @@ def test_profile(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(shares) == len(profile.KINDS) and sum(shares) == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.skipif(not cpu.is_available(), reason="needs a C++ compiler")
+@pytest.mark.skipif(not ops.has_kernels(), reason="needs a C++ compiler")
 def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     kernels.main(["model=moe_nano", "rows=2", "tokens=16", "repeats=1"])
     ratios = last_line(capsys.readouterr().out, "kernels")["ratios"]
     assert {"experts_with_their_router", "a_step_of_64_rows", "product"} <= set(ratios)
     assert all(ratio > 0 for ratio in ratios.values())
-    assert cpu.fits(16)  # what it turned off is on again
+    assert ops.has_kernels(16)  # what it turned off is on again
     with pytest.raises(UserError, match="has no experts"):
         kernels.main(["model=dense_tiny"])
 

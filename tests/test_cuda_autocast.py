@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
-from fourstage.model import ScalarModel, Transformer, moe
+from fourstage.model import ScalarModel, Transformer, moe, ops
 from fourstage.sampling.decode import Decoder
 from fourstage.sampling.generate import generate
 from fourstage.stages import grpo
@@ -57,7 +57,7 @@ def test_a_training_forward_and_its_backward(name, changes, rms_norm_in_float32,
         note("attention", q, k, v)
         return attention(q, k, v, **options)
 
-    grouped, z_loss, switch_loss = moe.grouped_mm, moe.z_loss, moe.switch_loss
+    grouped, z_loss, switch_loss = ops.grouped_mm, moe.z_loss, moe.switch_loss
 
     def noted(what, of):
         def run(*tensors):
@@ -69,7 +69,7 @@ def test_a_training_forward_and_its_backward(name, changes, rms_norm_in_float32,
         return run
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted_attention)
-    monkeypatch.setattr(moe, "grouped_mm", noted("experts", grouped))
+    monkeypatch.setattr(ops, "grouped_mm", noted("experts", grouped))
     monkeypatch.setattr(moe, "z_loss", noted("router", z_loss))
     monkeypatch.setattr(moe, "switch_loss", noted("router", switch_loss))
     policy, ids = network(name, changes), torch.randint(4, 50, (3, 20))

@@ -1,6 +1,6 @@
 """Golden numbers under fixed seeds: a speed-up may not change what a stage computes.
 
-They were recorded before the first hand-written gradient (model/fused.py), on a CPU in float32.
+They were recorded before the first hand-written gradient (model/ops.py), on a CPU in float32.
 Whoever changes the mathematics on purpose records them again and says so.
 """
 

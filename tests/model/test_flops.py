@@ -24,7 +24,7 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def no_kernels(monkeypatch):
     """torch's counter sees its own operations only."""
-    monkeypatch.setattr("fourstage.model.fused.applies", lambda *_: False)
+    monkeypatch.setattr("fourstage.model.ops.applies", lambda *_: False)
 
 
 def make(shape: str, **changes) -> Transformer:

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from fourstage.model import opaque
-from fourstage.model.moe import MoE, Router, SwiGLU, count_load, grouped_mm, switch_loss, z_loss
+from fourstage.model.moe import MoE, Router, SwiGLU, count_load, switch_loss, z_loss
+from fourstage.model.ops import grouped_mm
 from tests.device import close
 
 LOG9 = 2.1972246  # sigmoid(log 9) = 0.9

@@ -45,7 +45,7 @@ def test_as_many_tokens_as_there_are_different_beginnings(seed):
 
 
 @pytest.mark.parametrize("shape", [{}, {"n_heads": 4, "n_kv_heads": 2, "head_dim": 16}])
-@pytest.mark.parametrize("way", ["fused", "plain", "checkpointed", "loop", "bf16"])
+@pytest.mark.parametrize("way", ["kernels", "plain", "checkpointed", "loop", "bf16"])
 def test_hidden_states_load_and_gradients_are_those_of_whole_rows(
     build, device, way, shape, monkeypatch
 ):
@@ -53,7 +53,7 @@ def test_hidden_states_load_and_gradients_are_those_of_whole_rows(
     path = "loop" if way == "loop" else "grouped"
     model = build(**shape, expert_path=path, balance="switch", top_k=top_k)
     if way == "plain":
-        monkeypatch.setattr("fourstage.model.fused.applies", lambda *_: False)
+        monkeypatch.setattr("fourstage.model.ops.applies", lambda *_: False)
     model.checkpoint_activations = way == "checkpointed"
     ids, length = padded(ROWS)
     packing = Packing(ids, length).to(device)

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
-from fourstage import kernels
+from fourstage.model import ops
 from fourstage.sampling import steps as module
 from fourstage.sampling.decode import Decoder, KernelSteps, TorchSteps
 from tests.device import IS_GPU, close
 from tests.model.configs import VOCAB
 
-needs_kernels = pytest.mark.skipif(not kernels.is_available(), reason="no kernels on this machine")
+needs_kernels = pytest.mark.skipif(not ops.has_kernels(), reason="no kernels on this machine")
 IDS = torch.randint(0, VOCAB, (20, 12), generator=torch.Generator().manual_seed(0))
 SHAPES = {
     "grouped queries": {"n_heads": 4, "n_kv_heads": 2, "head_dim": 16},

@@ -28,8 +28,8 @@ extern "C" {
 
 // qkv [B, T, J, C], queries divided by sqrt(C) -> y [B, T, H, C], and log_sums [B, H, T]: of each
 // query's scores log(sum(exp)).
-void attention_forward(int threads, int B, int T, int H, int G, int C, const float* qkv, float* y,
-                       float* log_sums) {
+Error attention_forward(int threads, int B, int T, int H, int G, int C, const float* qkv, float* y,
+                        float* log_sums) try {
   const int S = padded(T), R = H / G;
   const long token = (H + 2L * G) * C, y_token = (long)H * C;
   in_parallel(B * G, threads, [&](int i) {
@@ -48,11 +48,14 @@ void attention_forward(int threads, int B, int T, int H, int G, int C, const flo
         product(p, S, n, end, v, C, C, y + (b * T + t) * y_token + h * C, y_token);
       }
   });
+  return nullptr;
+} catch (...) {
+  return reason();
 }
 
-void attention_backward(int threads, int B, int T, int H, int G, int C, const float* qkv,
-                        const float* y, const float* log_sums, const float* grad,
-                        float* grad_qkv) {
+Error attention_backward(int threads, int B, int T, int H, int G, int C, const float* qkv,
+                         const float* y, const float* log_sums, const float* grad,
+                         float* grad_qkv) try {
   const int S = padded(T), R = H / G;
   const long token = (H + 2L * G) * C, y_token = (long)H * C;
   in_parallel(B * G, threads, [&](int i) {
@@ -96,6 +99,9 @@ void attention_backward(int threads, int B, int T, int H, int G, int C, const fl
       std::memcpy(grad_row + t * token + (H + G + g) * C, grad_v + t * C, C * sizeof(float));
     }
   });
+  return nullptr;
+} catch (...) {
+  return reason();
 }
 
 }  // extern "C"

@@ -269,16 +269,15 @@ void run(const Model& m, float* x, int B, int T, int at, const int32_t* first, f
 
 // x [n, T, D]: the embedded tokens, which are overwritten. k [layers, n, G, C, S] and
 // v [layers, n, G, S, C] hold `at` places already. first [n], or null: where a row's padding ends.
-extern "C" void decode(int threads, const Model* m, float* x, int n, int T, int at,
-                       const int32_t* first, float* k, float* v, float* logits) {
+extern "C" Error decode(int threads, const Model* m, float* x, int n, int T, int at,
+                        const int32_t* first, float* k, float* v, float* logits) try {
   const int most = std::max(1, CHUNK / T);  // rows of a chunk
   const int rounds = (n + threads * most - 1) / (threads * most);
   const int rows = (n + threads * rounds - 1) / (threads * rounds);
   const int tokens = std::min(T, CHUNK);  // a long row takes its tokens in pieces
   const long row = (long)m->G * m->C * m->S;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && n > rows)
-  for (int b = 0; b < n; b += rows) {
-    const int B = std::min(rows, n - b);
+  in_parallel((n + rows - 1) / rows, threads, [&](int chunk) {
+    const int b = chunk * rows, B = std::min(rows, n - b);
     Scratch scratch(*m, B, (long)B * tokens);
     for (int t = 0; t < T; t += tokens) {
       const long token = (long)b * T + t;
@@ -286,5 +285,8 @@ extern "C" void decode(int threads, const Model* m, float* x, int n, int T, int 
           k + b * row, v + b * row, n * row, scratch,
           logits ? logits + token * m->V_16 : nullptr);
     }
-  }
+  });
+  return nullptr;
+} catch (...) {
+  return reason();
 }

@@ -25,6 +25,14 @@ std::vector<Rows> pieces(int E, const int32_t* ends, int most) {
   return found;
 }
 
+// No place beyond memory: experts end one after the other, the last at M, and choices are below M.
+void check(int M, int E, const int64_t* order, const int32_t* ends) {
+  const bool ascend = std::is_sorted(ends, ends + E) && (!E || ends[0] >= 0);
+  if (!ascend || (E ? ends[E - 1] : 0) != M) throw std::invalid_argument("experts have wrong ends");
+  if (std::any_of(order, order + M, [&](int64_t choice) { return choice < 0 || choice >= M; }))
+    throw std::invalid_argument("the order of the choices holds others");
+}
+
 // y [N, D] = the sum of each token's K rows of parts
 void combine(int threads, int N, int K, int D, const float* parts, float* y) {
   in_parallel((N + BLOCK - 1) / BLOCK, threads, [&](int block) {
@@ -43,9 +51,10 @@ extern "C" {
 
 // y [N, D] of x [N, D]; order [M]: the choices by expert, each expert's end at ends [E].
 // gate_up [M, 2 F], in that order, is kept for the gradient.
-void experts_forward(int threads, int N, int K, int E, int D, int F, const float* x,
-                     const float* gate_up_w, const float* down_w, const float* gates,
-                     const int64_t* order, const int32_t* ends, float* gate_up, float* y) {
+Error experts_forward(int threads, int N, int K, int E, int D, int F, const float* x,
+                      const float* gate_up_w, const float* down_w, const float* gates,
+                      const int64_t* order, const int32_t* ends, float* y, float* gate_up) try {
+  check(N * K, E, order, ends);
   const auto work = pieces(E, ends, BLOCK);
   auto parts = floats((long)N * K * D);
   in_parallel(work.size(), threads, [&](int i) {
@@ -65,13 +74,17 @@ void experts_forward(int threads, int N, int K, int E, int D, int F, const float
     }
   });
   combine(threads, N, K, D, parts.get(), y);
+  return nullptr;
+} catch (...) {
+  return reason();
 }
 
-void experts_backward(int threads, int N, int K, int E, int D, int F, const float* x,
-                      const float* gate_up_w, const float* down_w, const float* gates,
-                      const int64_t* order, const int32_t* ends, const float* gate_up,
-                      const float* grad, float* grad_x, float* grad_gate_up_w, float* grad_down_w,
-                      float* grad_gates) {
+Error experts_backward(int threads, int N, int K, int E, int D, int F, const float* x,
+                       const float* gate_up_w, const float* down_w, const float* gates,
+                       const int64_t* order, const int32_t* ends, const float* gate_up,
+                       const float* grad, float* grad_x, float* grad_gate_up_w, float* grad_down_w,
+                       float* grad_gates) try {
+  check(N * K, E, order, ends);
   const long up_size = (long)D * 2 * F, down_size = (long)F * D, size = up_size + down_size;
   auto turned = floats(E * size);
   in_parallel(E, threads, [&](int e) {
@@ -127,6 +140,9 @@ void experts_backward(int threads, int N, int K, int E, int D, int F, const floa
         store(down + j, load(down + j) + load(from + up_size + j));
     }
   });
+  return nullptr;
+} catch (...) {
+  return reason();
 }
 
 }  // extern "C"

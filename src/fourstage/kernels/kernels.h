@@ -11,7 +11,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <memory>
+#include <new>
+#include <stdexcept>
 
 #if defined(__AVX512F__)
 constexpr int W = 16;  // floats in a register
@@ -187,18 +190,44 @@ struct Free {
 
 inline std::unique_ptr<float[], Free> floats(long n) {
   void* memory = std::aligned_alloc(64, (n * 4 + 63) / 64 * 64);
-  if (!memory && n) {
-    std::fprintf(stderr, "error: a kernel found no %ld MiB of memory\n", n >> 18);
-    std::abort();
-  }
+  if (!memory && n) throw std::bad_alloc();
   return std::unique_ptr<float[], Free>((float*)memory);
 }
 
 // ---- threads
 
-// Calls body(0), .., body(n - 1), each by one thread.
+// Calls body(0), .., body(n - 1), each by one thread; throws what one of them threw.
 template <class Body>
 void in_parallel(int n, int threads, Body body) {
+  std::exception_ptr thrown;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && n > 1)
-  for (int i = 0; i < n; i++) body(i);
+  for (int i = 0; i < n; i++) {
+    try {
+      body(i);
+    } catch (...) {
+#pragma omp critical
+      thrown = std::current_exception();
+    }
+  }
+  if (thrown) std::rethrow_exception(thrown);
+}
+
+// ---- errors
+
+// What every kernel returns: null, or the reason of a failure, which Python raises.
+typedef const char* Error;
+
+// Of the exception that is caught.
+inline Error reason() {
+  static thread_local char text[200];
+  try {
+    throw;
+  } catch (const std::bad_alloc&) {
+    return "no memory";  // as build.py knows it
+  } catch (const std::exception& error) {
+    std::snprintf(text, sizeof text, "%s", error.what());
+    return text;
+  } catch (...) {
+    return "an unknown exception";
+  }
 }

@@ -12,7 +12,8 @@ constexpr int PARTS = 16;  // at most: each sums the gradient of the weight for 
 
 extern "C" {
 
-void linear_forward(int threads, int N, int D, int F, const float* x, const float* w, float* y) {
+Error linear_forward(int threads, int N, int D, int F, const float* x, const float* w,
+                     float* y) try {
   auto turned = floats((long)D * F);
   in_parallel(F / 16, threads, [&](int i) {
     turn(w + i * 16L * D, D, 16, D, turned.get() + i * 16, F);
@@ -22,10 +23,13 @@ void linear_forward(int threads, int N, int D, int F, const float* x, const floa
     const int n = std::min<long>(BLOCK, N - first);
     product(x + first * D, D, n, D, turned.get(), F, F, y + first * F, F);
   });
+  return nullptr;
+} catch (...) {
+  return reason();
 }
 
-void linear_backward(int threads, int N, int D, int F, const float* x, const float* w,
-                     const float* grad, float* grad_x, float* grad_w) {
+Error linear_backward(int threads, int N, int D, int F, const float* x, const float* w,
+                      const float* grad, float* grad_x, float* grad_w) try {
   const int blocks = (N + BLOCK - 1) / BLOCK, parts = std::min(PARTS, blocks);
   const long size = (long)F * D;
   auto grads = floats(parts * size);
@@ -48,6 +52,9 @@ void linear_backward(int threads, int N, int D, int F, const float* x, const flo
       for (int i = 0; i < D; i += W) store(to + i, load(to + i) + load(from + i));
     }
   });
+  return nullptr;
+} catch (...) {
+  return reason();
 }
 
 }  // extern "C"

@@ -28,16 +28,19 @@ inline void rms_backward(const float* x, const float* grad_n, int D, float scale
 
 extern "C" {
 
-void rms_norm_forward(int threads, int N, int D, const float* x, const float* gain, float eps,
-                      float* y) {
+Error rms_norm_forward(int threads, int N, int D, const float* x, const float* gain, float eps,
+                       float* y) try {
   in_parallel(blocks(N), threads, [&](int block) {
     const long first = (long)block * BLOCK;
     rms_norm(x + first * D, std::min<long>(BLOCK, N - first), D, gain, eps, y + first * D);
   });
+  return nullptr;
+} catch (...) {
+  return reason();
 }
 
-void rms_norm_backward(int threads, int N, int D, const float* x, const float* gain, float eps,
-                       const float* grad, float* grad_x, float* grad_gain) {
+Error rms_norm_backward(int threads, int N, int D, const float* x, const float* gain, float eps,
+                        const float* grad, float* grad_x, float* grad_gain) try {
   auto parts = floats((long)blocks(N) * D);
   in_parallel(blocks(N), threads, [&](int block) {
     auto grad_n = floats(D);
@@ -53,28 +56,38 @@ void rms_norm_backward(int threads, int N, int D, const float* x, const float* g
     }
   });
   add_up(parts.get(), blocks(N), D, grad_gain);
+  return nullptr;
+} catch (...) {
+  return reason();
 }
 
-void swiglu_forward(int threads, int N, int F, const float* gate_up, float* y) {
+Error swiglu_forward(int threads, int N, int F, const float* gate_up, float* y) try {
   in_parallel(blocks(N), threads, [&](int block) {
     const long first = (long)block * BLOCK;
     swiglu(gate_up + first * 2 * F, std::min<long>(BLOCK, N - first), F, y + first * F);
   });
+  return nullptr;
+} catch (...) {
+  return reason();
 }
 
-void swiglu_backward(int threads, int N, int F, const float* gate_up, const float* grad,
-                     float* grad_gate_up) {
+Error swiglu_backward(int threads, int N, int F, const float* gate_up, const float* grad,
+                      float* grad_gate_up) try {
   in_parallel(blocks(N), threads, [&](int block) {
     for (long n = (long)block * BLOCK; n < std::min(N, (block + 1) * BLOCK); n++)
       swiglu_backward(gate_up + n * 2 * F, grad + n * F, 1.0f, F, grad_gate_up + n * 2 * F,
                       nullptr);
   });
+  return nullptr;
+} catch (...) {
+  return reason();
 }
 
 // Queries and keys (the first n_qk of J heads) are normalised, times gain [n_qk, C], and rotated;
 // token n stands at position n % T of cos and sin [T, C]. Values are copied.
-void heads_forward(int threads, int N, int T, int J, int n_qk, int C, const float* qkv,
-                   const float* gain, const float* cos, const float* sin, float eps, float* y) {
+Error heads_forward(int threads, int N, int T, int J, int n_qk, int C, const float* qkv,
+                    const float* gain, const float* cos, const float* sin, float eps,
+                    float* y) try {
   in_parallel(blocks(N), threads, [&](int block) {
     const int half = C / 2;
     for (long n = (long)block * BLOCK; n < std::min(N, (block + 1) * BLOCK); n++) {
@@ -92,11 +105,14 @@ void heads_forward(int threads, int N, int T, int J, int n_qk, int C, const floa
       std::copy(qkv + values, qkv + (n + 1) * J * C, y + values);
     }
   });
+  return nullptr;
+} catch (...) {
+  return reason();
 }
 
-void heads_backward(int threads, int N, int T, int J, int n_qk, int C, const float* qkv,
-                    const float* gain, const float* cos, const float* sin, float eps,
-                    const float* grad, float* grad_qkv, float* grad_gain) {
+Error heads_backward(int threads, int N, int T, int J, int n_qk, int C, const float* qkv,
+                     const float* gain, const float* cos, const float* sin, float eps,
+                     const float* grad, float* grad_qkv, float* grad_gain) try {
   const int half = C / 2, width = n_qk * C;
   auto parts = floats((long)blocks(N) * width);
   in_parallel(blocks(N), threads, [&](int block) {
@@ -125,6 +141,9 @@ void heads_backward(int threads, int N, int T, int J, int n_qk, int C, const flo
     }
   });
   add_up(parts.get(), blocks(N), width, grad_gain);
+  return nullptr;
+} catch (...) {
+  return reason();
 }
 
 }  // extern "C"

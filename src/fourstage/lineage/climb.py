@@ -304,10 +304,10 @@ def device(accelerator: str) -> str:
 
     import torch
 
-    from fourstage import kernels
+    from fourstage.model import ops
 
     if accelerator == "gpu":
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
     cpu = f"{platform.processor() or platform.machine()}, {threads} thread{'s' * (threads > 1)}"
-    return f"{accelerator} ({cpu}, {kernels.kind()})"
+    return f"{accelerator} ({cpu}, {ops.kernels_kind()})"

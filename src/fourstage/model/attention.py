@@ -7,12 +7,12 @@ C head_dim.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourstage.model import fused
+from fourstage.model import ops
 from fourstage.model.cache import LayerCache
 from fourstage.model.config import ModelConfig
+from fourstage.model.ops import Rope
 from fourstage.model.packing import Packing
 
 # cuDNN's attention makes a plan for each new shape, half a second for each: of a decoded token,
@@ -35,10 +35,7 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=self.std)
 
     def forward(self, x: Tensor) -> Tensor:
-        d_in, d_out = self.in_features, self.out_features
-        if d_in * d_out <= fused.LARGEST and fused.applies(x, d_in, d_out):
-            return fused.Linear.apply(x, self.weight)
-        return super().forward(x)
+        return ops.linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -50,13 +47,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if fused.applies(x, x.shape[-1]):
-            return fused.RMSNorm.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
-def rope_angles(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, 1, C] for `rotate` (RoPE, Su et al. 2021, arXiv 2104.09864, eq. 34).
+def rope_angles(positions_BT: Tensor, head_dim: int, theta: float) -> Rope:
+    """cos and sin [B, T, 1, C] for `ops.rotate` (RoPE, Su et al. 2021, arXiv 2104.09864, eq. 34).
 
     Pair (i, i + C/2) turns by position * theta^(-2i/C). The first half of sin has its minus sign.
     """
@@ -64,15 +59,6 @@ def rope_angles(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tens
     angle = positions_BT[..., None, None].float() * theta ** (-even / head_dim)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-Rope = tuple[Tensor, Tensor]  # cos and sin, as rope_angles gives them
-
-
-def rotate(x_BTHC: Tensor, rope: Rope) -> Tensor:
-    """(a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of C, as transformers does."""
-    cos, sin = rope
-    return torch.addcmul(x_BTHC * cos, x_BTHC.roll(x_BTHC.shape[-1] // 2, -1), sin).to(x_BTHC.dtype)
 
 
 class Attention(nn.Module):
@@ -102,44 +88,21 @@ class Attention(nn.Module):
         packing: x is [1, N, D], the distinct tokens of the rows that attend.
         cache: gets the keys and values.
         """
-        B, T, _ = x_BTD.shape
-        qkv = self.qkv(x_BTD).view(B, T, -1, self.head_dim)
-        if cache is None and mask is None and self.is_fused(qkv, rope):
-            weights = self.q_norm.weight, self.k_norm.weight
-            y = fused.causal_attention(qkv, *weights, rope, self.heads[0], self.q_norm.eps, packing)
-            return self.out(y)
-        q, k, v = self.split(qkv, rope)
-        q, k, v = (x_BTHC.transpose(1, 2) for x_BTHC in (q, k, v))
-        if cache is not None:
-            cache.store(k, v)
-        if packing is not None:  # [1, H, N, C] -> [B, H, T, C]
-            q, k, v = (packing.spread(x[0]).transpose(0, 1) for x in (q, k, v))
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
-        if packing is not None:
-            return self.out(packing.collect(y.transpose(0, 1)).view(B, T, -1))
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        return self.out(ops.attention(self.project(x_BTD), rope, mask, packing, cache))
 
     def store(self, x_BTD: Tensor, rope: Rope, cache: LayerCache) -> None:
         """Only what forward would store in the cache."""
-        B, T, _ = x_BTD.shape
-        _, k, v = self.split(self.qkv(x_BTD).view(B, T, -1, self.head_dim), rope)
-        cache.store(k.transpose(1, 2), v.transpose(1, 2))
+        cache.store(*ops.heads(self.project(x_BTD), rope)[1:])
 
-    def split(self, qkv_BTJC: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, normalised and rotated, and values; [B, T, H or G, C] each."""
-        H, G, _ = self.heads
+    def project(self, x_BTD: Tensor) -> ops.Heads:
+        B, T, _ = x_BTD.shape
+        qkv_BTJC = self.qkv(x_BTD).view(B, T, -1, self.head_dim)
         if self.has_norms():
-            weights = self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1)
-            n_BTJC = F.rms_norm(qkv_BTJC[:, :, : H + G], (self.head_dim,), None, self.q_norm.eps)
-            qk_BTJC = n_BTJC * torch.cat(weights).to(n_BTJC.dtype)
-        else:
-            q, k, _ = qkv_BTJC.split(self.heads, dim=2)
-            qk_BTJC = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
-        qk_BTJC = rotate(qk_BTJC, rope).to(qkv_BTJC.dtype)  # CUDA's autocast has norms in float32
-        q, k = qk_BTJC.split((H, G), dim=2)
-        return q, k, qkv_BTJC[:, :, H + G :]
+            gains = self.q_norm.weight, self.k_norm.weight
+            return ops.Heads(qkv_BTJC, self.heads, gains, self.q_norm.eps)
+        q, k, _ = qkv_BTJC.split(self.heads, dim=2)
+        normed = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+        return ops.Heads(qkv_BTJC, self.heads, normed_BTJC=normed)
 
     def head_gains(self) -> Tensor:
         """float [H + G, C]: what a head, normalised or not, is multiplied with; queries are divided
@@ -154,7 +117,3 @@ class Attention(nn.Module):
     def has_norms(self) -> bool:
         """Whether both norms can be applied as one; under ZeRO-3 their weights are elsewhere."""
         return isinstance(self.q_norm, RMSNorm) and self.q_norm.weight.numel() > 0
-
-    def is_fused(self, qkv: Tensor, rope: Rope) -> bool:
-        """Whether the kernels fit: one set of positions for all rows, and norms."""
-        return len(rope[0]) == 1 and self.has_norms() and fused.applies(qkv, self.head_dim)

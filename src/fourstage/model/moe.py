@@ -2,8 +2,7 @@
 
 Follows DeepSeek-V3 (arXiv 2412.19437, eq. 12-16) without its device limits and sequence-wise loss.
 
-Shape legend: N tokens (B * T), D d_model, E experts, K experts chosen per token, F d_expert,
-M = N * K token copies sorted by expert.
+Shape legend: N tokens (B * T), D d_model, E experts, K experts chosen per token, F d_expert.
 """
 
 from __future__ import annotations
@@ -14,18 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourstage.model import fused, opaque
+from fourstage.model import ops
 from fourstage.model.attention import Linear
 from fourstage.model.config import ModelConfig
 from fourstage.model.precision import full_precision
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of the halves of the last dimension (Shazeer 2020, arXiv 2002.05202)."""
-    if fused.applies(gate_up, gate_up.shape[-1] // 2):
-        return fused.SwiGLU.apply(gate_up)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 class SwiGLU(nn.Module):
@@ -38,7 +29,7 @@ class SwiGLU(nn.Module):
         self.down = Linear(d_hidden, config.d_model, out_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x)))
+        return self.down(ops.swiglu(self.gate_up(x)))
 
 
 @dataclass
@@ -124,48 +115,6 @@ def count_load(experts_NK: Tensor, num_experts: int, valid_N: Tensor | None) -> 
     return load_E.scatter_add_(0, experts_NK.flatten(), weight_NK.flatten())
 
 
-class _Dispatch(torch.autograd.Function):
-    """Copies the tokens into expert order, x_MD[m] = x_ND[order_M[m] // K].
-
-    A token's K copies have known places, so the gradient is gathered; PyTorch would scatter-add,
-    with atomics on a GPU, and no two runs would be bit-identical.
-    """
-
-    @staticmethod
-    def forward(ctx, x_ND: Tensor, order_M: Tensor, place_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(place_NK)
-        return x_ND.index_select(0, order_M // place_NK.shape[1])
-
-    @staticmethod
-    def backward(ctx, grad_MD: Tensor):
-        (place_NK,) = ctx.saved_tensors
-        return F.embedding_bag(place_NK, grad_MD, mode="sum"), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """The way back: y_ND[n] = sum_k gates_NK[n, k] * y_MD[place_NK[n, k]]."""
-
-    @staticmethod
-    def forward(ctx, y_MD: Tensor, gates_NK: Tensor, order_M: Tensor, place_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(y_MD, gates_NK, order_M, place_NK)
-        return F.embedding_bag(place_NK, y_MD, mode="sum", per_sample_weights=gates_NK)
-
-    @staticmethod
-    def backward(ctx, grad_ND: Tensor):
-        y_MD, gates_NK, order_M, place_NK = ctx.saved_tensors
-        grad_MD = grad_ND.index_select(0, order_M // place_NK.shape[1])
-        grad_gates_NK = torch.linalg.vecdot(grad_MD, y_MD)[place_NK]
-        return grad_MD * gates_NK.flatten()[order_M, None], grad_gates_NK, None, None
-
-
-def grouped_mm(x_MD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
-    """[M, D] and [E, D, F] -> [M, F]: expert e's rows end at ends_E[e]."""
-    w_EDF = opaque.without_gaps(w_EDF, ends_E)
-    if opaque.is_needed(x_MD):
-        return opaque.grouped_mm(x_MD, w_EDF, ends_E)
-    return F.grouped_mm(x_MD, w_EDF, offs=ends_E)
-
-
 class Experts(nn.Module):
     """E SwiGLU experts as two stacked weights; no token is dropped."""
 
@@ -182,36 +131,16 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
         if self.use_loop:
             return self.loop(x_ND, experts_NK, gates_NK)
-        return self.grouped(x_ND, experts_NK, gates_NK)
+        return ops.experts(x_ND, self.gate_up_EDF, self.down_EFD, experts_NK, gates_NK)
 
     def loop(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
         """The reference: one expert after the other, each on the tokens that chose it."""
         y_ND = torch.zeros_like(x_ND)
         for e in range(self.num_experts):
             token, k = torch.where(experts_NK == e)
-            y = swiglu(x_ND[token] @ self.gate_up_EDF[e]) @ self.down_EFD[e]
+            y = ops.swiglu(x_ND[token] @ self.gate_up_EDF[e]) @ self.down_EFD[e]
             y_ND = y_ND.index_add(0, token, (gates_NK[token, k, None] * y).to(y_ND.dtype))
         return y_ND
-
-    def grouped(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
-        """The same with the tokens' copies sorted by expert and one grouped product a weight."""
-        expert_M, order_M = experts_NK.flatten().sort(stable=True)
-        place_NK = torch.empty_like(order_M)
-        place_NK[order_M] = torch.arange(len(order_M), device=order_M.device)
-        place_NK = place_NK.view_as(experts_NK)
-        every_E = torch.arange(self.num_experts, device=order_M.device)
-        ends_E = torch.searchsorted(expert_M, every_E, right=True, out_int32=True)
-
-        if fused.applies(x_ND, x_ND.shape[1], self.d_expert):
-            weights = self.gate_up_EDF, self.down_EFD
-            return fused.Experts.apply(x_ND, *weights, gates_NK, order_M, ends_E)
-        dtype = x_ND.dtype
-        if torch.is_autocast_enabled(x_ND.device.type):
-            dtype = torch.get_autocast_dtype(x_ND.device.type)
-        x_MD = _Dispatch.apply(x_ND.to(dtype), order_M, place_NK)
-        h_MF = swiglu(grouped_mm(x_MD, self.gate_up_EDF.to(dtype), ends_E))
-        y_MD = grouped_mm(h_MF, self.down_EFD.to(dtype), ends_E)
-        return _Combine.apply(y_MD, gates_NK.to(dtype), order_M, place_NK).to(x_ND.dtype)
 
 
 class MoE(nn.Module):

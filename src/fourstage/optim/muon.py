@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from fourstage.model import fused
+from fourstage.model import ops
 from fourstage.model.attention import Attention
 from fourstage.model.moe import Experts, SwiGLU
 
@@ -56,18 +56,12 @@ def hidden_matrices(network: nn.Module) -> list[tuple[nn.Parameter, Split]]:
 def orthogonalize(x_MRC: Tensor) -> Tensor:
     """About U V^T of each matrix U S V^T: most singular values come out between 0.7 and 1.2.
 
-    x <- a x + (b x x^T + c (x x^T)^2) x, with coefficients (Jordan et al.) that raise small
-    singular values fast. In the dtype of x, also under autocast.
+    By Newton-Schulz iterations with coefficients (Jordan et al.) that raise small singular values
+    fast. In the dtype of x, also under autocast.
     """
     with torch.autocast(x_MRC.device.type, enabled=False):
         x_MRC = x_MRC / x_MRC.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-        if fused.applies(x_MRC, *x_MRC.shape[1:]):
-            return fused.newton_schulz(x_MRC, NEWTON_SCHULZ)
-        for a, b, c in NEWTON_SCHULZ:
-            gram_MRR = x_MRC @ x_MRC.mT
-            factor_MRR = torch.baddbmm(gram_MRR, gram_MRR, gram_MRR, beta=b, alpha=c)
-            x_MRC = torch.baddbmm(x_MRC, factor_MRR, x_MRC, beta=a)
-    return x_MRC
+        return ops.newton_schulz(x_MRC, NEWTON_SCHULZ)
 
 
 class Muon(torch.optim.Optimizer):

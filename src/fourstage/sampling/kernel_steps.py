@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fourstage import kernels
+from fourstage.model import ops
 from fourstage.model.attention import rope_angles
 from fourstage.model.moe import MoE, SwiGLU
 from fourstage.model.transformer import Block, Transformer
@@ -51,7 +51,7 @@ class KernelSteps:
             return False
         if any(w.device.type != "cpu" or w.dtype != torch.float32 for w in model.parameters()):
             return False
-        return kernels.fits(c.d_model, c.head_dim, c.d_expert, c.d_shared)
+        return ops.has_kernels(c.d_model, c.head_dim, c.d_expert, c.d_shared)
 
     def __init__(self, model: Transformer, capacity: int, real_BS: Tensor | None):
         """real_BS: bool [B, capacity], padding at the left."""
@@ -119,7 +119,7 @@ class KernelSteps:
 
     def _hold(self, x: Tensor, *shape: int) -> int:
         """Where the numbers of x lie, which then stay there."""
-        assert x.shape == shape, f"{tuple(x.shape)} is not {shape}"
+        ops.kernels.check("a weight", x, shape)
         self.held.append(x.detach().contiguous())
         return self.held[-1].data_ptr()
 
@@ -139,10 +139,15 @@ class KernelSteps:
         if self.k_LBGCS is None or self.v_LBGSC is None:
             self.k_LBGCS = torch.empty(c.n_layers, B, c.n_kv_heads, c.head_dim, S)
             self.v_LBGSC = torch.empty(c.n_layers, B, c.n_kv_heads, S, c.head_dim)
-        assert self.k_LBGCS.shape[1] == B and at + T <= S
+        assert at >= 0 and at + T <= S
         x_BTD = F.embedding(ids_BT, self.embedding)  # refuses tokens that are not in the table
+        L, G, C = c.n_layers, c.n_kv_heads, c.head_dim
+        ops.kernels.check("keys", self.k_LBGCS, (L, B, G, C, S))
+        ops.kernels.check("values", self.v_LBGSC, (L, B, G, S, C))
+        if self.first_B is not None:
+            ops.kernels.check("ends of padding", self.first_B, (B,), torch.int32)
         caches = self.k_LBGCS, self.v_LBGSC
-        kernels.call("decode", self.model, x_BTD, B, T, at, self.first_B, *caches, logits_BV)
+        ops.kernels.run("decode", self.model, x_BTD, B, T, at, self.first_B, *caches, logits_BV)
 
     def keep(self, rows: Tensor) -> None:
         """Row i is then what row rows[i] was, int64 [b]: some rows less, or a row several times."""
@@ -153,12 +158,12 @@ class KernelSteps:
 
 
 def _up(n: int) -> int:
-    return -(-n // kernels.WIDTH) * kernels.WIDTH
+    return -(-n // ops.kernels.WIDTH) * ops.kernels.WIDTH
 
 
 def _packed(weight: Tensor) -> Tensor:
     """[out, in] -> [in, out_16]: a product reads its rows one after the other."""
-    missing = -weight.shape[0] % kernels.WIDTH
+    missing = -weight.shape[0] % ops.kernels.WIDTH
     return F.pad(weight.t(), (0, missing)) if missing else weight.t().contiguous()
 
 

@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-from fourstage import kernels
+from fourstage.kernels import build
 from fourstage.model import Transformer
 from fourstage.sampling.decode import Decoder, TorchSteps
 from tests.model.configs import read_config
 
-needs_kernels = pytest.mark.skipif(not kernels.is_available(), reason="no kernels on this machine")
+needs_kernels = pytest.mark.skipif(not build.is_available(), reason="no kernels on this machine")
 
 
 @pytest.fixture
@@ -22,12 +22,12 @@ def fresh(tmp_path, monkeypatch):
     sources, cache = tmp_path / "sources", tmp_path / "cache"
     sources.mkdir()
     (sources / "one.cpp").write_text('extern "C" int number() { return 1; }\n')
-    monkeypatch.setattr(kernels, "SOURCES", sources)
+    monkeypatch.setattr(build, "SOURCES", sources)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.delenv("FOURSTAGE_KERNELS", raising=False)
-    kernels.library.cache_clear()
+    build.library.cache_clear()
     yield sources, cache / "fourstage"
-    kernels.library.cache_clear()
+    build.library.cache_clear()
 
 
 def kept(*folders) -> list[str]:
@@ -42,41 +42,41 @@ def warned(caplog, reason: str) -> bool:
 @needs_kernels
 def test_a_library_is_compiled_once_for_its_sources(fresh, monkeypatch):
     sources, folder = fresh
-    assert kernels.library().number() == 1
+    assert build.library().number() == 1
     (name,) = kept(folder)
     assert name.startswith("kernels-") and name.endswith(".so")
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", None)
-    kernels.library.cache_clear()
-    assert kernels.library().number() == 1
+    build.library.cache_clear()
+    assert build.library().number() == 1
     monkeypatch.setattr(subprocess, "run", run)
     (sources / "one.cpp").write_text(
         '#include "two.h"\nextern "C" int number() { return two(); }\n'
     )
     (sources / "two.h").write_text("static int two() { return 2; }\n")
-    kernels.library.cache_clear()
-    assert kernels.library().number() == 2
+    build.library.cache_clear()
+    assert build.library().number() == 2
     assert len(kept(folder)) == 2
 
 
 def test_without_a_compiler_there_are_no_kernels_and_one_warning(fresh, monkeypatch, caplog):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert kernels.library() is None and not kernels.is_available() and not kernels.fits(16)
+    assert build.library() is None and not build.is_available() and not build.fits(16)
     assert warned(caplog, "there is no C++ compiler")
     assert not kept(fresh[1])
 
 
 def test_a_compiler_that_is_not_there(fresh, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler -O1")
-    assert kernels.library() is None
+    assert build.library() is None
     assert warned(caplog, "no-such-compiler")
 
 
 @needs_kernels
 def test_a_compiler_that_fails(fresh, caplog):
     (fresh[0] / "one.cpp").write_text("#error out of order\n")
-    assert kernels.library() is None
+    assert build.library() is None
     assert warned(caplog, "out of order")
     assert kept(*fresh) == ["one.cpp"]
 
@@ -85,7 +85,7 @@ def test_a_compiler_that_fails(fresh, caplog):
 def test_where_the_cache_cannot_be_written_they_lie_next_to_the_sources(fresh, caplog):
     sources, folder = fresh
     folder.parent.write_text("not a folder")
-    assert kernels.library().number() == 1
+    assert build.library().number() == 1
     assert len(kept(sources / "__pycache__")) == 1
     assert not caplog.records
 
@@ -95,29 +95,29 @@ def test_with_nowhere_to_keep_them_there_are_none(fresh, caplog):
     sources, folder = fresh
     folder.parent.write_text("not a folder")
     (sources / "__pycache__").write_text("not a folder")
-    assert kernels.library() is None
+    assert build.library() is None
     assert warned(caplog, "set XDG_CACHE_HOME")
 
 
 def test_they_can_be_turned_off(fresh, monkeypatch, caplog):
     monkeypatch.setenv("FOURSTAGE_KERNELS", "0")
-    assert kernels.library() is None and not caplog.records
-    assert kernels.kind() == "no kernels"
+    assert build.library() is None and not caplog.records
+    assert build.kind() == "no kernels"
     decoder = Decoder(Transformer(read_config("moe_nano"), 50), 12)
     assert isinstance(decoder.steps, TorchSteps)
 
 
 def test_widths():
-    assert not kernels.fits(16, 24)
-    assert kernels.fits(0, 16, 48) == kernels.is_available()
+    assert not build.fits(16, 24)
+    assert build.fits(0, 16, 48) == build.is_available()
 
 
 LOAD = """
 import sys
 from pathlib import Path
-from fourstage import kernels
-kernels.SOURCES = Path(sys.argv[1])
-assert kernels.library().number() == 1
+from fourstage.kernels import build
+build.SOURCES = Path(sys.argv[1])
+assert build.library().number() == 1
 """
 
 
@@ -137,7 +137,6 @@ def test_two_processes_at_once(fresh):
 DECODE = """
 import sys
 import torch
-from fourstage import kernels
 from fourstage.model import Transformer
 from fourstage.sampling.decode import Decoder
 from tests.model.configs import read_config
@@ -160,7 +159,7 @@ torch.save(found, sys.argv[1])
 def test_every_processor_gives_the_same(tmp_path):
     """The registers of AVX2 and of any x86-64, next to this machine's own."""
     own = torch.backends.cpu.get_cpu_capability()
-    if own not in kernels.TARGETS:
+    if own not in build.TARGETS:
         pytest.skip(f"a processor with {own} has no others to be")
     names = {own: {}, "AVX2": {"ATEN_CPU_CAPABILITY": "avx2"}}
     names["DEFAULT"] = {"ATEN_CPU_CAPABILITY": "default"}
