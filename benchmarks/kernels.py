@@ -64,13 +64,11 @@ def parts(config: ModelConfig, rows: int, tokens: int) -> dict[str, Callable[[],
     D, x = config.d_model, torch.randn(rows, tokens, config.d_model, requires_grad=True)
     attention, norm, moe = Attention(config), RMSNorm(D, config.norm_eps), MoE(config)
     rope = rope_angles(torch.arange(tokens)[None], config.head_dim, config.rope_theta)
-    hidden = torch.randn(rows, tokens, 2 * config.d_expert, requires_grad=True)
     directions = torch.randn(64, D, D)
     run: dict[str, Callable[[], Tensor]] = {
         "norm": lambda: norm(x),
         "projection of queries, keys and values": lambda: attention.qkv(x),
         "attention with its projections": lambda: attention(x, rope),
-        "SwiGLU": lambda: ops.swiglu(hidden),
         "experts with their router": lambda: moe(x)[0],
     }
 

@@ -32,7 +32,6 @@ def choices(n: int, experts: int) -> tuple[Tensor, Tensor]:
 
 ARGUMENTS: dict[str, tuple[object, ...]] = {
     "linear": (normal(3, 5, 32), normal(48, 32)),
-    "swiglu": (normal(7, 32),),
     "rms_norm": (normal(2, 3, 48), normal(48), 1e-5),
     "heads": (normal(2, 7, 8, 16), normal(6, 16), *(normal(7, 16, has_grad=False),) * 2, 1e-5),
     "attention": (normal(2, 7, 8, 16), 4),

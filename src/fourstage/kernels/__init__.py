@@ -13,7 +13,6 @@ from fourstage.kernels.operations import (
     linear,
     newton_schulz,
     rms_norm,
-    swiglu,
 )
 
 __all__ = [
@@ -29,5 +28,4 @@ __all__ = [
     "newton_schulz",
     "rms_norm",
     "run",
-    "swiglu",
 ]

@@ -149,7 +149,7 @@ inline void swiglu_backward(const float* gate_up, const float* grad, float facto
     vec d = load(grad + i) * factor;
     store(grad_gate_up + i, d * up * s * (1.0f + gate * (1.0f - s)));
     store(grad_gate_up + F + i, d * gate * s);
-    if (active) store(active + i, gate * s * up);
+    store(active + i, gate * s * up);
   }
 }
 

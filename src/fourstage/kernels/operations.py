@@ -164,15 +164,6 @@ def linear(x: Tensor, weight: Tensor) -> Plan:
     return Plan((prod(rows), D, F_), (D, F_), inputs, {"y": (*rows, F_)})
 
 
-@_operation("Tensor gate_up", gradients=1)
-def swiglu(gate_up: Tensor) -> Plan:
-    """silu(gate) * up, where gate and up are the halves of the last dimension."""
-    *rows, width = gate_up.shape
-    F_ = width // 2
-    inputs = {"gate_up": (gate_up, (*rows, 2 * F_))}
-    return Plan((prod(rows), F_), (F_,), inputs, {"y": (*rows, F_)})
-
-
 @_operation("Tensor x, Tensor weight, float eps", gradients=2)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Plan:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""

@@ -1,7 +1,7 @@
-// RMSNorm, SwiGLU, and norm and rotation of heads, with their gradients: a pass over memory each.
+// RMSNorm, and norm and rotation of heads, with their gradients: a pass over memory each.
 //
 // Shape legend: N tokens, D d_model, J heads of a token in memory (queries, keys, values), C
-// head_dim, T positions, F d_expert.
+// head_dim, T positions.
 #include "kernels.h"
 
 namespace {
@@ -56,28 +56,6 @@ Error rms_norm_backward(int threads, int N, int D, const float* x, const float* 
     }
   });
   add_up(parts.get(), blocks(N), D, grad_gain);
-  return nullptr;
-} catch (...) {
-  return reason();
-}
-
-Error swiglu_forward(int threads, int N, int F, const float* gate_up, float* y) try {
-  in_parallel(blocks(N), threads, [&](int block) {
-    const long first = (long)block * BLOCK;
-    swiglu(gate_up + first * 2 * F, std::min<long>(BLOCK, N - first), F, y + first * F);
-  });
-  return nullptr;
-} catch (...) {
-  return reason();
-}
-
-Error swiglu_backward(int threads, int N, int F, const float* gate_up, const float* grad,
-                      float* grad_gate_up) try {
-  in_parallel(blocks(N), threads, [&](int block) {
-    for (long n = (long)block * BLOCK; n < std::min(N, (block + 1) * BLOCK); n++)
-      swiglu_backward(gate_up + n * 2 * F, grad + n * F, 1.0f, F, grad_gate_up + n * 2 * F,
-                      nullptr);
-  });
   return nullptr;
 } catch (...) {
   return reason();
