@@ -103,6 +103,8 @@ def test_they_can_be_turned_off(fresh, monkeypatch, caplog):
     monkeypatch.setenv("FOURSTAGE_KERNELS", "0")
     assert build.library() is None and not caplog.records
     assert build.kind() == "no kernels"
+    with pytest.raises(RuntimeError, match="no kernels here"):
+        torch.ops.fourstage.linear(torch.ones(1, 16), torch.ones(16, 16))
     decoder = Decoder(Transformer(read_config("moe_nano"), 50), 12)
     assert isinstance(decoder.steps, TorchSteps)
 

@@ -88,7 +88,7 @@ def judged(monkeypatch):
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_flops_of_a_stage_equal_torchs_counter(stage, monkeypatch):
     """Rollouts, reference, reward and value passes, updates: all of them, and nothing else."""
-    monkeypatch.setattr("fourstage.model.ops.applies", lambda *_: False)  # it sees torch's only
+    monkeypatch.setattr("fourstage.model.ops.has_kernels", lambda *_: False)  # it sees torch's only
     module, batches = build(stage, optimizer="adamw")  # Muon's products are the optimizer's
     meter = CostMeter()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

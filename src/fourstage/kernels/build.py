@@ -127,10 +127,13 @@ def run(name: str, *arguments: Tensor | ctypes.Structure | int | float | None) -
     It reads and writes memory as it is told: who calls has checked tensors (`check`).
 
     Raises:
+        RuntimeError: there are no kernels here.
         MemoryError: it found none.
         ValueError: it refuses what a tensor holds.
     """
-    kernel = getattr(library(), name)
+    if (kernels := library()) is None:
+        raise RuntimeError(f"{name}: there are no kernels here")
+    kernel = getattr(kernels, name)
     kernel.restype = ctypes.c_char_p
     reason = kernel(torch.get_num_threads(), *map(_in_c, arguments))
     if reason is not None:

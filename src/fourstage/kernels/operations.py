@@ -106,21 +106,15 @@ def _operation(
         if not gradients:
             return _registered(name, name, schema, plan_of)
 
-        def backward_of(*given: Any) -> Plan:
-            n = len(given) - kept - 1
-            plan = plan_of(*given[:n])
-            shapes = list(plan.outputs.items())
-            inputs = dict(plan.inputs)
-            for (k, shape), x in zip(shapes[len(shapes) - kept :], given[n:-1], strict=True):
-                inputs[k] = x, shape
-            inputs["grad"] = given[-1], shapes[0][1]
-            grads = {k: shape for k, (_, shape) in list(plan.inputs.items())[:gradients]}
-            return Plan(plan.sizes, plan.widths, inputs, grads)
-
         all_kept = "".join(f", Tensor kept_{i}" for i in range(kept))
         backward_schema = f"({arguments}{all_kept}, Tensor grad) -> {_tensors(gradients)}"
         forward = _registered(name, f"{name}_forward", schema, plan_of)
-        backward = _registered(f"{name}_backward", f"{name}_backward", backward_schema, backward_of)
+        backward = _registered(
+            f"{name}_backward",
+            f"{name}_backward",
+            backward_schema,
+            lambda *given: _gradient_plan(plan_of, gradients, kept, *given),
+        )
 
         def run_and_keep(ctx, *inputs: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
@@ -150,6 +144,18 @@ def _operation(
         return function.apply
 
     return register
+
+
+def _gradient_plan(plan_of: PlanOf, gradients: int, kept: int, *given: Any) -> Plan:
+    """The gradients of a plan's first inputs, from its inputs, kept outputs and the gradient."""
+    n = len(given) - kept - 1
+    plan = plan_of(*given[:n])
+    inputs, shapes = dict(plan.inputs), list(plan.outputs.items())
+    for (name, shape), x in zip(shapes[len(shapes) - kept :], given[n:-1], strict=True):
+        inputs[name] = x, shape
+    inputs["grad"] = given[-1], shapes[0][1]
+    grads = {name: shape for name, (_, shape) in list(plan.inputs.items())[:gradients]}
+    return Plan(plan.sizes, plan.widths, inputs, grads)
 
 
 def _tensors(n: int) -> str:
