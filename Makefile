@@ -75,7 +75,7 @@ $(READY): constraints.txt pyproject.toml $(shell test -x $(PY) || echo no-interp
 	@$(PIP) -e ".[test]" || { echo "make: the install failed: pip's reason is above. (It needs a" \
 	  "network, and pycosat is compiled, which needs a C compiler and Python's headers: on Debian and" \
 	  "Ubuntu apt install gcc python3-dev)" >&2; exit 1; }
-	-@$(PY) -c "from fourstage.model import native; native.library()"  # compiled once, here
+	-@$(PY) -c "from fourstage.kernels import build; build.library()"  # compiled once, here
 	@touch $@
 
 no-interpreter:

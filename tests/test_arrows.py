@@ -1,4 +1,4 @@
-"""Who may import whom: arrows point down only (docs: the README's tree).
+"""Who may import whom: arrows point down only (docs/code.md has the tree).
 
 A room is a folder of the package, or a file on its top floor. Imports for type checkers and those
 inside functions count; but main() of a command may import what it likes.
@@ -11,6 +11,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from fourstage.ladder import LADDER
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "fourstage"
@@ -49,7 +51,6 @@ FOREIGN = {
     "datasets": {"data"},
 }
 MAY_BE_DELETED = {"fourstage.kernels"}
-STAGE_FILES = ("pretrain", "sft", "reward", "ppo", "grpo")
 
 
 def modules() -> dict[str, Path]:
@@ -147,10 +148,10 @@ def test_arrows_point_down(module: str) -> None:
 
 
 def test_stages_do_not_import_each_other() -> None:
-    for stage in STAGE_FILES:
+    for stage in LADDER:
         path = PACKAGE / "stages" / f"{stage}.py"
         names = imports(path.read_text(encoding="utf-8"))
-        others = {f"fourstage.stages.{other}" for other in STAGE_FILES if other != stage}
+        others = {f"fourstage.stages.{other}" for other in LADDER if other != stage}
         found = {name for name in names for o in others if name == o or name.startswith(o + ".")}
         assert not found, f"{stage} imports {found}"
         assert not any(name == f"fourstage.stages.{s}Module" for name in names for s in others)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
@@ -84,9 +84,3 @@ def test_a_parent_of_a_newer_release_is_one_line(own_ladder):
     words = [*QUICK, "stage=grpo", f"outputs={outputs}", f"stages.grpo.parent={folder.name}"]
     with pytest.raises(UserError, match="is of a model that is not known here"):
         make_plan(config(*words))
-
-
-def test_settings_are_hashed_as_they_are_typed():
-    assert asdict(ModelConfig(**config(*QUICK)["model"])).keys() == {
-        *hashed(ModelConfig(**config(*QUICK)["model"]))
-    }
