@@ -1,1 +1,0 @@
-from tests.model.conftest import build, nano  # noqa: F401
