@@ -102,6 +102,9 @@ def line_of(error: Exception) -> str:
         return f"{group}={name}: no such {group}: {did_you_mean(name, options)}"
     if found := re.search(r"Multiple values for (\w+)\.", text):
         return f"{found[1]} is given already: leave out the plus sign"
+    if found := re.search(r"Ambiguous value for argument '(.+?)'", text, re.DOTALL):
+        key, _, value = found[1].partition("=")
+        return f"{found[1]}: to run each, add -m; for one value with a comma, '{key}=\"{value}\"'"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = [line for line in lines[:2] if not line.startswith(("See ", "full_key:"))]
     return ": ".join(said) or repr(error)

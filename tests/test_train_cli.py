@@ -122,7 +122,7 @@ def test_what_hydra_refuses(call, capsys, argument, words) -> None:
         ("data=5", "embedded, files; or leave data out"),
         ("+experiment=true", "no_preferences; or leave experiment out"),
         ("tokenizer=", "char; or leave tokenizer out"),
-        ("stages@stages.grpo=null", "grpo, grpo_dapo, grpo_dr, ppo, "),
+        ("stages@stages.grpo=null", "grpo, grpo_dapo, grpo_dr, grpo_gspo, ppo, "),
     ],
 )
 def test_a_group_without_a_name_is_one_line(argument, options) -> None:

@@ -39,9 +39,10 @@ def main() -> None:
 
 def list_commands(arguments: list[str]) -> None:
     """Print them. Raises UserError for a word that is none."""
-    if arguments:
-        near = get_close_matches(arguments[0], COMMANDS, n=1)
+    if arguments and arguments != ["help"]:
+        near = get_close_matches(arguments[0], COMMANDS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(COMMANDS)}"
+        hint = "to train: python train.py" if arguments[0] == "train" else hint
         raise UserError(f"unknown command {arguments[0][:40]!r}: {hint}")
     print(HELP)
 

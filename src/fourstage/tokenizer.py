@@ -2,8 +2,8 @@
 
 `char` is one token a character: tab, newline and the 95 printable ASCII characters, plus six
 special tokens. Typographic characters with an ASCII look-alike are replaced one to one (table
-below); every other character becomes one <unk>, so tokens and characters always count the same,
-and bits per character are exact. Special-token strings inside a text are plain characters.
+below); every other character becomes one <unk>, so a text has as many tokens as characters, and
+bits per character are exact. Special-token strings inside a text are plain characters.
 
 The chat format, where TEXT is never trimmed:
 

@@ -28,7 +28,7 @@ from fourstage.tokenizer import Tokenizer
 class SFTSettings(NextTokenSettings):
     """`stages.sft`"""
 
-    max_tokens: int  # longer conversations are cut
+    max_tokens: int  # of a conversation; longer ones are left out, or lose their beginning
 
     def __post_init__(self) -> None:
         super().__post_init__()
