@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import shutil
 import signal
@@ -183,6 +184,8 @@ def die_with_parent() -> None:
 def start(task: Task, out: Path) -> Running:
     shutil.rmtree(out / "ladders" / task.name, ignore_errors=True)  # else it would go on from there
     log = out / f"{task.name}.log"
+    if log.is_dir():
+        shutil.rmtree(log)
     paths = [str(REPO), str(REPO / "src"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with open(log, "w") as file:
@@ -291,8 +294,16 @@ def read(arguments: Sequence[str]) -> tuple[str, list[str], float, Path]:
     try:
         minutes = float(values["minutes"])
     except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < math.inf:
         sys.exit(f"error: minutes: expected a number, got {values['minutes']!r}")
-    return values["device"], steps, minutes, Path(values["out"]).resolve()
+    out = Path(values["out"]).resolve()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        open(out / "results.jsonl", "w").close()
+    except OSError as error:
+        sys.exit(f"error: out={values['out']}: {error.strerror}: choose another folder")
+    return values["device"], steps, minutes, out
 
 
 def main(arguments: list[str]) -> int:
@@ -300,7 +311,6 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     device, steps, minutes, out = read(arguments)
-    out.mkdir(parents=True, exist_ok=True)
     last = time.monotonic() + 60 * minutes
     oks: list[bool] = []
     code, stopped = 0, ""
@@ -314,7 +324,8 @@ def main(arguments: list[str]) -> int:
                 file.flush()
                 os.fsync(file.fileno())
                 oks.append(result["ok"])
-                print(line_of(result, out), flush=True)
+                with suppress(OSError):  # who read it has gone, perhaps: the file has it
+                    print(line_of(result, out), flush=True)
     except Stopped as stop:
         code, stopped = 128 + stop.signum, f"stopped by {signal.Signals(stop.signum).name}: "
     print(f"{stopped}{sum(oks)} of {len(oks)} tasks ok: {out / 'results.jsonl'}")

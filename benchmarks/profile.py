@@ -35,9 +35,9 @@ from fourstage.model import ModelConfig, Transformer
 from fourstage.sampling.decode import Decoder, KernelSteps
 from fourstage.stages.supervised import next_token_nll
 
-KERNEL = "a kernel in C++"  # PyTorch's profiler sees no operation there
+KERNEL = "a kernel in C++"  # of a decode step, which is no operation of PyTorch
 KINDS = {  # by the beginning of an operation's name, the first that fits
-    "kernels in C++": (KERNEL,),
+    "kernels in C++": (KERNEL, "fourstage::"),
     "matrix products": ("aten::mm", "aten::addmm", "aten::_grouped_mm"),
     "batched products (attention)": ("aten::bmm", "aten::baddbmm"),
     "attention in one operation": ("aten::_scaled_dot_product",),

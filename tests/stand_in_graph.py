@@ -41,7 +41,7 @@ class Tape(TorchDispatchMode):
 
 
 class StandIn:
-    """In place of model.recording.Recording."""
+    """In place of sampling.recording.Recording."""
 
     recorded: ClassVar[list[int]] = []  # the rows of each, since a test began
     replays: ClassVar[list[tuple[int, int]]] = []  # rows that were asked for, and the place

@@ -386,6 +386,7 @@ def test_profile(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = last_line(capsys.readouterr().out, "profile")
     shares = [value for name, value in line["figures"].items() if name.startswith("share_")]
     assert len(shares) == len(profile.KINDS) and sum(shares) == pytest.approx(1, abs=1e-3)
+    assert (line["figures"]["share_kernels_in_C++"] > 0.05) == ops.has_kernels()
 
 
 @pytest.mark.skipif(not ops.has_kernels(), reason="needs a C++ compiler")

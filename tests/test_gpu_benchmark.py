@@ -75,6 +75,9 @@ def test_no_time_left(steps, tmp_path, capsys):
         ("steps=facts,nothing", "error: steps: no 'nothing': there are versions, facts"),
         ("device=tpu", "error: device: expected cuda or cpu, got 'tpu'"),
         ("minutes=soon", "error: minutes: expected a number, got 'soon'"),
+        ("minutes=nan", "error: minutes: expected a number, got 'nan'"),
+        ("minutes=0", "error: minutes: expected a number, got '0'"),
+        ("out=/dev/null/x", "error: out=/dev/null/x: Not a directory: choose another folder"),
         ("faster", "error: expected device=, steps=, minutes=, out=, got 'faster'"),
     ],
 )

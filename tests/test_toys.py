@@ -21,7 +21,7 @@ from fourstage.lineage.plan import make_plan
 from fourstage.model.weights import load_policy
 from fourstage.report import write_report
 from fourstage.runs.__main__ import main as runs
-from fourstage.runs.records import read_record
+from fourstage.runs.records import read_record, write_record
 from fourstage.runs.store import RunStore
 from fourstage.stages import grpo
 from fourstage.tokenizer import Tokenizer
@@ -125,6 +125,12 @@ def test_a_run_of_a_stage_that_is_not_known_here_is_named_and_left_alone(own_lad
     write_report(outputs, "grpo")
     climb(config(*QUICK, "stage=sft", f"outputs={outputs}"))
     assert (folder / "run.json").read_bytes() == before
+
+    grpo_run = RunStore(outputs).find("grpo")
+    write_record(grpo_run, parents={"policy": folder.name.split("-")[1]})
+    (grpo_run / "eval.json").unlink()  # else it is kept, as it says more
+    evaluate([f"run={grpo_run.name}", f"outputs={outputs}"])
+    runs(["show", grpo_run.name, f"outputs={outputs}"])
 
 
 def lower_case() -> Tokenizer:

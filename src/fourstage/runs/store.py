@@ -82,12 +82,14 @@ class RunStore:
         return max(real or runs, key=lambda run: run[1]["finished"])[0]
 
     def ancestors(self, folder: Path) -> dict[str, Path]:
-        """stage -> folder of every run that `folder` descends from, as far as they are there; where
-        two are of one stage, that in the policy's line."""
+        """stage -> folder of every run that `folder` descends from, as far as they are there and
+        can be read; where two are of one stage, that in the policy's line."""
         found: dict[str, Path] = {}
         for parent in read_record(folder)["parents"].values():
             for path in folder.parent.glob(f"*-{parent}"):
-                found = {**self.ancestors(path), read_record(path)["stage"]: path, **found}
+                record = _read(path)
+                if not isinstance(record, str):
+                    found = {**self.ancestors(path), record["stage"]: path, **found}
         return {stage: found[stage] for stage in stages() if stage in found}
 
     def children(self, run_id: str) -> list[Path]:
