@@ -52,7 +52,7 @@ want = model.logits(model(ids).hidden_BTD)[:, -1]
 torch.testing.assert_close(decoder(ids[:, 19]), want.detach(), rtol=1e-4, atol=1e-5)
 """
 PARTS = ("conf", "src", "tests", "benchmarks", "pyproject.toml", "train.py")
-TESTS = ("model", "rl", "test_arrows.py", "test_golden.py", "test_muon.py", "test_generate.py")
+TESTS = ("model", "rl", "sampling", "optim", "stages", "test_arrows.py", "test_golden.py")
 
 
 def copy(folder: Path, parts: tuple[str, ...]) -> dict[str, str]:
