@@ -53,7 +53,7 @@ class TrainerConfig:
             accelerator = "gpu" if has["gpu"] else "cpu"
         if not has[accelerator]:
             raise UserError(
-                f"trainer.accelerator: no {accelerator} here that PyTorch can use: take trainer=cpu"
+                f"trainer.accelerator: PyTorch finds no {accelerator} here: use trainer=cpu"
             )
         precision = self.precision
         if precision == "auto":
