@@ -23,7 +23,7 @@ NAMES = {
     "bits_per_char": "bits per character",
     "well_formed": "well-formed answers",
     "pair_accuracy": "held-out pairs",
-    "preference_score": "true preference score",
+    "true_score": "true score",
     "reward_model_score": "reward-model score",
     "reasoning_accuracy": "held-out problems",
 }

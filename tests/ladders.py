@@ -60,7 +60,7 @@ def items(row: str, seed: int, n: int, experts: int = 4, layers: int = 2) -> lis
                 "well_formed": bool(rng.random() < form),
                 "distinct_1": 0.9,
                 "distinct_2": 1.0,
-                "preference_score": round(rng.normal(score, 0.8), 4),
+                "true_score": round(rng.normal(score, 0.8), 4),
                 "logprob": -9.0,
                 "prompt_ids": [1, 2],
                 "ids": [3] * int(rng.integers(4, 12)),
@@ -102,7 +102,7 @@ def judged(row: str, found: list[dict[str, Any]], seed: int) -> list[dict[str, A
         {
             "set": "chat",
             "id": item["id"],
-            "reward_model_score": round(item["preference_score"] + rng.normal(0, 0.3), 4),
+            "reward_model_score": round(item["true_score"] + rng.normal(0, 0.3), 4),
             "kl_to_sft": round(abs(rng.normal(9.0 if row in ("ppo", "grpo") else 0.1, 1.0)), 4),
             "win": float(rng.choice([0.0, 0.5, 1.0])),
             "win_learned": float(rng.choice([0.0, 1.0])),
@@ -132,7 +132,7 @@ def curves(stage: str, seed: int, steps: int) -> str:
         "reward": {"train/loss": 0.7 - 0.3 * rise, "train/accuracy": 0.5 + 0.3 * rise},
         "ppo": {
             "train/score": 2.5 * rise + rng.normal(0, 0.1, steps),
-            "train/gold_score": 0.8 + 3 * rise * (1.2 - rise) + rng.normal(0, 0.1, steps),
+            "train/true_score": 0.8 + 3 * rise * (1.2 - rise) + rng.normal(0, 0.1, steps),
             "train/kl": 12 * rise**2 + rng.normal(0, 0.1, steps),
             "train/answer_length": 40 + 10 * rise,
         },

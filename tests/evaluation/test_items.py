@@ -206,7 +206,7 @@ def test_chat_items_are_what_was_said_and_how_it_is_judged(chats):
         assert TOKENIZER.decode(item["ids"]) == text
         assert stopped == (item["ids"][-1] == TOKENIZER.eot_id)
         assert stopped or len(item["ids"]) == 12
-        assert item["preference_score"] == pytest.approx(true_score(text, stopped), abs=1e-6)
+        assert item["true_score"] == pytest.approx(true_score(text, stopped), abs=1e-6)
         assert item["well_formed"] == well_formed(text, stopped)
         assert item["distinct_1"] == distinct(text, 1)
 

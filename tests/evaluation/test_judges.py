@@ -51,7 +51,7 @@ def test_the_policy_is_at_no_distance_from_itself(chats):
 def test_wins_by_both_rules(chats):
     reward = make_scalar()
     said = judged(chats[0], TOKENIZER, Judges(reward, sft_chats=chats[1]))
-    true = [[item["preference_score"] for item in side] for side in chats]
+    true = [[item["true_score"] for item in side] for side in chats]
     learned = [final_scores(reward, rollout(side)).tolist() for side in chats]
     for name, (own, sft) in {"win": true, "win_learned": learned}.items():
         expected = [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(own, sft, strict=True)]

@@ -113,9 +113,9 @@ def test_intervals_of_a_mean_cover_it():
     """A skewed distribution with mean 1."""
 
     def draw(rng):
-        return [chat(i, preference_score=rng.gamma(4.0, 0.25)) for i in range(60)]
+        return [chat(i, true_score=rng.gamma(4.0, 0.25)) for i in range(60)]
 
-    assert 0.93 <= coverage(1.0, draw, "preference_score") <= 0.98
+    assert 0.93 <= coverage(1.0, draw, "true_score") <= 0.98
 
 
 def test_intervals_of_a_paired_difference_cover_it():
@@ -148,9 +148,9 @@ def test_t_quantiles_against_a_table(df, quantile):
 def test_a_difference_by_hand():
     """Of 3 gains 2, -0.5 and 2; their mean is 7 / 6, the furthest is 5 / 3 away: -0.5."""
     after, before = [3.0, 1.0, 2.0, 9.0], [1.0, 1.5, 0.0]
-    a = [chat(i, preference_score=x) for i, x in enumerate(after)]  # the last has no partner
-    b = [chat(i, preference_score=x) for i, x in enumerate(before)]
-    cell = differences(a, b, seed=5)["preference_score"]
+    a = [chat(i, true_score=x) for i, x in enumerate(after)]  # the last has no partner
+    b = [chat(i, true_score=x) for i, x in enumerate(before)]
+    cell = differences(a, b, seed=5)["true_score"]
     padded = [2.0, -0.5, 2.0, 7 / 6 - 5 / 3, 7 / 6 + 5 / 3]
     half = 4.271 * np.std(padded, ddof=1) / math.sqrt(5)
     assert cell["value"] == pytest.approx(7 / 6, abs=1e-6) and cell["n"] == 3
@@ -208,18 +208,18 @@ def test_an_interval_without_0_agrees_with_mcnemar():
 
 def test_a_few_changed_scores_are_no_gain():
     """As with yes or no: 4 of 400 scores that gain 1 are no certainty."""
-    before = [chat(i, preference_score=0.0) for i in range(400)]
-    after = [chat(i, preference_score=float(i < 4)) for i in range(400)]
-    cell = differences(after, before, 0)["preference_score"]
+    before = [chat(i, true_score=0.0) for i in range(400)]
+    after = [chat(i, true_score=float(i < 4)) for i in range(400)]
+    cell = differences(after, before, 0)["true_score"]
     assert cell["low"] < 0 < cell["value"] == 0.01
 
 
 def test_one_item():
     """One yes or no, or one share, says next to nothing; one unbounded value has no width."""
-    cells = metrics([sampled(0, 8), problem(1, True), chat(2, preference_score=1.5)], {}, 0)
+    cells = metrics([sampled(0, 8), problem(1, True), chat(2, true_score=1.5)], {}, 0)
     wide = [(cells[k]["low"], cells[k]["high"]) for k in ("pass_at_1", "reasoning_accuracy")]
     assert wide == [(0.0, 1.0), (pytest.approx(0.2065, abs=1e-4), 1.0)]
-    assert cells["preference_score"] == {"value": 1.5, "n": 1, "low": 1.5, "high": 1.5}
+    assert cells["true_score"] == {"value": 1.5, "n": 1, "low": 1.5, "high": 1.5}
     cell = paired("reasoning_accuracy", [0], [1])
     assert (cell["low"], cell["high"]) == (-1.0, 1.0)
 
@@ -308,17 +308,17 @@ def test_a_share_that_never_varies_still_has_an_interval():
 
 def test_what_is_read_off_chat_answers():
     items = [
-        chat(0, stopped=True, well_formed=True, preference_score=2.0, distinct_1=0.5, win=1.0),
-        chat(1, stopped=True, well_formed=False, preference_score=-1.0, distinct_1=1.0, win=0.5),
-        chat(2, stopped=False, well_formed=False, preference_score=0.5, distinct_1=None, win=0.0),
-        chat(3, stopped=True, well_formed=False, preference_score=0.5, distinct_1=0.0, win=1.0),
+        chat(0, stopped=True, well_formed=True, true_score=2.0, distinct_1=0.5, win=1.0),
+        chat(1, stopped=True, well_formed=False, true_score=-1.0, distinct_1=1.0, win=0.5),
+        chat(2, stopped=False, well_formed=False, true_score=0.5, distinct_1=None, win=0.0),
+        chat(3, stopped=True, well_formed=False, true_score=0.5, distinct_1=0.0, win=1.0),
     ]
     items[3]["ids"] = [5] * 11
     assert values(items) == {
         "well_formed": 0.25,
         "chat_stop_rate": 0.75,
         "chat_format_rate": 0.25,
-        "preference_score": 0.5,
+        "true_score": 0.5,
         "answer_tokens": 5.0,
         "distinct_1": 0.5,
         "win_rate": 0.625,
@@ -403,7 +403,7 @@ def test_why_a_key_is_not_measured_by_set_and_by_key():
 
 def test_the_order_of_the_items_does_not_matter():
     rng = np.random.default_rng(0)
-    items = [chat(i, preference_score=rng.normal(), win=rng.random()) for i in range(30)]
+    items = [chat(i, true_score=rng.normal(), win=rng.random()) for i in range(30)]
     items += [sampled(i, int(rng.integers(9))) for i in range(30)]
     shuffled = [items[i] for i in rng.permutation(60)]
     assert metrics(items, {}, 4) == metrics(shuffled, {}, 4)

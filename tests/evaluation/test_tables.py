@@ -152,7 +152,7 @@ def test_the_config_says_how_many(done):
     metrics, items = done.again(
         max_prompts=2, max_problems=3, max_new_tokens=4, samples=4, max_sampled_problems=2
     )
-    assert metrics["preference_score"]["n"] == metrics["chat_exact"]["n"] == 2
+    assert metrics["true_score"]["n"] == metrics["chat_exact"]["n"] == 2
     assert metrics["reasoning_accuracy"]["n"] == 3
     assert metrics["pass_at_4"]["n"] == 2 and "pass_at_8" not in metrics
     assert max(len(item["ids"]) for item in of_set(items, "chat")) <= 4
@@ -191,13 +191,13 @@ def test_without_a_known_rule_only_the_learned_one_judges(has_true_score):
     policy = make_policy()
     judges = Judges(make_scalar(), policy)
     metrics, items = evaluate_policy(policy, TOKENIZER, heldout, CONFIG, judges, policy)
-    ruled = ("preference_score", "win_rate", "win_rate_ties")
+    ruled = ("true_score", "win_rate", "win_rate_ties")
     whys = nulls(metrics)
     for name in ruled:
         assert (name in whys) != has_true_score
         assert has_true_score or "data=embedded" in whys[name]
     assert metrics["win_rate_learned"]["value"] == 0.5
-    assert (of_set(items, "chat")[0]["preference_score"] is None) != has_true_score
+    assert (of_set(items, "chat")[0]["true_score"] is None) != has_true_score
     assert metrics["router_drift"]["value"] == 0.0  # of the conversations
     assert metrics["well_formed"]["n"] == 7
 
@@ -265,7 +265,7 @@ def test_files_round_trip(tmp_path, done):
         write_evaluation(tmp_path, done.metrics, items, seed=5, suffix=suffix)
         assert stored_items(tmp_path, suffix) == items
         summary = json.loads((tmp_path / f"eval{suffix}.json").read_text())
-        assert summary == {"suite": "3", "seed": 5, "metrics": done.metrics}
+        assert summary == {"suite": "4", "seed": 5, "metrics": done.metrics}
     assert len(list(tmp_path.iterdir())) == 4  # no temporary file is left
     assert stored_items(tmp_path, "_other") == f"{tmp_path.name} has no eval_other.json"
 
@@ -282,7 +282,7 @@ def test_items_of_another_suite_or_broken_ones_are_not_read(tmp_path, done):
     (folder / "eval_items.jsonl").write_text('{"set": "cha')
     assert stored_items(folder) == "sft-a/eval_items.jsonl is missing or broken"
     of_suite_1(folder)
-    assert stored_chats(folder) == f"sft-a/eval.json is of suite 1, not 3 {AGAIN}"
+    assert stored_chats(folder) == f"sft-a/eval.json is of suite 1, not 4 {AGAIN}"
     (folder / "eval.json").write_text("{")
     assert stored_items(folder) == "sft-a has no eval.json"
     write_evaluation(folder, {}, [{"set": "corpus", "id": 0}], seed=0)
@@ -342,7 +342,7 @@ def test_rows_of_another_suite_are_not_judged_and_a_line_says_so(rows, done, cap
     assert list(found) == ["random"] and {item["row"] for item in late} == {"random"}
     assert found["random"]["win_rate_learned"] == {"value": None, "why": NO_SFT}
     assert capsys.readouterr().out.splitlines() == [
-        f"  not judged: pretrain-p/eval.json is of suite 1, not 3 {AGAIN}",
+        f"  not judged: pretrain-p/eval.json is of suite 1, not 4 {AGAIN}",
         "  not judged: sft-gone has no eval.json",
     ]
 
@@ -352,7 +352,7 @@ def test_sft_answers_of_another_suite_leave_the_wins_open(done, tmp_path):
     of_suite_1(tmp_path / "sft-a")
     judges = Judges(done.reward, done.reference, stored_chats(tmp_path / "sft-a"))
     metrics, _ = evaluate_policy(make_policy(), TOKENIZER, HELDOUT, CONFIG, judges, make_policy(3))
-    why = f"sft-a/eval.json is of suite 1, not 3 {AGAIN}"
+    why = f"sft-a/eval.json is of suite 1, not 4 {AGAIN}"
     assert nulls(metrics) == dict.fromkeys(("win_rate", "win_rate_ties", "win_rate_learned"), why)
     assert metrics["kl_to_sft"] == done.metrics["kl_to_sft"]
 

@@ -126,13 +126,13 @@ def test_each_run_knows_what_it_cost(ladder) -> None:
 
 def test_the_preference_stages_log_what_makes_them_believable(ladder) -> None:
     ppo = metrics(ladder, "ppo")
-    wanted = "score gold_score kl entropy approx_kl clip_low clip_high ratio_mean ratio_max "
-    wanted += "value_loss explained_variance answer_length eos_rate sampler_gap"
+    wanted = "score true_score kl entropy approx_kl clip_low clip_high ratio_mean ratio_max "
+    wanted += "value_loss explained_variance answer_length stop_rate sampler_gap"
     assert {f"train/{name}" for name in wanted.split()} <= set(ppo)
     assert ppo["train/kl"][0][1] == pytest.approx(0, abs=1e-4)  # the first policy is the reference
     grpo = metrics(ladder, "grpo")
     wanted = "reward reward_correct reward_form reward_std zero_spread kl entropy clip_low "
-    wanted += "clip_high answer_length cut_off pass_at_1 pass_at_2 sampler_gap"
+    wanted += "clip_high answer_length stop_rate pass_at_1 pass_at_2 sampler_gap"
     assert {f"train/{name}" for name in wanted.split()} <= set(grpo)
     for columns in (ppo, grpo):
         assert max(gap for _, gap in columns["train/sampler_gap"]) < 1e-4
@@ -159,7 +159,7 @@ def test_the_report_has_a_row_a_stage_with_intervals(ladder) -> None:
             "bits_per_char",
             "well_formed",
             "reasoning_accuracy",
-            "preference_score",
+            "true_score",
             "reward_model_score",  # filled in later, for the rows before the reward stage
             "kl_to_sft",
         ):

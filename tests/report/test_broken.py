@@ -112,7 +112,7 @@ def test_broken_items_cost_only_themselves(outputs: Path) -> None:
     assert f"- {name}/eval_items.jsonl has 1 router items of another shape" in missing
     found = stages(outputs)["sft"]["differences"]
     assert found["bits_per_char"]["n"] == 4 and found["router_entropy"]["n"] == 5
-    assert found["preference_score"]["n"] == 6
+    assert found["true_score"]["n"] == 6
 
 
 def test_loads_that_make_no_sense_together_are_named(outputs: Path) -> None:

@@ -68,10 +68,10 @@ def test_differences_are_paired_over_the_items_of_both_rows(full: Path) -> None:
     before = read_items(folder(full, "ppo") / "eval_items.jsonl")
     after = read_items(folder(full, "grpo") / "eval_items.jsonl")
     ids = sorted((key for key in after if key[0] == "chat"), key=lambda key: str(key[1]))
-    gains = np.array([after[i]["preference_score"] - before[i]["preference_score"] for i in ids])
+    gains = np.array([after[i]["true_score"] - before[i]["true_score"] for i in ids])
     drawn = np.random.default_rng(0).integers(0, len(gains), (suite.BOOTSTRAPS, len(gains)))
     low, high = np.quantile(gains[drawn].mean(1), [0.025, 0.975])
-    found = stages(full)["grpo"]["differences"]["preference_score"]
+    found = stages(full)["grpo"]["differences"]["true_score"]
     assert found["n"] == 30
     assert found["value"] == pytest.approx(gains.mean(), abs=1e-6)
     assert found["high"] - found["low"] == pytest.approx(1.14 * (high - low), rel=0.06)
@@ -105,7 +105,7 @@ def test_only_common_items_are_compared(outputs: Path) -> None:
     write_lines(path, rows)
     report(outputs)
     assert stages(outputs)["sft"]["differences"]["bits_per_char"]["n"] == 10
-    assert stages(outputs)["sft"]["differences"]["preference_score"]["n"] == 30
+    assert stages(outputs)["sft"]["differences"]["true_score"]["n"] == 30
 
 
 def test_keys_without_common_items_are_named(outputs: Path) -> None:
@@ -240,7 +240,7 @@ def test_scores_are_drawn_against_kl() -> None:
     columns = {
         "train/kl": [(1.0, 0.0), (2.0, 4.0), (3.0, 9.0), (4.0, 16.0)],
         "train/score": [(1.0, 0.1), (2.0, 1.0), (3.0, 2.0), (4.0, 3.0), (5.0, 9.0)],
-        "train/gold_score": [(1.0, 0.5), (2.0, 1.5), (3.0, 1.4), (4.0, 0.2)],
+        "train/true_score": [(1.0, 0.5), (2.0, 1.5), (3.0, 1.4), (4.0, 0.2)],
     }
     blocks = over_optimisation_blocks(columns)
     table = blocks[-1]
@@ -271,7 +271,7 @@ def test_the_caption_says_what_is_drawn(rollouts: int, said: str, heads: str) ->
     assert figure.title == "Learned reward"
     assert figure.caption.startswith(said) and "Over-optimisation" not in figure.caption
     assert table.header[0] == heads
-    both = over_optimisation_blocks(columns | {"train/gold_score": points})
+    both = over_optimisation_blocks(columns | {"train/true_score": points})
     assert isinstance(both[1], Figures)
     assert both[1].figures[0].title == "Learned reward and true score"
     assert "Over-optimisation is where" in both[1].figures[0].caption
@@ -394,9 +394,9 @@ def test_without_a_true_score_ppo_is_held_against_the_learned_one(outputs: Path)
     for stage in ("sft", "ppo"):
         path = folder(outputs, stage) / "eval.json"
         content = json.loads(path.read_text())
-        content["metrics"]["preference_score"] = suite.missing(why)
+        content["metrics"]["true_score"] = suite.missing(why)
         write_json(path, content)
-    assert "- ppo: true preference score: " + why in report(outputs)
+    assert "- ppo: true score: " + why in report(outputs)
     lines_ = section(outputs, "Each stage on its own goal").splitlines()
     row = next(line for line in lines_ if line.startswith("| ppo"))
     before, after = (stages(outputs)[x]["metrics"]["reward_model_score"] for x in ("sft", "ppo"))

@@ -42,7 +42,7 @@ LADDER = {
             "well_formed": cell(0.02, 0.01, 0.04),
             "reasoning_accuracy": cell(0.0, 0.0, 0.01),
             "reasoning_accuracy/chain_sum": cell(0.0, 0.0, 0.02, 200),
-            "preference_score": cell(-1.5, -1.6, -1.4),
+            "true_score": cell(-1.5, -1.6, -1.4),
             "reward_model_score": null("no reward model on this ladder yet"),
             "kl_to_sft": null("no sft policy on this ladder yet"),
         },
@@ -57,7 +57,7 @@ LADDER = {
             "well_formed": cell(0.9, 0.87, 0.93),
             "reasoning_accuracy": cell(0.5, 0.45, 0.55),
             "reasoning_accuracy/chain_sum": cell(0.6, 0.53, 0.67, 200),
-            "preference_score": cell(0.8, 0.7, 0.9),
+            "true_score": cell(0.8, 0.7, 0.9),
             "reward_model_score": null("no reward model on this ladder yet"),
             "kl_to_sft": cell(0.0, 0.0, 0.0),
         },
@@ -78,7 +78,7 @@ LADDER = {
             "bits_per_char": cell(2.9, 2.8, 3.0, 50),
             "well_formed": cell(0.95, 0.92, 0.97),
             "reasoning_accuracy": cell(0.48, 0.43, 0.53),
-            "preference_score": cell(1.9, 1.8, 2.0),
+            "true_score": cell(1.9, 1.8, 2.0),
             "reward_model_score": cell(2.2, 2.1, 2.3),
             "kl_to_sft": cell(9.5, 9.0, 10.0),
         },
@@ -92,7 +92,7 @@ LADDER = {
             "bits_per_char": cell(3.0, 2.9, 3.1, 50),
             "well_formed": cell(0.97, 0.95, 0.98),
             "reasoning_accuracy": cell(0.7, 0.65, 0.74),
-            "preference_score": cell(1.7, 1.6, 1.8),
+            "true_score": cell(1.7, 1.6, 1.8),
             "reward_model_score": cell(1.9, 1.8, 2.0),
         },
         ("I hope you are well.", "26 + 4 = 30\n#### 30"),
@@ -102,7 +102,7 @@ RANDOM = {
     "bits_per_char": cell(6.7, 6.6, 6.8, 50),
     "well_formed": cell(0.0, 0.0, 0.01),
     "reasoning_accuracy": cell(0.0, 0.0, 0.01),
-    "preference_score": cell(-2.0, -2.1, -1.9),
+    "true_score": cell(-2.0, -2.1, -1.9),
     "reward_model_score": null("no reward model on this ladder yet"),
 }
 LATE = {
@@ -120,7 +120,7 @@ METRICS = {
     "pretrain": "step,train/loss,val/loss,val/bits_per_char\n1,4.6,,\n2,2.0,1.9,2.7\n",
     "sft": "step,train/loss,val/loss\n1,1.5,\n2,1.0,1.1\n",
     "reward": "step,train/loss,train/accuracy,val/accuracy\n1,0.7,0.5,\n2,0.5,0.8,0.78\n",
-    "ppo": "step,train/score,train/gold_score,train/kl\n1,0.1,0.8,0\n2,2.0,1.9,nan\n3,2.2,1.9,9\n",
+    "ppo": "step,train/score,train/true_score,train/kl\n1,0.1,0.8,0\n2,2.0,1.9,nan\n3,2.2,1.9,9\n",
     "grpo": "step,train/reward,train/pass_at_1,train/kl\n1,0.5,0.5,0\n2,0.8,0.7,0.1\n",
 }
 
@@ -194,6 +194,8 @@ def report(outputs: Path, *arguments: str) -> dict[str, dict]:
     for row in table["rows"]:
         assert list(row) == ["stage", "run", "parents", "metrics", "differences"]
         assert row["differences"] == {}  # the items of suite 1 are not read
+        if "true_score" in row["metrics"]:  # its former name
+            assert row["metrics"].pop("preference_score") == row["metrics"]["true_score"]
     return {row["stage"]: row for row in table["rows"]}
 
 
@@ -246,7 +248,7 @@ def test_one_stage_alone_says_nothing_of_others(tmp_path: Path) -> None:
     write_run(tmp_path, "pretrain")
     report(tmp_path)
     text = report_md(tmp_path)
-    for word in ("reward model gives", "train/gold_score", "better or worse"):
+    for word in ("reward model gives", "train/true_score", "better or worse"):
         assert word not in text
 
 
@@ -344,7 +346,7 @@ def test_each_stage_on_its_own_goal(full: Path) -> None:
         "| +88.0 points; apart: better |",
         "| reward | held-out pairs ordered right | 50.0 % (a coin) | 78.0 % [73.0, 82.0] "
         "| +28.0 points; apart: better |",
-        "| ppo | true preference score | 0.800 [0.700, 0.900] (sft) | 1.900 [1.800, 2.000] "
+        "| ppo | true score | 0.800 [0.700, 0.900] (sft) | 1.900 [1.800, 2.000] "
         "| +1.100; apart: better |",
         "| grpo | reasoning accuracy | 48.0 % [43.0, 53.0] (ppo) | 70.0 % [65.0, 74.0] "
         "| +22.0 points; apart: better |",

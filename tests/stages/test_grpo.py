@@ -516,7 +516,7 @@ def test_the_log_of_a_rollout(temperature):
         "pass_at_1": (correct == 1).float().mean(),
         "pass_at_4": (correct == 1).any(1).float().mean(),
         "answer_length": a.rollout.length.float().mean(),
-        "cut_off": 1 - a.rollout.stopped.float().mean(),
+        "stop_rate": a.rollout.stopped.float().mean(),
         "entropy": -a.rollout.logprobs.sum() / a.rollout.length.sum(),
     }
     for name, value in want.items():

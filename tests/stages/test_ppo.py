@@ -349,8 +349,8 @@ def test_the_hidden_rule_is_logged_and_never_trained_on():
     rollout = found[-1].rollout
     texts = answer_texts(rollout, TOKENIZER)
     gold = (sum(map(len, texts)) + 100.0 * rollout.stopped.sum().item()) / 4
-    assert results[1][1]["train/gold_score"].item() == pytest.approx(gold)
-    assert "train/gold_score" not in results[0][1]
+    assert results[1][1]["train/true_score"].item() == pytest.approx(gold)
+    assert "train/true_score" not in results[0][1]
     assert distance(results[0][0], results[1][0]) <= REPEATED
 
 
@@ -366,7 +366,7 @@ def test_the_log_of_a_rollout(temperature):
     assert metrics["train/score"] == pytest.approx(x.score_B.mean().item(), abs=1e-5)
     assert metrics["train/kl"] == pytest.approx(x.kl_BA.sum().item() / 4, abs=1e-4)
     assert metrics["train/answer_length"] == x.rollout.length.sum().item() / 4
-    assert metrics["train/eos_rate"] == x.rollout.stopped.sum().item() / 4
+    assert metrics["train/stop_rate"] == x.rollout.stopped.sum().item() / 4
     entropy = -x.rollout.logprobs.sum() / x.rollout.length.sum()
     assert metrics["train/entropy"] == pytest.approx(entropy.item(), rel=1e-4)
     explained = explained_locally(x.values_BA, x.returns_BA, x.rollout.mask)

@@ -306,7 +306,7 @@ def chat_items(
                 "well_formed": well_formed(text, stopped),
                 "distinct_1": distinct(text, 1),
                 "distinct_2": distinct(text, 2),
-                "preference_score": score,
+                "true_score": score,
                 "logprob": round(sum(logprobs), 4),
                 "prompt_ids": tokenizer.prompt(record.prompt_messages),
                 "ids": ids,

@@ -58,7 +58,7 @@ def judged(chats: list[Item], tokenizer: Tokenizer, judges: Judges) -> list[Item
     if isinstance(judges.sft_chats, str):
         return said
     rival = {item["id"]: item for item in judges.sft_chats}
-    note("win", [win(item, rival.get(item["id"]), "preference_score") for item in chats])
+    note("win", [win(item, rival.get(item["id"]), "true_score") for item in chats])
     if judges.reward is not None and scores is not None:
         with at_work(judges.reward, judges.device):
             rival_scores = reward_scores(judges.reward, judges.sft_chats, tokenizer)

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-SUITE = "3"
+SUITE = "4"
 Z = 1.959964  # the normal distribution's 97.5 % quantile
 BOOTSTRAPS = 2000
 PASS_K = (1, 2, 4, 8)
@@ -161,9 +161,7 @@ DEFINITIONS: dict[str, Definition] = {
         for k in PASS_K
     },
     # sampled answers to chat prompts
-    "preference_score": _average(
-        "true preference score", ["chat"], partial(_mean, "preference_score"), better="higher"
-    ),
+    "true_score": _average("true score", ["chat"], partial(_mean, "true_score"), better="higher"),
     "reward_model_score": _average(
         "reward-model score", ["chat"], partial(_mean, "reward_model_score"), better="higher"
     ),

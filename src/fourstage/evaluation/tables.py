@@ -82,13 +82,13 @@ def missing_reasons(heldout: HeldOut, judges: Judges) -> dict[str, str]:
         **judge_reasons(heldout.has_true_score, judges),
     }
     if not heldout.has_true_score:
-        reasons["preference_score"] = NO_TRUE_SCORE
+        reasons["true_score"] = NO_TRUE_SCORE
     if isinstance(heldout.corpus, str):
         reasons["corpus"] = heldout.corpus
         if isinstance(heldout.chats, str):
             reasons["router"] = heldout.corpus
     if isinstance(heldout.chats, str):
-        chat_keys = ("preference_score", "distinct_1", "distinct_2", *BY_SFT, *BY_REWARD)
+        chat_keys = ("true_score", "distinct_1", "distinct_2", *BY_SFT, *BY_REWARD)
         reasons |= dict.fromkeys(("chat", "chat_greedy", *chat_keys), heldout.chats)
     if isinstance(heldout.problems, str):
         reasons |= dict.fromkeys(("reasoning", "reasoning_sampled"), heldout.problems)
@@ -138,7 +138,7 @@ def evaluate_ancestors(
             continue
         chats = [item for item in items if item["set"] == "chat"]
         said = judged(chats, tokenizer, judges) if chats else []
-        has_true_score = any(item["preference_score"] is not None for item in chats)
+        has_true_score = any(item["true_score"] is not None for item in chats)
         reasons = judge_reasons(has_true_score, judges)
         if not chats:
             reasons = dict.fromkeys(names, "the data has no chat prompts")

@@ -30,7 +30,7 @@ from fourstage.report.figures import (
     lineage_figures,
     over_optimisation_blocks,
 )
-from fourstage.report.files import Files, ReportError
+from fourstage.report.files import Files, Metric, ReportError
 from fourstage.report.html import Answers, Block, Bullets, Heading, Paragraph, markdown, page
 from fourstage.report.ladder import (
     Row,
@@ -62,6 +62,8 @@ USAGE = (
     "usage: python -m fourstage report [outputs=outputs] [run=NAME] | compare NAME NAME... | all"
 )
 FIRST_PROMPT = "What is an LLM?"
+# stages.json keeps a renamed metric under its old name too, for the programs that read it
+FORMER_NAMES = {"preference_score": "true_score"}
 
 
 def write_report(outputs: Path, name: str | None = None) -> Path:
@@ -92,12 +94,16 @@ def stages_json(rows: list[Row], suite: str) -> str:
             "stage": row.stage,
             "run": row.id,
             "parents": row.parents,
-            "metrics": row.metrics,
-            "differences": row.differences,
+            "metrics": _with_old_names(row.metrics),
+            "differences": _with_old_names(row.differences),
         }
         for row in rows
     ]
     return json.dumps({"suite": suite, "rows": table}, indent=1, allow_nan=False) + "\n"
+
+
+def _with_old_names(metrics: dict[str, Metric]) -> dict[str, Metric]:
+    return metrics | {old: metrics[new] for old, new in FORMER_NAMES.items() if new in metrics}
 
 
 def document(

@@ -22,7 +22,7 @@ Curves = dict[str, dict[str, Points]]  # stage -> column of metrics.csv -> point
 PANELS = (
     ("loss", "nats", ("loss", "pair_nll")),
     ("accuracy", "share", ("accuracy", "pass_at_1")),
-    ("reward", "reward", ("score", "gold_score", "reward")),
+    ("reward", "reward", ("score", "true_score", "reward")),
     ("KL to the reference", "nats an answer", ("kl",)),
     ("answer length", "tokens", ("answer_length",)),
     ("router balance", "share", ("load_entropy", "drift")),
@@ -35,11 +35,11 @@ SHORT = {  # of the stages' own goals
     "bits_per_char": "bits a character",
     "well_formed": "well-formed",
     "pair_accuracy": "pairs right",
-    "preference_score": "true score",
+    "true_score": "true score",
     "reward_model_score": "learned score",
     "reasoning_accuracy": "problems right",
 }
-SCORES = {"train/score": "learned reward", "train/gold_score": "true score"}
+SCORES = {"train/score": "learned reward", "train/true_score": "true score"}
 
 
 def lineage_figures(rows: list[Row]) -> list[Block]:
@@ -72,7 +72,7 @@ def learning_curves(curves: Curves) -> list[Block]:
     blocks: list[Block] = []
     text = "Lines are named as the columns of metrics.csv"
     if "ppo" in curves:
-        text += " (train/score: the learned reward; train/gold_score: the true score)"
+        text += " (train/score: the learned reward; train/true_score: the true score)"
     text += "."
     points = max((len(p) for columns in curves.values() for p in columns.values()), default=0)
     if points > MOST_POINTS:

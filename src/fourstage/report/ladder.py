@@ -16,7 +16,7 @@ POLICY_METRICS = (
     "bits_per_char",
     "well_formed",
     "reasoning_accuracy",
-    "preference_score",
+    "true_score",
     "reward_model_score",
 )
 

@@ -17,12 +17,12 @@ HEADLINES = (
     "bits_per_char",
     "well_formed",
     "reasoning_accuracy",
-    "preference_score",
+    "true_score",
     "reward_model_score",
     "pair_accuracy",
 )
 # ppo's goal; where no hidden rule gives it (a user's own data), the learned score, which it raises
-TRUE, LEARNED = "preference_score", "reward_model_score"
+TRUE, LEARNED = "true_score", "reward_model_score"
 COIN = {"value": 0.5, "low": 0.5, "high": 0.5}
 
 

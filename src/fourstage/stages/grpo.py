@@ -291,7 +291,7 @@ class GRPOModule(OnPolicyModule):
                 "kl": kl,  # nats a token, to the policy that the stage started from
                 "entropy": self.sampled_entropy(rollout),
                 "answer_length": rollout.length.float().mean(),
-                "cut_off": (~rollout.stopped).float().mean(),
+                "stop_rate": rollout.stopped.float().mean(),
                 "lr": self.learning_rate(),
             },
         )

@@ -161,7 +161,7 @@ class PPOModule(OnPolicyModule):
     """Trains the policy and a value network; the reward model and the sft reference are frozen.
 
     The value network starts from the reward model (Ouyang et al. 2022, arXiv 2203.02155).
-    `judge` is the hidden rule where the data has one: logged as the gold score, never trained on.
+    `true_score` is the hidden rule, where the data has one: it is logged and never trained on.
     """
 
     settings: PPOSettings
@@ -175,12 +175,12 @@ class PPOModule(OnPolicyModule):
         tokenizer: Tokenizer,
         settings: PPOSettings,
         seed: int,
-        judge: Callable[[str, bool], float] | None = None,
+        true_score: Callable[[str, bool], float] | None = None,
     ) -> None:
         super().__init__(policy, tokenizer, settings, seed)
         self.value = value
         self.frozen = Frozen(reference=reference, reward=reward)
-        self.judge = judge
+        self.true_score = true_score
         self.register_buffer("kl_coef", torch.tensor(settings.kl_coef))
 
     def transformers(self) -> list[Transformer]:
@@ -255,14 +255,14 @@ class PPOModule(OnPolicyModule):
             "entropy": self.sampled_entropy(x.rollout),
             "explained_variance": explained_variance(*both),
             "answer_length": x.rollout.length.float().mean(),
-            "eos_rate": x.rollout.stopped.float().mean(),
+            "stop_rate": x.rollout.stopped.float().mean(),
             "lr": self.learning_rate(),
         }
-        if self.judge is not None:
+        if self.true_score is not None:
             texts = answer_texts(x.rollout, self.tokenizer)
             stopped = x.rollout.stopped.tolist()
-            gold = [self.judge(text, end) for text, end in zip(texts, stopped, strict=True)]
-            metrics["gold_score"] = sum(gold) / len(gold)
+            scores = [self.true_score(text, end) for text, end in zip(texts, stopped, strict=True)]
+            metrics["true_score"] = sum(scores) / len(scores)
         self.record("train", metrics)
 
 
@@ -282,7 +282,7 @@ def prepare(job: StageJob) -> Prepared:
         tokenizer=tokenizer,
         settings=job.settings,
         seed=job.seed,
-        judge=true_score if job.data.has_hidden_rule else None,
+        true_score=true_score if job.data.has_hidden_rule else None,
     )
     prompts = as_planned(job, data.load_prompts(job.data))
     loaders = prompt_loaders(job, prompts.train, tokenizer)

@@ -149,7 +149,7 @@ def sample_pairs(
     policy: Transformer,
     tokenizer: Tokenizer,
     prompts: list[list[int]],
-    judge: Callable[[str, bool], float],
+    score: Callable[[str, bool], float],
     settings: RewardSettings,
     seed: int,
 ) -> tuple[list[dict[str, Any]], int]:
@@ -172,14 +172,14 @@ def sample_pairs(
             temperature=settings.temperature,
             seed=2 * seed + attempt,
         )
-        judged = [
-            (judge(text, stopped), text, stopped)
+        scored = [
+            (score(text, stopped), text, stopped)
             for text, stopped in zip(
                 answer_texts(rollout, tokenizer), rollout.stopped.tolist(), strict=True
             )
         ]
         tied = []
-        for index, first, second in zip(wanted, judged[::2], judged[1::2], strict=True):
+        for index, first, second in zip(wanted, scored[::2], scored[1::2], strict=True):
             if first[0] == second[0]:
                 tied.append(index)
                 continue

@@ -79,7 +79,7 @@ SECTIONS = (
             row("bits per character (lower is better)", "bits_per_char"),
             row("well-formed answers", "well_formed"),
             row("reasoning accuracy", "reasoning_accuracy"),
-            row("true preference score", "preference_score"),
+            row("true score", "true_score"),
             bars("reward-model score", "eval/reward_model_score"),
             bars("held-out pairs ordered right", "eval/pair_accuracy"),
             row("pass at 1", "pass_at_1"),
@@ -108,11 +108,11 @@ SECTIONS = (
         "Over-optimisation: the learned score goes on rising where the true one falls.",
         (
             lines(
-                "scores against KL, while training", "train/score", "train/gold_score", x="train/kl"
+                "scores against KL, while training", "train/score", "train/true_score", x="train/kl"
             ),
             Panel("scatter", "learned score, a point a run", ("train/score",), "train/kl"),
-            Panel("scatter", "true score, a point a run", ("train/gold_score",), "train/kl"),
-            lines("learned and true score", "train/score", "train/gold_score"),
+            Panel("scatter", "true score, a point a run", ("train/true_score",), "train/kl"),
+            lines("learned and true score", "train/score", "train/true_score"),
             bars("KL to the sft policy, nats an answer", "eval/kl_to_sft"),
             bars("ties with sft", "eval/win_rate_ties"),
             bars("margin on held-out pairs", "eval/pair_margin"),
@@ -123,7 +123,7 @@ SECTIONS = (
             lines("KL coefficient", "train/kl_coef"),
             lines("policy and value loss", "train/policy_loss", "train/value_loss"),
             lines("explained variance of the value", "train/explained_variance"),
-            lines("answers that stop", "train/eos_rate"),
+            lines("answers that stop", "train/stop_rate"),
         ),
     ),
     Section(
@@ -137,7 +137,7 @@ SECTIONS = (
             lines("parts of the reward", "train/reward_correct", "train/reward_form"),
             lines("spread in a group", "train/reward_std"),
             lines("groups without a signal", "train/zero_spread"),
-            lines("answers cut off", "train/cut_off"),
+            lines("answers that stop", "train/stop_rate"),
             *POLICY,
         ),
     ),
