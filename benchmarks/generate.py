@@ -45,7 +45,7 @@ from benchmarks.common import (
 from fourstage.errors import UserError
 from fourstage.model import ModelConfig, Transformer
 from fourstage.model.moe import Router, Routing
-from fourstage.sampling.generate import generate
+from fourstage.sampling.generate import Sampling, generate
 
 NEVER = -1  # a stop token that no row can sample
 PROMPTS = {"equal": (40, 40, 1), "mixed": (20, 60, 1), "groups": (40, 40, 8)}  # see text_prompts
@@ -85,9 +85,8 @@ def balance(model: Transformer, updates: int = 100) -> None:
     if model.config.dense:
         return
     config, prompts = model.config, text_prompts(64, *PROMPTS["equal"])
-    answers = generate(
-        model, prompts, max_new_tokens=24, stop_id=NEVER, pad_id=CHARACTERS.pad_id
-    ).answer_ids
+    sampling = Sampling(max_new_tokens=24, stop_id=NEVER)
+    answers = generate(model, prompts, sampling).answer_ids
     ids_BT = torch.tensor(
         [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
         device=model.embedding.weight.device,
@@ -114,14 +113,8 @@ class Pair:
     def our_answers(self, prompts: list[list[int]], n: int, temperature: float) -> list[list[int]]:
         sampled_on_gpu = temperature > 0 and self.device.type == "cuda"
         with torch.autocast("cuda", torch.bfloat16) if sampled_on_gpu else nullcontext():
-            return generate(
-                self.ours,
-                prompts,
-                max_new_tokens=n,
-                stop_id=NEVER,
-                pad_id=CHARACTERS.pad_id,
-                temperature=temperature,
-            ).answer_ids
+            sampling = Sampling(max_new_tokens=n, stop_id=NEVER, temperature=temperature)
+            return generate(self.ours, prompts, sampling).answer_ids
 
     def their_answers(
         self, prompts: list[list[int]], n: int, temperature: float, experts: str, cache: str

@@ -47,7 +47,7 @@ from fourstage.rl.rewards import ReasoningReward
 from fourstage.rl.rollout import answer_logprobs, pack
 from fourstage.sampling import recording
 from fourstage.sampling.decode import Decoder
-from fourstage.sampling.generate import generate
+from fourstage.sampling.generate import Generation, Sampling, generate
 from fourstage.stages import GRPOModule, PPOModule, grpo
 from fourstage.stages.supervised import next_token_nll
 from fourstage.tracking.cost import mfu, peak_flops
@@ -249,7 +249,8 @@ def packed_and_plain(device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
     def rollout(copies: int) -> Rollout:
         prompts = [ids[40 * i : 40 * i + 24] for i in range(4) for _ in range(copies)][:8]
         answers = [ids[500 + 9 * i : 509 + 9 * i] for i in range(len(prompts))]
-        return pack(prompts, answers, answers, [True] * len(prompts), CHARACTERS.pad_id)
+        said = Generation(answers, answers, [True] * len(prompts))
+        return pack(prompts, said, CHARACTERS.pad_id)
 
     with torch.no_grad():
         packed = answer_logprobs(policy, rollout(2))
@@ -339,9 +340,7 @@ def generating(options: Options, device: torch.device) -> tuple[Figures, list[st
 
             def run(prompts: list[list[int]] = prompts, n: int = n) -> None:
                 with options.autocast():
-                    generate(
-                        model, prompts, max_new_tokens=n, stop_id=NEVER, pad_id=CHARACTERS.pad_id
-                    )
+                    generate(model, prompts, Sampling(max_new_tokens=n, stop_id=NEVER))
 
             run()
             name = f"{rows}_rows{'_recorded' if recorded else ''}"

@@ -76,7 +76,7 @@ def decode_step(config: ModelConfig, rows: int, tokens: int) -> Callable[[], Non
     model = Transformer(config, CHARACTERS.vocab_size).eval()
     (batch,) = token_batches(Shape(config, CHARACTERS.vocab_size, rows, tokens), 1)
     decoder = Decoder(model, config.max_seq_len)
-    is_kernel = KernelSteps.fits(model)
+    is_kernel = KernelSteps.supports(model)
 
     def step() -> None:
         nonlocal decoder

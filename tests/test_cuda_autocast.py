@@ -12,7 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from fourstage.model import ScalarModel, Transformer, moe, ops
 from fourstage.sampling.decode import Decoder
-from fourstage.sampling.generate import generate
+from fourstage.sampling.generate import Sampling, generate
 from fourstage.stages import grpo
 from fourstage.stages.supervised import next_token_nll
 from tests.cuda_autocast import cuda_autocast, cuda_rules
@@ -111,12 +111,12 @@ def test_the_cache_is_in_half_precision_and_logits_in_full(name, changes, rms_no
 def test_recorded_steps_draw_what_others_do(name, changes, rms_norm_in_float32, monkeypatch):
     policy = network(name, changes)
     prompts = [[5, 6, 7], [8, 9], [10] * 9]
-    options = {"max_new_tokens": 32, "stop_id": 3, "pad_id": 0, "seed": 4}
+    options = {"max_new_tokens": 32, "stop_id": 3, "seed": 4}
     found = []
     record_with(monkeypatch, NeverWaits)
     for policy.records_steps in (False, True):
         with fake_gpu() as NeverWaits.waits, cuda_autocast(rms_norm_in_float32):
-            found.append(generate(policy.to(DEVICE), prompts, **options))
+            found.append(generate(policy.to(DEVICE), prompts, Sampling(**options)))
         assert bool(StandIn.replays) == policy.records_steps
     apart = gaps(*found)
     assert len(apart) > 24 and mean(apart) < 0.02

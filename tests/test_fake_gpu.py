@@ -16,7 +16,7 @@ from fourstage.parallel import strategies
 from fourstage.rl.rollout import answer_logprobs, pack
 from fourstage.runs.records import read_record
 from fourstage.sampling import recording
-from fourstage.sampling.generate import generate
+from fourstage.sampling.generate import Generation, Sampling, generate
 from fourstage.stages import grpo, reward
 from fourstage.stages.reward import sample_pairs
 from fourstage.stages.supervised import next_token_nll
@@ -73,7 +73,8 @@ def test_a_training_forward_and_its_backward_never_wait_for_the_gpu(name, change
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_training_step_waits_twice(stage, monkeypatch):
     """For whether its gradient is finite, and for what it logs; ppo and grpo for the first at each
-    optimizer step, for the second once a rollout. Sampling counts for itself."""
+    optimizer step, for the second once a rollout, and for the log-probs that their stand-in for a
+    sampler doesn't give. Sampling counts for itself."""
     monkeypatch.setattr(grpo, "reasoning_rewards", one_by_one(test_grpo.reward_by_text))
 
     class Count(L.Callback):
@@ -89,15 +90,16 @@ def test_a_training_step_waits_twice(stage, monkeypatch):
     count = Count()
     with fake_gpu() as waits:
         tiny.fit(module, batches, callbacks=[count], **trainer_options())
-    assert count.steps == (2 if stage in ("ppo", "grpo") else 1)
-    assert sum(count.last.values()) == count.steps + 1, count.last
+    is_on_policy = stage in ("ppo", "grpo")
+    assert count.steps == (2 if is_on_policy else 1)
+    assert sum(count.last.values()) == count.steps + 1 + is_on_policy, count.last
 
 
 def test_a_packed_piece_never_waits():
     """Its rows are cut and packed on the CPU."""
     policy = Transformer(read_config("moe_nano"), 50)
     prompts, answers = [[5, 6, 7, 8]] * 4, [[9, 10], [9, 11, 12], [9, 10, 13], [14]]
-    rollout = pack(prompts, answers, answers, [True] * 4, pad_id=0)
+    rollout = pack(prompts, Generation(answers, answers, [True] * 4), pad_id=0)
     with fake_gpu() as waits:
         policy.to(DEVICE)
         waits.clear()
@@ -110,13 +112,13 @@ def test_a_decoded_token_waits_once(stop_id):
     """For which answers have not ended; the start and the end of a rollout wait a few times."""
     policy = Transformer(read_config("moe_nano"), 50)
     prompts = [[5 + i // 7, 6 + i % 7, 7] for i in range(30)]
-    options = {"stop_id": stop_id, "pad_id": 0, "seed": 1}
+    options = {"stop_id": stop_id, "seed": 1}
     with fake_gpu() as waits:
         policy.to(DEVICE)
         found, ended = [], []
         for n in (4, 30):
             waits.clear()
-            answers = generate(policy, prompts, max_new_tokens=n, **options)
+            answers = generate(policy, prompts, Sampling(max_new_tokens=n, **options))
             found.append(waits.total())
             ended.append(sum(answers.stopped))
     assert found[1] - found[0] == 26
@@ -128,10 +130,10 @@ def test_answers_are_those_of_a_cpu(copies):
     torch.manual_seed(2)
     policy = Transformer(read_config("moe_nano", init_std=0.2), 50)
     prompts = [[5, 6, 7], [8, 9], [10] * 9] * copies
-    options = {"max_new_tokens": 12, "stop_id": 3, "pad_id": 0, "seed": 4}
-    want = generate(policy, prompts, **options)
+    options = {"max_new_tokens": 12, "stop_id": 3, "seed": 4}
+    want = generate(policy, prompts, Sampling(**options))
     with fake_gpu():
-        found = generate(policy.to(DEVICE), prompts, **options)
+        found = generate(policy.to(DEVICE), prompts, Sampling(**options))
     assert found.answer_ids == want.answer_ids
     assert sum(found.logprobs, []) == pytest.approx(sum(want.logprobs, []), abs=1e-4)
 
@@ -156,13 +158,13 @@ def test_steps_with_a_place_that_the_gpu_knows_are_the_same(changes, copies, mon
     torch.manual_seed(2)
     policy = Transformer(read_config("moe_nano", init_std=0.2, **changes), 50)
     prompts = [[5, 6, 7], [8, 9], [10] * 9] * copies
-    options = {"max_new_tokens": 80, "stop_id": 3, "pad_id": 0, "seed": 4}
-    want = generate(policy, prompts, **options)
+    options = {"max_new_tokens": 80, "stop_id": 3, "seed": 4}
+    want = generate(policy, prompts, Sampling(**options))
     assert len({len(ids) for ids in want.answer_ids}) > 1
     record_with(monkeypatch, NeverWaits)
     policy.records_steps, flops = True, policy.flops
     with fake_gpu() as NeverWaits.waits:
-        found = generate(policy.to(DEVICE), prompts, **options)
+        found = generate(policy.to(DEVICE), prompts, Sampling(**options))
     assert found.answer_ids == want.answer_ids
     assert sum(found.logprobs, []) == pytest.approx(sum(want.logprobs, []), abs=1e-4)
     assert policy.flops == 2 * flops

@@ -83,6 +83,7 @@ class Rollout:
     length: Tensor  # int64 [B], answer tokens, the end token included
     logprobs: Tensor  # float [B, A], the sampler's, 0 after the answer
     stopped: Tensor  # bool [B], ended by the end token
+    rank: Tensor | None = None  # int64 [B], for Packing; None: too few shared beginnings to pack
 
     @property
     def mask(self) -> Tensor:
@@ -123,6 +124,7 @@ class Rollout:
 
     def rows(self, index: Tensor) -> Rollout:
         """The rollout of some rows, int64 [b]; ids are cut to the longest of these rows."""
-        part = Rollout(*(getattr(self, f.name)[index] for f in fields(self)))
+        named = ((f.name, getattr(self, f.name)) for f in fields(self))
+        part = Rollout(**{name: None if x is None else x[index] for name, x in named})
         part.ids = part.ids[:, : int((part.start + part.length).max())]
         return part

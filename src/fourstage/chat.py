@@ -227,21 +227,18 @@ def start(settings: ChatSettings) -> Chat:
     from fourstage.sampling.generate import Sampling, stream
 
     torch.set_flush_denormal(True)
-    options = {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p")}
-    Sampling(**options)  # refuses what is out of range before anything is loaded
+    options = {
+        name: getattr(settings, name)
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p")
+    }
+    Sampling(stop_id=0, **options)  # refuses what is out of range before anything is loaded
 
     def open_voice(name: str) -> Voice:
         return load_voice(Path(settings.outputs), name, settings.seed)
 
     def speak(voice: Voice, prompt: list[int], seed: int) -> Iterator[int]:
-        return stream(
-            voice.model,
-            prompt,
-            max_new_tokens=settings.max_new_tokens,
-            stop_id=voice.tokenizer.eot_id,
-            seed=seed,
-            **options,
-        )
+        sampling = Sampling(stop_id=voice.tokenizer.eot_id, seed=seed, **options)
+        return stream(voice.model, prompt, sampling)
 
     return Chat(settings, open_voice(settings.run), open_voice, speak)
 

@@ -214,7 +214,7 @@ def test_chat_items_are_what_was_said_and_how_it_is_judged(chats):
 def test_the_stored_log_probability_is_the_policys(chats):
     prompts, ids = [c["prompt_ids"] for c in chats], [c["ids"] for c in chats]
     zeros, stopped = [[0.0] * len(i) for i in ids], [c["stopped"] for c in chats]
-    rollout = pack(prompts, ids, zeros, stopped, TOKENIZER.pad_id)
+    rollout = pack(prompts, Generation(ids, zeros, stopped), TOKENIZER.pad_id)
     with torch.no_grad():
         logprobs = (answer_logprobs(make_policy(), rollout) * rollout.mask).sum(1)
     assert [c["logprob"] for c in chats] == pytest.approx(logprobs.tolist(), abs=1e-3)
@@ -290,8 +290,8 @@ def test_distinct_n_by_hand():
 def answers_of(*texts, stopped=None):
     """Stands in for decoding: the listed answers, whatever the prompt (all of equal length)."""
 
-    def fake(policy, prompts, **options):
-        assert (options["temperature"] == 0.0) == (options["row_seeds"] is None)
+    def fake(policy, prompts, sampling):
+        assert (sampling.temperature == 0.0) == (sampling.row_seeds is None)
         ids = [TOKENIZER.encode(text) for text in texts]
         return Generation(ids, [[0.0] * len(i) for i in ids], list(stopped or [True] * len(ids)))
 
@@ -332,9 +332,9 @@ def test_the_samples_of_a_problem_are_counted(monkeypatch):
 def test_each_sample_is_drawn_anew(monkeypatch):
     asked = []
 
-    def note(policy, prompts, **options):
-        asked.append((prompts, options["row_seeds"]))
-        return generate(policy, prompts, **options)
+    def note(policy, prompts, sampling):
+        asked.append((prompts, sampling.row_seeds))
+        return generate(policy, prompts, sampling)
 
     monkeypatch.setattr(module, "generate", note)
     sampled_problem_items(make_policy(), TOKENIZER, HELDOUT.problems, CONFIG)

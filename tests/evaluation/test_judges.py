@@ -9,6 +9,7 @@ from fourstage.batch import PairBatch
 from fourstage.evaluation.items import chat_items
 from fourstage.evaluation.judges import Judges, judged, pair_items, win
 from fourstage.rl.rollout import answer_logprobs, final_scores, pack
+from fourstage.sampling.generate import Generation
 from tests.heldout import CONFIG, HELDOUT
 from tests.stages.tiny import TOKENIZER, make_policy, make_scalar
 
@@ -22,7 +23,7 @@ def chats():
 def rollout(items):
     prompts, ids = [c["prompt_ids"] for c in items], [c["ids"] for c in items]
     zeros, stopped = [[0.0] * len(i) for i in ids], [c["stopped"] for c in items]
-    return pack(prompts, ids, zeros, stopped, TOKENIZER.pad_id)
+    return pack(prompts, Generation(ids, zeros, stopped), TOKENIZER.pad_id)
 
 
 def column(said, name):

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fourstage.model import ScalarModel, Transformer
 from fourstage.model.flops import forward_flops, head_flops
-from fourstage.model.packing import Packing
-from fourstage.sampling.generate import generate
+from fourstage.model.packing import Packing, ranks
+from fourstage.sampling.generate import Sampling, generate
 from tests.model.configs import VOCAB, read_config
 
 IDS = torch.randint(0, VOCAB, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -79,7 +79,8 @@ def test_forward_and_backward_equal_torchs_counter(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_packed_forward_equals_torchs_counter(shape):
     model = make(shape)
-    packing = Packing(IDS[[0, 0, 1, 2]], torch.tensor([11, 5, 11, 7]))
+    rows = IDS[[0, 0, 1, 2]], torch.tensor([11, 5, 11, 7])
+    packing = Packing(*rows, ranks(*rows))
     assert len(packing) == 29  # of 44 places
     found = torch_flops(lambda: model(packing).hidden_BTD.logsumexp(-1).sum().backward())
     assert found == model.flops > 0
@@ -100,7 +101,7 @@ def test_sampling_with_a_cache_equals_torchs_counter(shape):
 
     @torch.no_grad()
     def answer() -> None:
-        generate(model, prompts, max_new_tokens=9, stop_id=2, pad_id=0, row_seeds=[1, 2, 3])
+        generate(model, prompts, Sampling(max_new_tokens=9, stop_id=2, row_seeds=[1, 2, 3]))
 
     assert torch_flops(answer) == model.flops
 

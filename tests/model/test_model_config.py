@@ -7,7 +7,7 @@ import torch
 from fourstage.errors import UserError
 from fourstage.model import ModelConfig, Transformer
 from fourstage.model.__main__ import main
-from fourstage.sampling.generate import generate
+from fourstage.sampling.generate import Sampling, generate
 from tests.model.configs import CONFIGS, read_config
 
 CHARACTERS = 103
@@ -150,7 +150,7 @@ def test_a_config_is_refused_or_it_trains_and_answers(nano, key, precision, path
             output = model(torch.randint(7, (2, 8)))
             model.logits(output.hidden_BTD).float().logsumexp(-1).sum().backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-        said = generate(model, [[1, 2, 3]], max_new_tokens=2, stop_id=0, pad_id=0)
+        said = generate(model, [[1, 2, 3]], Sampling(max_new_tokens=2, stop_id=0))
         assert said.answer_ids[0]
     widths = {"32-true": {1, 3, 6}, "bf16-mixed": {1, 3, 4, 6, 12, 20, 36}}[precision]
     assert refused == {

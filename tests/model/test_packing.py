@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fourstage.model.packing import Packing, Take
+from fourstage.model.packing import Packing, Take, ranks
 from tests.device import close
 
 ROWS = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8], [4], [5, 6, 7], [5, 6, 7, 3]]
@@ -16,8 +16,12 @@ def padded(rows: list[list[int]], fill: int = 8) -> tuple[torch.Tensor, torch.Te
     return ids, torch.tensor([len(row) for row in rows])
 
 
+def packed(ids: torch.Tensor, length: torch.Tensor) -> Packing:
+    return Packing(ids, length, ranks(ids, length))
+
+
 def test_a_prefix_tree_by_hand():
-    packing = Packing(*padded(ROWS))
+    packing = packed(*padded(ROWS))
     # 4 | 5 6 7 (8) | .. 3 -> in the order of a dictionary: [4] [5 6 7] [5 6 7 3] [5 6 7 8] [5 6 9]
     assert packing.ids_N.tolist() == [4, 5, 6, 7, 3, 8, 9]
     assert packing.positions_N.tolist() == [0, 0, 1, 2, 3, 3, 2]
@@ -33,7 +37,7 @@ def test_as_many_tokens_as_there_are_different_beginnings(seed):
     lengths = torch.randint(1, 9, (30,), generator=draw).tolist()
     rows = [torch.randint(0, 3, (n,), generator=draw).tolist() for n in lengths]
     ids, length = padded(rows, fill=seed % 3)
-    packing = Packing(ids, length)
+    packing = packed(ids, length)
     beginnings = {tuple(row[: t + 1]) for row in rows for t in range(len(row))}
     assert len(packing) == len(beginnings)
     numbers = {}
@@ -56,7 +60,7 @@ def test_hidden_states_load_and_gradients_are_those_of_whole_rows(
         monkeypatch.setattr("fourstage.model.ops.applies", lambda *_: False)
     model.checkpoint_activations = way == "checkpointed"
     ids, length = padded(ROWS)
-    packing = Packing(ids, length).to(device)
+    packing = packed(ids, length).to(device)
     valid = (torch.arange(ids.shape[1]) < length[:, None]).to(device)
     weight = torch.rand(*ids.shape, model.config.d_model).to(device) * valid[..., None]
 
@@ -83,7 +87,7 @@ def test_packed_rows_do_not_compile_anew_for_each_packing(build, device):
     model = build()
     model.compile_blocks(backend=backend)
     ids, length = padded(ROWS)
-    assert model(Packing(ids, length).to(device)).hidden_BTD.requires_grad
+    assert model(packed(ids, length).to(device)).hidden_BTD.requires_grad
     half = torch.autocast(device.type, torch.bfloat16)
     with pytest.raises(Exception, match="it compiles"), half:
         model(ids.to(device))

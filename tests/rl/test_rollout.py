@@ -15,12 +15,17 @@ from fourstage.rl.rollout import (
     final_scores,
     fitted_prompt,
     pack,
-    sample,
 )
+from fourstage.sampling.generate import Generation, Sampling, generate
 from tests.device import close
 from tests.stages.tiny import TINY, TOKENIZER, make_policy, make_scalar
 
 PROMPTS = [TOKENIZER.prompt([{"role": "user", "content": text}]) for text in ("a", "Hi you", "so")]
+
+
+def sample(policy, prompts, *, max_new_tokens=12, **options) -> Rollout:
+    sampling = Sampling(max_new_tokens=max_new_tokens, stop_id=TOKENIZER.eot_id, **options)
+    return pack(prompts, generate(policy, prompts, sampling), TOKENIZER.pad_id)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def policy(device):
 @pytest.fixture(scope="module")
 def rollout(policy) -> Rollout:
     """Twelve answers of different length, some of them cut off."""
-    got = sample(policy, PROMPTS * 4, TOKENIZER, max_new_tokens=12, seed=3)
+    got = sample(policy, PROMPTS * 4, seed=3)
     assert len(set(got.length.tolist())) > 2
     assert 0 < got.stopped.sum() < 12
     return got
@@ -50,9 +55,11 @@ def wider(r: Rollout, tokens: int, fill: int) -> Rollout:
 def test_pack_by_hand():
     r = pack(
         prompts=[[10, 11, 12], [13]],
-        answers=[[20, 1], [30, 31, 32]],
-        logprobs=[[-0.5, -0.25], [-1.0, -2.0, -3.0]],
-        stopped=[True, False],
+        said=Generation(
+            answer_ids=[[20, 1], [30, 31, 32]],
+            logprobs=[[-0.5, -0.25], [-1.0, -2.0, -3.0]],
+            stopped=[True, False],
+        ),
         pad_id=0,
     )
     assert r.ids.tolist() == [[10, 11, 12, 20, 1], [13, 30, 31, 32, 0]]
@@ -78,7 +85,7 @@ def test_a_sample_holds_its_prompts_and_ends_with_its_end_token(rollout):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_sampler_and_the_trainer_agree(policy, temperature):
     """A cached, left-padded forward a token against one right-padded forward in train mode."""
-    got = sample(policy, PROMPTS * 4, TOKENIZER, max_new_tokens=12, temperature=temperature, seed=5)
+    got = sample(policy, PROMPTS * 4, temperature=temperature, seed=5)
     logprobs = answer_logprobs(policy.train(), got, temperature).cpu()
     gap = (logprobs - got.logprobs).abs()[got.mask]
     assert gap.max() < 1e-4
@@ -100,11 +107,11 @@ def test_scores_are_those_of_one_row_alone_without_padding(policy, rollout, devi
 @pytest.mark.parametrize("n_prompts", [1, 3, 12])
 def test_packing_changes_neither_scores_nor_gradients(policy, device, monkeypatch, n_prompts):
     prompts = [[*PROMPTS[i % 3], 40 + i] for i in range(n_prompts)] * (12 // n_prompts)
-    got = sample(policy, prompts, TOKENIZER, max_new_tokens=12, seed=4)
+    monkeypatch.setattr(module, "MOST_PACKED", 1.0)
+    got = sample(policy, prompts, seed=4)
     weight = torch.rand(got.mask.shape, generator=torch.Generator().manual_seed(1)).to(device)
 
-    def scores(most_packed: float) -> list[torch.Tensor]:
-        monkeypatch.setattr(module, "MOST_PACKED", most_packed)
+    def scores(got: Rollout) -> list[torch.Tensor]:
         policy.zero_grad()
         policy.take_load()
         logp = answer_logprobs(policy.train(), got)
@@ -112,7 +119,7 @@ def test_packing_changes_neither_scores_nor_gradients(policy, device, monkeypatc
         gradients = [w.grad.clone() for w in policy.parameters() if w.grad is not None]
         return [logp.detach(), policy.take_load(), *gradients]
 
-    plain, packed = scores(0.0), scores(1.0)
+    plain, packed = scores(replace(got, rank=None)), scores(got)
     assert len(plain) == len(list(policy.parameters())) + 2
     for one, other in zip(packed, plain, strict=True):
         close(one, other)
@@ -164,31 +171,22 @@ def test_values_stand_before_their_tokens_and_the_score_at_the_last_one(rollout,
 
 def test_answers_as_text(rollout):
     answers = [[*TOKENIZER.encode("Yes."), TOKENIZER.eot_id], TOKENIZER.encode("No")]
-    logprobs = [[0.0] * len(answer) for answer in answers]
-    r = pack([[1, 2], [3]], answers, logprobs, [True, False], TOKENIZER.pad_id)
+    r = pack([[1, 2], [3]], Generation(answers, None, [True, False]), TOKENIZER.pad_id)
     assert answer_texts(r, TOKENIZER) == ["Yes.", "No"]
 
 
 def test_the_seed_decides_what_is_sampled(policy):
     def ids(seed: int) -> list:
-        return sample(policy, PROMPTS, TOKENIZER, max_new_tokens=6, seed=seed).ids.tolist()
+        return sample(policy, PROMPTS, max_new_tokens=6, seed=seed).ids.tolist()
 
     assert ids(1) == ids(1)
     assert ids(1) != ids(2)
 
 
-def test_many_prompts_are_answered_in_parts_that_change_nothing(policy, rollout, monkeypatch):
-    monkeypatch.setattr(module, "ROWS_AT_ONCE", 5)
-    parts = sample(policy, PROMPTS * 4, TOKENIZER, max_new_tokens=12, seed=3)
-    assert parts.ids.tolist() == rollout.ids.tolist()
-    assert parts.stopped.tolist() == rollout.stopped.tolist()
-    close(parts.logprobs, rollout.logprobs)
-
-
 @pytest.mark.parametrize("seed", [20_240_101 * 1_000_003, 2**32 * 1_000_003])
 def test_a_large_seed_is_as_good_as_a_small_one(policy, seed):
     """A run's seed is multiplied on its way here; PyTorch's own end at 2^64."""
-    one, two = (sample(policy, PROMPTS, TOKENIZER, max_new_tokens=6, seed=seed + i) for i in (0, 1))
+    one, two = (sample(policy, PROMPTS, max_new_tokens=6, seed=seed + i) for i in (0, 1))
     assert one.ids.tolist() != two.ids.tolist()
 
 
@@ -201,7 +199,7 @@ def test_a_long_prompt_loses_its_beginning(policy):
     assert len(short) == 20
     assert short[:2] == whole[:2]  # <bos><user>
     assert short[2:] == whole[-18:]  # the end of the question, <eot> and <assistant>
-    sample(policy, [short], TOKENIZER, max_new_tokens=TINY.max_seq_len - 20)  # it fits
+    sample(policy, [short], max_new_tokens=TINY.max_seq_len - 20)  # it fits
 
 
 def test_no_room_for_a_prompt_is_the_users_mistake():

@@ -1,13 +1,18 @@
 """A token at a time with stored keys and values equals one forward of the whole rows."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fourstage.model import ops
+from fourstage.model import Transformer, ops
+from fourstage.model.attention import Attention, Linear, RMSNorm
+from fourstage.model.moe import MoE, Router
+from fourstage.model.transformer import Block
 from fourstage.sampling import steps as module
-from fourstage.sampling.decode import Decoder, KernelSteps, TorchSteps
+from fourstage.sampling.decode import Decoder, KernelSteps, PlainSteps, TorchSteps
+from fourstage.sampling.generate import Sampling, generate
 from tests.device import IS_GPU, close
 from tests.model.configs import VOCAB
 
@@ -28,12 +33,14 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=[pytest.param("kernel", marks=needs_kernels), "torch"])
+@pytest.fixture(params=[pytest.param("kernel", marks=needs_kernels), "torch", "plain"])
 def place(request, device, monkeypatch) -> torch.device:
-    """Where rows are decoded: on a CPU by the kernels, anywhere by PyTorch."""
+    """Where rows are decoded: on a CPU by the kernels, anywhere by PyTorch or whole forwards."""
     if request.param == "kernel":
         return torch.device("cpu")
-    monkeypatch.setattr(KernelSteps, "fits", lambda _: False)
+    monkeypatch.setattr(KernelSteps, "supports", lambda _: False)
+    if request.param == "plain":
+        monkeypatch.setattr(TorchSteps, "supports", lambda _: False)
     return device
 
 
@@ -66,8 +73,9 @@ def test_steps_equal_one_forward(request, bent, place, shape, rows):
     model, ids = bent(**SHAPES[shape]).to(place), IDS[:rows].to(place)
     want = model.logits(model(ids).hidden_BTD)
     decoder = Decoder(model, 12)
-    is_kernel = request.node.callspec.params["place"] == "kernel" and shape != "loop"
-    assert isinstance(decoder.steps, KernelSteps if is_kernel else TorchSteps)
+    kinds = {"kernel": KernelSteps, "torch": TorchSteps, "plain": PlainSteps}
+    kind = kinds[request.node.callspec.params["place"]]
+    assert type(decoder.steps) is (TorchSteps if (kind, shape) == (KernelSteps, "loop") else kind)
     decoder.prefill(ids[:, :5])
     assert decoder.length == 5
     close(steps(decoder, ids, 5), want[:, 5:])
@@ -284,3 +292,98 @@ def test_a_recorded_step_is_replayed_for_every_place(bent, device, is_padded):
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(1.1)
+
+
+# --- networks that the decoders don't know
+
+
+class SoftmaxRouter(Router):
+    """Scores by a softmax, which the kernel doesn't do."""
+
+    def route(self, x_ND, valid_N, has_stats):
+        routing = super().route(x_ND, valid_N, has_stats)
+        scores_NE = torch.nn.functional.linear(x_ND, self.proj.weight).softmax(-1)
+        return replace(routing, gates_NK=scores_NE.gather(1, routing.experts_NK))
+
+
+class Doubled(MoE):
+    def forward(self, *arguments, **options):
+        y_BTD, routing = super().forward(*arguments, **options)
+        return 2 * y_BTD, routing
+
+
+class LowRank(Linear):
+    """A projection with an adapter (LoRA)."""
+
+    def forward(self, x):
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
+class Centred(RMSNorm):
+    def forward(self, x):
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+class Local(Attention):
+    """Reads the mean of two neighbours."""
+
+    def forward(self, x_BTD, *others):
+        before_BTD = torch.nn.functional.pad(x_BTD, (0, 0, 1, 0))[:, :-1]
+        return super().forward((x_BTD + before_BTD) / 2, *others)
+
+
+class Scaled(Block):
+    def forward(self, *arguments, **options):
+        x_BTD, routing = super().forward(*arguments, **options)
+        return 0.5 * x_BTD, routing
+
+
+class Shifted(Transformer):
+    def logits(self, hidden):
+        return super().logits(hidden).roll(1, -1)
+
+
+UNKNOWN = {
+    "router": (SoftmaxRouter, "blocks.1.mlp.router", TorchSteps),
+    "experts": (Doubled, "blocks.1.mlp", PlainSteps),
+    "projection": (LowRank, "blocks.0.attention.qkv", PlainSteps),
+    "norm": (Centred, "norm", PlainSteps),
+    "attention": (Local, "blocks.0.attention", PlainSteps),
+    "block": (Scaled, "blocks.0", PlainSteps),
+    "network": (Shifted, "", PlainSteps),
+}
+
+
+@pytest.mark.parametrize("part", UNKNOWN)
+def test_a_network_with_an_unknown_part_is_sampled_as_it_trains(bent, device, part):
+    """Prompts of several lengths, rows that share a prompt, and rows that end."""
+    model = bent(init_std=0.2).to(device)
+    prompts = [[5, 6, 7, 8], [9], [5, 6, 7, 8], [10, 11]]
+    sampling = Sampling(max_new_tokens=12, stop_id=3, seed=2)
+    usual = generate(model, prompts, sampling)
+    cls, name, steps_class = UNKNOWN[part]
+    module = model.get_submodule(name)
+    assert type(module) is cls.__bases__[0]
+    module.__class__ = cls
+    assert type(Decoder(model, 12).steps) is steps_class
+    said = generate(model, prompts, sampling)
+    assert said.answer_ids != usual.answer_ids, "the part makes a difference"
+    for prompt, answer, logprobs in zip(prompts, said.answer_ids, said.logprobs, strict=True):
+        ids = torch.tensor([prompt + answer], device=device)
+        want = model.train().logits(model(ids).hidden_BTD).log_softmax(-1)[0, len(prompt) - 1 : -1]
+        close(torch.tensor(logprobs), want.gather(1, ids[0, len(prompt) :, None]).squeeze(1).cpu())
+
+
+def test_steps_of_whole_rows_count_their_forwards(bent, monkeypatch):
+    model, ids = bent().eval(), IDS[:3]
+    monkeypatch.setattr(KernelSteps, "supports", lambda _: False)
+    monkeypatch.setattr(TorchSteps, "supports", lambda _: False)
+    model.flops = 0
+    decoder = Decoder(model, 12)
+    decoder.prefill(ids[:, :5])
+    steps(decoder, ids[:, :7], 5)
+    found, model.flops = model.flops, 0
+    with torch.no_grad():
+        for t in (6, 7):
+            model.logits(model(ids[:, :t]).hidden_BTD[:, -1])
+    assert found == model.flops > 0

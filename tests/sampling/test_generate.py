@@ -10,8 +10,9 @@ from fourstage.sampling.decode import Decoder
 from fourstage.sampling.generate import Sampling, generate, stream
 from tests.model.configs import read_config
 
-VOCAB, STOP, PAD = 30, 1, 0
+VOCAB, STOP = 30, 1
 NANO = read_config("moe_nano", n_heads=4, n_kv_heads=2, head_dim=16)
+LIMITS = {"max_new_tokens": 20, "stop_id": STOP}
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12], [13, 14, 15], [5, 6, 7, 8, 9]]
 
 
@@ -23,13 +24,13 @@ def model(device) -> Transformer:
 
 
 def answer(model, prompts=PROMPTS, **changes):
-    settings = {"max_new_tokens": 20, "stop_id": STOP, "pad_id": PAD, **changes}
-    return generate(model, prompts, **settings)
+    return generate(model, prompts, Sampling(**{**LIMITS, **changes}))
 
 
 def without_cache(model, prompt, row_seed, *, n=20, temperature=1.0, top_k=0, top_p=1.0):
     """One prompt, one whole forward a token, no batch, no cache."""
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = Sampling(max_new_tokens=n, stop_id=STOP, **options)
     device = model.embedding.weight.device
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(row_seed)).to(device)
     ids = list(prompt)
@@ -65,7 +66,7 @@ def test_log_probs_are_those_of_a_training_forward(model, device):
     got = answer(model, temperature=0.8)
     rows = [p + a for p, a in zip(PROMPTS, got.answer_ids, strict=True)]
     width = max(map(len, rows))
-    ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows], device=device)
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
     log_probs = (model.logits(model.train()(ids).hidden_BTD) / 0.8).log_softmax(-1).cpu()
     for b, (prompt, tokens) in enumerate(zip(PROMPTS, got.answer_ids, strict=True)):
         at = torch.arange(len(tokens)) + len(prompt) - 1
@@ -151,6 +152,14 @@ def test_greedy_answers_to_one_prompt_stay_one_row(model, computed):
     assert got.answer_ids == answer(model, PROMPTS[:1], temperature=0).answer_ids * 9
 
 
+def test_many_prompts_are_answered_in_parts_that_change_nothing(model, monkeypatch):
+    whole = answer(model, PROMPTS * 4)
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
+    parts = answer(model, PROMPTS * 4)
+    assert (parts.answer_ids, parts.stopped) == (whole.answer_ids, whole.stopped)
+    assert sum(parts.logprobs, []) == pytest.approx(sum(whole.logprobs, []), abs=1e-4)
+
+
 def test_a_longer_limit_only_continues_the_answer(model):
     short, long = answer(model, max_new_tokens=4), answer(model, max_new_tokens=30)
     assert [a[:4] for a in long.answer_ids] == short.answer_ids
@@ -184,7 +193,7 @@ def test_the_filters_by_hand(device):
     logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]], device=device).log()
 
     def probs(**settings) -> list[float]:
-        return Sampling(**settings).log_probs(logits).exp()[0].tolist()
+        return Sampling(**LIMITS, **settings).log_probs(logits).exp()[0].tolist()
 
     assert probs() == pytest.approx([0.1, 0.5, 0.15, 0.25])
     assert probs(temperature=0.5) == pytest.approx(
@@ -201,14 +210,14 @@ def test_the_filters_by_hand(device):
 
 
 def test_top_k_keeps_exactly_k_of_equals(device):
-    kept = Sampling(top_k=2).log_probs(torch.zeros(1, 5, device=device)).exp()
+    kept = Sampling(**LIMITS, top_k=2).log_probs(torch.zeros(1, 5, device=device)).exp()
     assert (kept > 0).sum() == 2
 
 
 def test_the_draw_is_the_inverse_of_the_cumulated_probability(device):
     log_probs = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0]).log().expand(6, -1)
     uniform = torch.tensor([0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2**-24])
-    drawn = Sampling().draw(log_probs.to(device), uniform.to(device))
+    drawn = Sampling(**LIMITS).draw(log_probs.to(device), uniform.to(device))
     assert drawn.tolist() == [1, 1, 3, 3, 4, 4]
 
 
@@ -233,9 +242,9 @@ def test_the_mode_is_restored_and_no_load_counted(device, monkeypatch, training)
 
 
 def test_stream_says_what_generate_says(model):
-    tokens = stream(model, PROMPTS[0], max_new_tokens=20, stop_id=STOP, seed=3)
+    tokens = stream(model, PROMPTS[0], Sampling(**LIMITS, seed=3))
     assert list(tokens) == answer(model, PROMPTS[:1], seed=3).answer_ids[0]
-    half_read = stream(model.train(), PROMPTS[0], max_new_tokens=20, stop_id=STOP)
+    half_read = stream(model.train(), PROMPTS[0], Sampling(**LIMITS))
     next(half_read)
     half_read.close()
     assert model.training

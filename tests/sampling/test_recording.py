@@ -11,7 +11,7 @@ import torch
 
 from fourstage.model import Transformer
 from fourstage.sampling.decode import Decoder
-from fourstage.sampling.generate import generate, stream
+from fourstage.sampling.generate import Sampling, generate, stream
 from fourstage.sampling.kernel_steps import KernelSteps
 from fourstage.sampling.recording import LEAST_REPLAYS, RECORD_AFTER, ROWS, RecordedSteps
 from tests.model.configs import read_config
@@ -24,7 +24,7 @@ PROMPTS = [[5, 6, 7], [8, 9], [10] * 9]
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
     record_with(monkeypatch)
-    monkeypatch.setattr(KernelSteps, "fits", lambda model: False)
+    monkeypatch.setattr(KernelSteps, "supports", lambda model: False)
 
 
 def make(name: str = "moe_nano", **changes) -> Transformer:
@@ -34,8 +34,8 @@ def make(name: str = "moe_nano", **changes) -> Transformer:
 
 def answers(policy: Transformer, prompts: list[list[int]], records: bool, **changes):
     policy.records_steps = records
-    options = {"max_new_tokens": 48, "stop_id": STOP, "pad_id": 0, "seed": 4, **changes}
-    return generate(policy, prompts, **options)
+    options = {"max_new_tokens": 48, "stop_id": STOP, "seed": 4, **changes}
+    return generate(policy, prompts, Sampling(**options))
 
 
 def assert_same(policy: Transformer, prompts: list[list[int]], atol: float = 1e-4, **changes):
@@ -151,10 +151,10 @@ def test_what_is_no_number_stays_in_its_own_rollout():
 
 def test_a_decoder_never_gets_the_rows_of_one_that_is_not_done():
     policy = make()
-    options = {"max_new_tokens": 40, "stop_id": -1, "seed": 3}
-    want = list(stream(policy, PROMPTS[0], **options))
+    sampling = Sampling(max_new_tokens=40, stop_id=-1, seed=3)
+    want = list(stream(policy, PROMPTS[0], sampling))
     policy.records_steps = True
-    first = stream(policy, PROMPTS[0], **options)
+    first = stream(policy, PROMPTS[0], sampling)
     found = [next(first) for _ in range(10)]
     assert_same(policy, PROMPTS * 2)
     assert found + list(first) == want

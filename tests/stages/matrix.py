@@ -20,11 +20,10 @@ from typing import Any
 import lightning as L
 import torch
 
-from fourstage.batch import Rollout
 from fourstage.job import TrainerConfig
 from fourstage.model import Transformer
 from fourstage.parallel import strategies
-from fourstage.rl.rollout import answer_logprobs, pack, sample
+from fourstage.sampling.generate import Generation, Sampling
 from fourstage.stages import (
     GRPOModule,
     PPOModule,
@@ -33,7 +32,6 @@ from fourstage.stages import (
     SFTModule,
     StageModule,
     grpo,
-    on_policy,
     supervised,
 )
 from tests.cpu_as_cuda import let_deepspeed_use_cpus, on_cpus
@@ -79,13 +77,22 @@ def make(stage: str, steps: int) -> tuple[StageModule, list[Any]]:
     if stage == "ppo":
         s = settings(stage, **{**test_ppo.SMALL, **shared, **ALL_ROWS, "kl_target": 1.0})
         networks = {"value": make_scalar(3), "reference": make_policy(4), "reward": make_scalar(5)}
-        module = PPOModule(make_policy(), **networks, tokenizer=TOKENIZER, settings=s, seed=0)
+        module = PPOModule(
+            make_policy(),
+            **networks,
+            tokenizer=TOKENIZER,
+            settings=s,
+            seed=0,
+            sampler_of=lambda policy: fixed_answers,
+        )
         return module, prompt_batches(steps)
     changes = {**test_grpo.SMALL, **shared, **ALL_ROWS, "epochs": 2, "kl_coef": 0.1}
     if stage == "sampled":
         changes["resample_rounds"] = 2
     s = settings("grpo", **changes)
-    return GRPOModule(make_policy(), make_policy(7), TOKENIZER, s, 0), prompt_batches(steps)
+    sampler = {} if stage == "sampled" else {"sampler_of": lambda policy: fixed_answers}
+    module = GRPOModule(make_policy(), make_policy(7), TOKENIZER, s, 0, **sampler)
+    return module, prompt_batches(steps)
 
 
 def tied_policy() -> Transformer:
@@ -98,7 +105,7 @@ def tied_policy() -> Transformer:
     return Transformer(shape, TOKENIZER.vocab_size)
 
 
-def fixed_answers(policy: Any, prompts: list[list[int]], tokenizer: Any, **_: Any) -> Rollout:
+def fixed_answers(prompts: list[list[int]], sampling: Sampling) -> Generation:
     """Answers that depend on the prompt, its place in its group and the step; not on the rank."""
     answers = []
     for row, prompt in enumerate(prompts):
@@ -106,12 +113,7 @@ def fixed_answers(policy: Any, prompts: list[list[int]], tokenizer: Any, **_: An
         generator = torch.Generator().manual_seed(draw)
         length = 1 + draw * 7 % 8
         answers.append(torch.randint(6, 100, (length,), generator=generator).tolist())
-    nothing = [[0.0] * len(answer) for answer in answers]
-    stopped = [len(answer) % 2 == 0 for answer in answers]
-    rollout = pack(prompts, answers, nothing, stopped, TOKENIZER.pad_id)
-    with torch.no_grad():
-        rollout.logprobs = answer_logprobs(policy, rollout).cpu() * rollout.mask
-    return rollout
+    return Generation(answers, None, [len(answer) % 2 == 0 for answer in answers])
 
 
 def spoilt(share: torch.Tensor, step: int) -> torch.Tensor:
@@ -138,16 +140,16 @@ class Keep(L.Callback):
         def summed(piece: Any, n_rows: int) -> torch.Tensor:
             total = torch.zeros((), device=module.device)
 
-            def counted(rows: slice) -> torch.Tensor:
-                share = piece(rows)
+            def counted(rows: slice) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+                share, numbers = piece(rows)
                 if self.spoils and module.global_rank == trainer.world_size - 1:
                     share = spoilt(share, Keep.step)
                 total.add_(share.detach())
-                return share
+                return share, numbers
 
-            norm = update(counted, n_rows)
+            norm_and_seen = update(counted, n_rows)
             self.losses.append(module.sum_over_ranks(total).item())
-            return norm
+            return norm_and_seen
 
         module.update = summed
 
@@ -194,7 +196,6 @@ if __name__ == "__main__":
     if trainer_name in strategies.ZERO:
         let_deepspeed_use_cpus()
     for stage_name in names:
-        on_policy.sample = sample if stage_name == "sampled" else fixed_answers
         large, at_once = (0, 11) if stage_name in LARGE else (4096, 8192)
         supervised.LARGE_VOCABULARY, supervised.LOGITS_AT_ONCE = large, at_once
         train(trainer_name, int(n_ranks), int(n_steps), Path(path), stage_name)

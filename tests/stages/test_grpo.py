@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fourstage.rl.rewards import ReasoningReward
-from fourstage.rl.rollout import answer_logprobs, answer_texts, pack
+from fourstage.rl.rollout import answer_logprobs, answer_texts
+from fourstage.sampling.generate import Generation, sampler_of
 from fourstage.stages import GRPOModule, on_policy
 from fourstage.stages import grpo as stage
 from fourstage.stages.grpo import (
@@ -40,6 +41,7 @@ from tests.stages.tiny import (
     steady,
     use_sgd,
     weights,
+    without_logprobs,
 )
 
 T = torch.tensor
@@ -209,28 +211,22 @@ def test_a_loss_is_its_whole_recipe_and_each_part_can_be_set(loss, numbers):
 
 def some_answers(texts: list[str], totals: list[float], seed: float = 0.0) -> Answers:
     ids = [TOKENIZER.encode(text) for text in texts]
-    prompts = [[10], [10], [11, 12], [11, 12]]
     logprobs = [[-1.0 - seed] * len(i) for i in ids]
-    rollout = pack(prompts, ids, logprobs, [len(i) < 4 for i in ids], TOKENIZER.pad_id)
-    return Answers(rollout, [ReasoningReward(t, 0.0) for t in totals], T(totals))
+    said = Generation(ids, logprobs, [len(i) < 4 for i in ids])
+    return Answers(said, [ReasoningReward(t, 0.0) for t in totals], T(totals))
 
 
-def test_choose_takes_row_by_row_and_widens_to_the_longer():
+def test_choose_takes_answer_by_answer():
     first = some_answers(["a", "b", "c", "d"], [0.0, 0.0, 1.0, 0.0])
     second = some_answers(["long one", "e", "f", "even longer"], [1.0, 0.5, 0.0, 0.0], seed=1.0)
-    got = choose(first, second, [True, True, False, False])
-    assert answer_texts(got.rollout, TOKENIZER) == ["long one", "e", "c", "d"]
+    takes_second = torch.tensor([True, True, False, False])
+    got = choose(first, second, takes_second)
+    assert list(map(TOKENIZER.decode, got.said.answer_ids)) == ["long one", "e", "c", "d"]
+    assert got.said.logprobs == [[-2.0] * 8, [-2.0], [-1.0], [-1.0]]
+    assert got.said.stopped == [False, True, True, True]
     assert got.total_B.tolist() == [1.0, 0.5, 1.0, 0.0]
     assert [r.correct for r in got.rewards] == [1.0, 0.5, 1.0, 0.0]
-    r = got.rollout
-    assert r.ids.shape[1] == second.rollout.ids.shape[1]
-    assert r.start.tolist() == [1, 1, 2, 2]
-    assert r.length.tolist() == [8, 1, 1, 1]
-    assert r.stopped.tolist() == [False, True, True, True]
-    assert r.logprobs.shape == r.mask.shape
-    assert r.logprobs[r.mask].tolist() == [-2.0] * 9 + [-1.0] * 2
-    back = choose(second, first, [False, False, True, True]).rollout
-    assert all(getattr(back, name).equal(x) for name, x in vars(r).items())
+    assert choose(second, first, ~takes_second).said == got.said
 
 
 def test_equal_rewards_are_a_tie_whatever_their_rounding():
@@ -243,8 +239,11 @@ def test_equal_rewards_are_a_tie_whatever_their_rounding():
 class Rounds(GRPOModule):
     """Every round of answers has the listed totals; counts the rounds."""
 
-    def answer(self, policy, batch, attempt: int) -> Answers:
+    def answers(self, policy, prompts, attempt: int = 0) -> int:
         self.rounds = [*getattr(self, "rounds", []), attempt]
+        return attempt
+
+    def judged(self, problems, attempt: int) -> Answers:
         return some_answers([str(attempt)] * 4, self.totals[attempt], seed=float(attempt))
 
 
@@ -262,9 +261,10 @@ def test_dynamic_sampling_answers_tied_groups_again(totals, rounds, texts):
     s = steady("grpo", **SMALL | {"group_size": 2, "resample_rounds": 2})
     module = Rounds(policy, policy, TOKENIZER, s, 0)
     module.totals = totals
-    got = module.collect(prompt_batches(1)[0])
+    batch = prompt_batches(1)[0]
+    got = module.collect(policy, batch.prompt_ids, batch.records)
     assert module.rounds == rounds
-    assert "".join(answer_texts(got.rollout, TOKENIZER)) == texts
+    assert "".join(map(TOKENIZER.decode, got.said.answer_ids)) == texts
 
 
 # --- the stage
@@ -282,19 +282,20 @@ def judged(monkeypatch):
 
 def make(loss: str = "grpo", model=TINY, seed: int = 0, **changes) -> GRPOModule:
     reference = make_policy(seed=7, model=model)
+    sampler = {"sampler_of": changes.pop("sampler_of", sampler_of)}
     s = steady("grpo", **{**SMALL, "loss": loss, **changes})
-    return GRPOModule(make_policy(model=model), reference, TOKENIZER, s, seed)
+    return GRPOModule(make_policy(model=model), reference, TOKENIZER, s, seed, **sampler)
 
 
-def seen_by(module: GRPOModule) -> list[Answers]:
-    """The module's groups of answers, once it has been trained."""
-    found, collect = [], module.collect
+def seen_by(module: GRPOModule) -> list[SimpleNamespace]:
+    """The module's groups of answers with their rollout, once it has been trained."""
+    found, log = [], module.log_answers
 
-    def keep(batch):
-        found.append(collect(batch))
-        return found[-1]
+    def keep(rollout, answers, losses):
+        found.append(SimpleNamespace(rollout=rollout, **vars(answers)))
+        log(rollout, answers, losses)
 
-    module.collect = keep
+    module.log_answers = keep
     return found
 
 
@@ -455,6 +456,20 @@ def test_a_kl_to_the_start_pulls_even_tied_groups(monkeypatch):
             for policy in (make_policy(), module.policy)
         ]
     assert kl[1] < kl[0]
+
+
+@pytest.mark.parametrize("loss", RECIPES)
+def test_a_sampler_without_log_probs_trains_alike(monkeypatch, loss):
+    use_sgd(monkeypatch)
+    results = []
+    for sampler in (sampler_of, without_logprobs):
+        module = make(loss, sampler_of=sampler, temperature=0.7, max_steps=2, epochs=2, kl_coef=0.1)
+        metrics = fit(module, prompt_batches(2)).callback_metrics
+        results.append((weights(module), {k: v.item() for k, v in metrics.items()}))
+    (want, metrics), (found, others) = results
+    assert 1e-3 < (learned := distance(weights(make()), want))
+    assert distance(want, found) < 1e-3 * learned
+    assert others == {name: pytest.approx(x, abs=2e-4) for name, x in metrics.items()}
 
 
 def test_good_answers_become_likelier_and_bad_ones_less(monkeypatch):

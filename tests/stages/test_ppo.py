@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fourstage.rl.ops import kl_k1, moments
 from fourstage.rl.rollout import answer_logprobs, answer_texts, final_scores, pack
+from fourstage.sampling.generate import Generation, sampler_of
 from fourstage.stages import PPOModule
 from fourstage.stages.ppo import (
     Experience,
@@ -34,6 +35,7 @@ from tests.stages.tiny import (
     steady,
     use_sgd,
     weights,
+    without_logprobs,
 )
 
 T = torch.tensor
@@ -163,13 +165,14 @@ def test_adapted_kl_coef(kl, coef):
 # --- the stage
 
 
-def make(judge=None, model=TINY, seed: int = 0, **changes) -> PPOModule:
+def make(judge=None, model=TINY, seed: int = 0, sampler_of=sampler_of, **changes) -> PPOModule:
     policy = make_policy(model=model)
     reward = make_scalar(model=model)
     reference = make_policy(seed=7, model=model)  # far from the policy, so that the KL is felt
     s = steady("ppo", **{**SMALL, **changes})
     value = deepcopy(reward).train()
-    return PPOModule(policy, value, reference, reward, TOKENIZER, s, seed, judge)
+    networks = policy, value, reference, reward
+    return PPOModule(*networks, TOKENIZER, s, seed, judge, sampler_of=sampler_of)
 
 
 def seen_by(module: PPOModule) -> list[Experience]:
@@ -268,7 +271,7 @@ def test_minibatches_take_every_answer_once_a_pass():
     module.trainer = SimpleNamespace(world_size=1, fit_loop=SimpleNamespace(epoch_loop=epoch_loop))
     lengths = [3, 1, 4, 1, 5, 9, 2, 6]
     answers = [[7] * n for n in lengths]
-    rollout = pack([[1]] * 8, answers, [[0.0] * n for n in lengths], [True] * 8, pad_id=0)
+    rollout = pack([[1]] * 8, Generation(answers, None, [True] * 8), pad_id=0)
     passes = [[rows.tolist() for rows in module.minibatches(rollout, epoch)] for epoch in (0, 1, 0)]
     assert [len(rows) for rows in passes[0]] == [3, 3, 2]
     assert sorted(sum(passes[0], [])) == sorted(sum(passes[1], [])) == list(range(8))
@@ -284,7 +287,7 @@ def test_scoring_in_pieces_keeps_the_order_of_the_rows():
     module = make(micro_batch_size=2)
     lengths = [3, 1, 4, 1, 5]
     answers = [[7] * n for n in lengths]
-    rollout = pack([[1]] * 5, answers, [[0.0] * n for n in lengths], [True] * 5, pad_id=0)
+    rollout = pack([[1]] * 5, Generation(answers, None, [True] * 5), pad_id=0)
     got = module.in_pieces(lambda part: part.length * 10, rollout)
     assert got.tolist() == [30, 10, 40, 10, 50]
 
@@ -352,6 +355,21 @@ def test_the_hidden_rule_is_logged_and_never_trained_on():
     assert results[1][1]["train/true_score"].item() == pytest.approx(gold)
     assert "train/true_score" not in results[0][1]
     assert distance(results[0][0], results[1][0]) <= REPEATED
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_sampler_without_log_probs_trains_alike(monkeypatch, temperature):
+    """Some other engine: the old policy's log-probs are then computed by ours."""
+    use_sgd(monkeypatch)
+    results = []
+    for sampler in (sampler_of, without_logprobs):
+        module = make(sampler_of=sampler, temperature=temperature, max_steps=2, epochs=2)
+        metrics = fit(module, prompt_batches(2)).callback_metrics
+        results.append((weights(module), {k: v.item() for k, v in metrics.items()}))
+    (want, metrics), (found, others) = results
+    assert 1e-3 < (learned := distance(weights(make()), want))
+    assert distance(want, found) < 1e-3 * learned
+    assert others == {name: pytest.approx(x, abs=2e-4) for name, x in metrics.items()}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from fourstage.batch import PairBatch
-from fourstage.rl.rollout import pack
+from fourstage.sampling.generate import Generation, Sampling, sampler_of
 from fourstage.stages import RewardModule
-from fourstage.stages import reward as stage
-from fourstage.stages.reward import bradley_terry_loss, sample_pairs, scores_at_end
+from fourstage.stages.reward import bradley_terry_loss, sample_pairs
 from tests.device import REPEATED, ROUNDING, close, repeated
 from tests.stages.tiny import (
     TINY,
@@ -82,7 +81,7 @@ def test_the_score_is_read_at_the_last_real_token(device):
         ids[torch.arange(12, device=device) >= batch.chosen_len[:, None]] = fill
         wide = torch.nn.functional.pad(ids, (0, 5), value=fill)
         for padded in (ids, wide):
-            got = scores_at_end(scalar, padded, batch.chosen_len)
+            got = scalar.last(padded, batch.chosen_len)
             rows = zip(ids, batch.chosen_len.tolist(), strict=True)
             want = torch.stack([scalar(row[None, :n])[0, -1] for row, n in rows])
             close(got, want)
@@ -118,8 +117,8 @@ def test_wider_padding_changes_nothing(monkeypatch):
 def test_what_is_logged_is_what_the_scores_say():
     batch, scalar = pairs(5), make_scalar()
     with torch.no_grad():
-        chosen = scores_at_end(scalar, batch.chosen_ids, batch.chosen_len)
-        rejected = scores_at_end(scalar, batch.rejected_ids, batch.rejected_len)
+        chosen = scalar.last(batch.chosen_ids, batch.chosen_len)
+        rejected = scalar.last(batch.rejected_ids, batch.rejected_len)
     both = torch.cat([chosen, rejected])
     _, metrics = train(batch, margin=0.5, centre_coef=0.1, micro_batch_size=2)
     want = {
@@ -141,8 +140,8 @@ def test_a_step_moves_the_two_answers_apart(monkeypatch):
 
     def margins() -> torch.Tensor:
         with torch.no_grad():
-            chosen = scores_at_end(scalar, batch.chosen_ids, batch.chosen_len)
-            return chosen - scores_at_end(scalar, batch.rejected_ids, batch.rejected_len)
+            chosen = scalar.last(batch.chosen_ids, batch.chosen_len)
+            return chosen - scalar.last(batch.rejected_ids, batch.rejected_len)
 
     before = margins()
     fit(RewardModule(scalar, steady("reward", lr=1e-3, max_steps=1), 0), [batch])
@@ -188,8 +187,8 @@ def test_validation_counts_every_pair_once_and_knows_no_margin():
     right, nll = [], []
     with torch.no_grad():
         for batch in val:
-            chosen = scores_at_end(scalar, batch.chosen_ids, batch.chosen_len)
-            rejected = scores_at_end(scalar, batch.rejected_ids, batch.rejected_len)
+            chosen = scalar.last(batch.chosen_ids, batch.chosen_len)
+            rejected = scalar.last(batch.rejected_ids, batch.rejected_len)
             right += (chosen > rejected).tolist()
             nll += bradley_terry_loss(chosen, rejected).tolist()
     trainer = fit(RewardModule(scalar, s, 0), [pairs(2)] * 2, val, val_check_interval=1)
@@ -209,83 +208,83 @@ class Answers:
     def __init__(self, *calls: list[str]) -> None:
         self.calls = list(calls)
         self.prompts: list[list[list[int]]] = []
-        self.options: list[dict] = []
+        self.sampling: list[Sampling] = []
 
-    def __call__(self, policy, prompts, tokenizer, **options):
+    def __call__(self, prompts, sampling):
         self.prompts.append(prompts)
-        self.options.append(options)
+        self.sampling.append(sampling)
         texts = self.calls.pop(0)
         assert len(texts) == len(prompts)
-        ids = [tokenizer.encode(text) for text in texts]
-        stopped = [not text.endswith("…") for text in texts]
-        return pack(prompts, ids, [[0.0] * len(i) for i in ids], stopped, tokenizer.pad_id)
+        ids = [TOKENIZER.encode(text) for text in texts]
+        return Generation(ids, None, [not text.endswith("…") for text in texts])
 
 
 def by_length(text: str, stopped: bool) -> float:
     return float(len(text))
 
 
-def make_pairs(monkeypatch, answers: Answers, n_prompts: int, judge=by_length, **changes):
-    monkeypatch.setattr(stage, "sample", answers)
+def make_pairs(answers: Answers, n_prompts: int, judge=by_length, **changes):
     s = settings("reward", **{"pairs_per_prompt": 1, **changes})
     prompts = [[10 + i] for i in range(n_prompts)]
-    return sample_pairs(make_policy(), TOKENIZER, prompts, judge, s, seed=3)
+    return sample_pairs(answers, TOKENIZER, prompts, judge, s, seed=3)
 
 
-def test_the_better_answer_is_the_chosen_one(monkeypatch):
+def test_the_better_answer_is_the_chosen_one():
     answers = Answers(["longest", "short", "a", "bcd"])
-    rows, skipped = make_pairs(monkeypatch, answers, 2, max_new_tokens=7, temperature=0.5)
+    rows, skipped = make_pairs(answers, 2, max_new_tokens=7, temperature=0.5)
     assert rows == [
         {"prompt": 0, "chosen": "longest", "rejected": "short"},
         {"prompt": 1, "chosen": "bcd", "rejected": "a"},
     ]
     assert skipped == 0
     assert answers.prompts == [[[10], [10], [11], [11]]]
-    assert answers.options == [{"max_new_tokens": 7, "temperature": 0.5, "seed": 6}]
+    stop = TOKENIZER.eot_id
+    want = Sampling(max_new_tokens=7, stop_id=stop, temperature=0.5, seed=6)
+    assert answers.sampling == [want]
 
 
-def test_ties_are_sampled_once_more_and_then_skipped_and_counted(monkeypatch):
+def test_ties_are_sampled_once_more_and_then_skipped_and_counted():
     answers = Answers(["a", "b", "cc", "d", "e", "f"], ["g", "hh", "i", "j"])
-    rows, skipped = make_pairs(monkeypatch, answers, 3)
+    rows, skipped = make_pairs(answers, 3)
     assert rows == [
         {"prompt": 1, "chosen": "cc", "rejected": "d"},
         {"prompt": 0, "chosen": "hh", "rejected": "g"},
     ]
     assert skipped == 1
     assert answers.prompts[1] == [[10], [10], [12], [12]]  # only the tied ones
-    assert [options["seed"] for options in answers.options] == [6, 7]  # another draw
+    assert [sampling.seed for sampling in answers.sampling] == [6, 7]  # another draw
 
 
-def test_an_answer_that_was_cut_off_is_marked(monkeypatch):
-    rows, _ = make_pairs(monkeypatch, Answers(["longest…", "short", "a…", "bcd…"]), 2)
+def test_an_answer_that_was_cut_off_is_marked():
+    rows, _ = make_pairs(Answers(["longest…", "short", "a…", "bcd…"]), 2)
     assert [row.get("unfinished") for row in rows] == [["chosen"], ["chosen", "rejected"]]
 
 
-def test_a_prompt_may_give_several_pairs(monkeypatch):
+def test_a_prompt_may_give_several_pairs():
     answers = Answers(["a", "bb", "ccc", "d", "ee", "f", "g", "hh"])
-    rows, _ = make_pairs(monkeypatch, answers, 2, pairs_per_prompt=2)
+    rows, _ = make_pairs(answers, 2, pairs_per_prompt=2)
     assert [row["prompt"] for row in rows] == [0, 0, 1, 1]
     assert len(answers.calls) == 0  # nothing tied: no second round
 
 
-def test_the_judge_hears_whether_an_answer_stopped(monkeypatch):
+def test_the_judge_hears_whether_an_answer_stopped():
     answers = Answers(["same", "same…"])
-    rows, _ = make_pairs(monkeypatch, answers, 1, judge=lambda text, stopped: float(stopped))
+    rows, _ = make_pairs(answers, 1, judge=lambda text, stopped: float(stopped))
     assert rows == [
         {"prompt": 0, "chosen": "same", "rejected": "same.", "unfinished": ["rejected"]}
     ]
 
 
 def test_real_pairs_are_seeded_and_in_the_judges_order(device):
-    policy = make_policy().to(device)
+    sampler = sampler_of(make_policy().to(device))
     s = settings("reward", pairs_per_prompt=3, max_new_tokens=10, temperature=1.0)
     prompts = [TOKENIZER.prompt([{"role": "user", "content": text}]) for text in ("a", "Hello")]
 
     def judge(text: str, stopped: bool) -> float:
         return len(text) + 0.5 * stopped
 
-    rows, skipped = sample_pairs(policy, TOKENIZER, prompts, judge, s, seed=1)
-    assert (rows, skipped) == sample_pairs(policy, TOKENIZER, prompts, judge, s, seed=1)
-    assert rows != sample_pairs(policy, TOKENIZER, prompts, judge, s, seed=2)[0]
+    rows, skipped = sample_pairs(sampler, TOKENIZER, prompts, judge, s, seed=1)
+    assert (rows, skipped) == sample_pairs(sampler, TOKENIZER, prompts, judge, s, seed=1)
+    assert rows != sample_pairs(sampler, TOKENIZER, prompts, judge, s, seed=2)[0]
     assert len(rows) + skipped == 6 and len(rows) > 2
     assert all(len(row["chosen"]) >= len(row["rejected"]) for row in rows)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from fourstage.batch import PromptBatch
 from fourstage.ladder import LADDER
 from fourstage.model import ModelConfig, ScalarModel, Transformer
+from fourstage.sampling.generate import Sampler, generate
 from fourstage.settings import build
 from fourstage.stages import StageModule
 from fourstage.tokenizer import Tokenizer
@@ -38,6 +39,11 @@ def make_policy(seed: int = 1, model: ModelConfig = TINY) -> Transformer:
     with torch.no_grad():
         policy.head.weight[TOKENIZER.eot_id] *= 4
     return policy
+
+
+def without_logprobs(policy: Transformer) -> Sampler:
+    """Our sampler, as if it were one that doesn't know the log-probs of our network."""
+    return lambda prompts, sampling: replace(generate(policy, prompts, sampling), logprobs=None)
 
 
 def make_scalar(seed: int = 2, model: ModelConfig = TINY) -> ScalarModel:

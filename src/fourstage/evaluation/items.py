@@ -31,7 +31,7 @@ from fourstage.model import Transformer
 from fourstage.model.moe import Router
 from fourstage.rl.ops import token_logprobs
 from fourstage.rl.rewards import true_score, well_formed
-from fourstage.sampling.generate import Generation, generate
+from fourstage.sampling.generate import Generation, Sampling, generate
 from fourstage.tokenizer import Tokenizer
 
 BLOCK = 256  # tokens of text that are read at once
@@ -250,15 +250,13 @@ def answers(
     prompts = [tokenizer.prompt(record.prompt_messages) for record in records]
     found: dict[int, tuple[list[int], list[float], bool]] = {}
     for rows in batches([len(prompt) + config.max_new_tokens for prompt in prompts]):
-        part = generate(
-            policy,
-            [prompts[row] for row in rows],
+        sampling = Sampling(
             max_new_tokens=config.max_new_tokens,
             stop_id=tokenizer.eot_id,
-            pad_id=tokenizer.pad_id,
             temperature=0.0 if row_seeds is None else 1.0,
             row_seeds=None if row_seeds is None else [row_seeds[row] for row in rows],
         )
+        part = generate(policy, [prompts[row] for row in rows], sampling)
         said = zip(part.answer_ids, part.logprobs, part.stopped, strict=True)
         found |= dict(zip(rows, said, strict=True))
     ids, logprobs, stopped = zip(*(found[row] for row in range(len(prompts))), strict=True)

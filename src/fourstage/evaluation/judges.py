@@ -17,6 +17,7 @@ from fourstage.evaluation.items import at_work, batches
 from fourstage.evaluation.suite import Item
 from fourstage.model import ScalarModel, Transformer
 from fourstage.rl.rollout import answer_logprobs, final_scores, pack
+from fourstage.sampling.generate import Generation
 from fourstage.tokenizer import Tokenizer
 
 NO_REWARD = "no reward model on this ladder yet"
@@ -114,7 +115,8 @@ def rollout(chats: list[Item], tokenizer: Tokenizer) -> Rollout:
     """The stored answers; the stored sum of log-probabilities is put on the first token."""
     logprobs = [[item["logprob"]] + [0.0] * (len(item["ids"]) - 1) for item in chats]
     prompts, answers = [i["prompt_ids"] for i in chats], [i["ids"] for i in chats]
-    return pack(prompts, answers, logprobs, [i["stopped"] for i in chats], tokenizer.pad_id)
+    said = Generation(answers, logprobs, [item["stopped"] for item in chats])
+    return pack(prompts, said, tokenizer.pad_id)
 
 
 @torch.no_grad()

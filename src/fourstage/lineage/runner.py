@@ -27,7 +27,7 @@ from fourstage.model import Transformer
 from fourstage.model.weights import save_weights
 from fourstage.parallel import strategies
 from fourstage.rl.rollout import fitted_prompt
-from fourstage.sampling.generate import generate
+from fourstage.sampling.generate import Sampling, generate
 from fourstage.stages.prepare import Prepared, rank, say, world_size
 from fourstage.tokenizer import Tokenizer
 from fourstage.tracking.callbacks import (
@@ -213,14 +213,10 @@ def fixed_answers(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> l
     """Greedy answers to the prompts that every stage is asked, "What is an LLM?" first."""
     prompts = data.sample_prompts(job.data)
     room = policy.config.max_seq_len - job.evaluation.max_new_tokens
-    answers = generate(
-        policy,
-        [fitted_prompt(tokenizer, prompt["messages"], room) for prompt in prompts],
-        max_new_tokens=job.evaluation.max_new_tokens,
-        stop_id=tokenizer.eot_id,
-        pad_id=tokenizer.pad_id,
-        temperature=0.0,
-    )
+    ids = [fitted_prompt(tokenizer, prompt["messages"], room) for prompt in prompts]
+    new = job.evaluation.max_new_tokens
+    sampling = Sampling(max_new_tokens=new, stop_id=tokenizer.eot_id, temperature=0.0)
+    answers = generate(policy, ids, sampling)
     return [
         Sample(prompt["id"], prompt["messages"][-1]["content"], tokenizer.decode(ids), stopped)
         for prompt, ids, stopped in zip(prompts, answers.answer_ids, answers.stopped, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fourstage.model.attention import Linear
@@ -31,8 +32,14 @@ class ScalarModel(nn.Module):
         self.head = ScalarHead(backbone.config.d_model)
 
     def forward(self, ids_BT: Tensor, *, valid_BT: Tensor | None = None) -> Tensor:
-        """int64 [B, T], right-padded -> float [B, T]; what stands on padding means nothing."""
+        """int64 [B, T], right-padded -> float [B, T], meaningless on padding."""
         hidden_BTD = self.backbone(ids_BT, valid_BT=valid_BT).hidden_BTD
         flops = head_flops(hidden_BTD.shape[-1], 1, ids_BT.numel())
         self.backbone.count_flops(flops, has_backward=hidden_BTD.requires_grad)
         return self.head(hidden_BTD)
+
+    def last(self, ids_BT: Tensor, length_B: Tensor) -> Tensor:
+        """The number at the last real token of each row of length_B tokens, float32 [B]."""
+        valid_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < length_B[:, None]
+        values_BT = self(ids_BT, valid_BT=valid_BT).float()
+        return values_BT.gather(1, length_B[:, None] - 1).squeeze(1)

@@ -49,6 +49,13 @@ class _Take(torch.autograd.Function):
         return F.embedding_bag(order_M, grad_MX, starts_N, mode="sum"), None, None, None
 
 
+def ranks(ids_BT: Tensor, length_B: Tensor) -> Tensor:
+    """int64 [B]: each row's place in lexicographic order, in which the longest beginning that a row
+    shares with any row before it is the one it shares with its neighbour."""
+    rows = [row[:n] for row, n in zip(ids_BT.tolist(), length_B.tolist(), strict=True)]
+    return torch.tensor(sorted(range(len(rows)), key=rows.__getitem__)).argsort()
+
+
 class Packing:
     """Where the distinct tokens of some rows stand; found on the CPU, read where `to` moves it.
 
@@ -57,12 +64,11 @@ class Packing:
     place_BT: int64, the number of each row's tokens; any number where there is padding.
     """
 
-    def __init__(self, ids_BT: Tensor, length_B: Tensor):
-        """ids_BT: int64, right-padded rows, each of length_B tokens."""
-        B, T = self.shape = ids_BT.shape
-        rows = [row[:n] for row, n in zip(ids_BT.tolist(), length_B.tolist(), strict=True)]
-        # in the order of a dictionary a row shares no beginning but one with the row before it
-        order_B = torch.tensor(sorted(range(B), key=rows.__getitem__))
+    def __init__(self, ids_BT: Tensor, length_B: Tensor, rank_B: Tensor):
+        """ids_BT: int64, right-padded rows, each of length_B tokens; rank_B as `ranks` gives it."""
+        T = ids_BT.shape[1]
+        self.shape = ids_BT.shape
+        order_B = rank_B.argsort()
         sorted_BT = ids_BT[order_B]
         is_real_BT = torch.arange(T) < length_B[order_B, None]
         is_old_BT = is_real_BT.clone()
@@ -70,7 +76,7 @@ class Packing:
         is_old_BT[1:] &= is_real_BT[:-1] & (sorted_BT[1:] == sorted_BT[:-1])
         is_new_BT = is_real_BT & (is_old_BT.cumprod(1) == 0)
         self.first_N = is_new_BT.flatten().nonzero().squeeze(1)
-        number_BT = (is_new_BT.flatten().cumsum(0) - 1).view(B, T) * is_new_BT
+        number_BT = (is_new_BT.flatten().cumsum(0) - 1).view(self.shape) * is_new_BT
         self.row_places_BT = number_BT.cummax(0).values  # in the sorted order, as first_N
         self.place_BT = torch.empty_like(ids_BT).index_copy_(0, order_B, self.row_places_BT)
         self.ids_N = sorted_BT.flatten()[self.first_N]

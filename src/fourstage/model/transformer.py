@@ -9,19 +9,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fourstage.model.attention import (
-    Attention,
-    Linear,
-    RMSNorm,
-    rope_angles,
-)
+from fourstage.model.attention import Attention, Linear, RMSNorm, rope_angles
 from fourstage.model.cache import LayerCache
 from fourstage.model.config import ModelConfig
 from fourstage.model.flops import forward_flops, head_flops
@@ -43,6 +38,25 @@ class RouterStats:
 class ModelOutput:
     hidden_BTD: Tensor  # after the final norm; Transformer.logits turns any part of it to logits
     router: RouterStats | None  # None in a dense model
+
+
+class BlockWeights(NamedTuple):
+    """What a decode step reads of a block; None for what a block doesn't have.
+
+    Named as in kernels/decode.cpp.
+    """
+
+    attention_gain: Tensor  # [D]
+    qkv: Tensor  # [(H + 2 G) C, D]
+    head_gain: Tensor  # [H + G, C], of queries divided by sqrt(C)
+    out: Tensor  # [D, H C]
+    mlp_gain: Tensor  # [D]
+    router: Tensor | None  # [E, D]
+    bias: Tensor | None  # [E]
+    gate_up: Tensor  # [E, D, 2 F], of a dense model [2 F, D]
+    down: Tensor  # [E, F, D], of a dense model [D, F]
+    shared_gate_up: Tensor | None  # [2 F_s, D]
+    shared_down: Tensor | None  # [D, F_s]
 
 
 class Block(nn.Module):
@@ -72,6 +86,27 @@ class Block(nn.Module):
         else:
             y_BTD, routing = self.mlp(h_BTD), None
         return x_BTD + self.dropout(y_BTD), routing
+
+    def weights(self) -> BlockWeights:
+        """All that decoders read (../sampling); they are asked first whether they know the block's
+        modules."""
+        attention, mlp = self.attention, self.mlp
+        router, experts, shared = None, mlp, None
+        if isinstance(mlp, MoE):
+            router, experts, shared = mlp.router, mlp.experts, mlp.shared
+        return BlockWeights(
+            attention_gain=self.attention_norm.weight,
+            qkv=attention.qkv.weight,
+            head_gain=attention.head_gains(),
+            out=attention.out.weight,
+            mlp_gain=self.mlp_norm.weight,
+            router=router and router.proj.weight,
+            bias=router and router.expert_bias_E,
+            gate_up=experts.gate_up_EDF if router else experts.gate_up.weight,
+            down=experts.down_EFD if router else experts.down.weight,
+            shared_gate_up=shared and shared.gate_up.weight,
+            shared_down=shared and shared.down.weight,
+        )
 
 
 class Transformer(nn.Module):

@@ -1,9 +1,9 @@
-"""Rollouts: sample answers, re-pack them for training, score them with any of the networks.
+"""Rollouts: sampled answers as rows for training, scored by any of the networks.
 
-A rollout is on the CPU; scores are where the network is that gives them.
+A rollout is on the CPU; scores are on the device of the network that gives them.
 
-The sampler and the trainer are the same network code, so their log-probabilities agree
-(a test holds them to 1e-4 in float32, and the stages log the difference).
+Our own sampler and the trainer agree on log-probabilities (a test holds them to 1e-4 in float32,
+and the stages log the difference).
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ from torch import Tensor, nn
 from fourstage.batch import Rollout, moved
 from fourstage.errors import UserError
 from fourstage.model import ScalarModel, Transformer
-from fourstage.model.packing import Packing, Take
+from fourstage.model.packing import Packing, Take, ranks
 from fourstage.rl.ops import token_logprobs
-from fourstage.sampling.generate import generate
+from fourstage.sampling.generate import Generation
 from fourstage.tokenizer import Tokenizer
 
-ROWS_AT_ONCE = 512  # the KV cache of more rows would not fit a laptop's memory
-MOST_PACKED = 0.9  # of all places distinct tokens: above it packing saves less than it costs
-SEED_STEP = 1_000_003  # rows of one rollout; each draws from its own seed, whatever the batch
+MOST_PACKED = 0.9  # distinct tokens per place: above it packing saves less than it costs
 
 
 def fitted_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]], room: int) -> list[int]:
-    """The prompt's ids, without its beginning where it is longer than `room` tokens."""
+    """The prompt's ids, which lose their beginning where they exceed `room` tokens."""
     ids = tokenizer.prompt(messages)
     if len(ids) <= room:
         return ids
@@ -35,58 +33,28 @@ def fitted_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]], room: in
     return shorter
 
 
-@torch.no_grad()
-def sample(
-    policy: Transformer,
-    prompts: list[list[int]],
-    tokenizer: Tokenizer,
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-) -> Rollout:
-    """One answer to each prompt, from the whole distribution (no top-k, no top-p: on-policy)."""
-    texts: list[list[int]] = []
-    logprobs: list[list[float]] = []
-    stopped: list[bool] = []
-    for at in range(0, len(prompts), ROWS_AT_ONCE):
-        some = prompts[at : at + ROWS_AT_ONCE]
-        answers = generate(
-            policy,
-            some,
-            max_new_tokens=max_new_tokens,
-            stop_id=tokenizer.eot_id,
-            pad_id=tokenizer.pad_id,
-            temperature=temperature,
-            row_seeds=[(seed * SEED_STEP + at + row) % 2**63 for row in range(len(some))],
-        )
-        texts += answers.answer_ids
-        logprobs += answers.logprobs
-        stopped += answers.stopped
-    return pack(prompts, texts, logprobs, stopped, tokenizer.pad_id)
-
-
-def pack(
-    prompts: list[list[int]],
-    answers: list[list[int]],
-    logprobs: list[list[float]],
-    stopped: list[bool],
-    pad_id: int,
-) -> Rollout:
-    """Right-padded rows prompt + answer from ragged lists."""
+def pack(prompts: list[list[int]], said: Generation, pad_id: int) -> Rollout:
+    """Right-padded rows prompt + answer; without log-probs of the sampler's they are 0."""
+    answers = said.answer_ids
     longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    n_answer = max(len(a) for a in answers)
     ids_BT = torch.full((len(prompts), longest), pad_id)
-    logp_BA = torch.zeros(len(prompts), n_answer)
-    for row, (prompt, answer, logp) in enumerate(zip(prompts, answers, logprobs, strict=True)):
+    logp_BA = torch.zeros(len(prompts), max(map(len, answers)))
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         ids_BT[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        logp_BA[row, : len(answer)] = torch.tensor(logp)
+        if said.logprobs is not None:
+            logp_BA[row, : len(answer)] = torch.tensor(said.logprobs[row])
+    start_B = torch.tensor([len(p) for p in prompts])
+    length_B = torch.tensor([len(a) for a in answers])
+    inputs_B = start_B + length_B - 1  # tokens that are read: the last one predicts nothing
+    rank_B = ranks(ids_BT, inputs_B)
+    packs = len(Packing(ids_BT, inputs_B, rank_B)) <= MOST_PACKED * ids_BT.numel()
     return Rollout(
         ids=ids_BT,
-        start=torch.tensor([len(p) for p in prompts]),
-        length=torch.tensor([len(a) for a in answers]),
+        start=start_B,
+        length=length_B,
         logprobs=logp_BA,
-        stopped=torch.tensor(stopped),
+        stopped=torch.tensor(said.stopped),
+        rank=rank_B if packs else None,
     )
 
 
@@ -103,17 +71,16 @@ def device_of(network: nn.Module) -> torch.device:
 def answer_logits(policy: Transformer, rollout: Rollout) -> Tensor:
     """Logits [M, V] that predict the answer tokens, M = rollout.mask.sum()."""
     device = device_of(policy)
-    packing = Packing(rollout.ids, rollout.start + rollout.length - 1)
-    if len(packing) <= MOST_PACKED * rollout.ids.numel():
+    if rollout.rank is not None:
+        packing = Packing(rollout.ids, rollout.start + rollout.length - 1, rollout.rank)
         at_BA = packing.place_BT.gather(1, rollout.predict_at)
         hidden_ND = policy(packing.to(device)).hidden_BTD[0]
     else:
         B, T = rollout.inputs.shape
         at_BA = rollout.predict_at + torch.arange(0, B * T, T)[:, None]
         is_input_BT = moved(rollout.is_input, device)
-        hidden_ND = policy(moved(rollout.inputs, device), valid_BT=is_input_BT).hidden_BTD.flatten(
-            0, 1
-        )
+        hidden_BTD = policy(moved(rollout.inputs, device), valid_BT=is_input_BT).hidden_BTD
+        hidden_ND = hidden_BTD.flatten(0, 1)
     at_M = moved(at_BA.flatten()[rollout.places], device)
     return policy.logits(Take(at_M, len(hidden_ND))(hidden_ND))
 
@@ -145,6 +112,4 @@ def answer_values(network: ScalarModel, rollout: Rollout) -> Tensor:
 def final_scores(network: ScalarModel, rollout: Rollout) -> Tensor:
     """The reward model's score, read at the last real token of each row, float32 [B]."""
     device = device_of(network)
-    values_BT = network(moved(rollout.ids, device), valid_BT=moved(rollout.valid, device)).float()
-    last_B = moved(rollout.start + rollout.length - 1, device)
-    return values_BT.gather(1, last_B[:, None]).squeeze(1)
+    return network.last(moved(rollout.ids, device), moved(rollout.start + rollout.length, device))

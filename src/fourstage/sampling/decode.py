@@ -1,8 +1,9 @@
-"""Generation's half of the network: prompts once, then one more token for each row at a time.
+"""The network in generation: the prompts at once, then one more token per row at a time.
 
-A step of one token has little arithmetic, so its time is the number of operations. On a CPU in
-float32 the whole step is one (kernels/decode.cpp). Elsewhere they are few (steps.py), and a GPU may
-run them by one command (recording.py).
+A step of one token has so little arithmetic that the number of operations decides its time. On a
+CPU in float32 the whole step is one operation (kernels/decode.cpp). Elsewhere it is a few
+(steps.py), which a GPU may replay as one graph (recording.py). A network with modules that none of
+these knows is read as it trains (plain_steps.py).
 
 Shape legend: B rows, T tokens, S positions, V vocabulary.
 """
@@ -17,16 +18,17 @@ from torch import Tensor
 from fourstage.model.flops import forward_flops, head_flops
 from fourstage.model.transformer import Transformer
 from fourstage.sampling.kernel_steps import KernelSteps
+from fourstage.sampling.plain_steps import PlainSteps
 from fourstage.sampling.recording import recorded_steps
 from fourstage.sampling.steps import TorchSteps
 
 
 class Decoder:
-    """Continues rows of tokens, whose keys and values it holds; for a network in eval mode.
+    """Continues rows of tokens and holds their keys and values; the network is in eval mode.
 
-    capacity: tokens that a row may have in all, for which memory is taken at the first.
-    real_BS: bool [B, capacity], False where a row has padding, which is at its left and never seen.
-    rows: the most that there will be; where it is known, a GPU may record steps.
+    capacity: the most tokens of a row, for which memory is allocated at the first.
+    real_BS: bool [B, capacity], False on the padding at the left of a row, which is masked.
+    rows: the most rows there will be; where that is known, a GPU may record steps.
     """
 
     @torch.no_grad()
@@ -35,40 +37,46 @@ class Decoder:
     ):
         assert capacity <= model.config.max_seq_len, f"{capacity} tokens exceed max_seq_len"
         self.model, self.capacity, self.length = model, capacity, 0
-        self.steps = (
-            KernelSteps(model, capacity, real_BS)
-            if KernelSteps.fits(model)
-            else recorded_steps(model, capacity, real_BS, rows, user=self)
-            or TorchSteps(model, capacity, real_BS)
-        )
+        self.steps: KernelSteps | TorchSteps | PlainSteps
+        if KernelSteps.supports(model):
+            self.steps = KernelSteps(model, capacity, real_BS)
+        elif TorchSteps.supports(model):
+            recorded = recorded_steps(model, capacity, real_BS, rows, user=self)
+            self.steps = recorded or TorchSteps(model, capacity, real_BS)
+        else:
+            self.steps = PlainSteps(model, real_BS)
 
     @torch.no_grad()
     def prefill(self, ids_BT: Tensor) -> None:
         """The first tokens of each row, int64 [B, T].
 
-        Keys and values are all that a next token needs: the last block computes nothing else.
+        The next token needs only keys and values: the last block computes nothing else.
         """
-        model, c, (B, T) = self.model, self.model.config, ids_BT.shape
-        assert self.length == 0, "the rows have begun"
-        assert self.capacity >= T, f"the rows hold {self.capacity} tokens"
+        c, (B, T) = self.model.config, ids_BT.shape
+        assert self.length == 0, "prefill must come first"
+        assert self.capacity >= T, f"a row holds {self.capacity} tokens"
         self.steps.prefill(ids_BT)
         self.length = T
         flops = head_flops(c.d_model, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, B * T)
         if c.n_layers > 1:
             flops += forward_flops(replace(c, n_layers=c.n_layers - 1), B * T, T)
-        model.count_flops(flops, has_backward=False)
+        self.count_flops(flops)
 
     @torch.no_grad()
     def __call__(self, ids_B: Tensor) -> Tensor:
-        """int64 [B], a token more for each row -> logits [B, V] of the one after it."""
-        model, c, B, at = self.model, self.model.config, len(ids_B), self.length
-        assert at < self.capacity, f"the rows hold {self.capacity} tokens"
+        """int64 [B], one more token per row -> logits [B, V] of the token after it."""
+        c, B, at = self.model.config, len(ids_B), self.length
+        assert at < self.capacity, f"a row holds {self.capacity} tokens"
         logits_BV = self.steps.step(ids_B, at)
         self.length = at + 1
-        head = head_flops(c.d_model, model.vocab_size, B)
-        model.count_flops(forward_flops(c, B, at + 1) + head, has_backward=False)
+        head = head_flops(c.d_model, self.model.vocab_size, B)
+        self.count_flops(forward_flops(c, B, at + 1) + head)
         return logits_BV
 
+    def count_flops(self, flops: int) -> None:
+        if not isinstance(self.steps, PlainSteps):  # which run forwards that count themselves
+            self.model.count_flops(flops, has_backward=False)
+
     def keep(self, rows: Tensor) -> None:
-        """Row i is then what row rows[i] was, int64 [b]: some rows less, or a row several times."""
+        """Row i becomes what row rows[i] was, int64 [b]: rows may be dropped or repeated."""
         self.steps.keep(rows)

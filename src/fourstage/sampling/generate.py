@@ -1,7 +1,7 @@
 """Batched sampling with a KV cache: rollouts, sample tables, evaluation and chat all use this.
 
-Prompts are padded at the left. Each row draws from its own random numbers, so what a row says
-depends neither on the rows beside it nor on when those end.
+Prompts are padded at the left. Each row draws from its own random numbers, so its answer depends
+neither on the rows beside it nor on when they end.
 
 Shape legend: B unfinished answers, U rows of the decoder, N its next rows, P prompt tokens,
 A answer tokens, S positions, V vocabulary.
@@ -9,8 +9,9 @@ A answer tokens, S positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,35 +20,44 @@ from fourstage.errors import UserError
 from fourstage.model import Transformer
 from fourstage.sampling.decode import Decoder
 
-COMPACT_BELOW = 0.75  # finished rows leave the batch when fewer than this share are unfinished
+ROWS_AT_ONCE = 512  # the KV cache of more rows would not fit a laptop's memory
+COMPACT_BELOW = 0.75  # drop finished rows once fewer than this share are unfinished
 LEAST_TEMPERATURE = 0.01  # dividing by much less makes logits overflow
-MOST_SHARED = 0.5  # rows for each answer, above which every answer gets a row of its own
+MOST_SHARED = 0.5  # rows per answer above which every answer gets a row of its own
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One entry a prompt, in the order of the prompts."""
+    """One entry per prompt, in the order of the prompts."""
 
     answer_ids: list[list[int]]  # with the stop token where one was sampled
-    logprobs: list[list[float]]  # of each answer token, under the distribution it was drawn from
+    # of each answer token, under the distribution it was drawn from; None: the sampler doesn't know
+    # those of our own network, which then computes them
+    logprobs: list[list[float]] | None
     stopped: list[bool]  # ended by the stop token, not by max_new_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn from logits; temperature 0 takes the likeliest one.
+    """How answers are drawn: at most max_new_tokens tokens, up to and including stop_id.
 
-    top_k keeps the k likeliest tokens (0: all), then top_p the smallest set of the likeliest whose
-    probability reaches p (Holtzman et al. 2019, arXiv 1904.09751); `forbid` ids are never drawn.
+    Temperature 0 takes the likeliest token. top_k keeps the k likeliest (0: all), then top_p the
+    smallest set of the likeliest whose probability reaches p (Holtzman et al. 2019,
+    arXiv 1904.09751); `forbid` ids are never drawn. Row i draws with row_seeds[i], by default made
+    of seed and i.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value is out of range.
     """
 
+    max_new_tokens: int
+    stop_id: int
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     forbid: tuple[int, ...] = ()
+    seed: int = 0
+    row_seeds: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.temperature != 0 and not self.temperature >= LEAST_TEMPERATURE:
@@ -59,6 +69,13 @@ class Sampling:
             raise UserError(f"top_k: must be 0 (all tokens) or more, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p: must be above 0 and at most 1, got {self.top_p}")
+
+    def seeds(self, n: int) -> Sequence[int]:
+        """One per row."""
+        if self.row_seeds is None:
+            return [(self.seed * 1_000_003 + row) % 2**63 for row in range(n)]
+        assert len(self.row_seeds) == n, "one seed per prompt"
+        return self.row_seeds
 
     def log_probs(self, logits_BV: Tensor) -> Tensor:
         """Log-probabilities [B, V] after temperature and filters (greedy: as if it were 1)."""
@@ -86,75 +103,51 @@ class Sampling:
         cdf_BV = log_probs_BV.exp().cumsum(-1)
         below_total_B = uniform_B.clamp(max=1 - 2**-20) * cdf_BV[:, -1]
         drawn_B = torch.searchsorted(cdf_BV, below_total_B[:, None], right=True).squeeze(1)
-        return drawn_B.clamp(max=cdf_BV.shape[1] - 1)  # past the end where nothing is a number
+        return drawn_B.clamp(max=cdf_BV.shape[1] - 1)  # NaN logits make searchsorted return V
 
 
-def generate(
-    model: Transformer,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    stop_id: int,
-    pad_id: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    forbid: tuple[int, ...] = (),
-    seed: int = 0,
-    row_seeds: list[int] | None = None,
-) -> Generation:
-    """Answers every prompt with at most max_new_tokens tokens, up to and including stop_id.
+Sampler = Callable[[list[list[int]], Sampling], Generation]
+
+
+def generate(model: Transformer, prompts: list[list[int]], sampling: Sampling) -> Generation:
+    """Answers every prompt.
 
     With top_k 0, top_p 1 and nothing forbidden, logprobs are those that a training forward gives
-    for logits / temperature. Row i draws with row_seeds[i], else with a seed made of seed and i.
+    for logits / temperature.
 
     Raises:
-        UserError: a prompt leaves no room for the answer in max_seq_len, or a value out of range.
+        UserError: a prompt leaves no room for the answer in max_seq_len.
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, forbid=forbid)
-    if row_seeds is None:
-        row_seeds = [_row_seed(seed, i) for i in range(len(prompts))]
-    assert len(row_seeds) == len(prompts), "one seed a prompt"
-    steps = _steps(model, prompts, max_new_tokens, stop_id, pad_id, sampling, row_seeds)
-    rows, tokens, logprobs = [torch.cat(x).tolist() for x in zip(*steps, strict=True)] or ([],) * 3
     answers: list[list[int]] = [[] for _ in prompts]
-    answer_logprobs: list[list[float]] = [[] for _ in prompts]
-    for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
-        answers[row].append(token)
-        answer_logprobs[row].append(logprob)
-    return Generation(answers, answer_logprobs, [stop_id in answer for answer in answers])
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    seeds = sampling.seeds(len(prompts))
+    for at in range(0, len(prompts), ROWS_AT_ONCE):
+        some = slice(at, at + ROWS_AT_ONCE)
+        steps = _steps(model, prompts[some], replace(sampling, row_seeds=seeds[some]))
+        columns = [torch.cat(x).tolist() for x in zip(*steps, strict=True)]
+        for row, token, logprob in zip(*columns, strict=True):
+            answers[at + row].append(token)
+            logprobs[at + row].append(logprob)
+    return Generation(answers, logprobs, [sampling.stop_id in answer for answer in answers])
 
 
-def stream(
-    model: Transformer,
-    prompt: list[int],
-    *,
-    max_new_tokens: int,
-    stop_id: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    forbid: tuple[int, ...] = (),
-    seed: int = 0,
-) -> Iterator[int]:
+def sampler_of(model: Transformer) -> Sampler:
+    """Our own network as a sampler."""
+    return partial(generate, model)
+
+
+def stream(model: Transformer, prompt: list[int], sampling: Sampling) -> Iterator[int]:
     """The answer that generate gives to this prompt alone, token by token; raises as it does."""
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, forbid=forbid)
-    row_seeds = [_row_seed(seed, 0)]
-    for _, token, _ in _steps(model, [prompt], max_new_tokens, stop_id, 0, sampling, row_seeds):
+    for _, token, _ in _steps(model, [prompt], sampling):
         yield token.item()
 
 
 @torch.no_grad()
 def _steps(
-    model: Transformer,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    stop_id: int,
-    pad_id: int,
-    sampling: Sampling,
-    row_seeds: list[int],
+    model: Transformer, prompts: list[list[int]], sampling: Sampling
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Per step: the unfinished answers' prompt numbers, new tokens and log-probs, each [B]."""
+    max_new_tokens = sampling.max_new_tokens
     longest = max(map(len, prompts), default=0)
     if longest + max_new_tokens > model.config.max_seq_len:
         raise UserError(
@@ -164,18 +157,19 @@ def _steps(
     if not prompts or max_new_tokens < 1:
         return
     assert all(prompts), "an empty prompt"
-    uniform_BA = _uniforms(row_seeds, max_new_tokens).to(model.embedding.weight.device)
+    uniform_BA = _uniforms(sampling.seeds(len(prompts)), max_new_tokens)
+    uniform_BA = uniform_BA.to(model.embedding.weight.device)
     was_training = model.training
     model.eval()
     try:
-        rows = _Rows(model, prompts, longest + max_new_tokens, pad_id)
+        rows = _Rows(model, prompts, longest + max_new_tokens)
         row_B = torch.arange(len(prompts), device=uniform_BA.device)
         for step in range(max_new_tokens):
             log_probs_BV = rows.spread(sampling.log_probs(rows.logits()))
             token_B = sampling.draw(log_probs_BV, uniform_BA[:, step])
             logprob_B = log_probs_BV.gather(1, token_B[:, None]).squeeze(1)
             yield row_B, token_B, logprob_B
-            alive_K = (token_B != stop_id).nonzero().squeeze(1)  # a GPU is waited for here
+            alive_K = (token_B != sampling.stop_id).nonzero().squeeze(1)  # a GPU is waited for here
             if len(alive_K) < len(token_B):
                 row_B, uniform_BA, token_B = (x[alive_K] for x in (row_B, uniform_BA, token_B))
                 rows.leave(alive_K)
@@ -187,16 +181,16 @@ def _steps(
 
 
 class _Rows:
-    """The decoder's rows, of which equal answers share one: answers to one prompt until they part.
+    """The decoder's rows; answers to one prompt share a row until they differ.
 
-    place_B: int64, the row of each unfinished answer; is_in_order: they are all rows, one after the
-    other. A row that no answer needs stays until it is worth a copy of the others. With prompts of
-    one length nothing is masked, and attention may take its faster way. A padded row's positions
-    start after its padding: rotary attention sees distances only.
+    place_B: int64, the row of each unfinished answer; is_in_order: answer i is in row i. A row that
+    no answer needs stays until copying the others pays. With prompts of one length nothing is
+    masked, and attention takes its faster path. Padding shifts a row's positions, which changes
+    nothing: rotary attention depends on distances only.
     """
 
-    def __init__(self, model: Transformer, prompts: list[list[int]], capacity: int, pad_id: int):
-        """Reads all but the last token of each prompt, which is the first to be appended."""
+    def __init__(self, model: Transformer, prompts: list[list[int]], capacity: int):
+        """Prefills all but the last token of each prompt, which is the first to be appended."""
         device = model.embedding.weight.device
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         self.place_B = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=device)
@@ -211,7 +205,7 @@ class _Rows:
             real_US = steps >= torch.tensor(pads, device=device)[:, None]
         self.decoder = Decoder(model, capacity, real_US, rows=len(prompts))
         if longest > 1:
-            ids = [[pad_id] * pad + list(p[:-1]) for pad, p in zip(pads, number, strict=True)]
+            ids = [[0] * pad + list(p[:-1]) for pad, p in zip(pads, number, strict=True)]
             self.decoder.prefill(torch.tensor(ids, device=device))
 
     def logits(self) -> Tensor:
@@ -219,15 +213,15 @@ class _Rows:
         return self.decoder(self.ids_U)
 
     def spread(self, x_UV: Tensor) -> Tensor:
-        """What a row has, for each of its unfinished answers: [B, V]."""
+        """From rows [U, V] to unfinished answers [B, V]."""
         return x_UV if self.is_in_order else x_UV[self.place_B]
 
     def leave(self, alive_K: Tensor) -> None:
-        """Only these answers, of B, are unfinished."""
+        """Drop the answers that have finished: alive_K are the others."""
         self.place_B, self.is_in_order = self.place_B[alive_K], False
 
     def append(self, token_B: Tensor) -> None:
-        """A token more for each unfinished answer; those that part get rows of their own."""
+        """One more token per unfinished answer; answers that now differ get rows of their own."""
         if self.is_in_order:
             self.ids_U = token_B
             return
@@ -253,11 +247,7 @@ class _Rows:
         )
 
 
-def _row_seed(seed: int, row: int) -> int:
-    return (seed * 1_000_003 + row) % 2**63
-
-
-def _uniforms(row_seeds: list[int], n: int) -> Tensor:
+def _uniforms(row_seeds: Sequence[int], n: int) -> Tensor:
     """float [B, n] in [0, 1), row i from row_seeds[i] alone; the same on every device."""
     generator = torch.Generator()
     return torch.stack([torch.rand(n, generator=generator.manual_seed(seed)) for seed in row_seeds])

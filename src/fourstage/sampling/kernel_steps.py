@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fourstage.model import ops
 from fourstage.model.attention import rope_angles
-from fourstage.model.moe import MoE, SwiGLU
-from fourstage.model.transformer import Block, Transformer
+from fourstage.model.moe import Router
+from fourstage.model.transformer import Block, BlockWeights, Transformer
+from fourstage.sampling.steps import KNOWN
 
 
 def _fields(names: str, kind: type) -> list[tuple[str, type]]:
@@ -25,11 +26,7 @@ def _fields(names: str, kind: type) -> list[tuple[str, type]]:
 class _Layer(Structure):
     """The same as in decode.cpp, as is _Model."""
 
-    _fields_ = _fields(
-        "attention_gain qkv head_gain out mlp_gain router bias gate_up down "
-        "shared_gate_up shared_down",
-        c_void_p,
-    )
+    _fields_ = _fields(" ".join(BlockWeights._fields), c_void_p)
 
 
 class _Model(Structure):
@@ -42,11 +39,14 @@ class _Model(Structure):
 
 
 class KernelSteps:
-    """What Decoder runs on a CPU in float32. Weights are those of when it is made."""
+    """What Decoder runs on a CPU in float32. It reads the weights once, when it is made."""
 
     @staticmethod
-    def fits(model: Transformer) -> bool:
+    def supports(model: Transformer) -> bool:
+        """Whether the kernel computes what this network's modules compute, in its widths."""
         c = model.config
+        if any(type(module) not in {*KNOWN, Router} for module in model.modules()):
+            return False
         if c.expert_path != "grouped" or torch.is_autocast_enabled("cpu"):
             return False
         if any(w.device.type != "cpu" or w.dtype != torch.float32 for w in model.parameters()):
@@ -66,7 +66,7 @@ class KernelSteps:
         rope = rope_angles(torch.arange(capacity)[None], c.head_dim, c.rope_theta)
         cos_SC, sin_SC = (F.pad(x[0, :, 0], (0, 0, 0, self.capacity - capacity)) for x in rope)
         half = c.head_dim // 2  # the other half of cos is equal, that of sin negative
-        V_16 = _up(self.vocab_size)
+        head = (model.head or model.embedding).weight
         self.layers = (_Layer * c.n_layers)(*map(self._layer, model.blocks))
         self.model = _Model(
             c.n_layers,
@@ -78,49 +78,46 @@ class KernelSteps:
             c.top_k,
             c.d_expert,
             c.d_shared,
-            V_16,
+            _up(self.vocab_size),
             self.capacity,
             c.qk_norm,
             c.norm_eps,
             c.route_scale,
             self.layers,
-            self._hold(model.norm.weight, c.d_model),
-            self._hold(_packed((model.head or model.embedding).weight), c.d_model, V_16),
-            self._hold(cos_SC[:, half:], self.capacity, half),
-            self._hold(sin_SC[:, half:], self.capacity, half),
+            self._hold("gain", model.norm.weight, (c.d_model,)),
+            self._hold("head", head, (self.vocab_size, c.d_model), is_product=True),
+            self._hold("cos", cos_SC[:, half:], (self.capacity, half)),
+            self._hold("sin", sin_SC[:, half:], (self.capacity, half)),
         )
 
     def _layer(self, block: Block) -> _Layer:
-        c, attention, mlp = self.config, block.attention, block.mlp
-        D, C, n_qk = c.d_model, c.head_dim, c.n_heads + c.n_kv_heads
-        layer = _Layer(
-            attention_gain=self._hold(block.attention_norm.weight, D),
-            qkv=self._hold(_packed(attention.qkv.weight), D, (n_qk + c.n_kv_heads) * C),
-            head_gain=self._hold(attention.head_gains(), n_qk, C),
-            out=self._hold(_packed(attention.out.weight), c.n_heads * C, D),
-            mlp_gain=self._hold(block.mlp_norm.weight, D),
-        )
-        if isinstance(mlp, MoE):
-            E, F_, experts = c.num_experts, c.d_expert, mlp.experts
-            layer.router = self._hold(_packed(mlp.router.proj.weight), D, _up(E))
-            layer.bias = self._hold(mlp.router.expert_bias_E, E)
-            layer.gate_up = self._hold(experts.gate_up_EDF, E, D, 2 * F_)
-            layer.down = self._hold(experts.down_EFD, E, F_, D)
-            if mlp.shared is not None:
-                layer.shared_gate_up, layer.shared_down = self._mlp(mlp.shared, c.d_shared)
-        else:
-            layer.gate_up, layer.down = self._mlp(mlp, c.d_expert)
+        c, C = self.config, self.config.head_dim
+        D, E, F_, n_qk = c.d_model, c.num_experts, c.d_expert, c.n_heads + c.n_kv_heads
+        shapes = {
+            "attention_gain": (D,),
+            "qkv": ((n_qk + c.n_kv_heads) * C, D),
+            "head_gain": (n_qk, C),
+            "out": (D, c.n_heads * C),
+            "mlp_gain": (D,),
+            "router": (E, D),
+            "bias": (E,),
+            "gate_up": (2 * F_, D) if c.dense else (E, D, 2 * F_),
+            "down": (D, F_) if c.dense else (E, F_, D),
+            "shared_gate_up": (2 * c.d_shared, D),
+            "shared_down": (D, c.d_shared),
+        }
+        layer = _Layer()
+        for name, x in block.weights()._asdict().items():
+            if x is not None:
+                is_product = x.dim() == 2 and name != "head_gain"
+                setattr(layer, name, self._hold(name, x, shapes[name], is_product))
         return layer
 
-    def _mlp(self, mlp: SwiGLU, d_hidden: int) -> tuple[int, int]:
-        D = self.config.d_model
-        gate_up = self._hold(_packed(mlp.gate_up.weight), D, 2 * d_hidden)
-        return gate_up, self._hold(_packed(mlp.down.weight), d_hidden, D)
-
-    def _hold(self, x: Tensor, *shape: int) -> int:
-        """Where the numbers of x lie, which then stay there."""
-        ops.kernels.check("a weight", x, shape)
-        self.held.append(x.detach().contiguous())
+    def _hold(self, name: str, x: Tensor, shape: tuple[int, ...], is_product: bool = False) -> int:
+        """The address of x's numbers, which stay there; a product's [out, in] as [in, out_16]."""
+        ops.kernels.check(name, x, shape)
+        x = x.detach()
+        self.held.append(_packed(x) if is_product else x.contiguous())
         return self.held[-1].data_ptr()
 
     def prefill(self, ids_BT: Tensor) -> None:

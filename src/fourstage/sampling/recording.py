@@ -93,7 +93,8 @@ class RecordedSteps(TorchSteps):
         for weight, of in self.made:
             weight.copy_(of)
         for layer, block in zip(self.layers, self.model.blocks, strict=True):
-            for x, now in zip(layer[2], rope_with_gains(block.attention, self.rope), strict=True):
+            rope = rope_with_gains(block.weights().head_gain, self.rope)
+            for x, now in zip(layer[2], rope, strict=True):
                 x.copy_(now)
 
     def step(self, ids_B: Tensor, at: int) -> Tensor:

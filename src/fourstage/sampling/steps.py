@@ -16,15 +16,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourstage.model.attention import Attention, Rope, rope_angles
+from fourstage.model.attention import Attention, Linear, RMSNorm, Rope, rope_angles
 from fourstage.model.cache import LayerCache
-from fourstage.model.moe import MoE, Router
+from fourstage.model.moe import Experts, MoE, Router, SwiGLU
 from fourstage.model.precision import LARGE_VOCABULARY, full_precision
-from fourstage.model.transformer import Transformer
+from fourstage.model.transformer import Block, Embedding, Transformer
+
+# modules whose arithmetic a decode step repeats; of a subclass it knows nothing
+KNOWN = frozenset(
+    (
+        Transformer,
+        Block,
+        Attention,
+        RMSNorm,
+        Linear,
+        Embedding,
+        MoE,
+        Experts,
+        SwiGLU,
+        nn.ModuleList,
+        nn.Dropout,
+        nn.Identity,
+    )
+)
 
 
 class TorchSteps:
     """The rows of one decoder: their keys and values, and the weights as a step reads them."""
+
+    @staticmethod
+    def supports(model: Transformer) -> bool:
+        """Whether a step computes what this network's modules compute. A router is called, so it
+        may be any."""
+        routers = [block.mlp.router for block in model.blocks if isinstance(block.mlp, MoE)]
+        called = {module for router in routers for module in router.modules()}
+        return all(type(module) in KNOWN for module in model.modules() if module not in called)
 
     def __init__(
         self, model: Transformer, capacity: int, real_BS: Tensor | None = None, rows: int = 0
@@ -41,16 +67,16 @@ class TorchSteps:
         # looked up once: a module's attribute costs as much as a small operation
         self.layers = [
             (
-                block.attention_norm.weight,
-                self.cast(block.attention.qkv.weight),
-                rope_with_gains(block.attention, rope),
+                w.attention_gain,
+                self.cast(w.qkv),
+                rope_with_gains(w.head_gain, rope),
                 cache,
-                self.cast(block.attention.out.weight),
-                block.mlp_norm.weight,
+                self.cast(w.out),
+                w.mlp_gain,
                 mlp.decode if isinstance(mlp, MoE) else mlp,
             )
             for block, cache in zip(model.blocks, self.caches, strict=True)
-            for mlp in [self.cast_module(block.mlp)]
+            for w, mlp in [(block.weights(), self.cast_module(block.mlp))]
         ]
         is_large = model.vocab_size > LARGE_VOCABULARY
         head_weight = (model.head or model.embedding).weight
@@ -60,7 +86,7 @@ class TorchSteps:
         B, T = ids_BT.shape
         cos, sin = self.rope
         rope = cos[:, :T], sin[:, :T]
-        mask = _prefill_mask(self.real_BS[:B, :T]) if self.is_padded else None
+        mask = prefill_mask(self.real_BS[:B, :T]) if self.is_padded else None
         x_BTD = self.model.embedding(ids_BT)
         *others, (last, last_cache) = zip(self.model.blocks, self.caches, strict=True)
         for block, cache in others:
@@ -138,14 +164,14 @@ def compute_dtype(model: Transformer) -> torch.dtype:
     return torch.get_autocast_dtype(weight.device.type) if has_autocast else weight.dtype
 
 
-def rope_with_gains(attention: Attention, rope: Rope) -> Rope:
-    """cos and sin [S, H + G, C]: y = x cos + (x rolled by C/2) sin is the head, normalised or not,
-    times its gain, rotated."""
-    (cos_S1C, sin_S1C), gain_JC = (x[0] for x in rope), attention.head_gains()
-    return cos_S1C * gain_JC, sin_S1C * gain_JC.roll(attention.head_dim // 2, -1)
+def rope_with_gains(gain_JC: Tensor, rope: Rope) -> Rope:
+    """cos and sin [S, H + G, C]: y = x cos + (x rolled by C/2) sin is the head x, times its gain,
+    rotated."""
+    cos_S1C, sin_S1C = (x[0] for x in rope)
+    return cos_S1C * gain_JC, sin_S1C * gain_JC.roll(gain_JC.shape[1] // 2, -1)
 
 
-def _prefill_mask(real_BT: Tensor) -> Tensor:
+def prefill_mask(real_BT: Tensor) -> Tensor:
     """bool [B, 1, T, T], causal over real tokens.
 
     Padding sees itself: not every attention backend defines a softmax over nothing.

@@ -26,6 +26,7 @@ from fourstage.optim.muon import Muon, hidden_matrices
 from fourstage.parallel import strategies
 from fourstage.settings import hashed
 
+Numbers = dict[str, Tensor]  # of some rows, the first dimension
 _TIME = re.compile(r"\d{1,3}:\d{1,2}:\d{1,2}:\d{1,2}")  # Lightning's DD:HH:MM:SS
 
 
@@ -266,23 +267,27 @@ class StageModule(L.LightningModule):
         total, count = self.sum_over_ranks(torch.stack([(x * mask).sum(), mask.sum()]))
         return total / count.clamp(min=1)
 
-    def update(self, piece: Callable[[slice], Tensor], n_rows: int) -> Tensor:
+    def update(
+        self, piece: Callable[[slice], tuple[Tensor, Numbers]], n_rows: int
+    ) -> tuple[Tensor, Numbers]:
         """One optimizer step on a batch of `n_rows`, at most `micro_batch_size` rows at a time.
 
-        `piece(rows)` is the share of the loss of these rows: their sum divided by the total over
-        all pieces and ranks, so that the shares add up to the batch's loss.
-        A step whose loss or gradient is not finite, on any rank, is skipped on all of them.
-        Returns the norm of the gradient before clipping. Raises UserError after max_skipped steps
-        in a row.
+        `piece(rows)` gives these rows' share of the loss (their sum divided by the total over all
+        pieces and ranks, so that the shares add up to the batch's loss), and numbers to keep.
+        A step whose loss or gradient is not finite on any rank is skipped on all of them.
+        Returns the gradient's norm before clipping, and the pieces' numbers, concatenated. Raises
+        UserError after max_skipped steps in a row.
         """
         self.optimizers().zero_grad()
         losses: list[Tensor] = []
+        seen: list[Numbers] = []
         for start in range(0, n_rows, self.settings.micro_batch_size):
             end = min(start + self.settings.micro_batch_size, n_rows)
 
             def share(rows: slice = slice(start, end)) -> Tensor:
-                part = piece(rows)
+                part, numbers = piece(rows)
                 losses.append(part.detach())
+                seen.append({name: x.detach() for name, x in numbers.items()})
                 return part * self.trainer.world_size  # the ranks' mean is taken, we need the sum
 
             strategies.backward(self, share, is_last=end == n_rows)
@@ -292,13 +297,13 @@ class StageModule(L.LightningModule):
             return bool(torch.isfinite(self.sum_over_ranks(norm.to(loss) + loss)))
 
         norm, taken = strategies.step(self, self.settings.clip_norm, is_finite)
-        if not taken:
+        if taken:
+            self.taken_steps += 1
+            self.skipped_in_a_row = 0
+            self.balance()
+        else:
             self.skip()
-            return norm
-        self.taken_steps += 1
-        self.skipped_in_a_row = 0
-        self.balance()
-        return norm
+        return norm, {name: torch.cat([numbers[name] for numbers in seen]) for name in seen[0]}
 
     def forward(self, share: Callable[[], Tensor]) -> Tensor:
         """A share of the loss, called through what DeepSpeed wraps around the module."""

@@ -11,23 +11,23 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fourstage import data
 from fourstage.batch import PromptBatch, Rollout
 from fourstage.data.fits import check_questions
+from fourstage.data.verify import Verifiable
 from fourstage.errors import UserError
 from fourstage.job import StageJob
 from fourstage.model import Transformer
 from fourstage.parallel.strategies import whole
 from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k3
 from fourstage.rl.rewards import ReasoningReward, reasoning_rewards
-from fourstage.rl.rollout import answer_logprobs, answer_texts
-from fourstage.stages.base import check_range
+from fourstage.sampling.generate import Generation
+from fourstage.stages.base import Numbers, check_range
 from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings, Totals
 from fourstage.stages.prepare import (
     Prepared,
@@ -176,9 +176,9 @@ def policy_loss(
 
 @dataclass
 class Answers:
-    """Groups of answers with what they earned; row g * K + k is answer k to problem g."""
+    """Groups of answers with what they earned; entry g * K + k is answer k to problem g."""
 
-    rollout: Rollout
+    said: Generation
     rewards: list[ReasoningReward]
     total_B: Tensor
 
@@ -195,8 +195,10 @@ class GRPOModule(OnPolicyModule):
         tokenizer: Tokenizer,
         settings: GRPOSettings,
         seed: int,
+        **more: Any,
     ) -> None:
-        super().__init__(policy, tokenizer, settings, seed)
+        """more: as OnPolicyModule takes it."""
+        super().__init__(policy, tokenizer, settings, seed, **more)
         self.frozen = Frozen(reference=reference)
 
     def transformers(self) -> list[Transformer]:
@@ -204,52 +206,54 @@ class GRPOModule(OnPolicyModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         s = self.settings
-        answers = self.collect(batch)
+        prompts = [ids for ids in batch.prompt_ids for _ in range(s.group_size)]
+        with whole(self.policy) as policy:
+            answers = self.collect(policy, prompts, batch.records)
+            rollout = self.rollout(policy, prompts, answers.said)
         rewards_GK = answers.total_B.view(-1, s.group_size)
         advantage_B = SCALES[self.choice("advantages")](rewards_GK).flatten()
         moves_B, advantage_B = self.moves(advantage_B), self.here(advantage_B)
-        ref_logp_BA = self.reference_logprobs(answers.rollout) if s.kl_coef else None
+        ref_logp_BA = self.reference_logprobs(rollout) if s.kl_coef else None
 
-        def share(part: Rollout, at: Tensor, logp: Tensor, totals: Totals) -> tuple[Tensor, dict]:
+        def share(
+            part: Rollout, at: Tensor, logp: Tensor, totals: Totals
+        ) -> tuple[Tensor, Numbers]:
             reference = None if ref_logp_BA is None else ref_logp_BA[at]
             old_logp, mask = self.here(part.logprobs), self.here(part.mask)
             compared = self.compared(logp, old_logp, mask)
             loss = policy_loss(logp, old_logp, reference, advantage_B[at], s, compared)
             return REDUCTIONS[self.choice("reduce")](loss, mask, totals), {}
 
-        losses = self.learn(answers.rollout, share, moves_B)
-        self.log_answers(answers, losses)
+        losses = self.learn(rollout, share, moves_B)
+        self.log_answers(rollout, answers, losses)
 
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
         with self.frozen_network("reference") as reference:
-            return self.in_pieces(
-                lambda part: answer_logprobs(reference, part, self.settings.temperature),
-                rollout,
-            )
+            return self.logprobs(reference, rollout)
 
-    def collect(self, batch: PromptBatch) -> Answers:
+    def collect(
+        self, policy: Transformer, prompts: list[list[int]], problems: list[Verifiable]
+    ) -> Answers:
         """A group of answers to each problem; tied groups may be answered again (dapo)."""
         k = self.settings.group_size
-        with whole(self.policy) as policy:
-            answers = self.answer(policy, batch, attempt=0)
-            for attempt in range(1, self.settings.resample_rounds + 1):
-                tied = tied_groups(answers.total_B.view(-1, k)).tolist()
-                if not any(tied):
-                    break
-                again = self.answer(policy, batch, attempt)
-                answers = choose(answers, again, [t for t in tied for _ in range(k)])
+        each = [problem for problem in problems for _ in range(k)]
+        answers = self.judged(each, self.answers(policy, prompts))
+        for attempt in range(1, self.settings.resample_rounds + 1):
+            tied_B = tied_groups(answers.total_B.view(-1, k)).repeat_interleave(k)
+            if not tied_B.any():
+                break
+            again = self.judged(each, self.answers(policy, prompts, attempt))
+            answers = choose(answers, again, tied_B)
         return answers
 
-    def answer(self, policy: Transformer, batch: PromptBatch, attempt: int) -> Answers:
+    def judged(self, problems: list[Verifiable], said: Generation) -> Answers:
         s = self.settings
-        prompts = [ids for ids in batch.prompt_ids for _ in range(s.group_size)]
-        problems = [problem for problem in batch.records for _ in range(s.group_size)]
-        rollout = self.sample_answers(policy, prompts, attempt)
-        texts = answer_texts(rollout, self.tokenizer)
-        rewards = reasoning_rewards(problems, texts, rollout.stopped.tolist())
+        texts = [self.tokenizer.decode(ids) for ids in said.answer_ids]
+        rewards = reasoning_rewards(problems, texts, said.stopped)
         total_B = torch.tensor([r.total(s.form_weight) for r in rewards])
-        total_B += overlong_penalty(rollout.length, s.max_new_tokens, s.overlong_window)
-        return Answers(rollout, rewards, total_B)
+        length_B = torch.tensor([len(ids) for ids in said.answer_ids])
+        total_B += overlong_penalty(length_B, s.max_new_tokens, s.overlong_window)
+        return Answers(said, rewards, total_B)
 
     def choice(self, name: str) -> str:
         """One of the loss' three choices."""
@@ -267,8 +271,10 @@ class GRPOModule(OnPolicyModule):
         """A group's answers side by side: their prompt is then computed once (model/packing.py)."""
         return rows.sort().values
 
-    def log_answers(self, answers: Answers, losses: dict[str, Tensor | float]) -> None:
-        s, rollout = self.settings, answers.rollout
+    def log_answers(
+        self, rollout: Rollout, answers: Answers, losses: dict[str, Tensor | float]
+    ) -> None:
+        s = self.settings
         first_G = torch.arange(0, len(rollout.ids), s.group_size)
         firsts = rollout.rows(first_G)  # an answer a group is enough for the logged KL
         ref_logp_GA = self.reference_logprobs(firsts)
@@ -297,39 +303,17 @@ class GRPOModule(OnPolicyModule):
         )
 
 
-def choose(first: Answers, second: Answers, take_second: list[bool]) -> Answers:
-    """Row by row the first or the second answers, padded to the longer of the two."""
-    n_tokens = max(a.rollout.ids.shape[1] for a in (first, second))
-    n_answer = max(a.rollout.logprobs.shape[1] for a in (first, second))
-    pick_B = torch.tensor(take_second)
+def choose(first: Answers, second: Answers, takes_second_B: Tensor) -> Answers:
+    """Answer by answer the first or the second."""
 
-    def widen(a: Rollout) -> Rollout:
-        return Rollout(
-            ids=pad(a.ids, (0, n_tokens - a.ids.shape[1])),
-            start=a.start,
-            length=a.length,
-            logprobs=pad(a.logprobs, (0, n_answer - a.logprobs.shape[1])),
-            stopped=a.stopped,
-        )
+    def merged(one: list[Any], two: list[Any]) -> list[Any]:
+        return [b if t else a for a, b, t in zip(one, two, takes_second_B.tolist(), strict=True)]
 
-    def merged(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(pick_B.view(-1, *[1] * (a.ndim - 1)), b, a)
-
-    one, two = widen(first.rollout), widen(second.rollout)
-    return Answers(
-        rollout=Rollout(
-            ids=merged(one.ids, two.ids),
-            start=one.start,
-            length=merged(one.length, two.length),
-            logprobs=merged(one.logprobs, two.logprobs),
-            stopped=merged(one.stopped, two.stopped),
-        ),
-        rewards=[
-            b if take else a
-            for a, b, take in zip(first.rewards, second.rewards, take_second, strict=True)
-        ],
-        total_B=merged(first.total_B, second.total_B),
-    )
+    a, b = first.said, second.said
+    logprobs = None if a.logprobs is None else merged(a.logprobs, b.logprobs)
+    said = Generation(merged(a.answer_ids, b.answer_ids), logprobs, merged(a.stopped, b.stopped))
+    total_B = torch.where(takes_second_B, second.total_B, first.total_B)
+    return Answers(said, merged(first.rewards, second.rewards), total_B)
 
 
 # --- what it needs, by the names that ladder.py knows

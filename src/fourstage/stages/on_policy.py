@@ -20,9 +20,15 @@ from fourstage.batch import Rollout, moved
 from fourstage.model import Transformer
 from fourstage.parallel.strategies import is_spread
 from fourstage.rl.ops import ratio_stats
-from fourstage.rl.rollout import answer_logprobs, sample
-from fourstage.sampling.generate import LEAST_TEMPERATURE
-from fourstage.stages.base import StageModule, StageSettings, check_range
+from fourstage.rl.rollout import answer_logprobs, pack
+from fourstage.sampling.generate import (
+    LEAST_TEMPERATURE,
+    Generation,
+    Sampler,
+    Sampling,
+    sampler_of,
+)
+from fourstage.stages.base import Numbers, StageModule, StageSettings, check_range
 from fourstage.tokenizer import Tokenizer
 
 
@@ -56,11 +62,9 @@ class Totals(NamedTuple):
     max_length: int
 
 
-# (some rows of a rollout, their numbers, the policy's log-probs [b, A], totals) -> what they add to
+# (some rows of a rollout, their indices, the policy's log-probs [b, A], totals) -> what they add to
 # the loss of the optimizer step, and losses of each token [b, A] whose means are logged
-Share = Callable[[Rollout, Tensor, Tensor, Totals], tuple[Tensor, dict[str, Tensor]]]
-
-Seen = defaultdict[str, Tensor]  # numbers of each answer token, [B, A]
+Share = Callable[[Rollout, Tensor, Tensor, Totals], tuple[Tensor, Numbers]]
 
 
 class OnPolicyModule(StageModule):
@@ -71,11 +75,18 @@ class OnPolicyModule(StageModule):
     uses_dropout = False  # the sampler has none, and the ratio compares with the sampler
 
     def __init__(
-        self, policy: Transformer, tokenizer: Tokenizer, settings: OnPolicySettings, seed: int
+        self,
+        policy: Transformer,
+        tokenizer: Tokenizer,
+        settings: OnPolicySettings,
+        seed: int,
+        sampler_of: Callable[[Transformer], Sampler] = sampler_of,
     ) -> None:
+        """sampler_of: what answers with the policy's present weights."""
         super().__init__(settings, seed)
         self.policy = policy
         self.tokenizer = tokenizer
+        self.sampler_of = sampler_of
 
     def result(self) -> Transformer:
         return self.policy
@@ -91,25 +102,37 @@ class OnPolicyModule(StageModule):
         if is_spread(self.policy):  # where a model is large, whole ones have to take turns
             network.cpu()
 
-    def sample_answers(
+    def answers(
         self, policy: Transformer, prompts: list[list[int]], attempt: int = 0
-    ) -> Rollout:
-        """An answer to each prompt; the draw is a function of seed, rank, step and attempt.
+    ) -> Generation:
+        """An answer to each prompt from the whole distribution (no top-k, no top-p: on-policy).
 
-        policy: the stage's own, whole (strategies.whole).
+        The draw is a function of seed, rank, step and attempt. policy: the stage's own, whole
+        (strategies.whole).
         """
         ranks = self.trainer.world_size
         draw = (self.steps_done * ranks + self.global_rank) * 16 + attempt
-        rollout = sample(
-            policy,
-            prompts,
-            self.tokenizer,
+        sampling = Sampling(
             max_new_tokens=self.settings.max_new_tokens,
+            stop_id=self.tokenizer.eot_id,
             temperature=self.settings.temperature,
             seed=self.seed * 1_000_003 + draw,
         )
-        self.tokens_generated += int(rollout.length.sum())
+        said = self.sampler_of(policy)(prompts, sampling)
+        self.tokens_generated += sum(map(len, said.answer_ids))
+        return said
+
+    def rollout(self, policy: Transformer, prompts: list[list[int]], said: Generation) -> Rollout:
+        """The answers as rows; where the sampler has no log-probs, the policy computes them."""
+        rollout = pack(prompts, said, self.tokenizer.pad_id)
+        if said.logprobs is None:
+            rollout.logprobs = self.logprobs(policy, rollout).cpu()
         return rollout
+
+    def logprobs(self, policy: Transformer, rollout: Rollout) -> Tensor:
+        """Log-probability of each answer token, without gradient, [B, A]."""
+        score = partial(answer_logprobs, policy, temperature=self.settings.temperature)
+        return self.in_pieces(score, rollout)
 
     @torch.no_grad()
     def in_pieces(self, function: Callable[[Rollout], Tensor], rollout: Rollout) -> Tensor:
@@ -139,19 +162,21 @@ class OnPolicyModule(StageModule):
         stats: dict[str, Tensor | float] = {}
         for epoch in range(s.epochs):
             trained_B = torch.zeros_like(rollout.stopped)
-            seen: Seen = defaultdict(partial(torch.zeros_like, old_logp_BA))
-            seen["logp"] = old_logp_BA.clone()
+            seen_BA: dict[str, Tensor] = defaultdict(partial(torch.zeros_like, old_logp_BA))
+            seen_BA["logp"] = old_logp_BA.clone()
             for index in self.minibatches(rollout, epoch):
                 rows = self.rows_with_gradient(index, moves_B)
-                totals = self.totals(rollout, index)
-                piece = partial(self.piece, rollout, rows, share, totals, seen)
-                stats["grad_norm"] = self.update(piece, len(rows))
+                piece = partial(self.piece, rollout, rows, share, self.totals(rollout, index))
+                stats["grad_norm"], seen = self.update(piece, len(rows))
                 trained_B[rows] = True
+                at = self.here(rows)
+                for name, x in seen.items():
+                    seen_BA[name][at] = x
                 if "sampler_gap" not in stats:  # the weights had not moved yet
-                    gap_BA = (seen["logp"] - old_logp_BA).abs() * mask_BA
-                    stats["sampler_gap"] = self.max_over_ranks(gap_BA[self.here(rows)].max())
-            logp_BA = seen.pop("logp")
-            # the policy said nothing new of the other rows: their ratio of 1 would dilute the means
+                    gap_BA = (seen_BA["logp"] - old_logp_BA).abs() * mask_BA
+                    stats["sampler_gap"] = self.max_over_ranks(gap_BA[at].max())
+            logp_BA = seen_BA.pop("logp")
+            # the other rows have no new log-probs: their ratio of 1 would dilute the means
             trained_BA = mask_BA & self.here(trained_B)[:, None]
             compared_BA = self.compared(logp_BA, old_logp_BA, mask_BA)
             stats |= ratio_stats(
@@ -161,19 +186,18 @@ class OnPolicyModule(StageModule):
             if s.max_approx_kl and stats["approx_kl"] > s.max_approx_kl:
                 break
         stats["ratio_max"] = self.max_over_ranks(stats["ratio_max"])
-        losses = {name: self.masked_mean(x_BA, mask_BA) for name, x_BA in seen.items()}
+        losses = {name: self.masked_mean(x_BA, mask_BA) for name, x_BA in seen_BA.items()}
         return {**stats, **losses, "epochs": epoch + 1}
 
     def piece(
-        self, rollout: Rollout, rows: Tensor, share: Share, totals: Totals, seen: Seen, some: slice
-    ) -> Tensor:
-        """The share of some of these rows in the loss of an optimizer step."""
+        self, rollout: Rollout, rows: Tensor, share: Share, totals: Totals, some: slice
+    ) -> tuple[Tensor, Numbers]:
+        """The share of some of these rows in the loss of an optimizer step; and numbers of each
+        answer token, [b, A]."""
         part, at = rollout.rows(rows[some]), self.here(rows[some])
         logp = answer_logprobs(self.policy, part, self.settings.temperature)
         loss, by_token = share(part, at, logp, totals)
-        for name, x in {"logp": logp, **by_token}.items():
-            seen[name][at] = x.detach()
-        return loss
+        return loss, {"logp": logp, **by_token}
 
     def compared(self, logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
         """The log-probs that are compared with the sampler's."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,21 +24,10 @@ from fourstage.job import StageJob
 from fourstage.model import ScalarModel, Transformer
 from fourstage.model.weights import load_scalar
 from fourstage.parallel.strategies import whole
-from fourstage.rl.ops import (
-    KL_ESTIMATORS,
-    clipped_surrogate,
-    kl_k1,
-    moments,
-    whiten,
-)
+from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k1, moments, whiten
 from fourstage.rl.rewards import true_score
-from fourstage.rl.rollout import (
-    answer_logprobs,
-    answer_texts,
-    answer_values,
-    final_scores,
-)
-from fourstage.stages.base import check_positive, check_range
+from fourstage.rl.rollout import answer_texts, answer_values, final_scores
+from fourstage.stages.base import Numbers, check_positive, check_range
 from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings, Totals
 from fourstage.stages.prepare import (
     Prepared,
@@ -176,8 +166,10 @@ class PPOModule(OnPolicyModule):
         settings: PPOSettings,
         seed: int,
         true_score: Callable[[str, bool], float] | None = None,
+        **more: Any,
     ) -> None:
-        super().__init__(policy, tokenizer, settings, seed)
+        """more: as OnPolicyModule takes it."""
+        super().__init__(policy, tokenizer, settings, seed, **more)
         self.value = value
         self.frozen = Frozen(reference=reference, reward=reward)
         self.true_score = true_score
@@ -201,15 +193,13 @@ class PPOModule(OnPolicyModule):
         """Answers of the policy, their score, and the advantage of every token."""
         s = self.settings
         with whole(self.policy) as policy:
-            rollout = self.sample_answers(policy, prompts)
+            rollout = self.rollout(policy, prompts, self.answers(policy, prompts))
         with whole(self.value) as value:
-            values_BA = self.in_pieces(lambda part: answer_values(value, part), rollout)
+            values_BA = self.in_pieces(partial(answer_values, value), rollout)
         with self.frozen_network("reference") as reference:
-            ref_logp_BA = self.in_pieces(
-                lambda part: answer_logprobs(reference, part, s.temperature), rollout
-            )
+            ref_logp_BA = self.logprobs(reference, rollout)
         with self.frozen_network("reward") as reward:
-            score_B = self.in_pieces(lambda part: final_scores(reward, part), rollout)
+            score_B = self.in_pieces(partial(final_scores, reward), rollout)
         mask_BA, logp_BA = self.here(rollout.mask), self.here(rollout.logprobs)
 
         penalised_B = score_B - s.missing_eos_penalty * ~self.here(rollout.stopped)
@@ -232,7 +222,7 @@ class PPOModule(OnPolicyModule):
 
     def share(
         self, x: Experience, part: Rollout, at: Tensor, logp: Tensor, totals: Totals
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Numbers]:
         """What some rows add to the loss of both networks, and the two losses of each token."""
         s, old_logp = self.settings, self.here(part.logprobs)
         values = answer_values(self.value, part)

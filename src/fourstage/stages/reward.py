@@ -26,10 +26,10 @@ from fourstage.files import read_jsonl, write_jsonl
 from fourstage.job import StageJob
 from fourstage.model import ScalarModel, Transformer
 from fourstage.rl.rewards import RULE_VERSION, true_score
-from fourstage.rl.rollout import answer_texts, fitted_prompt, sample
+from fourstage.rl.rollout import fitted_prompt
 from fourstage.runs.records import write_record
-from fourstage.sampling.generate import LEAST_TEMPERATURE
-from fourstage.stages.base import StageModule, StageSettings, check_range
+from fourstage.sampling.generate import LEAST_TEMPERATURE, Sampler, Sampling, sampler_of
+from fourstage.stages.base import Numbers, StageModule, StageSettings, check_range
 from fourstage.stages.prepare import (
     Prepared,
     as_planned,
@@ -74,13 +74,6 @@ def bradley_terry_loss(
     return loss_B + centre_coef * (chosen_B + rejected_B).square()
 
 
-def scores_at_end(network: ScalarModel, ids_BT: Tensor, length_B: Tensor) -> Tensor:
-    """The scalar at the last real token of right-padded rows, float32 [B]."""
-    valid_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < length_B[:, None]
-    values_BT = network(ids_BT, valid_BT=valid_BT).float()
-    return values_BT.gather(1, length_B[:, None] - 1).squeeze(1)
-
-
 class RewardModule(StageModule):
     """Trains a ScalarModel that starts from the sft weights on PairBatch rows."""
 
@@ -99,21 +92,20 @@ class RewardModule(StageModule):
 
     def score_pairs(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """Scores of the chosen and of the rejected answers, each [B]."""
-        chosen_B = scores_at_end(self.reward, batch.chosen_ids, batch.chosen_len)
-        return chosen_B, scores_at_end(self.reward, batch.rejected_ids, batch.rejected_len)
+        chosen_B = self.reward.last(batch.chosen_ids, batch.chosen_len)
+        return chosen_B, self.reward.last(batch.rejected_ids, batch.rejected_len)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         s = self.settings
         n_pairs = len(batch.chosen_len) * self.trainer.world_size
-        scores: list[Tensor] = []
 
-        def piece(rows: slice) -> Tensor:
+        def piece(rows: slice) -> tuple[Tensor, Numbers]:
             chosen_B, rejected_B = self.score_pairs(batch.rows(rows))
-            scores.append(torch.stack([chosen_B, rejected_B]).detach())
-            return bradley_terry_loss(chosen_B, rejected_B, s.margin, s.centre_coef).sum() / n_pairs
+            loss_B = bradley_terry_loss(chosen_B, rejected_B, s.margin, s.centre_coef)
+            return loss_B.sum() / n_pairs, {"chosen": chosen_B, "rejected": rejected_B}
 
-        norm = self.update(piece, len(batch.chosen_len))
-        chosen_B, rejected_B = torch.cat(scores, dim=1)
+        norm, seen = self.update(piece, len(batch.chosen_len))
+        chosen_B, rejected_B = seen["chosen"], seen["rejected"]
         self.record(
             "train",
             {
@@ -146,7 +138,7 @@ PAIRS_VERSION = 2  # of how pairs are sampled and stored; 1 forgot which answers
 
 
 def sample_pairs(
-    policy: Transformer,
+    sampler: Sampler,
     tokenizer: Tokenizer,
     prompts: list[list[int]],
     score: Callable[[str, bool], float],
@@ -164,19 +156,17 @@ def sample_pairs(
     for attempt in range(2):
         if not wanted:
             break
-        rollout = sample(
-            policy,
-            [prompts[index] for index in wanted for _ in range(2)],
-            tokenizer,
+        sampling = Sampling(
             max_new_tokens=settings.max_new_tokens,
+            stop_id=tokenizer.eot_id,
             temperature=settings.temperature,
             seed=2 * seed + attempt,
         )
+        said = sampler([prompts[index] for index in wanted for _ in range(2)], sampling)
+        texts = map(tokenizer.decode, said.answer_ids)
         scored = [
             (score(text, stopped), text, stopped)
-            for text, stopped in zip(
-                answer_texts(rollout, tokenizer), rollout.stopped.tolist(), strict=True
-            )
+            for text, stopped in zip(texts, said.stopped, strict=True)
         ]
         tied = []
         for index, first, second in zip(wanted, scored[::2], scored[1::2], strict=True):
@@ -239,8 +229,8 @@ def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> d
         say(f"  sampling two answers to each of {len(records):,} prompts for {name}")
         room = job.settings.max_tokens - job.settings.max_new_tokens
         ids = [fitted_prompt(tokenizer, record.prompt_messages, room) for record in records]
-        seed = 2 * job.seed + draw
-        rows, skipped = sample_pairs(policy, tokenizer, ids, true_score, job.settings, seed)
+        sampler, seed = sampler_of(policy), 2 * job.seed + draw
+        rows, skipped = sample_pairs(sampler, tokenizer, ids, true_score, job.settings, seed)
         say(f"  {len(rows):,} pairs; skipped because both answers score the same: {skipped:,}")
         if not rows:
             raise UserError(

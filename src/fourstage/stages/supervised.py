@@ -13,7 +13,7 @@ from torchmetrics import SumMetric
 from fourstage.batch import IGNORE, TokenBatch
 from fourstage.model import Transformer
 from fourstage.model.precision import LARGE_VOCABULARY
-from fourstage.stages.base import StageModule, StageSettings
+from fourstage.stages.base import Numbers, StageModule, StageSettings
 
 LOGITS_AT_ONCE = 8192  # tokens
 
@@ -86,22 +86,20 @@ class NextTokenModule(StageModule):
         loss = nll / n_targets
         if output.router is not None:
             loss = loss + output.router.aux_loss * batch.valid.sum() / n_tokens
-        return loss, nll.detach()
+        return loss, nll
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> None:
         n_tokens = batch.valid.sum()
         totals = torch.stack([(batch.targets != IGNORE).sum(), n_tokens])
         n_targets, n_all = self.sum_over_ranks(totals)
-        nlls: list[Tensor] = []
 
-        def piece(rows: slice) -> Tensor:
+        def piece(rows: slice) -> tuple[Tensor, Numbers]:
             part = TokenBatch(batch.ids[rows], batch.targets[rows])
             loss, nll = self.piece_loss(part, n_targets, n_all)
-            nlls.append(nll)
-            return loss
+            return loss, {"nll": nll[None]}
 
-        norm = self.update(piece, len(batch.ids))
-        loss = self.sum_over_ranks(torch.stack(nlls).sum()) / n_targets
+        norm, seen = self.update(piece, len(batch.ids))
+        loss = self.sum_over_ranks(seen["nll"].sum()) / n_targets
         metrics = {"loss": loss, "grad_norm": norm, "lr": self.learning_rate()}
         self.record("train", metrics, tokens=n_tokens)
 
