@@ -463,7 +463,7 @@ def test_a_sampler_without_log_probs_trains_alike(monkeypatch, loss):
     use_sgd(monkeypatch)
     results = []
     for sampler in (sampler_of, without_logprobs):
-        module = make(loss, sampler_of=sampler, temperature=0.7, max_steps=2, epochs=2, kl_coef=0.1)
+        module = make(loss, sampler_of=sampler, temperature=0.7, max_steps=2, epochs=2)
         metrics = fit(module, prompt_batches(2)).callback_metrics
         results.append((weights(module), {k: v.item() for k, v in metrics.items()}))
     (want, metrics), (found, others) = results
