@@ -1,7 +1,7 @@
-# make help lists the targets. Needs make and Python 3.11, 3.12 or 3.13.
+# make help lists the targets. Needs make, a C compiler and Python 3.11, 3.12 or 3.13.
 # PYTHON=python3.12          another interpreter for .venv
-# TORCH_INDEX=URL            where to get PyTorch from (its CPU build: see the README)
-# ARGS="seed=1 trainer=cpu"  further overrides for `make demo`
+# TORCH_INDEX=URL            where to get PyTorch from (its CPU build: see docs/setup.md)
+# ARGS="seed=1 trainer=cpu"  more overrides for `make demo`
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: demo test test-slow setup setup-dev lint format clean help no-interpreter
@@ -12,7 +12,7 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet -c constraints.txt
-# The stamps are written last, so that an interrupted install is repeated.
+# Written last, so that an interrupted install is repeated.
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 
@@ -36,33 +36,33 @@ else \
 fi
 endef
 
-demo: $(READY)  ## train the whole ladder on the embedded data, write the report
+demo: $(READY)  ## train all stages on the embedded data, write the report
 	$(PY) train.py stage=grpo $(ARGS)
 	$(PY) -m fourstage report
 
 test: $(READY)  ## run the tests (a few minutes)
 	$(PY) -m pytest
 
-test-slow: $(READY)  ## run the slow tests: killed and resumed trainings, real processes
+test-slow: $(READY)  ## run the slow tests: kill and resume training, several processes
 	$(PY) -m pytest -m slow
 
 setup: $(READY)  ## make .venv and install the tested versions
 
-setup-dev: $(READY_DEV)  ## the same with transformers and trl, for the parity tests
+setup-dev: $(READY_DEV)  ## the same plus transformers and trl, for the parity tests
 
-lint: $(READY)  ## ruff: lint and format, changing nothing
+lint: $(READY)  ## ruff: check lint and format, change nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-format: $(READY)  ## ruff: mend what can be mended
+format: $(READY)  ## ruff: fix lint and format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-clean:  ## remove .venv and caches (runs stay: python -m fourstage runs removes those)
+clean:  ## remove .venv and caches (not runs: python -m fourstage runs rm does that)
 	rm -rf $(VENV) build .pytest_cache .ruff_cache src/fourstage.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-help:  ## this list
+help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 $(READY): constraints.txt pyproject.toml $(shell test -x $(PY) || echo no-interpreter)
@@ -75,7 +75,7 @@ $(READY): constraints.txt pyproject.toml $(shell test -x $(PY) || echo no-interp
 	@$(PIP) -e ".[test]" || { echo "make: the install failed: pip's reason is above. (It needs a" \
 	  "network, and pycosat is compiled, which needs a C compiler and Python's headers: on Debian and" \
 	  "Ubuntu apt install gcc python3-dev)" >&2; exit 1; }
-	-@$(PY) -c "from fourstage.kernels import build; build.library()"  # compiled once, here
+	-@$(PY) -c "from fourstage.kernels import build; build.library()"  # compile the kernels now
 	@touch $@
 
 no-interpreter:
