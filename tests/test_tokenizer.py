@@ -157,8 +157,6 @@ def test_transformers_loads_it(tok, tmp_path):
 
 def test_shorten_cuts_the_prompt_from_the_left(tok):
     ids = tok.prompt([{"role": "user", "content": "abcdef"}])
-    assert tok.decode(tok.shorten(ids, 7, keep=2), keep_special=True) == (
-        "<bos><user>def<eot><assistant>"
-    )
-    assert tok.shorten(ids, 5, keep=2) is not None
-    assert tok.shorten(ids, 4, keep=2) is None
+    assert tok.decode(tok.shorten(ids, 7), keep_special=True) == ("<bos><user>def<eot><assistant>")
+    assert tok.shorten(ids, 5) is not None
+    assert tok.shorten(ids, 4) is None

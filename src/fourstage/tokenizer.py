@@ -63,6 +63,7 @@ LOOK_ALIKES = {
 }
 UNKNOWN_SHOWN_AS = "\ufffd"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # no character at all: `tokenizers` refuses it
+SHORTEST_PROMPT = 5  # <bos><user>, a token of text, <eot><assistant>
 CHUNK = 4096  # encoding a long text in pieces is several times faster, and exact for characters
 
 CHAT_TEMPLATE = (
@@ -228,19 +229,14 @@ class Tokenizer:
             raise UserError("a prompt must end with a message of the user")
         return [*self.chat(messages)[0], self.assistant_id]
 
-    def shorten(self, ids: Sequence[int], length: int, keep: int) -> list[int] | None:
-        """Cuts the prompt from the left: <bos><user>, then the last `length` - 2 ids.
-
-        Args:
-            ids: as from `chat` or `prompt`, longer than `length`.
-            keep: how many ids at the end must survive (the answer and what opens it).
-
-        Returns:
-            None where that leaves no room for any of the prompt.
-        """
-        if length - 2 < keep + 1:
+    def shorten(self, ids: list[int], length: int) -> list[int] | None:
+        """A prompt's ids, without the beginning of its text if it is longer than `length`; None if
+        that leaves no room for any of the text."""
+        if len(ids) <= length:
+            return ids
+        if length < SHORTEST_PROMPT:
             return None
-        return [*ids[:2], *ids[len(ids) - (length - 2) :]]
+        return ids[:2] + ids[len(ids) - (length - 2) :]
 
 
 def _turns(messages: Messages) -> list[tuple[str, str]]:

@@ -216,7 +216,7 @@ def test_sft_cuts_drops_and_counts():
     assert notes["train_unknown_characters"] == 2
     for conversation_ in (long_question, long_answer):  # truncating changes the question
         assert fit_conversation(conversation_.messages, TOK, 20)[0] is None
-    with pytest.raises(UserError, match="no train record fits into stages.sft.max_tokens=20"):
+    with pytest.raises(UserError, match="no train record fits into max_tokens=20"):
         sft_data([long_answer], [fits], TOK, max_tokens=20, **OPTIONS)
 
 

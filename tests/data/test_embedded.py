@@ -2,6 +2,7 @@
 
 import random
 import re
+import signal
 
 import pytest
 
@@ -11,10 +12,11 @@ from fourstage.data.corpus import without_heldout
 from fourstage.data.heldout import heldout_keys
 from fourstage.data.keys import HeldOutKeys, keys_of
 from fourstage.data.split import is_heldout, normalise
-from fourstage.data.verify import has_form, verify
+from fourstage.data.verify import has_form
 from fourstage.errors import UserError
 from fourstage.ladder import LADDER
 from tests.data.conftest import make
+from tests.verdicts import verify
 
 
 def texts_to_train_on(config):
@@ -85,7 +87,7 @@ def test_sizes_and_weights(embedded):
     assert len({p.question for p in problems.train}) == len(problems.train)
     assert problems.notes["dropped_with_a_heldout_expression"] > 0
     corpus, chats = data.load_corpus(embedded), data.load_chat(embedded)
-    assert corpus.notes["problems"] == 500 and chats.notes["demonstrations"] == 400
+    assert sum("\n#### " in document for document in corpus.train) == 500
     assert sum(c.kind == "problem" for c in chats.train) == 400
 
 
@@ -176,12 +178,26 @@ def test_sample_prompts(embedded, files):
         ({"chain_sum": {"min_terms": 9}}, "data.reasoning.tasks.chain_sum: .*min_terms"),
         ({"chain_sum": None}, "data.reasoning.tasks.chain_sum: expected the task's arguments"),
         ({"chain_sum": {"weight": 0}}, "weight: expected a number above 0, got 0"),
+        ({"chain_sum": {"max_terms": 1e38}}, "chain_sum.max_terms: expected at most .*, got 1e.38"),
+        ({"gcd": {"max_value": -(10**20)}}, "tasks.gcd.max_value: expected at most"),
+        ({"products": {"max_digits": float("nan")}}, "products.max_digits: expected at most .*nan"),
+        ({"chain_sum": {"max_terms": 500_000}}, "chain_sum: .*a question of .* characters"),
     ],
 )
 def test_bad_tasks_are_one_clear_line(tasks, message):
     with pytest.raises(UserError, match=message) as caught:
         data.load_reasoning(make("embedded", reasoning={"tasks": tasks, "size": 10}))
     assert "\n" not in str(caught.value)
+
+
+def test_a_task_that_takes_for_ever_is_named(monkeypatch):
+    monkeypatch.setattr("fourstage.data.problems.SLOWEST", 0.2)
+    handler = signal.getsignal(signal.SIGALRM)
+    tasks = {"knights_knaves": {"n_people": 50}}
+    with pytest.raises(UserError, match="tasks.knights_knaves: .* no new problem .*n_people.*50"):
+        data.load_reasoning(make("embedded", reasoning={"tasks": tasks, "size": 10}))
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(

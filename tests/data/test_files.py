@@ -5,18 +5,19 @@ import json
 import pytest
 
 from fourstage import data
-from fourstage.data.files import Record, read_records, read_text
+from fourstage.data.files import Row, read_rows, read_text
 from fourstage.data.schemas import conversation_from, document_from, pair_from, problem_from
 from fourstage.data.split import is_heldout
-from fourstage.data.verify import has_form, verify
+from fourstage.data.verify import has_form
 from fourstage.errors import UserError
 from fourstage.ladder import LADDER
+from tests.verdicts import verify
 
 DIALOGUE = "\n\nHuman: a: b?\n\nAssistant: no\n\nyes\n\nHuman: q\n\nAssistant:"
 
 
 def record(**values):
-    return Record(values, "f.jsonl, line 7")
+    return Row(values, "f.jsonl, line 7")
 
 
 def user(text):
@@ -189,16 +190,16 @@ def test_a_bad_record_names_itself(build, values, message):
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
 def test_records_of_every_kind_of_file(write, name):
     rows = [{"text": "one", "n": 1}, {"text": "two é", "n": 2}]
-    assert [r.values for r in read_records(write(name, rows))] == rows
+    assert [r.values for r in read_rows(write(name, rows))] == rows
 
 
 def test_json_variants(write):
     lines = '{"text": "a"}\n\n{"text": "b"}\n'
-    assert [r.where.split(", ")[1] for r in read_records(write("a.json", lines))] == [
+    assert [r.where.split(", ")[1] for r in read_rows(write("a.json", lines))] == [
         "line 1",
         "line 3",
     ]
-    assert read_records(write("b.json", {"data": [{"text": "a"}]}))[0].values == {"text": "a"}
+    assert read_rows(write("b.json", {"data": [{"text": "a"}]}))[0].values == {"text": "a"}
     assert read_text(write("c.txt", b"\xef\xbb\xbfa\r\nb")) == "a\nb"
 
 
@@ -223,12 +224,12 @@ def test_json_variants(write):
 def test_a_bad_file_names_itself_and_what_to_do(write, name, content, message):
     path = write(name, content)
     with pytest.raises(UserError) as caught:
-        read_records(path)
+        read_rows(path)
     assert str(caught.value).startswith(path) and message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("read", [read_text, read_records])
+@pytest.mark.parametrize("read", [read_text, read_rows])
 def test_missing_files_and_folders(tmp_path, read):
     for suffix in ("txt", "json", "jsonl", "parquet", "csv"):
         with pytest.raises(UserError, match="no such file"):
@@ -305,17 +306,17 @@ def test_worked_problems_without_a_reasoning_source_say_what_to_do(write, files)
 def test_answers_over_the_limit_are_counted_and_left_out(write, files):
     rows = [{"instruction": f"q{i}", "output": "a" * (1 + i % 2)} for i in range(200)]
     chats = data.load_chat(files(chat={"path": write("a.json", rows), "max_answer_chars": 1}))
-    assert chats.notes["dropped_as_too_long"] == 100
+    assert chats.notes["unusable_too_long"] == 100
     assert {c.answer for c in chats.train} == {"a"}
 
 
 def test_too_few_records_to_hold_any_out(write, files):
     asked = next(f"q {i}" for i in range(99) if not is_heldout(f"q {i}", 0.1))
     rows = [{"prompt": asked, "chosen": "a", "rejected": "b"}]
-    with pytest.raises(UserError, match=r"no pair on the held-out side .*\(1 in all\)"):
+    with pytest.raises(UserError, match="nothing on the held-out side of the split, 1 on the"):
         data.load_preference(files(preference={"path": write("a.json", rows)}))
     equal = [{"prompt": f"q {i}", "chosen": "a", "rejected": "a"} for i in range(9)]
-    with pytest.raises(UserError, match="9 in all, 9 left out as their answers are equal"):
+    with pytest.raises(UserError, match=r"0 on the other \(9 equal answers dropped\)"):
         data.load_preference(files(preference={"path": write("b.json", equal)}))
 
 

@@ -20,8 +20,9 @@ from reasoning_gym.factory import DATASETS
 from fourstage.data import sandbox
 from fourstage.data.sandbox import Sandbox
 from fourstage.data.verifiers import EVALUATED, is_plausible
-from fourstage.data.verify import FROM_FILE, verify, verify_all
+from fourstage.data.verify import FROM_FILE, verify_all
 from tests.test_arrows import ROOT
+from tests.verdicts import verify
 
 # --- the sandbox itself, without any filter in front of it
 

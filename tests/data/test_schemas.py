@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -14,21 +15,22 @@ from omegaconf import OmegaConf
 from pyarrow import parquet
 
 from fourstage import data
-from fourstage.data.files import Record, files_of, is_text, read_records, read_text
+from fourstage.data.files import Row, files_of, is_text, read_rows, read_text
 from fourstage.data.fits import lost_on_reading
 from fourstage.data.schemas import (
     Unusable,
     conversation_from,
     pair_from,
     problem_from,
-    usable,
 )
 from fourstage.data.solutions import boxed
-from fourstage.data.verify import has_form, verify
+from fourstage.data.userfiles import usable
+from fourstage.data.verify import has_form
 from fourstage.errors import UserError
 from fourstage.settings import build
 from tests.data.conftest import make
 from tests.fakes import CONF
+from tests.verdicts import verify
 
 
 def user(text: str) -> dict[str, str]:
@@ -43,8 +45,8 @@ def system(text: str) -> dict[str, str]:
     return {"role": "system", "content": text}
 
 
-def record(**values) -> Record:
-    return Record(values, "f.jsonl, line 7")
+def record(**values) -> Row:
+    return Row(values, "f.jsonl, line 7")
 
 
 def part(text: str) -> dict[str, str]:
@@ -204,7 +206,7 @@ def test_times_that_python_does_not_have(values, kind, tmp_path):
         pyarrow.table({"text": ["a"], "crawled": pyarrow.array(values, kind)}), path
     )
     with pytest.raises(UserError, match="a.parquet: not a readable Parquet file") as caught:
-        read_records(str(path))
+        read_rows(str(path))
     assert "\n" not in str(caught.value)
 
 
@@ -213,11 +215,11 @@ def test_two_columns_of_one_name(tmp_path):
     columns = [pyarrow.array(["1"]), pyarrow.array(["2"])]
     parquet.write_table(pyarrow.Table.from_arrays(columns, ["answer", "answer"]), path)
     with pytest.raises(UserError, match="two columns are named 'answer': rename one"):
-        read_records(str(path))
+        read_rows(str(path))
 
 
 def test_a_long_field_of_a_table_is_read(write):
-    (row,) = read_records(write("a.csv", "text\n" + "x" * 200_000 + "\n"))
+    (row,) = read_rows(write("a.csv", "text\n" + "x" * 200_000 + "\n"))
     assert row.get("text") == "x" * 200_000
 
 
@@ -347,7 +349,8 @@ def test_reasons_and_unread_fields_are_counted():
         record(instruction="a", output=""),
         record(messages=[user("a"), {"role": "tool", "content": "x"}, assistant("b")]),
     ]
-    built, notes = usable(records, conversation_from)
+    notes = Counter()
+    built = usable(records, conversation_from, notes)
     assert len(built) == 2
     assert notes == {
         "unusable_empty_text": 1,
@@ -395,7 +398,7 @@ def test_a_folder_a_list_and_packed_files(write, tmp_path):
     write("more/c.tsv", "instruction\toutput\nq3\ta\n")
     write("more/notes.md", "no data")
     last = [write("d.csv", 'instruction,output\n"q4",a\n'), write("e.jsonl", lines(rows[5:]))]
-    found = read_records([str(tmp_path / "more"), *last])
+    found = read_rows([str(tmp_path / "more"), *last])
     assert [r.values for r in found] == rows
     assert found[0].where.endswith("a.jsonl.gz, line 1")
     assert [Path(file).name for file in files_of(str(tmp_path / "more"))] == [
@@ -417,9 +420,9 @@ def test_a_source_takes_several_texts(write):
 
 def test_columns_of_json_are_rows(write):
     table = {"instruction": ["q0", "q1"], "output": ["a", "a"]}
-    assert [r.values for r in read_records(write("a.json", table))] == chats(2)
+    assert [r.values for r in read_rows(write("a.json", table))] == chats(2)
     one = {"messages": TURNS}
-    assert [r.values for r in read_records(write("b.json", one))] == [one]
+    assert [r.values for r in read_rows(write("b.json", one))] == [one]
 
 
 def test_own_names_of_fields(write):
@@ -430,7 +433,7 @@ def test_own_names_of_fields(write):
     problems = data.load_reasoning(config)
     assert {p.answer for p in problems.train} <= {str(i + 1) for i in range(60)}
     with pytest.raises(UserError, match="no field 'task' for question: it has problem, solution"):
-        read_records(path, {"question": "task"})
+        read_rows(path, {"question": "task"})
 
 
 def test_columns_and_lists_on_the_command_line():
@@ -452,20 +455,20 @@ def test_a_name_is_no_pattern(write, tmp_path, name):
     for beside in ("chatv.parquet", "ax.parquet", "bx.parquet", "d.parquet"):
         parquet.write_table(pyarrow.table({"text": ["another file"]}), tmp_path / beside)
     parquet.write_table(pyarrow.table({"text": ["this one"]}), tmp_path / name)
-    assert [r.values for r in read_records(str(tmp_path / name))] == [{"text": "this one"}]
+    assert [r.values for r in read_rows(str(tmp_path / name))] == [{"text": "this one"}]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
 def test_a_byte_order_mark_says_how_to_read(write, encoding):
     rows = [{"text": "Zoë"}, {"text": "b"}]
     text = lines(rows).replace("\\u00eb", "ë")
-    assert [r.values for r in read_records(write("a.jsonl", text.encode(encoding)))] == rows
+    assert [r.values for r in read_rows(write("a.jsonl", text.encode(encoding)))] == rows
     assert read_text(write("a.txt", "Zoë\r\nb\rc".encode(encoding))) == "Zoë\nb\nc"
 
 
 def test_marks_between_files_that_were_joined(write):
     joined = b"\xef\xbb\xbf" + lines(chats(1)).encode() + b"\xef\xbb\xbf" + lines(chats(2)).encode()
-    assert len(read_records(write("a.jsonl", joined))) == 3
+    assert len(read_rows(write("a.jsonl", joined))) == 3
 
 
 @pytest.mark.parametrize(
@@ -497,17 +500,17 @@ def test_marks_between_files_that_were_joined(write):
 def test_files_that_cannot_be_read(write, name, content, message):
     path = write(name, content)
     with pytest.raises(UserError, match=message) as caught:
-        read_text(path) if name.endswith(".txt") else read_records(path)
+        read_text(path) if name.endswith(".txt") else read_rows(path)
     assert "\n" not in str(caught.value)
 
 
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(UserError, match="not a file"):
-        read_records(str(tmp_path / "pipe.jsonl"))
+        read_rows(str(tmp_path / "pipe.jsonl"))
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
     with pytest.raises(UserError, match="no such file"):
-        read_records(str(tmp_path / "loop.jsonl"))
+        read_rows(str(tmp_path / "loop.jsonl"))
     with pytest.raises(UserError, match="an empty list of files"):
         files_of([])
     for name in ("x" * 5000, "a\0b", "~nobody-of-this-name/a.txt"):

@@ -11,7 +11,8 @@ from reasoning_gym.factory import DATASETS
 
 from fourstage.data.tasks import worked_solution
 from fourstage.data.verifiers import CONDITIONS, EVALUATED, OWN, READ_PAST, is_plausible
-from fourstage.data.verify import verify, verify_all
+from fourstage.data.verify import verify_all
+from tests.verdicts import verify
 
 STRICTER = sorted(set(CONDITIONS) | set(EVALUATED) | set(OWN) | set(READ_PAST))
 

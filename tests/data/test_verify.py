@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fourstage.data.verify import FROM_FILE, extract, has_form, same_value, verify
+from fourstage.data.verify import FROM_FILE, extract, has_form
+from tests.verdicts import same_value, verify
 
 
 def entry(task, answer, **metadata):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fourstage.data.verify import same_value
 from fourstage.evaluation import suite
+from tests.verdicts import same_value
 
 TEXT = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 COLUMNS = ["key", "items", "what it is", "interval", "better", "known weaknesses"]

@@ -11,9 +11,18 @@ from fourstage.data.config import (
 from fourstage.data.corpus import load_corpus
 from fourstage.data.preference import load_preference, load_prompts
 from fourstage.data.reasoning import load_reasoning
-from fourstage.data.records import Chats, Conversation, Corpus, Pair, Pairs, Problem, Problems
-from fourstage.data.schemas import NOT_READ
+from fourstage.data.records import (
+    Chats,
+    Conversation,
+    Corpus,
+    Pair,
+    Pairs,
+    Problem,
+    Problems,
+    prompts_only,
+)
 from fourstage.data.sources import digest, left_out, other_source, sample_prompts
+from fourstage.data.userfiles import NOT_READ
 
 __all__ = [
     "NOT_READ",
@@ -36,6 +45,7 @@ __all__ = [
     "load_preference",
     "load_prompts",
     "load_reasoning",
+    "prompts_only",
     "sample_prompts",
     "other_source",
 ]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from fourstage.data.config import DataConfig, cached
-from fourstage.data.conversations import split_chats
-from fourstage.data.heldout import heldout_keys
-from fourstage.data.reasoning import load_reasoning, worked_train_problems
-from fourstage.data.records import Chats, Conversation, Problem, content_digest, prompt_text
+from fourstage.data.heldout import cleaned, split_chats
+from fourstage.data.reasoning import worked_problems
+from fourstage.data.records import Chats, Conversation, Problem, Split, content_digest, prompt_text
 from fourstage.data.split import is_heldout
 from fourstage.errors import UserError
 
@@ -22,30 +21,18 @@ def load_chat(config: DataConfig) -> Chats:
     chat = config.chat
     if chat.path is None and not config.embedded:
         raise UserError("stages.sft needs data.chat.path=FILE (conversations to learn from)")
-    train, heldout, notes = split_chats(config)
-    keys = heldout_keys(config)
-    clean = [c for c in train if not keys.in_messages(c.messages)]
-    notes = notes | {"dropped_with_a_heldout_prompt": len(train) - len(clean)}
-    for name, side in (("train", clean), ("held-out", heldout)):
-        if not side:
-            raise UserError(
-                f"data.chat: no conversation on the {name} side of the split "
-                f"({len(train) + len(heldout)} in all): give more, or another data.heldout"
-            )
-
-    problems = worked_train_problems(config, chat.demonstrations)
-    train = [*clean, *demonstrations(problems, chat.terse)]
-    if problems:
-        share = config.heldout / (1 - config.heldout)
-        held = [p for p in load_reasoning(config).heldout if p.worked]
-        heldout = [*heldout, *demonstrations(held[: round(len(problems) * share)], chat.terse)]
-    notes |= {"train": len(train), "heldout": len(heldout), "demonstrations": len(problems)}
-    texts = (prompt_text(c.messages) for side in (train, [], heldout) for c in side)
-    return Chats(train, heldout, content_digest(str(len(train)), *texts), notes)
+    chats = cleaned(
+        config, "data.chat", split_chats(config), lambda c, keys: keys.in_messages(c.messages)
+    )
+    worked, heldout_worked = worked_problems(config, chat.demonstrations, config.heldout)
+    train = chats.train + demonstrations(worked, chat.terse)
+    heldout = chats.heldout + demonstrations(heldout_worked, chat.terse)
+    texts = (prompt_text(c.messages) for c in train + heldout)
+    return Split(train, heldout, content_digest(str(len(train)), *texts), chats.notes)
 
 
 def demonstrations(problems: list[Problem], terse: dict[str, float]) -> list[Conversation]:
-    """Solved problems as conversations; a share of a task's, by hash, only gives the answer."""
+    """Solved problems as conversations; of each task a share, `terse`, without the steps."""
     return [
         p.conversation(terse=is_heldout(f"terse {p.question}", terse.get(p.task, 0.0)))
         for p in problems

@@ -8,14 +8,14 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fourstage.data.files import files_of
+from fourstage.data.files import Paths, files_of
 from fourstage.errors import UserError
 
 T = TypeVar("T")
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
         raise UserError(f"{name}: must be at least {least}, got {value}")
 
 
@@ -25,12 +25,18 @@ def _is_share(name: str, value: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusConfig:
+class SourceConfig:
+    """What every source has: a user's files, each a path or a list of them."""
+
+    path: Paths | None = None
+    heldout_path: Paths | None = None
+    columns: dict[str, str] | None = None  # {name in the schema: name in the user's files}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig(SourceConfig):
     """Text for pretrain; its last `heldout` is held out by position, records by their hash."""
 
-    path: str | list[str] | None = None
-    heldout_path: str | list[str] | None = None
-    columns: dict[str, str] | None = None  # {name in the schema: name in the user's files}
     heldout: float = 0.1
     problems: int = 0  # worked train problems rendered as documents, at most
 
@@ -40,12 +46,9 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig:
+class ChatConfig(SourceConfig):
     """Conversations for sft."""
 
-    path: str | list[str] | None = None
-    heldout_path: str | list[str] | None = None
-    columns: dict[str, str] | None = None  # {name in the schema: name in the user's files}
     max_answer_chars: int | None = None  # conversations with a longer answer are left out
     max_prompt_chars: int | None = None
     exclude: list[str] = field(default_factory=list)  # categories of chatterbot-corpus
@@ -54,27 +57,21 @@ class ChatConfig:
     terse: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.max_answer_chars is not None:
-            _at_least("max_answer_chars", self.max_answer_chars, 1)
-        if self.max_prompt_chars is not None:
-            _at_least("max_prompt_chars", self.max_prompt_chars, 1)
+        _at_least("max_answer_chars", self.max_answer_chars, 1)
+        _at_least("max_prompt_chars", self.max_prompt_chars, 1)
+        _at_least("demonstrations", self.demonstrations, 0)
         for task, share in self.terse.items():
             if not 0 <= share <= 1:
                 raise UserError(f"terse.{task}: must be a share between 0 and 1, got {share}")
-        _at_least("demonstrations", self.demonstrations, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceConfig:
+class PreferenceConfig(SourceConfig):
     """Preference pairs; without a path, data=embedded samples them from the sft model."""
 
-    path: str | list[str] | None = None
-    heldout_path: str | list[str] | None = None
-    columns: dict[str, str] | None = None  # {name in the schema: name in the user's files}
-
 
 @dataclass(frozen=True, kw_only=True)
-class ReasoningConfig:
+class ReasoningConfig(SourceConfig):
     """Problems: a file, or without one `size` and `heldout_size` from tasks of reasoning-gym.
 
     A task has its keyword arguments, and may have `weight`, its part of both sizes (1). `only`
@@ -82,9 +79,6 @@ class ReasoningConfig:
     or one name.
     """
 
-    path: str | list[str] | None = None
-    heldout_path: str | list[str] | None = None
-    columns: dict[str, str] | None = None  # {name in the schema: name in the user's files}
     tasks: dict[str, Any] = field(default_factory=dict)
     only: list[Any] | dict[str, Any] | str | None = None
     size: int = 4000
@@ -93,21 +87,20 @@ class ReasoningConfig:
     def __post_init__(self) -> None:
         _at_least("size", self.size, 1)
         _at_least("heldout_size", self.heldout_size, 1)
-        if self.only is not None and self.path is not None:
+        if self.only is None:
+            return
+        if self.path is not None:
             raise UserError(
                 "only: the problems come from data.reasoning.path: leave one of them out"
             )
-        if self.only is not None and not (
-            self.only and all(isinstance(entry, str | dict) for entry in self.named)
-        ):
+        if not (self.only and all(isinstance(entry, str | dict) for entry in self._named)):
             raise UserError(
                 "only: expected tasks of reasoning-gym, [NAME, ...] or {NAME: {ARGUMENT: VALUE}}, "
                 f"got {self.only!r}"
             )
 
     @property
-    def named(self) -> list[Any]:
-        """The entries of `only`."""
+    def _named(self) -> list[Any]:
         return self.only if isinstance(self.only, list) else [self.only]
 
     @property
@@ -121,16 +114,20 @@ class ReasoningConfig:
         if self.only is None:
             return self.tasks
         chosen: dict[str, Any] = {}
-        for entry in self.named:
+        for entry in self._named:
             named = entry if isinstance(entry, dict) else {entry: self.tasks.get(entry, {})}
             chosen |= {str(task): settings or {} for task, settings in named.items()}
         return chosen
 
+    @property
+    def has_problems(self) -> bool:
+        return self.path is not None or bool(self.chosen)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """One data config. `heldout` is the share of prompts and problems, equal in all sources:
-    so that what one source holds out, no other source trains on."""
+    """One data config. All sources hold out the same share of prompts and problems, so that none
+    trains on what another holds out."""
 
     name: str
     heldout: float = 0.1
@@ -149,24 +146,18 @@ class DataConfig:
 
     @property
     def title(self) -> str:
-        """The config's name, and which of the embedded sources are files all the same."""
+        """The config's name, and which of the embedded sources come from files instead."""
         own = [name for name, source in vars(self).items() if getattr(source, "path", None)]
         return f"embedded with files of {', '.join(own)}" if self.embedded and own else self.name
 
     @property
     def has_hidden_rule(self) -> bool:
-        """True if preferences come from the hidden rule; of a user's own pairs no rule is known."""
+        """True if preferences come from the hidden rule rather than a user's own pairs."""
         return self.embedded and self.preference.path is None
 
     def fingerprint(self, *names: str) -> tuple[Any, ...]:
-        """Equal as long as the settings of the named sources and their files are the same."""
-        sources = {
-            "corpus": self.corpus,
-            "chat": self.chat,
-            "preference": self.preference,
-            "reasoning": self.reasoning,
-        }
-        chosen = [sources[name] for name in names]
+        """Changes with the settings or files of the named sources."""
+        chosen = [getattr(self, name) for name in names]
         named = [p for s in chosen for p in (s.path, s.heldout_path) if p]
         stats = [Path(file).stat() for path in named for file in files_of(path)]
         files = [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from fourstage.data.config import DataConfig, cached
-from fourstage.data.files import Paths, files_of, is_text, read_records, read_text
-from fourstage.data.heldout import heldout_keys
+from fourstage.data.files import Paths, files_of, is_text, read_rows, read_text
+from fourstage.data.heldout import check_sides, heldout_keys
 from fourstage.data.keys import HeldOutKeys
-from fourstage.data.reasoning import load_reasoning, worked_train_problems
-from fourstage.data.records import Corpus, Problem, content_digest
-from fourstage.data.schemas import added, document_from, usable
+from fourstage.data.reasoning import worked_problems
+from fourstage.data.records import Corpus, Problem, Split, content_digest
+from fourstage.data.schemas import document_from
 from fourstage.data.split import is_heldout
+from fourstage.data.userfiles import usable
 from fourstage.errors import UserError
 
 LONG = 2000  # characters: a file without blank lines is one paragraph
@@ -26,7 +29,7 @@ def load_corpus(config: DataConfig) -> Corpus:
         UserError: no path under data=files, a bad file, or a text too short to be split.
     """
     corpus = config.corpus
-    notes: dict[str, int] = {}
+    notes = Counter[str]()
     if corpus.path is None:
         if not config.embedded:
             raise UserError("stages.pretrain needs data.corpus.path=FILE (text to learn from)")
@@ -41,31 +44,16 @@ def load_corpus(config: DataConfig) -> Corpus:
         documents = _documents(corpus.path, config, notes)
         train = [d for d in documents if not is_heldout(d, corpus.heldout)]
         heldout = [d for d in documents if is_heldout(d, corpus.heldout)]
-    for name, side in (("train", train), ("held-out", heldout)):
-        if not any(document.strip() for document in side):
-            raise UserError(
-                f"data.corpus: nothing on the {name} side of the split: give more text or another "
-                "data.corpus.heldout"
-            )
+    said = ([d for d in side if d.strip()] for side in (train, heldout))
+    check_sides("data.corpus", *said, notes)
 
     keys = heldout_keys(config)
     cleaned = [without_heldout(document, keys) for document in train]
     notes["paragraphs_dropped_with_a_heldout_prompt"] = sum(n for _, n in cleaned)
-    train = [document for document, _ in cleaned]
-    problems = worked_train_problems(config, corpus.problems)
-    train += [render(p) for p in problems]
-    if problems:
-        share = corpus.heldout / (1 - corpus.heldout)
-        held = [p for p in load_reasoning(config).heldout if p.worked]
-        heldout = [*heldout, *(render(p) for p in held[: round(len(problems) * share)])]
-    notes |= {
-        "train": len(train),
-        "heldout": len(heldout),
-        "train_characters": sum(map(len, train)),
-        "heldout_characters": sum(map(len, heldout)),
-        "problems": len(problems),
-    }
-    return Corpus(train, heldout, content_digest(*train, "", *heldout), notes)
+    worked, heldout_worked = worked_problems(config, corpus.problems, corpus.heldout)
+    train = [*(document for document, _ in cleaned), *map(render, worked)]
+    heldout = [*heldout, *map(render, heldout_worked)]
+    return Split(train, heldout, content_digest(*train, "", *heldout), dict(notes))
 
 
 def language_reference() -> list[str]:
@@ -114,9 +102,7 @@ def without_heldout(document: str, keys: HeldOutKeys) -> tuple[str, int]:
     return ("\n\n".join(kept), dropped) if dropped else (document, 0)
 
 
-def _documents(path: Paths, config: DataConfig, notes: dict[str, int]) -> list[str]:
+def _documents(path: Paths, config: DataConfig, notes: Counter[str]) -> list[str]:
     if is_text(path):
         return [read_text(file) for file in files_of(path)]
-    documents, more = usable(read_records(path, config.corpus.columns), document_from)
-    notes |= added(notes, more)
-    return documents
+    return usable(read_rows(path, config.corpus.columns), document_from, notes)

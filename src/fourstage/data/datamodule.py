@@ -12,7 +12,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -22,11 +22,23 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from fourstage.batch import IGNORE, PairBatch, PromptBatch, TokenBatch
 from fourstage.data.records import Conversation, Corpus, Message, Pair, Problem
 from fourstage.errors import UserError
-from fourstage.tokenizer import Tokenizer
+from fourstage.tokenizer import SHORTEST_PROMPT, Tokenizer
 
 WINDOW = 16  # global batches among which rows of like length are brought together
 
-Row = tuple[list[int], list[int]]  # ids and loss mask, of equal length
+# of a conversation: ids, and their loss mask; of a pair: chosen ids, rejected ids
+Row = tuple[list[int], list[int]]
+Fitted = tuple[Row | None, bool]  # None if nothing is left of it; whether it was cut
+
+
+class Steps(TypedDict, total=False):
+    """How the rows of an epoch become the batches of a rank's steps."""
+
+    batch_size: int
+    n_batches: int
+    seed: int
+    rank: int
+    world: int
 
 
 @dataclass
@@ -120,18 +132,9 @@ def _generator(*key: object) -> torch.Generator:
 
 
 def pretrain_data(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    *,
-    block_size: int,
-    batch_size: int,
-    n_batches: int,
-    seed: int,
-    rank: int = 0,
-    world: int = 1,
-    val_batch_size: int | None = None,
+    corpus: Corpus, tokenizer: Tokenizer, *, block_size: int, **steps: Unpack[Steps]
 ) -> LoaderPair:
-    """TokenBatch of [B, block_size]. Validation covers every held-out token that is known, once.
+    """TokenBatch of [B, block_size]. Validation covers every known held-out token once.
 
     Notes count tokens that are targets, and held-out characters for bits per character.
 
@@ -151,19 +154,18 @@ def pretrain_data(
     if not len(train_NT):
         raise UserError(
             f"data.corpus: {notes['train_tokens']} tokens to train on are less than one block of "
-            f"{block_size}: give more text or a smaller stages.pretrain.block_size"
+            f"{block_size}: give more text or a smaller block_size"
         )
     notes["dropped_tokens"] = notes["train_tokens"] - train_NT.shape[0] * block_size
 
     def collate(items: list[int]) -> TokenBatch:
         return _block_batch(train_NT[items], tokenizer.pad_id)
 
-    train = StepBatches(len(train_NT), batch_size, n_batches, seed, collate, rank, world)
+    train = StepBatches(len(train_NT), collate=collate, **steps)
     val = [
-        _block_batch(rows, tokenizer.pad_id)
-        for rows in sides["heldout"].split(val_batch_size or batch_size)
+        _block_batch(rows, tokenizer.pad_id) for rows in sides["heldout"].split(steps["batch_size"])
     ]
-    for batch in val:  # <unk> is no character that could have been predicted
+    for batch in val:  # no model can predict an unknown character
         batch.targets[batch.targets == tokenizer.unk_id] = IGNORE
     return _loaders(train, val, notes)
 
@@ -197,75 +199,48 @@ def sft_data(
     tokenizer: Tokenizer,
     *,
     max_tokens: int,
-    batch_size: int,
-    n_batches: int,
-    seed: int,
-    rank: int = 0,
-    world: int = 1,
-    val_batch_size: int | None = None,
+    **steps: Unpack[Steps],
 ) -> LoaderPair:
     """TokenBatch of rows padded to the longest, with loss on the assistant's tokens only.
-
-    Notes count what was cut to fit, and dropped since no answer would have been left.
 
     Raises:
         UserError: nothing is left to train or validate on.
     """
-    notes: dict[str, int] = {}
-    sides = []
-    for name, conversations in (("train", train), ("heldout", heldout)):
-        fitted = [fit_conversation(c.messages, tokenizer, max_tokens) for c in conversations]
-        rows = [row for row, _ in fitted if row is not None]
-        notes[f"{name}_truncated"] = sum(cut for row, cut in fitted if row is not None)
-        notes[f"{name}_dropped"] = len(fitted) - len(rows)
-        notes[f"{name}_rows"] = len(rows)
-        notes[f"{name}_answer_tokens"] = sum(sum(mask) for _, mask in rows)
-        notes[f"{name}_unknown_characters"] = sum(tokenizer.count_unknown(ids) for ids, _ in rows)
-        some_left("data.chat", "stages.sft.max_tokens", name, rows, max_tokens)
-        sides.append(rows)
-    rows, val_rows = sides
 
-    def collate(items: list[int]) -> TokenBatch:
-        return _row_batch([rows[i] for i in items], tokenizer.pad_id)
+    def count(rows: Sequence[Row]) -> dict[str, int]:
+        return {
+            "answer_tokens": sum(sum(mask) for _, mask in rows),
+            "unknown_characters": sum(tokenizer.count_unknown(ids) for ids, _ in rows),
+        }
 
-    lengths = [len(ids) for ids, _ in rows]
-    batches = StepBatches(len(rows), batch_size, n_batches, seed, collate, rank, world, lengths)
-    by_length = sorted(val_rows, key=lambda row: len(row[0]))
-    size = val_batch_size or batch_size
-    val = [
-        _row_batch(by_length[i : i + size], tokenizer.pad_id)
-        for i in range(0, len(by_length), size)
+    sides = [
+        [fit_conversation(c.messages, tokenizer, max_tokens) for c in side]
+        for side in (train, heldout)
     ]
-    return _loaders(batches, val, notes)
+    return _row_loaders("data.chat", sides, count, _masked_batch, tokenizer, max_tokens, steps)
 
 
-def fit_conversation(
-    messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int
-) -> tuple[Row | None, bool]:
+def fit_conversation(messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int) -> Fitted:
     """A conversation as a row of at most `max_tokens`, and whether it was cut.
 
-    The oldest exchanges go first. None where the last one does not fit, since truncating changes
-    the question, or is nothing to learn from.
+    The oldest exchanges go first. None if the last one doesn't fit: truncating changes the
+    question.
     """
-    cut = False
-    for recent in without_oldest(messages):
-        ids, mask = tokenizer.chat(recent)
+    start = int(messages[0]["role"] == "system")
+    for at in range(start, len(messages), 2):
+        ids, mask = tokenizer.chat([*messages[:start], *messages[at:]])
         if len(ids) <= max_tokens:
-            return ((ids, mask) if any(mask) else None), cut
-        cut = True
-    return None, cut
+            return (ids, mask), at > start
+    return None, True
 
 
-def without_oldest(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """A dialogue, then without its oldest exchange, and so on down to the last user message."""
-    messages = list(messages)
-    start = messages[0]["role"] == "system"
-    while messages[start:]:
-        yield messages
-        messages = messages[:start] + messages[start + 2 :]
+def conversation_needs(messages: Sequence[Message], tokenizer: Tokenizer) -> int:
+    """The least `max_tokens` with which a conversation fits."""
+    start = int(messages[0]["role"] == "system")
+    return len(tokenizer.chat([*messages[:start], *messages[-2:]])[0])
 
 
-def _row_batch(rows: Sequence[Row], pad_id: int) -> TokenBatch:
+def _masked_batch(rows: Sequence[Row], pad_id: int) -> TokenBatch:
     """Targets are the next ids where the mask of the next id is 1."""
     longest = max(len(ids) for ids, _ in rows) - 1
     ids_BT = torch.full((len(rows), longest), pad_id)
@@ -283,79 +258,55 @@ def reward_data(
     tokenizer: Tokenizer,
     *,
     max_tokens: int,
-    batch_size: int,
-    n_batches: int,
-    seed: int,
-    rank: int = 0,
-    world: int = 1,
-    val_batch_size: int | None = None,
+    **steps: Unpack[Steps],
 ) -> LoaderPair:
     """PairBatch of [B, T]: prompt, answer and <eot>, both answers after the same prompt.
 
     Raises:
         UserError: nothing is left to train or validate on.
     """
-    notes: dict[str, int] = {}
-    sides = []
-    for name, pairs in (("train", train), ("heldout", heldout)):
-        differ = [pair for pair in pairs if not says_the_same(pair, tokenizer)]
-        fitted = [fit_pair(pair, tokenizer, max_tokens) for pair in differ]
-        rows = [row for row, _ in fitted if row is not None]
-        notes[f"{name}_same_tokens"] = len(pairs) - len(differ)
-        notes[f"{name}_truncated"] = sum(cut for row, cut in fitted if row is not None)
-        notes[f"{name}_dropped"] = len(fitted) - len(rows)
-        notes[f"{name}_rows"] = len(rows)
-        notes[f"{name}_unknown_characters"] = sum(
-            tokenizer.count_unknown(ids) for row in rows for ids in row
-        )
-        some_left("data.preference", "stages.reward.max_tokens", name, rows, max_tokens)
-        sides.append(rows)
-    rows, val_rows = sides
 
-    def collate(items: list[int]) -> PairBatch:
-        return _pair_batch([rows[i] for i in items], tokenizer.pad_id)
+    def count(rows: Sequence[Row]) -> dict[str, int]:
+        return {"unknown_characters": sum(tokenizer.count_unknown(i) for r in rows for i in r)}
 
-    lengths = [max(map(len, row)) for row in rows]
-    batches = StepBatches(len(rows), batch_size, n_batches, seed, collate, rank, world, lengths)
-    by_length = sorted(val_rows, key=lambda row: max(map(len, row)))
-    size = val_batch_size or batch_size
-    val = [
-        _pair_batch(by_length[i : i + size], tokenizer.pad_id)
-        for i in range(0, len(by_length), size)
-    ]
-    return _loaders(batches, val, notes)
+    differ = [[p for p in side if not says_the_same(p, tokenizer)] for side in (train, heldout)]
+    sides = [[fit_pair(p, tokenizer, max_tokens) for p in side] for side in differ]
+    loaders = _row_loaders(
+        "data.preference", sides, count, _pair_batch, tokenizer, max_tokens, steps
+    )
+    loaders.notes["train_same_tokens"] = len(train) - len(differ[0])
+    loaders.notes["heldout_same_tokens"] = len(heldout) - len(differ[1])
+    return loaders
 
 
 def says_the_same(pair: Pair, tokenizer: Tokenizer) -> bool:
-    """Whether a pair's two answers are the same tokens, of which none can be preferred."""
-    unfinished = [side in pair.unfinished for side in ("chosen", "rejected")]
-    same = tokenizer.encode(pair.chosen) == tokenizer.encode(pair.rejected)
-    return same and unfinished[0] == unfinished[1]
+    """True if a pair's two answers are the same tokens, so that neither can be preferred."""
+    return _answer(pair, "chosen", tokenizer) == _answer(pair, "rejected", tokenizer)
 
 
-def fit_pair(
-    pair: Pair, tokenizer: Tokenizer, max_tokens: int
-) -> tuple[tuple[list[int], list[int]] | None, bool]:
-    """Chosen and rejected ids of at most `max_tokens`, and whether the prompt's beginning was cut.
-
-    An answer that was cut off has no end of turn, as none will when ppo has it scored.
-    """
-    answers = [
-        [*tokenizer.encode(text), *([] if side in pair.unfinished else [tokenizer.eot_id])]
-        for side, text in (("chosen", pair.chosen), ("rejected", pair.rejected))
-    ]
+def fit_pair(pair: Pair, tokenizer: Tokenizer, max_tokens: int) -> Fitted:
+    """Chosen and rejected ids of at most `max_tokens`, and whether the prompt's beginning was cut;
+    None if that leaves no room for the prompt."""
+    chosen, rejected = (_answer(pair, side, tokenizer) for side in ("chosen", "rejected"))
     prompt = tokenizer.prompt(pair.messages)
-    room = max_tokens - max(map(len, answers))
-    cut = len(prompt) > room
-    if cut:
-        shorter = tokenizer.shorten(prompt, room, keep=2)
-        if shorter is None:
-            return None, True
-        prompt = shorter
-    return (prompt + answers[0], prompt + answers[1]), cut
+    room = max_tokens - max(len(chosen), len(rejected))
+    fitted = tokenizer.shorten(prompt, room)
+    return fitted and (fitted + chosen, fitted + rejected), len(prompt) > room
 
 
-def _pair_batch(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> PairBatch:
+def pair_needs(pair: Pair, tokenizer: Tokenizer) -> int:
+    """The least `max_tokens` with which a pair fits."""
+    answers = (_answer(pair, side, tokenizer) for side in ("chosen", "rejected"))
+    return SHORTEST_PROMPT + max(map(len, answers))
+
+
+def _answer(pair: Pair, side: str, tokenizer: Tokenizer) -> list[int]:
+    """One that was cut off has no end of turn, nor will it have one when ppo scores it."""
+    ids = tokenizer.encode(getattr(pair, side))
+    return ids if side in pair.unfinished else [*ids, tokenizer.eot_id]
+
+
+def _pair_batch(rows: Sequence[Row], pad_id: int) -> PairBatch:
     longest = max(len(ids) for row in rows for ids in row)
     sides = []
     for side in (0, 1):
@@ -366,16 +317,53 @@ def _pair_batch(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> Pai
     return PairBatch(*sides)
 
 
+def _row_loaders(
+    source: str,
+    sides: Sequence[Sequence[Fitted]],
+    count: Callable[[Sequence[Row]], dict[str, int]],
+    batch_of: Callable[[Sequence[Row], int], Any],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    steps: Steps,
+) -> LoaderPair:
+    """Batches of padded rows, of like length each. Notes count what was cut or dropped to fit."""
+    notes: dict[str, int] = {}
+    kept: list[list[Row]] = []
+    for name, fitted in zip(("train", "heldout"), sides, strict=True):
+        rows = [row for row, _ in fitted if row is not None]
+        if not rows:
+            raise UserError(
+                f"{source}: no {name} record fits into max_tokens={max_tokens}: raise it or give "
+                "shorter records"
+            )
+        notes[f"{name}_truncated"] = sum(cut for row, cut in fitted if row is not None)
+        notes[f"{name}_dropped"] = len(fitted) - len(rows)
+        notes[f"{name}_rows"] = len(rows)
+        notes |= {f"{name}_{what}": n for what, n in count(rows).items()}
+        kept.append(rows)
+    train, heldout = kept
+
+    def collate(items: list[int]) -> Any:
+        return batch_of([train[i] for i in items], tokenizer.pad_id)
+
+    def length(row: Row) -> int:
+        return max(map(len, row))
+
+    batches = StepBatches(
+        len(train), collate=collate, lengths=[length(row) for row in train], **steps
+    )
+    heldout = sorted(heldout, key=length)
+    size = steps["batch_size"]
+    val = [batch_of(heldout[i : i + size], tokenizer.pad_id) for i in range(0, len(heldout), size)]
+    return _loaders(batches, val, notes)
+
+
 def prompt_data(
     records: Sequence[Problem | Conversation | Pair],
     tokenizer: Tokenizer,
     *,
-    batch_size: int,
-    n_batches: int,
-    seed: int,
-    rank: int = 0,
-    world: int = 1,
     max_prompt_tokens: int,
+    **steps: Unpack[Steps],
 ) -> LoaderPair:
     """PromptBatch of B prompts; longer ones are left out, since truncating changes the question.
 
@@ -389,29 +377,17 @@ def prompt_data(
             f"none of {len(records)} prompts fits into max_prompt_tokens={max_prompt_tokens}: "
             "raise it or give shorter prompts"
         )
-    prompts = [encoded[i] for i in index]
     notes = {
-        "prompts": len(prompts),
-        "dropped": len(records) - len(prompts),
-        "unknown_characters": sum(map(tokenizer.count_unknown, prompts)),
+        "prompts": len(index),
+        "dropped": len(records) - len(index),
+        "unknown_characters": sum(tokenizer.count_unknown(encoded[i]) for i in index),
     }
 
     def collate(items: list[int]) -> PromptBatch:
         at = [index[i] for i in items]
-        return PromptBatch([prompts[i] for i in items], [records[i] for i in at], at)
+        return PromptBatch([encoded[i] for i in at], [records[i] for i in at], at)
 
-    return _loaders(
-        StepBatches(len(prompts), batch_size, n_batches, seed, collate, rank, world), None, notes
-    )
-
-
-def some_left(source: str, limit: str, side: str, some: object, max_tokens: int) -> None:
-    """Raise UserError where nothing of a side of a source fits into a limit."""
-    if not some:
-        raise UserError(
-            f"{source}: no {side} record fits into {limit}={max_tokens}: raise it or give "
-            "shorter records"
-        )
+    return _loaders(StepBatches(len(index), collate=collate, **steps), None, notes)
 
 
 def _loaders(train: StepBatches, val: list[Any] | None, notes: dict[str, int]) -> LoaderPair:

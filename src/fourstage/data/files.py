@@ -38,7 +38,7 @@ MAGIC = {
 
 
 @dataclass(frozen=True)
-class Record:
+class Row:
     """A JSON object or a row, with where it stands, for messages, and which fields were read."""
 
     values: dict[str, Any]
@@ -115,7 +115,7 @@ def read_text(path: str) -> str:
     return text
 
 
-def read_records(paths: Paths, columns: Mapping[str, str] | None = None) -> list[Record]:
+def read_rows(paths: Paths, columns: Mapping[str, str] | None = None) -> list[Row]:
     """The records of JSON lists, JSON lines, tables (.csv, .tsv) or Parquet.
 
     Args:
@@ -124,31 +124,31 @@ def read_records(paths: Paths, columns: Mapping[str, str] | None = None) -> list
     Raises:
         UserError: a missing, empty or damaged file, another kind, or a column that isn't there.
     """
-    records: list[Record] = []
+    rows: list[Row] = []
     for path in files_of(paths):
         kind = _kind(Path(path))
         if kind == ".txt":
             raise UserError(f"{path}: plain text has no records: give a {kinds(but='.txt')} file")
         if kind not in READERS:
             raise UserError(f"{path}: unknown kind of file: give a {kinds()} file")
-        rows = READERS[kind](path)
-        if not rows:
+        found = READERS[kind](path)
+        if not found:
             raise UserError(f"{path}: the file has no records: give one with data in it")
-        records += rows
-    for record in records:
-        if not isinstance(record.values, dict):
-            raise UserError(f"{record.where}: expected an object with named fields")
-    return [_renamed(record, columns) for record in records] if columns else records
+        rows += found
+    for row in rows:
+        if not isinstance(row.values, dict):
+            raise UserError(f"{row.where}: expected an object with named fields")
+    return [_renamed(row, columns) for row in rows] if columns else rows
 
 
-def _renamed(record: Record, columns: Mapping[str, str]) -> Record:
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
     for name, own in columns.items():
-        if own not in record:
-            has = ", ".join(list(record.values)[:8])
-            raise UserError(f"{record.where}: no field {own!r} for {name}: it has {has}")
-    rest = {name: v for name, v in record.values.items() if name not in columns.values()}
-    renamed = {name: record.values[own] for name, own in columns.items()}
-    return Record({**rest, **renamed}, record.where)
+        if own not in row:
+            has = ", ".join(list(row.values)[:8])
+            raise UserError(f"{row.where}: no field {own!r} for {name}: it has {has}")
+    rest = {name: v for name, v in row.values.items() if name not in columns.values()}
+    renamed = {name: row.values[own] for name, own in columns.items()}
+    return Row({**rest, **renamed}, row.where)
 
 
 def _kind(path: Path) -> str:
@@ -185,16 +185,16 @@ def _decoded(path: str, content: bytes) -> str:
         ) from None
 
 
-def _json_lines(path: str) -> list[Record]:
+def _json_lines(path: str) -> list[Row]:
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip("\ufeff \t"):
             where = f"{path}, line {number}"
-            rows.append(Record(_parsed(line.lstrip("\ufeff"), where), where))
+            rows.append(Row(_parsed(line.lstrip("\ufeff"), where), where))
     return rows
 
 
-def _json(path: str) -> list[Record]:
+def _json(path: str) -> list[Row]:
     text = read_text(path)
     try:
         values = json.loads(text)
@@ -208,7 +208,7 @@ def _json(path: str) -> list[Record]:
         values = values["data"] if isinstance(values.get("data"), list) else _rows(values)
     if not isinstance(values, list):
         raise UserError(f"{path}: expected a list of objects")
-    return [Record(value, f"{path}, record {i}") for i, value in enumerate(values, start=1)]
+    return [Row(value, f"{path}, record {i}") for i, value in enumerate(values, start=1)]
 
 
 def _rows(table: dict[str, Any]) -> list[dict[str, Any]]:
@@ -233,7 +233,7 @@ def _parsed(line: str, where: str) -> Any:
         raise UserError(f"{where}: a number of too many digits: fix or remove the line") from None
 
 
-def _table(path: str) -> list[Record]:
+def _table(path: str) -> list[Row]:
     delimiter = "\t" if _kind(Path(path)) == ".tsv" else ","
     csv.field_size_limit(2**31 - 1)  # an answer may be long
     lines = csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter, strict=True)
@@ -255,7 +255,7 @@ def _table(path: str) -> list[Record]:
             raise UserError(
                 f"{path}, row {i}: rows of different lengths: give each {len(names)} fields"
             )
-    return [Record(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]
+    return [Row(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]
 
 
 def _named_once(path: str, names: Sequence[str]) -> None:
@@ -263,7 +263,7 @@ def _named_once(path: str, names: Sequence[str]) -> None:
         raise UserError(f"{path}: two columns are named {', '.join(map(repr, twice))}: rename one")
 
 
-def _parquet(path: str) -> list[Record]:
+def _parquet(path: str) -> list[Row]:
     from pyarrow import parquet
 
     try:
@@ -277,10 +277,10 @@ def _parquet(path: str) -> list[Record]:
     except Exception as error:  # PyArrow's own, and those of times that Python doesn't have
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(f"{path}: not a readable Parquet file ({reason})") from None
-    return [Record(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]
+    return [Row(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]
 
 
-READERS: dict[str, Callable[[str], list[Record]]] = {
+READERS: dict[str, Callable[[str], list[Row]]] = {
     ".json": _json,
     ".jsonl": _json_lines,
     ".parquet": _parquet,

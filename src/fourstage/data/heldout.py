@@ -1,12 +1,69 @@
-"""What no stage may train on: the held-out prompts of every source, as one set of keys for all."""
+"""Which conversations and pairs are held out, and what no stage may train on.
+
+Held-out prompts of every source together make one set of keys, by which all sources are cleaned.
+"""
 
 from __future__ import annotations
 
-from fourstage.data.config import DataConfig, cached
-from fourstage.data.conversations import split_chats
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from fourstage.data.chatterbot import chatterbot
+from fourstage.data.config import ChatConfig, DataConfig, cached
+from fourstage.data.files import Row
 from fourstage.data.keys import HeldOutKeys, keys_of, openings
-from fourstage.data.pairs import split_pairs
 from fourstage.data.problems import split_problems
+from fourstage.data.records import Chats, Conversation, Pairs, Split
+from fourstage.data.schemas import Unusable, conversation_from, pair_from
+from fourstage.data.userfiles import sides, split_file
+from fourstage.errors import UserError
+
+T = TypeVar("T")
+
+
+@cached("chat", "reasoning")
+def split_chats(config: DataConfig) -> Chats:
+    """Conversations, split by how they open; none where the config names none.
+
+    Raises:
+        UserError: a bad file, or an unknown category to exclude.
+    """
+    chat, problems = config.chat, split_problems(config).heldout
+    if chat.path is not None:
+
+        def build(row: Row) -> Conversation:
+            conversation = conversation_from(row)
+            if _is_too_long(conversation, chat):
+                limits = "data.chat.max_prompt_chars or max_answer_chars"
+                raise Unusable(f"{row.where}: longer than {limits} allows", "too_long")
+            return conversation
+
+        return split_file(chat, build, config.heldout, problems)
+    if not config.embedded:
+        return Split([], [])
+    found, notes = chatterbot(chat.exclude)
+    short = [c for c in found if not _is_too_long(c, chat)]
+    notes["unusable_too_long"] = len(found) - len(short)
+    return Split(*sides(short, None, config.heldout, problems), notes=notes)
+
+
+def _is_too_long(conversation: Conversation, chat: ChatConfig) -> bool:
+    most = {"user": chat.max_prompt_chars, "assistant": chat.max_answer_chars}
+    limits = ((m["content"], most.get(m["role"])) for m in conversation.messages)
+    return any(limit is not None and len(text) > limit for text, limit in limits)
+
+
+@cached("preference", "reasoning")
+def split_pairs(config: DataConfig) -> Pairs:
+    """A user's pairs, split by how their prompts open; none without a path.
+
+    Raises:
+        UserError: a bad file.
+    """
+    if config.preference.path is None:
+        return Split([], [])
+    problems = split_problems(config).heldout
+    return split_file(config.preference, pair_from, config.heldout, problems)
 
 
 @cached("chat", "preference", "reasoning")
@@ -16,5 +73,37 @@ def heldout_keys(config: DataConfig) -> HeldOutKeys:
     Raises:
         UserError: a bad file of any of these sources.
     """
-    prompts = [*openings(split_chats(config)[1]), *openings(split_pairs(config)[1])]
-    return keys_of(split_problems(config)[1], prompts)
+    prompts = [*openings(split_chats(config).heldout), *openings(split_pairs(config).heldout)]
+    return keys_of(split_problems(config).heldout, prompts)
+
+
+def cleaned(
+    config: DataConfig,
+    where: str,
+    split: Split[T],
+    gives_away: Callable[[T, HeldOutKeys], bool],
+) -> Split[T]:
+    """The split without train items that give away a held-out prompt of any source.
+
+    Raises:
+        UserError: a side has nothing on it.
+    """
+    keys = heldout_keys(config)
+    train = [item for item in split.train if not gives_away(item, keys)]
+    notes = {**split.notes, "dropped_with_a_heldout_prompt": len(split.train) - len(train)}
+    check_sides(where, train, split.heldout, notes)
+    return Split(train, split.heldout, notes=notes)
+
+
+def check_sides(
+    where: str, train: Sequence[object], heldout: Sequence[object], notes: Mapping[str, int]
+) -> None:
+    """Raise UserError if a side of the split has nothing on it."""
+    for name, side in (("train", train), ("held-out", heldout)):
+        if not side:
+            lost = ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in notes.items() if n)
+            key = "data.corpus.heldout" if where == "data.corpus" else "data.heldout"
+            raise UserError(
+                f"{where}: nothing on the {name} side of the split, {len(train) + len(heldout):,} "
+                f"on the other{f' ({lost})' if lost else ''}: give more, or another {key}"
+            )

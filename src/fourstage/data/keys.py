@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from fourstage.data.records import Conversation, Message, Pair, Problem, opening
+from fourstage.data.records import Conversation, Message, Pair, Problem
 from fourstage.data.split import expressions, normalise, whole_expressions
 from fourstage.data.verify import FROM_FILE
 from fourstage.tokenizer import LOOK_ALIKES
@@ -132,10 +132,10 @@ def keys_of(problems: Iterable[Problem], prompts: Iterable[str] = ()) -> HeldOut
     return HeldOutKeys(frozenset(whole), asked, longest, phrases)
 
 
-def openings(records: Sequence[Conversation | Pair]) -> list[str]:
-    """What the records ask first; and the later questions that are long enough to be known by."""
-    asked = [opening(record.messages) for record in records]
-    for record in records:
-        later = [m["content"] for m in record.messages if m["role"] == "user"][1:]
-        asked += [text for text in later if len(words(text)) >= LEAST]
+def openings(items: Iterable[Conversation | Pair | Problem]) -> list[str]:
+    """What the items ask first, and later questions that are long enough to be recognised."""
+    asked: list[str] = []
+    for item in items:
+        first, *later = [m["content"] for m in item.prompt_messages if m["role"] == "user"]
+        asked += [first, *(text for text in later if len(words(text)) >= LEAST)]
     return asked

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fourstage.data.chat import load_chat
 from fourstage.data.config import DataConfig, cached
-from fourstage.data.heldout import heldout_keys
-from fourstage.data.pairs import split_pairs
+from fourstage.data.heldout import cleaned, split_pairs
+from fourstage.data.keys import HeldOutKeys
 from fourstage.data.records import (
     Chats,
     Conversation,
-    Message,
     Pair,
     Pairs,
+    Split,
     content_digest,
     prompt_text,
+    prompts_only,
 )
 from fourstage.errors import UserError
 
@@ -33,23 +36,15 @@ def load_preference(config: DataConfig) -> Pairs | None:
             "stages.reward and stages.ppo need data.preference.path=FILE "
             "(prompts with a chosen and a rejected answer)"
         )
-    train, heldout, notes = split_pairs(config)
-    n_pairs, keys = len(train) + len(heldout), heldout_keys(config)
-    clean = [p for p in train if not keys.in_messages(_all_messages(p))]
-    notes = notes | {"dropped_with_a_heldout_prompt": len(train) - len(clean)}
-    same = sum(p.chosen == p.rejected for p in (*clean, *heldout))
-    train, heldout = ([p for p in s if p.chosen != p.rejected] for s in (clean, heldout))
-    for name, side in (("train", train), ("held-out", heldout)):
-        if not side:
-            equal = f", {same} left out as their answers are equal" if same else ""
-            raise UserError(
-                f"data.preference: no pair on the {name} side of the split ({n_pairs} in all"
-                f"{equal}): give more, or another data.heldout"
-            )
-    notes |= {"equal_answers_dropped": same, "train": len(train), "heldout": len(heldout)}
-    return Pairs(
-        train, heldout, content_digest(*map(_content, train), "", *map(_content, heldout)), notes
+    split = split_pairs(config)
+    train, heldout = (
+        [p for p in side if p.chosen != p.rejected] for side in (split.train, split.heldout)
     )
+    equal = len(split.train) + len(split.heldout) - len(train) - len(heldout)
+    notes = {**split.notes, "equal_answers_dropped": equal}
+    pairs = cleaned(config, "data.preference", Split(train, heldout, notes=notes), _gives_away)
+    contents = (*map(_content, pairs.train), "", *map(_content, pairs.heldout))
+    return replace(pairs, digest=content_digest(*contents))
 
 
 def load_prompts(config: DataConfig) -> Chats:
@@ -61,14 +56,13 @@ def load_prompts(config: DataConfig) -> Chats:
     """
     pairs = load_preference(config)
     if pairs is None:
-        return load_chat(config).prompts_only()
+        return prompts_only(load_chat(config))
     train, heldout = ([_conversation(p) for p in side] for side in (pairs.train, pairs.heldout))
-    return Chats(train, heldout, pairs.digest, {}).prompts_only()
+    return prompts_only(Split(train, heldout))
 
 
-def _all_messages(pair: Pair) -> list[Message]:
-    answers = [{"role": "assistant", "content": text} for text in (pair.chosen, pair.rejected)]
-    return [*pair.messages, *answers]
+def _gives_away(pair: Pair, keys: HeldOutKeys) -> bool:
+    return keys.in_messages(pair.messages) or any(map(keys.in_text, (pair.chosen, pair.rejected)))
 
 
 def _conversation(pair: Pair) -> Conversation:

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import fields
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from itertools import chain
-from typing import Any
+from itertools import chain, islice
+from typing import Any, NoReturn
 
-from fourstage.data.config import DataConfig, cached
-from fourstage.data.files import read_records
-from fourstage.data.keys import keys_of, plain
-from fourstage.data.records import Problem
-from fourstage.data.schemas import added, problem_from, usable
+from fourstage.data.config import DataConfig, ReasoningConfig, cached
+from fourstage.data.keys import keys_of
+from fourstage.data.records import Problem, Problems, Split
+from fourstage.data.schemas import problem_from
 from fourstage.data.split import is_heldout, short_hash
 from fourstage.data.tasks import short_question, worked_solution
+from fourstage.data.userfiles import split_file
 from fourstage.errors import UserError
 
 DRAWS = 20  # give up on a task's share after so many draws for each problem wanted
-PATIENCE = 10  # seconds of a task's drawing before a line says so
 STALE = 3  # or after so many in a row for each problem found, none of which was new
+PATIENCE = 10  # seconds of drawing before a line says so
+SLOWEST = 30  # seconds without a new problem
+LONGEST = 10**5  # characters of a question
+LARGEST = 10**6  # a number in a task's arguments, as a multiple of its default
 
 
 @cached("reasoning")
-def split_problems(config: DataConfig) -> tuple[list[Problem], list[Problem], dict[str, int]]:
-    """Train problems, held-out ones, and notes; nothing where the config names no problems.
+def split_problems(config: DataConfig) -> Problems:
+    """Problems on two sides; none where the config names none.
 
     No train problem of reasoning-gym holds the expression of a held-out one.
 
@@ -36,103 +42,93 @@ def split_problems(config: DataConfig) -> tuple[list[Problem], list[Problem], di
         UserError: a bad file, an unknown task or a bad argument of one.
     """
     if config.reasoning.path is not None:
-        return _from_file(config)
-    return _from_gym(config) if config.reasoning.chosen else ([], [], {})
+        return split_file(config.reasoning, problem_from, config.heldout, ())
+    return _from_gym(config.reasoning, config.heldout) if config.reasoning.chosen else Split([], [])
 
 
-def _from_file(config: DataConfig) -> tuple[list[Problem], list[Problem], dict[str, int]]:
-    reasoning = config.reasoning
-    assert reasoning.path is not None
-    problems, notes = usable(read_records(reasoning.path, reasoning.columns), problem_from)
-    if reasoning.heldout_path is None:
-        heldout = [p for p in problems if is_heldout(p.question, config.heldout)]
-    else:
-        records = read_records(reasoning.heldout_path, reasoning.columns)
-        heldout, more = usable(records, problem_from)
-        notes = added(notes, more)
-    keys = {plain(p.question) for p in heldout}
-    train = [p for p in problems if plain(p.question) not in keys]
-    if reasoning.heldout_path is not None:
-        notes["dropped_from_train_as_heldout"] = len(problems) - len(train)
-    return train, heldout, notes
+@dataclass
+class _Task:
+    """A task while its problems are drawn."""
+
+    problems: Iterator[Problem]
+    size: int  # wanted for each side
+    heldout_size: int
+    drawn: list[Problem] = field(default_factory=list)  # for the train side so far
 
 
-def _from_gym(config: DataConfig) -> tuple[list[Problem], list[Problem], dict[str, int]]:
-    reasoning = config.reasoning
+def _from_gym(reasoning: ReasoningConfig, share: float) -> Problems:
     weights = {
-        task: _weight(f"{reasoning.where}.{task}", settings)
-        for task, settings in reasoning.chosen.items()
+        name: _weight(f"{reasoning.where}.{name}", settings)
+        for name, settings in reasoning.chosen.items()
     }
     total = sum(weights.values())
+    tasks: list[_Task] = []
     heldout: list[Problem] = []
-    drawn: dict[str, tuple[list[Problem], Iterator[Problem]]] = {}
-    for task, settings in reasoning.chosen.items():
+    for name, settings in reasoning.chosen.items():
         size, heldout_size = (
-            round(n * weights[task] / total) for n in (reasoning.size, reasoning.heldout_size)
+            round(n * weights[name] / total) for n in (reasoning.size, reasoning.heldout_size)
         )
-        arguments = {k: v for k, v in settings.items() if k != "weight"}
-        where = f"{reasoning.where}.{task}"
-        problems = _draw(
-            where, task, arguments, DRAWS * (size + int(heldout_size / config.heldout))
-        )
-        before: list[Problem] = []
+        arguments = {key: value for key, value in settings.items() if key != "weight"}
+        most = DRAWS * (size + int(heldout_size / share))
+        problems = _draw(f"{reasoning.where}.{name}", name, arguments, most)
+        task = _Task(problems, size, heldout_size)
         held = 0
         while held < heldout_size and (problem := next(problems, None)):
-            if is_heldout(problem.question, config.heldout):
-                heldout.append(problem)
-                held += 1
-            else:
-                before.append(problem)
-        drawn[task] = (before, problems)
+            is_held = is_heldout(problem.question, share)
+            (heldout if is_held else task.drawn).append(problem)
+            held += is_held
+        tasks.append(task)
 
     forbidden = keys_of(heldout)
     train: list[Problem] = []
     spelt_out = 0
-    for task, (before, problems) in drawn.items():
-        size = round(reasoning.size * weights[task] / total)
+    for task in tasks:
         taken = 0
-        for problem in chain(before, problems):
-            if taken == size:
+        for problem in chain(task.drawn, task.problems):
+            if taken == task.size:
                 break
-            if is_heldout(problem.question, config.heldout):
+            if is_heldout(problem.question, share):
                 continue
             if forbidden.in_text(f"{problem.question}\n{problem.worked}"):
                 spelt_out += 1
                 continue
             train.append(problem)
             taken += 1
-    notes = {"dropped_with_a_heldout_expression": spelt_out}
     shuffled = (sorted(side, key=lambda p: short_hash("order" + p.id)) for side in (train, heldout))
-    return *shuffled, notes  # type: ignore[return-value]
+    return Split(*shuffled, notes={"dropped_with_a_heldout_expression": spelt_out})
 
 
 def _weight(where: str, settings: Any) -> float:
     if not isinstance(settings, dict):
         raise UserError(f"{where}: expected the task's arguments, e.g. {{}}, got {settings!r}")
     weight = settings.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         raise UserError(f"{where}.weight: expected a number above 0, got {weight!r}")
     return weight
 
 
 def check_task(where: str, task: str, arguments: dict[str, Any]) -> None:
-    """Raise UserError for a task or an argument that reasoning-gym doesn't have, and name those
-    that it has."""
+    """Raise UserError for an unknown task, an unknown argument, and a number of absurd size."""
     import reasoning_gym.factory
 
     known = reasoning_gym.factory.DATASETS
     if task not in known:
-        near = get_close_matches(task, known, n=3) or sorted(known)
-        raise UserError(f"{where}: no such task of reasoning-gym: {_or(near)}")
-    names = [field.name for field in fields(known[task][1])]
-    names = [name for name in names if name not in ("seed", "size")]
-    for name in arguments:
-        if name not in names:
-            raise UserError(f"{where}.{name}: no such argument: it has {', '.join(names)}, weight")
-
-
-def _or(names: list[str]) -> str:
-    return f"did you mean {' or '.join(names)}?" if len(names) < 4 else f"it has {', '.join(names)}"
+        near = get_close_matches(task, known, n=3)
+        said = (
+            f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(known))}"
+        )
+        raise UserError(f"{where}: no such task of reasoning-gym: {said}")
+    defaults = {f.name: f.default for f in fields(known[task][1]) if f.name not in ("seed", "size")}
+    for name, value in arguments.items():
+        if name not in defaults:
+            raise UserError(
+                f"{where}.{name}: no such argument: it has {', '.join(defaults)}, weight"
+            )
+        usual = defaults[name] if isinstance(defaults[name], int | float) else 1
+        most = LARGEST * max(1, abs(usual))
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= most:  # NaN neither
+                raise UserError(f"{where}.{name}: expected at most {most:,}, got {number}")
 
 
 def _draw(where: str, task: str, arguments: dict[str, Any], most: int) -> Iterator[Problem]:
@@ -143,31 +139,60 @@ def _draw(where: str, task: str, arguments: dict[str, Any], most: int) -> Iterat
     import reasoning_gym
 
     check_task(where, task, arguments)
-    try:
+    with _in_time(where, arguments):
         dataset = reasoning_gym.create_dataset(task, size=most, seed=0, **arguments)
-    except TypeError as error:
-        raise UserError(f"{where}: reasoning-gym can't draw with {arguments}: {error}") from None
-    except (ValueError, ArithmeticError, AssertionError) as error:
-        raise UserError(f"{where}: {error}") from None
     seen: set[str] = set()
-    last_new = 0
+    draws = iter(range(most))
     patience = time.monotonic() + PATIENCE
-    for i in range(most):
+    while True:
         if time.monotonic() > patience:
             patience = math.inf
             print(f"drawing problems of {task}, which takes a while", file=sys.stderr, flush=True)
-        if i - last_new > max(100, STALE * len(seen)):
+        with _in_time(where, arguments):
+            entries = (dataset[i] for i in islice(draws, max(100, STALE * len(seen))))
+            asked = ((short_question(task, entry), entry) for entry in entries)
+            question, entry = next((new for new in asked if new[0] not in seen), ("", {}))
+            if len(question) > LONGEST:
+                raise ValueError(f"a question of {len(question):,} characters")
+        if not entry:
             return
-        try:
-            entry = dataset[i]
-        except Exception as error:  # of a task's own, on arguments that it did not check
-            raise UserError(
-                f"{where}: reasoning-gym can't draw with {arguments}: {error!r}"
-            ) from None
-        question = short_question(task, entry)
-        if question in seen:
-            continue
         seen.add(question)
-        last_new = i
         plain = json.loads(json.dumps(entry, default=str))
         yield Problem(question, entry["answer"], task, worked_solution(task, entry), plain)
+
+
+class _TooSlow(BaseException):
+    """Not an Exception: tasks try again after those."""
+
+
+@contextmanager
+def _in_time(where: str, arguments: dict[str, Any]) -> Iterator[None]:
+    """Makes a UserError of whatever fails inside, or takes longer than SLOWEST.
+
+    The time is limited in the main thread only, as signals reach no other.
+    """
+
+    def stop(*_: object) -> NoReturn:
+        raise _TooSlow
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGALRM, stop) if is_main else None
+    try:
+        try:
+            if is_main:
+                signal.setitimer(signal.ITIMER_REAL, SLOWEST, 1)  # and again if it was caught
+            yield
+        finally:
+            if is_main:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    except _TooSlow:
+        raise UserError(
+            f"{where}: reasoning-gym found no new problem with {arguments} in {SLOWEST} s: give "
+            "smaller numbers"
+        ) from None
+    except Exception as error:  # a task checks only some of its arguments
+        reason = " ".join(str(error).split()) or repr(error)
+        raise UserError(f"{where}: reasoning-gym can't draw with {arguments}: {reason}") from None
+    finally:
+        if is_main:
+            signal.signal(signal.SIGALRM, before)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 from fourstage.data.config import DataConfig, cached
-from fourstage.data.heldout import heldout_keys
+from fourstage.data.heldout import cleaned
+from fourstage.data.keys import HeldOutKeys
 from fourstage.data.problems import split_problems
 from fourstage.data.records import Problem, Problems, content_digest
 from fourstage.errors import UserError
@@ -16,39 +18,40 @@ def load_reasoning(config: DataConfig) -> Problems:
     """Train and held-out problems.
 
     Raises:
-        UserError: no path and no tasks, a bad file, an unknown task or a bad argument of one.
+        UserError: no path and no tasks, a bad file, or an unknown task or argument.
     """
-    if config.reasoning.path is None and not config.reasoning.chosen:
+    if not config.reasoning.has_problems:
         raise UserError("stages.grpo needs data.reasoning.path=FILE (a file in gsm8k's schema)")
-    train, heldout, notes = split_problems(config)
-    keys = heldout_keys(config)
-    clean = [
-        p
-        for p in train
-        if not (keys.hold(p.question) or keys.in_text(f"{p.question}\n{p.worked or ''}"))
-    ]
-    notes = notes | {"dropped_with_a_heldout_prompt": len(train) - len(clean)}
-    for name, side in (("train", clean), ("held out", heldout)):
-        if not side:
-            raise UserError(
-                f"data.reasoning: no problem is left to be {name}: give more problems or another "
-                "data.heldout"
-            )
-    notes |= {"train": len(clean), "heldout": len(heldout)}
-    digest = content_digest(*(_content(p) for p in clean), "", *(_content(p) for p in heldout))
-    return Problems(clean, heldout, digest, notes)
+    problems = cleaned(config, "data.reasoning", split_problems(config), _gives_away)
+    contents = (*map(_content, problems.train), "", *map(_content, problems.heldout))
+    return replace(problems, digest=content_digest(*contents))
 
 
-def worked_train_problems(config: DataConfig, count: int) -> list[Problem]:
-    """The first `count` train problems that have a worked solution."""
+def worked_problems(
+    config: DataConfig, count: int, share: float
+) -> tuple[list[Problem], list[Problem]]:
+    """The first `count` train problems with a worked solution; and held-out ones, so many that
+    they are `share` of all.
+
+    Raises:
+        UserError: as load_reasoning.
+    """
     if count == 0:
-        return []
-    if config.reasoning.path is None and not config.reasoning.chosen:
+        return [], []
+    if not config.reasoning.has_problems:
         raise UserError(
             "data.corpus.problems and data.chat.demonstrations take problems from the reasoning "
             "source: give data.reasoning.path=FILE (a file in gsm8k's schema), or set both to 0"
         )
-    return list(islice((p for p in load_reasoning(config).train if p.worked), count))
+    problems = load_reasoning(config)
+    train = list(islice((p for p in problems.train if p.worked), count))
+    heldout = [p for p in problems.heldout if p.worked]
+    return train, heldout[: round(len(train) * (share / (1 - share)))]
+
+
+def _gives_away(problem: Problem, keys: HeldOutKeys) -> bool:
+    text = f"{problem.question}\n{problem.worked or ''}"
+    return keys.hold(problem.question) or keys.in_text(text)
 
 
 def _content(problem: Problem) -> str:

@@ -1,13 +1,14 @@
-"""What the four sources hold: documents, conversations, pairs and problems."""
+"""What the four sources hold: documents, conversations, pairs and problems, on two sides."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
 
 from fourstage.data.split import short_hash
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": TEXT}
+T = TypeVar("T")
 
 
 def prompt_text(messages: list[Message]) -> str:
@@ -16,7 +17,7 @@ def prompt_text(messages: list[Message]) -> str:
 
 
 def opening(messages: list[Message]) -> str:
-    """The first user text: conversations that open alike stand on the same side of the split."""
+    """The first user text: conversations that open alike are on the same side of the split."""
     return next(m["content"] for m in messages if m["role"] == "user")
 
 
@@ -65,7 +66,7 @@ class Problem:
     question: str
     answer: str
     task: str  # of reasoning-gym, or fourstage.data.verify.FROM_FILE
-    worked: str | None  # steps, then the line "#### ANSWER"; None where no solution is known
+    worked: str | None  # steps, then the line "#### ANSWER"; None if no solution is known
     entry: dict[str, Any]  # what the verifier reads; plain JSON
 
     @property
@@ -77,7 +78,7 @@ class Problem:
         return short_hash(prompt_text(self.prompt_messages))
 
     def conversation(self, terse: bool = False) -> Conversation:
-        """The problem with its worked solution, as sft reads it; or with its last line only."""
+        """The problem with its worked solution, or with only the last line of it."""
         assert self.worked is not None
         text = self.worked.rsplit("\n", 1)[-1] if terse else self.worked
         answer = {"role": "assistant", "content": text}
@@ -85,54 +86,31 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Plain text, a document an item."""
+class Split(Generic[T]):
+    """A source, split in two. Notes count what was left out, by reason."""
 
-    train: list[str]
-    heldout: list[str]
-    digest: str
-    notes: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Chats:
-    """Conversations. prompts_only() is what rollouts of the preference stages answer."""
-
-    train: list[Conversation]
-    heldout: list[Conversation]
-    digest: str
-    notes: dict[str, int]
-
-    def prompts_only(self) -> Chats:
-        """Without worked problems, one conversation a prompt; the digest is of the prompts."""
-        train, heldout = (_one_a_prompt(side) for side in (self.train, self.heldout))
-        notes = {"train": len(train), "heldout": len(heldout)}
-        digest = content_digest(*(r.id for r in train), "", *(r.id for r in heldout))
-        return replace(self, train=train, heldout=heldout, digest=digest, notes=notes)
+    train: list[T]
+    heldout: list[T]
+    digest: str = ""
+    notes: dict[str, int] = field(default_factory=dict)
 
 
-def _one_a_prompt(conversations: list[Conversation]) -> list[Conversation]:
-    return list({c.id: c for c in reversed(conversations) if c.kind == "chat"}.values())[::-1]
+Corpus = Split[str]  # an item is a document
+Chats = Split[Conversation]
+Pairs = Split[Pair]
+Problems = Split[Problem]
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Preference pairs."""
+def prompts_only(chats: Chats) -> Chats:
+    """One conversation a prompt, without worked problems; the digest is of the prompts."""
 
-    train: list[Pair]
-    heldout: list[Pair]
-    digest: str
-    notes: dict[str, int]
+    def distinct(conversations: list[Conversation]) -> list[Conversation]:
+        by_id = {c.id: c for c in reversed(conversations) if c.kind == "chat"}
+        return list(by_id.values())[::-1]
 
-
-@dataclass(frozen=True)
-class Problems:
-    """Problems with verifiers."""
-
-    train: list[Problem]
-    heldout: list[Problem]
-    digest: str
-    notes: dict[str, int]
+    train, heldout = distinct(chats.train), distinct(chats.heldout)
+    digest = content_digest(*(c.id for c in train), "", *(c.id for c in heldout))
+    return Split(train, heldout, digest)
 
 
 def content_digest(*texts: str) -> str:

@@ -10,6 +10,7 @@ from fourstage.data.config import DataConfig
 from fourstage.data.corpus import load_corpus
 from fourstage.data.preference import load_preference, load_prompts
 from fourstage.data.reasoning import load_reasoning
+from fourstage.data.records import Split
 from fourstage.errors import UserError
 from fourstage.ladder import LADDER
 
@@ -21,20 +22,11 @@ QUESTIONS = (
     "My internet is not working.",
 )
 PROBLEMS = 3
-LOAD: dict[str, Callable[[DataConfig], Any]] = {
+LOAD: dict[str, Callable[[DataConfig], Split[Any] | None]] = {
     "corpus": load_corpus,
     "chat": load_chat,
     "preference": load_preference,
     "reasoning": load_reasoning,
-}
-# notes of a source that say how much it holds; the others say what was left out
-KEPT = {
-    "train",
-    "heldout",
-    "train_characters",
-    "heldout_characters",
-    "problems",
-    "demonstrations",
 }
 
 
@@ -66,23 +58,18 @@ def other_source(config: DataConfig, record: Mapping[str, Any]) -> str | None:
 
 
 def left_out(config: DataConfig, stage: str) -> dict[str, int]:
-    """What of a stage's source was left out when it was read, and why: {reason: records}."""
-    notes = _notes(config, stage)
-    return {name: count for name, count in notes.items() if count and name not in KEPT}
+    """What of a stage's source was left out when it was read: {reason: items}."""
+    source = _read(config, stage)
+    return {name: count for name, count in source.notes.items() if count} if source else {}
 
 
 def kept(config: DataConfig, stage: str) -> int:
-    """The records of a stage's source on both sides of the split."""
-    notes = _notes(config, stage)
-    return notes.get("train", 0) + notes.get("heldout", 0)
-
-
-def _notes(config: DataConfig, stage: str) -> dict[str, int]:
+    """The items of a stage's source on both sides of the split."""
     source = _read(config, stage)
-    return {} if source is None else source.notes
+    return len(source.train) + len(source.heldout) if source else 0
 
 
-def _read(config: DataConfig, stage: str) -> Any:
+def _read(config: DataConfig, stage: str) -> Split[Any] | None:
     """The source of a stage; None for preferences that are sampled."""
     return LOAD[LADDER[stage].source](config)
 
@@ -96,7 +83,7 @@ def sample_prompts(config: DataConfig) -> list[dict[str, Any]]:
         {"id": f"question-{i}", "messages": [{"role": "user", "content": question}]}
         for i, question in enumerate(QUESTIONS, start=1)
     ]
-    if config.reasoning.path is None and not config.reasoning.chosen:
+    if not config.reasoning.has_problems:
         return prompts
     heldout = load_reasoning(config).heldout
     one_a_task = list({p.task: p for p in reversed(heldout)}.values())[::-1]

@@ -8,7 +8,6 @@ evaluate what they are given, so text first passes a filter and then is judged i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
@@ -46,11 +45,6 @@ def has_form(answer: str, problem: Verifiable) -> bool:
     return bool(starts_a_line and final.strip()) and "####" not in before + final and not is_long
 
 
-def verify(problem: Verifiable, answer: str) -> float:
-    """As `verify_all`, for one answer."""
-    return verify_all([problem], [answer])[0]
-
-
 def verify_all(problems: Sequence[Verifiable], answers: Sequence[str]) -> list[float]:
     """The score of each answer to its problem, in [0, 1]; 1.0 is right, and no mark is 0.0.
 
@@ -73,18 +67,6 @@ def verify_all(problems: Sequence[Verifiable], answers: Sequence[str]) -> list[f
         judged = SANDBOX.map(list(unclear.values()))
         scores |= {i: min(1.0, max(0.0, s or 0.0)) for i, s in zip(unclear, judged, strict=True)}
     return [scores[i] for i in range(len(answers))]
-
-
-def same_value(given: str, expected: str) -> bool:
-    """Whether a final answer is the expected one (docs/evaluation.md has the rule)."""
-    problem = _Problem(FROM_FILE, {"answer": expected})
-    return verify(problem, f"{MARK}{given}") == 1.0
-
-
-@dataclass(frozen=True)
-class _Problem:
-    task: str
-    entry: dict[str, Any]
 
 
 # --- in the sandbox

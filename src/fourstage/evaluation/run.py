@@ -58,7 +58,7 @@ def heldout_sets(config: data.DataConfig) -> HeldOut:
 def chat_prompts(config: data.DataConfig) -> data.Chats:
     """The chat prompts of the evaluation: those of the conversations, else those of the pairs."""
     try:
-        return data.load_chat(config).prompts_only()
+        return data.prompts_only(data.load_chat(config))
     except UserError:
         return data.load_prompts(config)
 

@@ -27,7 +27,7 @@ def fitted_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]], room: in
     ids = tokenizer.prompt(messages)
     if len(ids) <= room:
         return ids
-    shorter = tokenizer.shorten(ids, room, keep=2)
+    shorter = tokenizer.shorten(ids, room)
     if shorter is None:
         raise UserError(f"no room for a prompt in {room} tokens: lower max_new_tokens")
     return shorter
