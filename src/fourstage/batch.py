@@ -1,4 +1,4 @@
-"""What the parts hand to each other: batches from the data, rollouts from the policy.
+"""Batches of the data and rollouts of the policy.
 
 Shape legend: B rows, T tokens, P prompt tokens, A answer tokens.
 """
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE = -100  # a target that has no loss
+IGNORE = -100  # a target without loss
 
 
 def moved(x: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on the device. What a GPU is still busy with is not waited for."""
+    """The tensor on the device, without waiting for a GPU's pending work."""
     to_gpu = x.device.type == "cpu" and torch.device(device).type not in ("cpu", "mps")
     return x.to(device, non_blocking=to_gpu)
 
@@ -52,7 +52,7 @@ class PairBatch(_Movable):
     rejected_len: Tensor  # int64 [B]
 
     def rows(self, rows: slice) -> PairBatch:
-        """Some of the pairs."""
+        """A slice of the pairs."""
         return PairBatch(*(getattr(self, f.name)[rows] for f in fields(self)))
 
 
@@ -72,10 +72,10 @@ class PromptBatch:
 class Rollout:
     """Prompts with sampled answers, re-packed to the right-padded rows that training uses.
 
-    It stays on the CPU, where its rows are chosen, cut and packed while a GPU computes; what a
-    network reads is moved there (rl/rollout.py).
-    A is the longest answer of the batch; `ids` holds prompt + answer + padding.
-    Answer token a of row b stands at ids[b, start[b] + a] and is predicted at start[b] + a - 1.
+    It stays on the CPU, where its rows are chosen, cut and packed while a GPU computes;
+    rl/rollout.py moves what a network reads. A is the longest answer; `ids` holds prompt + answer +
+    padding.
+    Answer token a of row b is ids[b, start[b] + a] and is predicted at start[b] + a - 1.
     """
 
     ids: Tensor  # int64 [B, T]
@@ -92,7 +92,7 @@ class Rollout:
 
     @property
     def places(self) -> Tensor:
-        """int64 [M]: where in the flattened [B * A] the mask is True."""
+        """int64 [M]: the indices into the flattened [B * A] where the mask is True."""
         return self.mask.flatten().nonzero().squeeze(1)
 
     @property
@@ -102,7 +102,7 @@ class Rollout:
 
     @property
     def inputs(self) -> Tensor:
-        """int64 [B, T - 1]: what a network has to read; a row's last token predicts nothing."""
+        """int64 [B, T - 1]: what a network reads; a row's last token predicts nothing."""
         return self.ids[:, :-1]
 
     @property
@@ -118,7 +118,7 @@ class Rollout:
 
     @property
     def answer_ids(self) -> Tensor:
-        """int64 [B, A]: the answer tokens (whatever stands there in padding)."""
+        """int64 [B, A]: the answer tokens (arbitrary in padding)."""
         at = (self.predict_at + 1).clamp(max=self.ids.shape[1] - 1)
         return self.ids.gather(1, at)
 

@@ -1,9 +1,9 @@
 """Text <-> ids, and the chat format: the only file that knows either.
 
-`char` is one token a character: tab, newline and the 95 printable ASCII characters, plus six
-special tokens. Typographic characters with an ASCII look-alike are replaced one to one (table
-below); every other character becomes one <unk>, so a text has as many tokens as characters, and
-bits per character are exact. Special-token strings inside a text are plain characters.
+`char` has one token a character: tab, newline and the 95 printable ASCII characters, plus six
+special tokens. Typographic characters with an ASCII look-alike are replaced one to one, and every
+other character becomes one <unk>. So a text has as many tokens as characters, and bits per
+character are exact. Special-token strings inside a text are plain characters.
 
 The chat format, where TEXT is never trimmed:
 
@@ -30,41 +30,25 @@ from tokenizers import decoders, models, normalizers
 
 from fourstage.errors import UserError
 
-PAD, UNK, BOS, EOT, USER, ASSISTANT = SPECIALS = (
-    "<pad>",
-    "<unk>",
-    "<bos>",
-    "<eot>",
-    "<user>",
-    "<assistant>",
-)
+SPECIALS = ("<pad>", "<unk>", "<bos>", "<eot>", "<user>", "<assistant>")
+PAD, UNK, BOS, EOT, USER, ASSISTANT = SPECIALS
 CHARACTERS = "\t\n" + "".join(map(chr, range(32, 127)))
 LOOK_ALIKES = {
-    "\u2018": "'",  # ‘
-    "\u2019": "'",  # ’
-    "\u201a": "'",  # ‚
-    "\u2032": "'",  # ′
-    "\u201c": '"',  # “
-    "\u201d": '"',  # ”
-    "\u201e": '"',  # „
-    "\u2033": '"',  # ″
-    "\u2010": "-",  # ‐
-    "\u2011": "-",  # no-break hyphen
-    "\u2012": "-",  # figure dash
-    "\u2013": "-",  # –
-    "\u2014": "-",  # —
-    "\u2212": "-",  # minus sign
-    "\u00a0": " ",  # no-break space
-    "\u202f": " ",  # narrow no-break space
-    "\u2009": " ",  # thin space
-    "\u2026": ".",  # … (one dot: still one token)
-    "\u2022": "*",  # •
-    "\u00d7": "*",  # ×
+    odd: plain
+    for plain, alike in {
+        "'": "\u2018\u2019\u201a\u2032",  # ‘ ’ ‚ ′
+        '"': "\u201c\u201d\u201e\u2033",  # “ ” „ ″
+        "-": "\u2010\u2011\u2012\u2013\u2014\u2212",  # hyphens, dashes, minus
+        " ": "\u00a0\u202f\u2009",  # no-break and thin spaces
+        ".": "\u2026",  # … (one dot: still one token)
+        "*": "\u2022\u00d7",  # • ×
+    }.items()
+    for odd in alike
 }
 UNKNOWN_SHOWN_AS = "\ufffd"
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # no character at all: `tokenizers` refuses it
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half an emoji, as JSON may escape it
 SHORTEST_PROMPT = 5  # <bos><user>, a token of text, <eot><assistant>
-CHUNK = 4096  # encoding a long text in pieces is several times faster, and exact for characters
+CHUNK = 4096  # encoding a long text in pieces is several times faster
 
 CHAT_TEMPLATE = (
     "{{- '<bos>' -}}"
@@ -150,7 +134,7 @@ class Tokenizer:
             raise UserError(f"{path}: not a tokenizer.json ({error})") from None
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads.
+        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads.
 
         AutoTokenizer parses special-token strings in a text (its chat template needs that);
         `encode` here never does.
@@ -189,16 +173,16 @@ class Tokenizer:
         return [i for encoding in encodings for i in encoding.ids]
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
-        """The text of some ids; specials are left out unless kept, and <unk> shows as U+FFFD."""
+        """The text of some ids, without special tokens unless kept; <unk> shows as U+FFFD."""
         table = self._text if keep_special else self._plain
         return "".join([table[i] for i in ids])
 
     def count_unknown(self, ids: Sequence[int]) -> int:
-        """How many of the ids stand for a character that the tokenizer does not know."""
+        """How many of the ids are <unk>."""
         return sum(1 for i in ids if i == self.unk_id)
 
     def unknown_characters(self, text: str) -> Counter[str]:
-        """How often a text has each character that the tokenizer does not know."""
+        """How often each character occurs that the tokenizer doesn't know."""
         return Counter(self._unknown.findall(text))
 
     @cached_property
@@ -207,7 +191,7 @@ class Tokenizer:
         return re.compile(f"[^{re.escape(''.join(known))}]")
 
     def chat(self, messages: Messages) -> tuple[list[int], list[int]]:
-        """A conversation as ids, and a mask of equal length: 1 where the loss falls.
+        """A conversation as ids, and a mask of equal length: 1 on tokens with loss.
 
         Raises:
             UserError: roles other than [system,] user, assistant, user, ... in this order.
@@ -220,7 +204,7 @@ class Tokenizer:
         return ids, mask
 
     def prompt(self, messages: Messages) -> list[int]:
-        """The ids up to the point where the assistant begins to answer.
+        """The ids up to where the assistant begins to answer.
 
         Raises:
             UserError: the last message is not the user's, or roles as in `chat`.

@@ -1,13 +1,7 @@
 """The four sources, their splits, and batches of them (datamodule)."""
 
 from fourstage.data.chat import load_chat
-from fourstage.data.config import (
-    ChatConfig,
-    CorpusConfig,
-    DataConfig,
-    PreferenceConfig,
-    ReasoningConfig,
-)
+from fourstage.data.config import DataConfig
 from fourstage.data.corpus import load_corpus
 from fourstage.data.preference import load_preference, load_prompts
 from fourstage.data.reasoning import load_reasoning
@@ -26,18 +20,14 @@ from fourstage.data.userfiles import NOT_READ
 
 __all__ = [
     "NOT_READ",
-    "ChatConfig",
     "Chats",
     "Conversation",
     "Corpus",
-    "CorpusConfig",
     "DataConfig",
     "Pair",
     "Pairs",
-    "PreferenceConfig",
     "Problem",
     "Problems",
-    "ReasoningConfig",
     "digest",
     "left_out",
     "load_chat",

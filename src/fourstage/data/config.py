@@ -165,7 +165,7 @@ class DataConfig:
 
 
 def cached(*names: str) -> Callable[[Callable[[DataConfig], T]], Callable[[DataConfig], T]]:
-    """Loads a source once a process, until the settings or files of what it reads change."""
+    """Load a source once a process, until the settings or files that it reads change."""
 
     def decorate(load: Callable[[DataConfig], T]) -> Callable[[DataConfig], T]:
         kept: dict[tuple[Any, ...], T] = {}

@@ -22,8 +22,8 @@ LONG = 2000  # characters: a file without blank lines is one paragraph
 def load_corpus(config: DataConfig) -> Corpus:
     """Documents for pretrain.
 
-    A text is cut by position: its last `corpus.heldout` is held out. Records are split by their
-    hash. Paragraphs of the train side that spell out a held-out problem are left out.
+    A text is split by position: its last `corpus.heldout` is held out. Records are split by their
+    hash. Train paragraphs that give away a held-out prompt are left out.
 
     Raises:
         UserError: no path under data=files, a bad file, or a text too short to be split.
@@ -69,7 +69,7 @@ def render(problem: Problem) -> str:
 
 
 def by_position(documents: list[str], share: float) -> tuple[list[str], list[str]]:
-    """Cuts a text in two at its last `share` of characters, inside a document if need be."""
+    """Split off the last `share` of characters, inside a document if need be."""
     left = int(sum(map(len, documents)) * (1 - share))
     train, heldout = [], []
     for document in documents:
@@ -83,9 +83,9 @@ def by_position(documents: list[str], share: float) -> tuple[list[str], list[str
 
 
 def without_heldout(document: str, keys: HeldOutKeys) -> tuple[str, int]:
-    """The document without paragraphs that state a held-out prompt, and how many those were.
+    """The document without paragraphs that give away a held-out prompt, and how many those were.
 
-    Of a paragraph longer than LONG only the lines go that state one, if it is stated in one line.
+    A paragraph longer than LONG loses only lines, if the prompt is within one line.
     """
     kept, dropped = [], 0
     for paragraph in document.split("\n\n"):

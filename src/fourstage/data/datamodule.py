@@ -1,7 +1,7 @@
-"""Batches: step-indexed and resumable for training, ready-made and whole for validation.
+"""Batches: indexed by step and resumable for training, ready-made for validation.
 
-What a training step reads is a pure function of (seed, step, rank), so a resumed run continues
-exactly, and R ranks with B rows each read the rows that one rank with R * B would.
+What a training step reads is a pure function of (seed, step, rank). So a resumed run continues
+exactly, and R ranks with B rows each read the rows that one rank with R * B rows would.
 
 Shape legend: B rows, T tokens, N blocks.
 """
@@ -24,7 +24,7 @@ from fourstage.data.records import Conversation, Corpus, Message, Pair, Problem
 from fourstage.errors import UserError
 from fourstage.tokenizer import SHORTEST_PROMPT, Tokenizer
 
-WINDOW = 16  # global batches among which rows of like length are brought together
+WINDOW = 16  # global batches within which rows are sorted by length
 
 # of a conversation: ids, and their loss mask; of a pair: chosen ids, rejected ids
 Row = tuple[list[int], list[int]]
@@ -43,7 +43,7 @@ class Steps(TypedDict, total=False):
 
 @dataclass
 class LoaderPair:
-    """Batches to train on, batches to validate on, and counts of what was cut or left out."""
+    """Batches to train and to validate on, and counts of what was cut or left out."""
 
     train: StatefulDataLoader
     val: DataLoader | None
@@ -51,11 +51,10 @@ class LoaderPair:
 
 
 class StepBatches(IterableDataset):
-    """The batches of `n_batches` steps for one rank; item i may come again in each epoch.
+    """The batches of `n_batches` steps for one rank; each epoch permutes the items afresh.
 
-    Rows follow one another through a fresh permutation an epoch. With `lengths`, rows within a
-    window of WINDOW global batches are sorted by length, cut into batches, and the batches
-    shuffled: less padding, and still every row once an epoch.
+    With `lengths`, the items of WINDOW global batches are sorted by length and cut into batches,
+    which are shuffled: less padding, and still every item once an epoch.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class StepBatches(IterableDataset):
         return self._window[1]
 
     def _positions(self, start: int, count: int) -> Tensor:
-        """int64 [count]: items at positions start, start + 1, ... of the run of all epochs."""
+        """int64 [count]: items at positions start, start + 1, ... of all epochs in a row."""
         parts = []
         while count:
             epoch, offset = divmod(start, self.n_items)

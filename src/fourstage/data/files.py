@@ -1,4 +1,4 @@
-"""Local files to texts and records, with errors that name the line.
+"""Local files to texts and rows, with errors that name the line.
 
 A source's path is a file, a folder (its files, by name) or a list of these.
 """
@@ -39,7 +39,7 @@ MAGIC = {
 
 @dataclass(frozen=True)
 class Row:
-    """A JSON object or a row, with where it stands, for messages, and which fields were read."""
+    """A JSON object or a table's row, where it is, and which of its fields were read."""
 
     values: dict[str, Any]
     where: str  # "pairs.jsonl, line 3"
@@ -49,21 +49,24 @@ class Row:
         return name in self.values
 
     def get(self, name: str) -> Any:
-        """The field, None where it is missing; it counts as read."""
+        """The field, None if it is missing; it counts as read."""
         self.read.add(name)
         return self.values.get(name)
 
     def unread(self) -> list[str]:
         """The fields that hold something and were not read."""
-        names = (name for name in self.values if name not in self.read)
-        return [name for name in names if self.values[name] not in (None, "", [], {})]
+        empty = (None, "", [], {})
+        return [n for n, value in self.values.items() if n not in self.read and value not in empty]
+
+    def error(self, message: str) -> UserError:
+        return UserError(f"{self.where}: {message}")
 
 
 def files_of(paths: Paths) -> list[str]:
-    """The files that a path means.
+    """The files that a path names.
 
     Raises:
-        UserError: no such file or folder, something else, or a folder without a known file.
+        UserError: no such file or folder, a special file, or a folder without a known file.
     """
     if isinstance(paths, list):
         if not paths:
@@ -89,11 +92,11 @@ def is_text(paths: Paths) -> bool:
     """True for plain text, which is split by position.
 
     Raises:
-        UserError: as files_of, or text and records in one list.
+        UserError: as files_of, or texts and records in one list.
     """
     texts = [_kind(Path(file)) == ".txt" for file in files_of(paths)]
     if any(texts) and not all(texts):
-        raise UserError(f"{paths}: .txt files beside files of records: give the one or the other")
+        raise UserError(f"{paths}: .txt files and files of records: give the one or the other")
     return texts[0]
 
 
@@ -101,7 +104,7 @@ def read_text(path: str) -> str:
     """The whole file, with line ends as \\n.
 
     Raises:
-        UserError: missing, a folder, empty, not text, or in another encoding than it says.
+        UserError: missing, a folder, empty, not text, or not in the encoding that it declares.
     """
     text = _decoded(path, _bytes(path)).replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
@@ -116,13 +119,13 @@ def read_text(path: str) -> str:
 
 
 def read_rows(paths: Paths, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """The records of JSON lists, JSON lines, tables (.csv, .tsv) or Parquet.
+    """The rows of JSON lists, JSON lines, tables (.csv, .tsv) or Parquet.
 
     Args:
         columns: {name in the schema: name in the file}.
 
     Raises:
-        UserError: a missing, empty or damaged file, another kind, or a column that isn't there.
+        UserError: a missing, empty or damaged file, another kind, or a missing column.
     """
     rows: list[Row] = []
     for path in files_of(paths):
@@ -137,7 +140,7 @@ def read_rows(paths: Paths, columns: Mapping[str, str] | None = None) -> list[Ro
         rows += found
     for row in rows:
         if not isinstance(row.values, dict):
-            raise UserError(f"{row.where}: expected an object with named fields")
+            raise row.error("expected an object with named fields")
     return [_renamed(row, columns) for row in rows] if columns else rows
 
 
@@ -145,7 +148,7 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
     for name, own in columns.items():
         if own not in row:
             has = ", ".join(list(row.values)[:8])
-            raise UserError(f"{row.where}: no field {own!r} for {name}: it has {has}")
+            raise row.error(f"no field {own!r} for {name}: it has {has}")
     rest = {name: v for name, v in row.values.items() if name not in columns.values()}
     renamed = {name: row.values[own] for name, own in columns.items()}
     return Row({**rest, **renamed}, row.where)
@@ -164,7 +167,7 @@ def _bytes(path: str) -> bytes:
         if file.lower().endswith(".gz"):
             content = gzip.decompress(content)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: not a whole gzip file ({error}): get it anew") from None
+        raise UserError(f"{path}: not a whole gzip file ({error}): get it again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     for magic, kind in MAGIC.items():
@@ -228,7 +231,7 @@ def _parsed(line: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: broken JSON ({error.msg}): fix or remove the line") from None
     except RecursionError:
-        raise UserError(f"{where}: nested too deep to be read: fix or remove the line") from None
+        raise UserError(f"{where}: nested too deep: fix or remove the line") from None
     except ValueError:  # Python's limit of 4,300 digits
         raise UserError(f"{where}: a number of too many digits: fix or remove the line") from None
 
@@ -267,14 +270,14 @@ def _parquet(path: str) -> list[Row]:
     from pyarrow import parquet
 
     try:
-        # opened here: PyArrow and `datasets` read a name as a pattern or an address
+        # opened here: PyArrow and `datasets` read a name as a pattern or a URL
         with open(path, "rb") as file:
             table = parquet.ParquetFile(file)
             _named_once(path, table.schema_arrow.names)
             rows = [row for batch in table.iter_batches() for row in batch.to_pylist()]
     except UserError:
         raise
-    except Exception as error:  # PyArrow's own, and those of times that Python doesn't have
+    except Exception as error:  # PyArrow's own, and times that Python can't represent
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(f"{path}: not a readable Parquet file ({reason})") from None
     return [Row(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]

@@ -1,7 +1,8 @@
 """Problems from files: is a final answer the expected one?
 
-It is one number, or one expression of the same kind as the expected one (docs/evaluation.md has the
-rule). What characters can tell is told at once; the rest is computer algebra, in the sandbox.
+An answer is one number, or one expression of the same kind as the expected one (the rule is in
+docs/evaluation.md). Most are decided by their characters; computer algebra decides the rest, in the
+sandbox.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ COMMANDS = (
     rf"{FUNCTIONS}|frac|sec|csc|cot|arcsin|arccos|arctan|infty|cdot|times|div|pm|mp|le|ge|ne|in|cup"
     "|cap|emptyset|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega|begin|end"
 )
-READABLE = re.compile(  # what math-verify reads whole; of other texts it reads a part
+READABLE = re.compile(  # what math-verify reads in full; it reads only a part of other texts
     rf"(?!.*[.][.])(?:[\w\s+*/^()\[\]{{}}.,=<>|:;&√-]|\\(?:{COMMANDS})(?![a-zA-Z])|\\[{{}}\\])*",
     re.ASCII,
 )
 RAISED = {ord(raised): str(n) for n, raised in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
-LOOKS = str.maketrans(  # a tokenizer may be able to write only the plain ones
+LOOKS = str.maketrans(  # some tokenizers can write only the plain ones
     LOOK_ALIKES
     | {"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5"}
     | {
@@ -56,7 +57,7 @@ LOOKS = str.maketrans(  # a tokenizer may be able to write only the plain ones
     }
     | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "×": r"\times ", "·": r"\cdot ", "÷": r"\div "}
 )
-ALIKE = (  # ways of writing, and the one of them that is compared
+ALIKE = (  # other ways of writing -> the one that is compared
     (r"\{,\}", ","),
     (r"\\([%$])", r"\1"),
     (r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}", r"\1"),
@@ -84,7 +85,7 @@ ALIKE = (  # ways of writing, and the one of them that is compared
 
 
 def same_plainly(given: str, expected: str) -> bool | None:
-    """Whether a final answer is the expected one; None where only computer algebra can tell."""
+    """Whether a final answer is the expected one; None if only computer algebra can tell."""
     try:
         return _same(_plain(given), _plain(expected))
     except RecursionError:  # brackets in brackets, a thousand deep
@@ -92,7 +93,7 @@ def same_plainly(given: str, expected: str) -> bool | None:
 
 
 def same_expression(given: str, entry: dict[str, Any]) -> bool:
-    """As `same_plainly`, with math-verify for what is left; called in the sandbox, since that
+    """As `same_plainly`, with math-verify for the rest. Call it in the sandbox: math-verify
     evaluates what it reads."""
     given, expected = _plain(given), _plain(entry["answer"])
     parts = _parts(given), _parts(expected)
@@ -108,9 +109,9 @@ def _equal(given: str, expected: str) -> bool:
 
 
 def _same(given: str, expected: str) -> bool | None:
-    """As `same_plainly`, of plain texts."""
+    """As `same_plainly`, for plain texts."""
     wanted = _number(expected)
-    if wanted is not None and wanted.denominator == 1:  # arithmetic has to be carried out
+    if wanted is not None and wanted.denominator == 1:  # an answer must carry out the arithmetic
         return _number(given) == wanted
     if (wanted := wanted or _fraction(expected)) is not None:
         return wanted in (_number(given), _fraction(given))
@@ -141,14 +142,14 @@ def _key(text: str) -> str:
 
 
 def _enclosed(text: str) -> str:
-    """The brackets around a set or an interval, which are part of it; of others none."""
+    """The brackets around a set or an interval, which are part of it; "" for anything else."""
     match = re.fullmatch(r"(\\?\{|\[).*(\\?\}|[\])])|(\().*(\])", text, re.DOTALL)
     return "".join(x.removeprefix("\\") for x in match.groups() if x) if match else ""
 
 
 def _parts(text: str) -> list[str] | None:
-    """The brackets and elements of a list, a tuple or an interval, whose order counts; None for
-    what is none of them."""
+    """The brackets and elements of a list, a tuple or an interval, in order; None for anything
+    else."""
     if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
         inside = _split(text[1:-1])
         if inside is not None:
@@ -158,7 +159,7 @@ def _parts(text: str) -> list[str] | None:
 
 
 def _split(text: str) -> list[str] | None:
-    """At the commas that are in no bracket; None where the brackets are not paired."""
+    """The parts between commas outside brackets; None if the brackets don't match."""
     depth, parts = 0, [""]
     for character in text:
         depth += (character in "([{") - (character in ")]}")
@@ -186,7 +187,7 @@ def _plain(text: str) -> str:
 
 
 def _without_a_stop(text: str) -> str:
-    return re.sub(r"(?<![.])[.,;]$", "", text.strip()).strip()  # but 0.333... is another number
+    return re.sub(r"(?<![.])[.,;]$", "", text.strip()).strip()  # but 0.333... stays
 
 
 def _latex(text: str) -> str:
@@ -198,7 +199,7 @@ def _latex(text: str) -> str:
 
 
 def _number(text: str) -> Fraction | None:
-    """The value of one number; "$1,000", "-7." and "40%" are one, "4,2", "12+30" and "1/2" none.
+    """The value of one number: "$1,000", "-7." and "40%" are one; "4,2", "12+30" and "1/2" are not.
 
     A currency or percent sign is read as a unit: 40% is 40.
     """
@@ -223,19 +224,15 @@ def _fraction(text: str) -> Fraction | None:
 def _same_kind(given: str, expected: str) -> bool:
     """The same separators, words and variables, and no more sums and products of numbers than the
     expected answer leaves."""
-    sides = given, expected
-    given_sums, expected_sums = (len(ARITHMETIC.findall(_linear(side))) for side in sides)
-    separators, words, letters = (
-        [sorted(of(side)) for side in sides]
-        for of in (
-            lambda side: SEPARATORS.findall(side),
-            lambda side: WORDS.findall(side.lower()),
-            lambda side: set(LETTERS.findall(side)),
-        )
-    )
-    return given_sums <= expected_sums and all(
-        mine == its for mine, its in (separators, words, letters)
-    )
+
+    def symbols(text: str) -> tuple[list[str], list[str], set[str]]:
+        words = WORDS.findall(text.lower())
+        return sorted(SEPARATORS.findall(text)), sorted(words), set(LETTERS.findall(text))
+
+    def operations(text: str) -> int:
+        return len(ARITHMETIC.findall(_linear(text)))
+
+    return symbols(given) == symbols(expected) and operations(given) <= operations(expected)
 
 
 def _linear(text: str) -> str:

@@ -35,7 +35,7 @@ def split_chats(config: DataConfig) -> Chats:
             conversation = conversation_from(row)
             if _is_too_long(conversation, chat):
                 limits = "data.chat.max_prompt_chars or max_answer_chars"
-                raise Unusable(f"{row.where}: longer than {limits} allows", "too_long")
+                raise Unusable(row, "too_long", f"longer than {limits} allows")
             return conversation
 
         return split_file(chat, build, config.heldout, problems)

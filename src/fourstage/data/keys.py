@@ -1,10 +1,9 @@
 """How texts are searched for held-out prompts.
 
-A text holds a held-out prompt where it is one, or contains one word by word: "Solve this: " in
-front hides nothing, nor do case, spacing or punctuation around it. A prompt of fewer words and
-signs than LEAST counts only where it is the whole of a user's message: a held-out "Hello" would
-forbid half of all texts. Problems of reasoning-gym also count by their expression, in any order of
-its operands.
+A text gives away a held-out prompt if it is one, or contains one word for word: neither "Solve
+this: " in front nor case, spacing or punctuation hides it. A prompt of fewer words and signs than
+LEAST counts only as a whole message of the user, as a held-out "Hello" would forbid half of all
+texts. Problems of reasoning-gym are also found by their expression, with its operands in any order.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ LEAST = 5  # words and signs of a chat prompt that is searched for inside texts
 LEAST_PROBLEM = 3  # of a problem's question, which is rarely said by chance
 NUMBER = re.compile(r"\d+")
 LOOKS = str.maketrans(LOOK_ALIKES)
-WORD = re.compile(r"[^\W_]+|[^\w\s*`]")  # without the signs of bold and slanted words
+WORD = re.compile(r"[^\W_]+|[^\w\s*`]")  # not the marks of bold and italics
 UNSEEN = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad]|^[ \t]*(?:>[ \t]?)+", re.MULTILINE)
 NUMBERED = re.compile(r"^\s*\d{1,3}[.)]\s+")
 LIKE_QUOTES = str.maketrans({"\u00ab": '"', "\u00bb": '"', "\u2026": "..."})
@@ -50,21 +49,18 @@ class HeldOutKeys:
             return True
         if self.longest and not self.problems.isdisjoint(expressions(text, self.longest)):
             return True
-        return bool(self.phrases) and self._has_phrase(words(text))
+        return bool(self.phrases) and any(True for _ in self._phrases_in(words(text)))
 
     def in_messages(self, messages: Iterable[Message]) -> bool:
-        """Whether any message does so, or asks a held-out prompt."""
+        """Whether any message does, or a user's message is a held-out prompt."""
         return any(
             self.in_text(m["content"])
             or (m["role"] == "user" and plain(m["content"]) in self.prompts)
             for m in messages
         )
 
-    def _has_phrase(self, text: tuple[str, ...]) -> bool:
-        return next(self._phrases_in(text), None) is not None
-
     def _phrases_in(self, text: tuple[str, ...]) -> Iterator[tuple[int, int]]:
-        """The first and the last place of each phrase."""
+        """The first and last position of each held-out phrase."""
         beginnings = zip(*(text[i:] for i in range(LEAST_PROBLEM)), strict=False)
         for at, beginning in enumerate(beginnings):
             for phrase in self.phrases.get(beginning, ()):
@@ -72,7 +68,7 @@ class HeldOutKeys:
                     yield at, at + len(phrase) - 1
 
     def across(self, paragraphs: list[str]) -> set[int]:
-        """The paragraphs over which a held-out prompt is spread, with a blank line in it."""
+        """The indices of paragraphs that share a held-out prompt with a blank line in it."""
         if not self.phrases or len(paragraphs) < 2:
             return set()
         said = [(i, word) for i, text in enumerate(paragraphs) for word in _words(text)]
@@ -84,12 +80,12 @@ class HeldOutKeys:
 
 
 def plain(text: str) -> str:
-    """The key of a prompt, the same for characters that are one to the tokenizer."""
+    """The key of a prompt; characters that the tokenizer doesn't tell apart are equal."""
     return normalise(_folded(text))
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Words and signs in lower case, without the signs at both ends and a list's number."""
+    """Words and signs in lower case, without a list's number and the signs at both ends."""
     found = _words(NUMBERED.sub("", text))
     while found and not found[-1].isalnum():
         found.pop()
@@ -102,10 +98,10 @@ def _words(text: str) -> list[str]:
 
 
 def _folded(text: str) -> str:
-    """Without marks of quotation and what is not seen, and with one of several alike characters."""
+    """Without invisible characters and quote marks, and with one form of look-alikes."""
     if ">" in text or not text.isascii():
         text = UNSEEN.sub("", text)
-    if text.isascii():  # most are, and large
+    if text.isascii():  # most texts, and faster
         return text
     return unicodedata.normalize("NFC", text).translate(LIKE_QUOTES).translate(LOOKS)
 

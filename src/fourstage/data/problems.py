@@ -29,7 +29,7 @@ STALE = 3  # or after so many in a row for each problem found, none of which was
 PATIENCE = 10  # seconds of drawing before a line says so
 SLOWEST = 30  # seconds without a new problem
 LONGEST = 10**5  # characters of a question
-LARGEST = 10**6  # a number in a task's arguments, as a multiple of its default
+LARGEST = 10**5  # a number in a task's arguments, as a multiple of its default
 
 
 @cached("reasoning")
@@ -147,7 +147,12 @@ def _draw(where: str, task: str, arguments: dict[str, Any], most: int) -> Iterat
     while True:
         if time.monotonic() > patience:
             patience = math.inf
-            print(f"drawing problems of {task}, which takes a while", file=sys.stderr, flush=True)
+            print(
+                f"drawing problems of {task}, which takes a while ({where} and data.reasoning.size "
+                "decide)",
+                file=sys.stderr,
+                flush=True,
+            )
         with _in_time(where, arguments):
             entries = (dataset[i] for i in islice(draws, max(100, STALE * len(seen))))
             asked = ((short_question(task, entry), entry) for entry in entries)
@@ -180,7 +185,7 @@ def _in_time(where: str, arguments: dict[str, Any]) -> Iterator[None]:
     try:
         try:
             if is_main:
-                signal.setitimer(signal.ITIMER_REAL, SLOWEST, 1)  # and again if it was caught
+                signal.setitimer(signal.ITIMER_REAL, SLOWEST, SLOWEST)  # again if it is caught
             yield
         finally:
             if is_main:

@@ -1,10 +1,10 @@
-"""Runs what judges a model's text where it can do no harm: in a process that may be killed.
+"""Judges a model's text in a process that can do no harm and may be killed.
 
-Three processes: this one asks, a server that never sees a model's text as code forks a worker for
-each batch, and the worker judges. The worker may not write, connect, start or signal anything, has
-limits on memory and time, and stands in a folder that doesn't exist any more. An item that takes
-longer than SECONDS, or whose worker dies, has no result; the server goes on with the next item in
-a new worker, which costs a fork and no imports. (A worker can read files: it has no way to tell.)
+This process asks a server, which never runs a model's text and forks a worker for each batch; the
+worker judges. A worker may not write, connect, start or signal anything, has limited memory and
+time, and its working directory is deleted. An item that takes longer than SECONDS, or whose worker
+dies, has no result; a new worker, which costs a fork and no imports, goes on with the next item.
+(A worker can read files, but it can't send what it reads anywhere.)
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from typing import Any, NoReturn
 
 from fourstage.errors import UserError
 
-SECONDS = 1.0  # of the processor, an item
-PATIENCE = 10.0  # seconds by the clock, however busy the machine is
-MEMORY = 4 * 2**30  # bytes of address space of a worker, imports included
+SECONDS = 1.0  # CPU time of an item
+PATIENCE = 10.0  # wall time of an item, in seconds
+MEMORY = 4 * 2**30  # bytes of a worker's address space, imports included
 OPEN_FILES = 64
 FORBIDDEN = (  # audit events, docs.python.org/3/library/audit_events.html
     *("os.", "shutil.", "subprocess.", "socket.", "ctypes.", "signal.", "pty.", "tempfile."),
@@ -39,25 +39,26 @@ ALLOWED = ("os.listdir", "os.scandir", "os.fspath")  # imports look around
 
 
 class Sandbox:
-    """A server that judges with the functions of a module, started at the first use.
+    """A server that judges with the functions of a module, started on first use.
 
-    The module has `prepare(item)`, which imports what judging needs, in the server, and must not
-    look at a model's text; and `judge(item)`, whose result is JSON.
+    The module has `prepare(item)`, which imports in the server what judging needs and must not look
+    at a model's text, and `judge(item)`, whose result is JSON.
     """
 
     def __init__(self, module: str) -> None:
         self.module = module
         self._server: subprocess.Popen[str] | None = None
-        self._owner = 0  # the process that started it: a fork needs its own
+        self._owner = 0  # the process that started it: a fork starts its own
         self._lock = threading.Lock()
 
     def map(self, items: Sequence[Any]) -> list[Any]:
-        """judge(item) of each, in order; None where that failed, took too long or was refused.
+        """judge(item) of each, in order; None if that failed, took too long or was refused.
 
-        Raises UserError where the server can't be started.
+        Raises:
+            UserError: the server can't be started.
         """
         with self._lock:
-            for _ in range(2):  # a server that was killed meanwhile is started again
+            for _ in range(2):  # a server that was killed is restarted
                 server, answer = self._running(), ""
                 assert server.stdin and server.stdout
                 try:
@@ -65,12 +66,12 @@ class Sandbox:
                         server.stdin.write(json.dumps(list(items)) + "\n")
                         server.stdin.flush()
                         answer = server.stdout.readline()
-                finally:  # interrupted, it would give these results to the next call
+                finally:  # after an interrupt, the next call would read these results
                     if not answer:
                         self.close()
                 if answer:
                     return json.loads(answer)
-        raise UserError("the process that judges answers ends at once: its output says why")
+        raise UserError("the process that judges answers ends at once: see its output")
 
     def _running(self) -> subprocess.Popen[str]:
         if self._server is None or self._owner != os.getpid():
@@ -127,7 +128,7 @@ def batch(functions: Any, items: list[Any]) -> list[Any]:
         os.close(workers)
         lines = Lines(ours)
         if not lines.next():
-            raise RuntimeError("the worker cannot give up its rights")
+            raise RuntimeError("the worker can't drop its rights")
         while len(results) < len(items) and (line := lines.next()):
             results.append(json.loads(line))
         os.close(ours)
@@ -145,7 +146,7 @@ class Lines:
         self.pipe, self.waiting = pipe, b""
 
     def next(self) -> bytes:
-        """The next line; none where the worker died or took too long."""
+        """The next line; b"" if the worker died or took too long."""
         while b"\n" not in self.waiting:
             if not select.select([self.pipe], [], [], PATIENCE)[0]:
                 return b""
@@ -161,16 +162,16 @@ class Lines:
 
 
 def work(functions: Any, items: list[Any], pipe: int) -> NoReturn:
-    """Judge the items in this process, a line of JSON each, and end it."""
+    """Judge the items in this process, one line of JSON each, then exit."""
     code = 1
     with suppress(BaseException):
         lock_up(len(items))
         os.write(pipe, b"ready\n")
         for item in items:
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # ends the process, however busy it is
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # kills the process, whatever it does
             try:
                 result = json.dumps(functions.judge(item), allow_nan=False)
-            except Exception:  # on any text that a model comes up with
+            except Exception:  # a model may write anything
                 result = "null"
             os.write(pipe, result.encode() + b"\n")
         code = 0
@@ -178,12 +179,12 @@ def work(functions: Any, items: list[Any], pipe: int) -> NoReturn:
 
 
 def lock_up(n_items: int) -> None:
-    """Give up what judging doesn't need, for the rest of this process' life."""
+    """Give up for good whatever judging doesn't need."""
     os.chdir("/")
-    with suppress(OSError):  # a container may have no place to write
+    with suppress(OSError):  # a container may have no writable folder
         folder = tempfile.mkdtemp()
         os.chdir(folder)
-        os.rmdir(folder)  # nothing can be made in it
+        os.rmdir(folder)  # so that nothing can be created in it
     null = os.open(os.devnull, os.O_RDWR)
     for file in range(3):
         os.dup2(null, file)
@@ -191,18 +192,18 @@ def lock_up(n_items: int) -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     for what, most in (
         (resource.RLIMIT_AS, MEMORY),
-        (resource.RLIMIT_CPU, seconds),  # should the server be killed
+        (resource.RLIMIT_CPU, seconds),  # in case the server is killed
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_NOFILE, OPEN_FILES),
         (resource.RLIMIT_CORE, 0),
     ):
-        with suppress(ValueError, OSError):  # not all of them everywhere
+        with suppress(ValueError, OSError):  # not every system has all of them
             resource.setrlimit(what, (most, most))
     sys.addaudithook(refuse)
 
 
 def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """The audit hook: an error for whatever could leave a trace."""
+    """The audit hook: an error for anything that could leave a trace."""
     if event == "open":
         mode, flags = arguments[1:3]
         writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)

@@ -1,28 +1,27 @@
-"""From a record of a user's file to a document, conversation, pair or problem.
+"""From a row of a user's file to a document, conversation, pair or problem.
 
-The schema is read off the record's fields; a record that fits none names itself and what would.
+The schema is read off the row's fields; the error for a row that fits none says what would.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from fourstage.data.files import Row
 from fourstage.data.records import Conversation, Message, Pair, Problem
 from fourstage.data.solutions import NoResult, solved
 from fourstage.data.verify import FROM_FILE, MARK
 from fourstage.errors import UserError
-
-T = TypeVar("T")
+from fourstage.tokenizer import LONE_SURROGATE
 
 
 class Unusable(UserError):
-    """A record of the right schema that cannot be used: left out and counted by its reason."""
+    """A row of the right schema that can't be used: left out, and counted by its reason."""
 
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
+    def __init__(self, row: Row, reason: str, message: str) -> None:
+        super().__init__(f"{row.where}: {message}")
         self.reason = reason
 
 
@@ -34,7 +33,6 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
 }
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half an emoji, as JSON may escape it
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")
 
 
@@ -42,7 +40,7 @@ def document_from(row: Row) -> str:
     """{"text"}.
 
     Raises:
-        UserError: no such field, or it is empty or no text.
+        UserError: no such field, or it is empty or not a text.
     """
     if "text" not in row:
         raise _unknown(row, '"text"', "corpus", "text")
@@ -52,27 +50,27 @@ def document_from(row: Row) -> str:
 def conversation_from(row: Row) -> Conversation:
     """alpaca {instruction, input, output}, {messages}, {conversations}, {prompt, response}.
 
-    Beside any of them {system}; beside alpaca's and prompts {history}, [[question, answer], ...].
-    Prompt and response may be lists of messages.
+    Any of them may have {system}; alpaca's and prompts may have {history}, [[question, answer],
+    ...]. Prompt and response may be lists of messages.
 
     Raises:
         UserError: no such schema, or a field of another type.
         Unusable: an empty text, an image, a tool's turn, or turns out of order.
     """
-    for name in ("messages", "conversations"):
-        if name in row:
-            return Conversation(_dialogue(row, _with_system(row, _messages(row, name))))
+    turns = _own_messages(row)
     for answer in ("output", "response"):
-        if "instruction" in row and answer in row:
-            asked = [*_history(row), _user(_instruction(row))]
-            turns = [*asked, _assistant(_text(row, answer))]
-            return Conversation(_dialogue(row, _with_system(row, turns)))
+        if turns is None and "instruction" in row and answer in row:
+            turns = [*_instructed(row), _assistant(_text(row, answer))]
     for answer in ("response", "completion"):
-        if "prompt" in row and answer in row:
-            turns = [*_history(row), *_turns(row, "prompt", _user)]
-            turns += _turns(row, answer, _assistant)
-            return Conversation(_dialogue(row, _with_system(row, turns)))
-    raise _unknown(row, CHAT_SCHEMAS, "chat", "instruction")
+        if turns is None and "prompt" in row and answer in row:
+            turns = [
+                *_history(row),
+                *_turns(row, "prompt", _user),
+                *_turns(row, answer, _assistant),
+            ]
+    if turns is None:
+        raise _unknown(row, CHAT_SCHEMAS, "chat", "instruction")
+    return Conversation(_dialogue(row, _with_system(row, turns)))
 
 
 def pair_from(row: Row) -> Pair:
@@ -82,46 +80,32 @@ def pair_from(row: Row) -> Pair:
     hh-rlhf's text ("\\n\\nHuman: ...\\n\\nAssistant: ..."), and must share all but the last answer.
 
     Raises:
-        UserError: no such schema, a field of another type, or dialogues with two prompts.
+        UserError: no such schema, or a field of another type.
+        Unusable: as conversation_from, or two different prompts.
     """
     if "chosen" not in row or "rejected" not in row:
         raise _unknown(row, PAIR_SCHEMAS, "preference", "chosen")
-    sides = ("chosen", "rejected")
-    asked: list[Message] | None = None
     if "prompt" in row:
         asked = _turns(row, "prompt", _user)
     elif "instruction" in row:
-        asked = [*_history(row), _user(_instruction(row))]
-    else:
-        for name in ("messages", "conversations"):  # the prompt, as in LLaMA-Factory's ranking
-            if name in row and asked is None:
-                asked = _messages(row, name)
+        asked = _instructed(row)
+    else:  # the prompt's messages, as in LLaMA-Factory's ranking
+        asked = _own_messages(row)
     if asked is None:
-        chosen, rejected = (_with_system(row, _whole_dialogue(row, side)) for side in sides)
+        chosen, rejected = (
+            _with_system(row, _whole_dialogue(row, side)) for side in ("chosen", "rejected")
+        )
         asked = chosen[:-1]
     else:
-        chosen, rejected = (_answer(row, side) for side in sides)
+        chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
         asked = _with_system(row, _with_context(row, asked, chosen[:-1]))
     if chosen[:-1] != rejected[:-1]:
-        raise _of_two_prompts(row)
-    return _pair(row, asked, chosen[-1]["content"], rejected[-1]["content"])
-
-
-def _with_context(row: Row, asked: list[Message], before: list[Message]) -> list[Message]:
-    """The whole of a prompt that is given apart, and in front of the answers too: as all that was
-    said, its first or its last turn."""
-    said = [message for message in before if message["role"] != "system"]
-    turns = [message for message in asked if message["role"] != "system"]
-    n = len(turns)
-    if not said or said == turns:
-        return before if len(before) > len(asked) else asked
-    if n < len(said) and turns in (said[:n], said[-n:]):
-        return before
-    raise _of_two_prompts(row)
-
-
-def _of_two_prompts(row: Row) -> Unusable:
-    return Unusable(f"{row.where}: chosen and rejected answer different prompts", "two_prompts")
+        raise _two_prompts(row)
+    if not asked or asked[-1]["role"] != "user":
+        what = "the prompt must end with a message of the user"
+        raise Unusable(row, "turns_out_of_order", what)
+    _alternating(row, asked)
+    return Pair(asked, chosen[-1]["content"], rejected[-1]["content"])
 
 
 def problem_from(row: Row) -> Problem:
@@ -129,8 +113,8 @@ def problem_from(row: Row) -> Problem:
     "answer: RESULT" at its end, or is the result alone, which may be a number.
 
     Raises:
-        UserError: no such schema, or a field that is no text.
-        Unusable: a field that is empty, or no result, or one among several.
+        UserError: no such schema, or a field that isn't a text.
+        Unusable: a field is empty, or there is no result, or there are several.
     """
     if "question" not in row or "answer" not in row:
         raise _unknown(row, '"question" and "answer"', "reasoning", "question")
@@ -140,17 +124,25 @@ def problem_from(row: Row) -> Problem:
     try:
         steps, result = solved(text)
     except NoResult as error:
-        raise Unusable(f"{row.where}: {error}", error.reason) from None
+        raise Unusable(row, error.reason, str(error)) from None
     worked = "\n".join(part for part in (steps, f"{MARK}{result}") if part)
     return Problem(question, result, FROM_FILE, worked, {"answer": result})
 
 
-def _pair(row: Row, asked: list[Message], chosen: str, rejected: str) -> Pair:
-    if not asked or asked[-1]["role"] != "user":
-        what = f"{row.where}: the prompt must end with a message of the user"
-        raise Unusable(what, "turns_out_of_order")
-    _alternating(row, asked)
-    return Pair(asked, chosen, rejected)
+# --- prompts and answers
+
+
+def _with_context(row: Row, asked: list[Message], before: list[Message]) -> list[Message]:
+    """The whole prompt of a row that gives it twice: by itself, and again in front of the answers.
+    By itself it may be all that was said, the first turns or the last."""
+    said = [message for message in before if message["role"] != "system"]
+    turns = [message for message in asked if message["role"] != "system"]
+    n = len(turns)
+    if not said or said == turns:
+        return before if len(before) > len(asked) else asked
+    if n < len(said) and turns in (said[:n], said[-n:]):
+        return before
+    raise _two_prompts(row)
 
 
 def _turns(row: Row, name: str, message: Callable[[str], Message]) -> list[Message]:
@@ -166,7 +158,7 @@ def _answer(row: Row, name: str) -> list[Message]:
     if isinstance(row.get(name), list | dict):
         messages = _messages(row, name)
         if not messages or messages[-1]["role"] != "assistant":
-            raise UserError(f"{row.where}: {name} must end with a message of the assistant")
+            raise row.error(f"{name} must end with a message of the assistant")
         return messages
     text = _text(row, name)
     turns = _split_turns(row, name) if str(row.get(name)).startswith("\n\n") else None
@@ -174,34 +166,62 @@ def _answer(row: Row, name: str) -> list[Message]:
 
 
 def _whole_dialogue(row: Row, name: str) -> list[Message]:
-    value = row.get(name)
-    if isinstance(value, list | dict):
-        messages = _messages(row, name)
-    else:
-        messages = _split_turns(row, name) or []
+    is_messages = isinstance(row.get(name), list | dict)
+    messages = _messages(row, name) if is_messages else _split_turns(row, name)
     if not messages or messages[0]["role"] == "assistant":
-        raise UserError(
-            f'{row.where}: {name} has no prompt in it: give "prompt", or a whole dialogue '
+        raise row.error(
+            f'{name} has no prompt in it: give "prompt", or a whole dialogue '
             "(\\n\\nHuman: ...\\n\\nAssistant: ...)"
         )
     return _dialogue(row, messages)
 
 
 def _split_turns(row: Row, name: str) -> list[Message] | None:
-    """hh-rlhf's text of a dialogue as messages; None for a text that is none, even one that begins
-    with "Human: ". A last open turn is cut."""
+    """hh-rlhf's text of a dialogue as messages; None for another text, even one that begins with
+    "Human: ". A last open turn is cut."""
     text = _text(row, name)
-    parts = TURN.split(text)[1:]
+    _, *parts = TURN.split(text)
     is_dialogue = len(parts) > 2 or str(row.get(name)).startswith("\n\n")
     if not TURN.match(text) or not is_dialogue:
         return None
-    roles = {"Human": "user", "Assistant": "assistant"}
     turns = [
-        {"role": roles[parts[i]], "content": parts[i + 1].strip()} for i in range(0, len(parts), 2)
+        (_user if role == "Human" else _assistant)(said.strip())
+        for role, said in zip(parts[::2], parts[1::2], strict=True)
     ]
-    if turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
-        turns.pop()
-    return turns
+    return turns[:-1] if turns[-1] == _assistant("") else turns
+
+
+def _instructed(row: Row) -> list[Message]:
+    """alpaca's history, and the instruction with its input."""
+    text, extra = _text(row, "instruction"), row.get("input")
+    if isinstance(extra, dict | list) and extra:
+        raise row.error(f'"input" must be a text, got {_kind(extra)}')
+    said = "" if extra is None or extra in ({}, []) else _clean(str(extra))
+    return [*_history(row), _user(f"{text}\n{said}" if said else text)]
+
+
+def _history(row: Row) -> list[Message]:
+    """alpaca's earlier turns, [[question, answer], ...]."""
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        for turn in history
+    ):
+        raise row.error('"history" must be a list of [question, answer]')
+    messages = [
+        m for turn in history for m in (_user(_clean(turn[0])), _assistant(_clean(turn[1])))
+    ]
+    if not all(message["content"] for message in messages):
+        raise _empty(row, "history")
+    return messages
+
+
+# --- messages
+
+
+def _own_messages(row: Row) -> list[Message] | None:
+    names = ("messages", "conversations")
+    return next((_messages(row, name) for name in names if name in row), None)
 
 
 def _messages(row: Row, name: str) -> list[Message]:
@@ -209,44 +229,42 @@ def _messages(row: Row, name: str) -> list[Message]:
     if isinstance(value, dict):  # one message; or as columns, which `datasets` makes of a sequence
         is_columns = all(isinstance(column, list) for column in value.values())
         if is_columns and len({len(column) for column in value.values()}) > 1:
-            raise UserError(f'{row.where}: the columns of "{name}" differ in length')
-        rows = zip(*value.values(), strict=False) if is_columns else [value.values()]
-        value = [dict(zip(value, row, strict=True)) for row in rows]
+            raise row.error(f'the columns of "{name}" differ in length')
+        rows = zip(*value.values(), strict=True) if is_columns else [value.values()]
+        value = [dict(zip(value, fields, strict=True)) for fields in rows]
     if value is None:
         raise _empty(row, name)
     if not isinstance(value, list):
-        raise UserError(f'{row.where}: "{name}" must be a list of messages')
+        raise row.error(f'"{name}" must be a list of messages')
     messages = [_message(row, name, item) for item in value]
-    return [message for message in messages if message["content"]]  # but for an empty system text
+    return [message for message in messages if message["content"]]  # an empty system text goes
 
 
 def _message(row: Row, name: str, item: Any) -> Message:
     """{role, content} or {from, value}; content may be OpenAI's parts."""
     if not isinstance(item, dict):
-        raise UserError(f'{row.where}: "{name}" must hold objects with role and content')
+        raise row.error(f'"{name}" must hold objects with role and content')
     role = item.get("role") or item.get("from")
     content = item.get("value") if item.get("content") is None else item["content"]
+    lacks = row.error(f'a message in "{name}" lacks a role or a text content')
     if not isinstance(role, str):
-        raise UserError(f'{row.where}: a message in "{name}" lacks a role or a text content')
+        raise lacks
     role = role.strip().lower()
     if item.get("weight") == 0:
-        raise Unusable(
-            f'{row.where}: "{name}" has a message of weight 0: all of a record is learned, or none',
-            "weight_0",
+        what = (
+            f'"{name}" has a message of weight 0, but a record is learned as a whole or not at all'
         )
+        raise Unusable(row, "weight_0", what)
     if role in TOOL_ROLES or item.get("tool_calls"):
-        raise Unusable(f'{row.where}: "{name}" has the turn of a tool: remove the record', "tools")
+        raise Unusable(row, "tools", f'"{name}" has the turn of a tool: remove the record')
     if role not in ROLES:
-        raise Unusable(
-            f"{row.where}: unknown role {role[:40]!r}: known are {', '.join(ROLES)}",
-            "unknown_role",
-        )
+        known = ", ".join(ROLES)
+        raise Unusable(row, "unknown_role", f"unknown role {role[:40]!r}: known are {known}")
     if isinstance(content, list):
         content = "\n".join(_part(row, part) for part in content)
-    if content is not None and not isinstance(content, str):
-        raise UserError(f'{row.where}: a message in "{name}" lacks a role or a text content')
-    if "content" not in item and "value" not in item:
-        raise UserError(f'{row.where}: a message in "{name}" lacks a role or a text content')
+    is_text = content is None or isinstance(content, str)
+    if not is_text or not item.keys() & {"content", "value"}:
+        raise lacks
     text = _clean(content or "")
     if not text and ROLES[role] != "system":
         raise _empty(row, name)
@@ -259,37 +277,20 @@ def _part(row: Row, part: Any) -> str:
     if isinstance(text, str):
         return text
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise Unusable(
-        f"{row.where}: a message holds {str(kind)[:40]!r}, but only text is read", "not_text"
-    )
+    what = f"a message holds {str(kind)[:40]!r}, but only text is read"
+    raise Unusable(row, "not_text", what)
 
 
 def _with_system(row: Row, messages: list[Message]) -> list[Message]:
-    """With the record's own system text in front, where the messages have none."""
+    """With the row's own system text in front, if the messages have none."""
     has_one = bool(messages) and messages[0]["role"] == "system"
     if has_one or "system" not in row:
         return messages
     system = row.get("system")
     if system is not None and not isinstance(system, str):
-        raise UserError(f'{row.where}: "system" must be a text, got {_kind(system)}')
+        raise row.error(f'"system" must be a text, got {_kind(system)}')
     text = _clean(system or "")
     return [{"role": "system", "content": text}, *messages] if text else messages
-
-
-def _history(row: Row) -> list[Message]:
-    """alpaca's earlier turns, [[question, answer], ...]."""
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(
-        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
-        for turn in history
-    ):
-        raise UserError(f'{row.where}: "history" must be a list of [question, answer]')
-    messages = [
-        m for turn in history for m in (_user(_clean(turn[0])), _assistant(_clean(turn[1])))
-    ]
-    if not all(message["content"] for message in messages):
-        raise _empty(row, "history")
-    return messages
 
 
 def _dialogue(row: Row, messages: list[Message]) -> list[Message]:
@@ -297,8 +298,8 @@ def _dialogue(row: Row, messages: list[Message]) -> list[Message]:
     if messages and messages[-1]["role"] == "user":
         messages = messages[:-1]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        what = f"{row.where}: the conversation has no answer of the assistant"
-        raise Unusable(what, "without_an_answer")
+        what = "the conversation has no answer of the assistant"
+        raise Unusable(row, "without_an_answer", what)
     _alternating(row, messages)
     return messages
 
@@ -309,39 +310,11 @@ def _alternating(row: Row, messages: list[Message]) -> None:
     expected = ["user", "assistant"] * len(turns)
     if turns != expected[: len(turns)]:
         raise Unusable(
-            f"{row.where}: the roles are {', '.join(roles[:8])}: after an optional system "
-            "message, user and assistant must take turns, the user first",
+            row,
             "turns_out_of_order",
+            f"the roles are {', '.join(roles[:8])}: after an optional system message, user and "
+            "assistant must take turns, the user first",
         )
-
-
-def _instruction(row: Row) -> str:
-    text, extra = _text(row, "instruction"), row.get("input")
-    if isinstance(extra, dict | list) and extra:
-        raise UserError(f'{row.where}: "input" must be a text, got {_kind(extra)}')
-    said = "" if extra is None or extra in ({}, []) else _clean(str(extra))
-    return f"{text}\n{said}" if said else text
-
-
-def _text(row: Row, name: str) -> str:
-    value = row.get(name)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise _empty(row, name)
-    if not isinstance(value, str):
-        raise UserError(f'{row.where}: "{name}" must be a text, got {_kind(value)}')
-    return _clean(value)
-
-
-def _empty(row: Row, name: str) -> Unusable:
-    return Unusable(f'{row.where}: "{name}" is empty: fill it or remove the record', "empty_text")
-
-
-def _clean(text: str) -> str:
-    return LONE_SURROGATE.sub("\ufffd", text.replace("\r\n", "\n")).strip()
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def _user(text: str) -> Message:
@@ -352,9 +325,35 @@ def _assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
+# --- texts and errors
+
+
+def _text(row: Row, name: str) -> str:
+    value = row.get(name)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise _empty(row, name)
+    if not isinstance(value, str):
+        raise row.error(f'"{name}" must be a text, got {_kind(value)}')
+    return _clean(value)
+
+
+def _clean(text: str) -> str:
+    return LONE_SURROGATE.sub("\ufffd", text.replace("\r\n", "\n")).strip()
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} {str(value)[:40]!r}"
+
+
+def _empty(row: Row, name: str) -> Unusable:
+    return Unusable(row, "empty_text", f'"{name}" is empty: fill it or remove the record')
+
+
+def _two_prompts(row: Row) -> Unusable:
+    return Unusable(row, "two_prompts", "chosen and rejected answer different prompts")
+
+
 def _unknown(row: Row, wanted: str, source: str, name: str) -> UserError:
     said = ", ".join(f'"{field}"' for field in list(row.values)[:8]) or "no fields"
     named = f"data.{source}.columns={{{name}: YOUR_NAME, ...}}"
-    return UserError(
-        f"{row.where}: unknown schema ({said}): needs {wanted}; for other names {named}"
-    )
+    return row.error(f"unknown schema ({said}): needs {wanted}; for other names {named}")

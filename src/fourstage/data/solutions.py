@@ -1,4 +1,4 @@
-"""The steps and the result of a written solution: gsm8k's, in boxes, or told in words."""
+"""The steps and the result of a written solution: gsm8k's, in a box, or in words."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ANSWER_IS = re.compile(r"\b(?:the )?(?:final )?answer(?: is)?\s*:\s*(\S[^\n]*)\Z
 PROSE = re.compile(r"(?<!\\)\b(?!sqrt|frac|sin|cos|tan|log|exp|text|pi\b)[^\W\d_]{2,}")
 CALCULATOR = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")
 NO_NUMBER = ("nan", "inf", "-inf")  # as Python writes them
-LATEST = 5  # boxes that are looked at, from the end: the last may not be closed
+LATEST = 5  # boxes to look at, from the end: the last may not be closed
 
 
 class NoResult(ValueError):
-    """A solution that has no one result."""
+    """A solution without a result, or with several."""
 
     def __init__(self, message: str, reason: str = "no_result") -> None:
         super().__init__(message)
@@ -30,10 +30,10 @@ class NoResult(ValueError):
 
 
 def solved(text: str) -> tuple[str, str]:
-    """The steps and the result. A mark counts where a result follows it, not a heading.
+    """The steps and the result. A mark in front of a heading doesn't count.
 
     Raises:
-        NoResult: none is found, or several.
+        NoResult: there is none, or there are several.
     """
     if text in NO_NUMBER:
         raise NoResult(f"the answer is {text}, which is no number")
@@ -66,8 +66,8 @@ def _parts(text: str) -> tuple[str, str]:
 
 
 def _result(text: str) -> str | None:
-    """What follows a mark, without "Answer:" before it and words on lines after it; None where it
-    is a heading."""
+    """What follows a mark, without "Answer:" in front and lines of words after it; None if it is a
+    heading."""
     lines = [line.strip() for line in text.split("\n") if re.search(r"\w", line)]
     if not lines:
         return text
@@ -78,7 +78,7 @@ def _result(text: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last \boxed{...} of a text holds, with the braces inside it; None without one."""
+    r"""The content of a text's last \boxed{...}; None without one."""
     for found in list(BOXED.finditer(text))[: -LATEST - 1 : -1]:
         if found[1]:
             return found[1].rstrip(".,;")

@@ -1,4 +1,4 @@
-"""Which stage reads which source, what identifies its content, and the prompts of the samples."""
+"""Which stage reads which source, the digests of their contents, and the sample prompts."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ LOAD: dict[str, Callable[[DataConfig], Split[Any] | None]] = {
 
 
 def digest(config: DataConfig, stage: str) -> str:
-    """12 hexadecimal digits of the content of the only source that a stage reads.
+    """12 hexadecimal digits of the content of the one source that a stage reads.
 
-    Of preferences, where they are sampled or only prompts are needed, that is the prompts.
+    That is only the prompts if preferences are sampled, or only prompts are needed.
 
     Raises:
         UserError: the source is missing or its file is bad.
@@ -43,9 +43,9 @@ def digest(config: DataConfig, stage: str) -> str:
 
 
 def other_source(config: DataConfig, record: Mapping[str, Any]) -> str | None:
-    """Why the run of a record would not train on the same under this config; None where it would.
+    """Why the run of a record would train on other data under this config; None if on the same.
 
-    What is held out under a config is in no text that was read under it, and may be in others.
+    A text that was read under another config may hold what this one holds out.
     """
     stage = record["stage"]
     name = LADDER[stage].source
@@ -53,7 +53,7 @@ def other_source(config: DataConfig, record: Mapping[str, Any]) -> str | None:
         now = digest(config, stage)
     except UserError:
         return f"there is no {name} that it could have trained on"
-    before = record.get("data", {}).get("digest", now)  # older records may have none
+    before = record.get("data", {}).get("digest", now)  # missing in older records
     return None if now == before else f"its {name} is another than it was trained on"
 
 
@@ -77,7 +77,7 @@ def _read(config: DataConfig, stage: str) -> Split[Any] | None:
 def sample_prompts(config: DataConfig) -> list[dict[str, Any]]:
     """Fixed prompts that every stage answers: [{"id", "messages"}], "What is an LLM?" first.
 
-    Questions, then a held-out problem of each of a few tasks where there are problems.
+    Questions, then held-out problems of different tasks if there are problems.
     """
     prompts = [
         {"id": f"question-{i}", "messages": [{"role": "user", "content": question}]}

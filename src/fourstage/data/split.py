@@ -1,7 +1,7 @@
-"""Which side of the split a prompt or a problem stands on: one function for every source.
+"""Which side of the split a prompt or a problem is on: one function for every source.
 
-A prompt is held out if the hash of its normalised text falls under the share. The text alone
-decides, so one prompt never stands on both sides, in whatever source, order or run it comes.
+A prompt is held out if the hash of its normalised text is below the share. Only the text decides,
+so a prompt is on the same side in every source, order and run.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ EXPRESSION = re.compile(
 def normalise(text: str) -> str:
     """The key of a prompt: lower case, single spaces, and one order of operands.
 
-    "3 + 5 = ?" and "5 + 3 = ?" are one problem to the split; so are swapped factors and the
-    arguments of gcd. In a sum the terms move with their signs.
+    "3 + 5 = ?" and "5 + 3 = ?" have one key, and so have swapped factors and arguments of gcd. In
+    a sum the terms move with their signs.
     """
     text = " ".join(text.lower().split())
     if _SUM.match(text):
@@ -41,16 +41,16 @@ def short_hash(text: str, length: int = 12) -> str:
 
 
 def is_heldout(prompt: str, share: float) -> bool:
-    """True if a prompt belongs to the held-out side, which takes `share` of all prompts."""
+    """True if a prompt is on the held-out side, which has `share` of all prompts."""
     return int(short_hash(normalise(prompt)), 16) < share * 16**12
 
 
 def expressions(text: str, longest: int | None = None) -> set[str]:
     """The arithmetic that a text spells out, in the form of `normalise("... = ?")`.
 
-    Spacing and the order of operands do not matter, and of a longer chain every run of neighbours
-    counts: "1 + 26 + 4" holds "4+26" too, and "-26+4" holds it as characters. Those of more than
-    `longest` operands are left out.
+    Spacing and the order of operands don't matter, and every run inside a longer chain counts:
+    "1 + 26 + 4" holds "4+26" too, and "-26+4" holds "26+4". Runs of more than `longest` operands
+    are left out.
     """
     found: set[str] = set()
     for match in EXPRESSION.finditer(text.lower()):

@@ -42,8 +42,8 @@ def short_question(task: str, entry: Entry) -> str:
 
 
 def worked_solution(task: str, entry: Entry) -> str | None:
-    """Steps, one a line, and the marked answer; None where the task has no single answer, or only
-    one that its verifier does not take (an integral that sympy leaves unsolved)."""
+    """Steps, one a line, and the marked answer; None if the task has no single answer, or one that
+    its verifier rejects (an integral that sympy leaves unsolved)."""
     answer = entry["answer"]
     if not isinstance(answer, str) or not answer.strip() or not is_plausible(answer, task, entry):
         return None
@@ -57,6 +57,16 @@ def _by_place(number: int) -> list[int]:
     return [sign * int(d) * 10 ** (len(digits) - 1 - i) for i, d in enumerate(digits)]
 
 
+def _running_sums(total: int, terms: list[tuple[str, int]]) -> list[str]:
+    """12 + 34 - 6: 12+34=46, 46-6=40."""
+    steps = []
+    for sign, term in terms:
+        result = total + term if sign == "+" else total - term
+        steps.append(f"{total}{sign}{term}={result}")
+        total = result
+    return steps
+
+
 def chain_sum_steps(metadata: Entry) -> list[str]:
     """Two terms: hundreds, tens and units apart (47 + 38: 40+30=70, 7+8=15). More: running sums.
 
@@ -65,23 +75,13 @@ def chain_sum_steps(metadata: Entry) -> list[str]:
     first, *rest = re.findall(r"-?\d+|[+-](?= )", metadata["expression"])
     terms = [(rest[i], int(rest[i + 1])) for i in range(0, len(rest), 2)]
     if len(terms) > 1:
-        steps, total = [], int(first)
-        for sign, term in terms:
-            result = total + term if sign == "+" else total - term
-            steps.append(f"{total}{sign}{term}={result}")
-            total = result
-        return steps
-    (sign, term), left = terms[0], int(first)
-    width = max(len(str(abs(left))), len(str(abs(term))))
+        return _running_sums(int(first), terms)
+    sign, term = terms[0]
+    width = max(len(str(abs(n))) for n in (int(first), term))
     if width == 1:
         return []
-    columns = zip(_padded(left, width), _padded(term, width), strict=True)
-    return [f"{a}{sign}{b}={a + b if sign == '+' else a - b}" for a, b in columns]
-
-
-def _padded(number: int, width: int) -> list[int]:
-    parts = _by_place(number)
-    return [0] * (width - len(parts)) + parts
+    columns = ([0] * (width - len(parts)) + parts for parts in map(_by_place, (int(first), term)))
+    return [step for a, b in zip(*columns, strict=True) for step in _running_sums(a, [(sign, b)])]
 
 
 def products_steps(metadata: Entry) -> list[str]:
@@ -102,15 +102,9 @@ def _product(left: int, right: int) -> list[str]:
     if small <= 9:
         return [" ".join(str(large * i) for i in range(1, small + 1))] if small > 1 else []
     parts = [part for part in _by_place(right) if part]
-    if len(parts) == 1:
-        return [f"{left}*{right}={left * right}"]
-    steps = [f"{left}*{part}={left * part}" for part in parts]
-    total = left * parts[0]
-    for part in parts[1:]:
-        plus = left * part
-        steps.append(f"{total}{plus:+}={total + plus}")
-        total += plus
-    return steps
+    first, *rest = (left * part for part in parts)
+    signed = [("+" if n > 0 else "-", abs(n)) for n in rest]
+    return [*(f"{left}*{part}={left * part}" for part in parts), *_running_sums(first, signed)]
 
 
 def gcd_steps(metadata: Entry) -> list[str]:
@@ -133,12 +127,9 @@ def leg_counting_steps(metadata: Entry) -> list[str]:
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
     legs = [(n, ANIMALS[animal]) for animal, n in metadata["animals"].items()]
+    first, *rest = (n * each for n, each in legs)
     steps = [f"{n}*{each}={n * each}" for n, each in legs]
-    total = legs[0][0] * legs[0][1]
-    for n, each in legs[1:]:
-        steps.append(f"{total}+{n * each}={total + n * each}")
-        total += n * each
-    return steps
+    return steps + _running_sums(first, [("+", n) for n in rest])
 
 
 def spell_backward_steps(metadata: Entry) -> list[str]:

@@ -1,8 +1,8 @@
-"""The verifiers of reasoning-gym's tasks, with what those of 0.1.25 leave open closed.
+"""The verifiers of reasoning-gym's tasks, without the loopholes of version 0.1.25.
 
-Most of them compare with the one right answer. Some evaluate what they are given; some find the
-right answer anywhere in it ("not 57", "57 or 58" for 57) or at its beginning; some take what is
-near. A test changes the right answers of every task: it finds the tasks that are named here.
+Most compare with the one right answer. Some evaluate what they are given; some accept the right
+answer anywhere in it ("not 57", "57 or 58" for 57) or at its beginning; some accept what is close.
+A test finds the tasks that are named here: it changes the right answers of every task.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fourstage.data.final_answer import same_plainly
 Entry = dict[str, Any]
 Verifier = Callable[[str, Entry], float]
 
-# --- shapes: what no right answer looks like is wrong, and nobody has to parse it
+# --- shapes: an answer that no right one looks like is wrong, and is never parsed
 
 MOST_CHARACTERS = 4000  # or twice as many as the right answer has
 NO_NUMBER = re.compile(r"(?<![a-z])(?:nan|inf(?:inity)?)j?(?![a-z])", re.IGNORECASE)
@@ -37,7 +37,7 @@ EVALUATED = {  # by the task's verifier
 REAL = r"[+-]?[0-9]{1,30}(?:\.[0-9]{1,30})?"
 MOVE = r"Move disk \d+ from Peg \d+ to Peg \d+"
 POUR = r'"(?:(?:fill|empty) [A-Z]|pour [A-Z]->[A-Z])"'
-READ_PAST = {  # the task's verifier reads past other characters
+READ_PAST = {  # the task's verifier skips other characters
     "advanced_geometry": re.compile(rf"\(?{REAL}\s*,\s*{REAL}\)?|{REAL}\s*°?"),
     "fraction_simplification": re.compile(
         r"\$?\s*(?:\\d?frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\}|-?\d+\s*/\s*-?\d+)\s*\$?"
@@ -56,7 +56,7 @@ SHAPES = EVALUATED | READ_PAST
 
 
 def is_plausible(final: str, task: str, entry: Entry) -> bool:
-    """Whether a final answer is of the length and characters that a right one may have."""
+    """Whether a final answer has a length and characters that a right one may have."""
     right = str(entry.get("answer"))
     if len(final) > max(MOST_CHARACTERS, 2 * len(right)) or "\0" in final:
         return False
@@ -75,12 +75,12 @@ def _tokens(text: str) -> list[str | float]:
 
 
 def _that_number(final: str, entry: Entry) -> bool:
-    """A thousands separator separates thousands, and nothing stands before the number."""
+    """Separators only between thousands, and nothing in front of the number."""
     return same_plainly(final, str(entry["answer"])) is True
 
 
 def _that_list(final: str, entry: Entry) -> bool:
-    """In any order, where the verifier takes any."""
+    """In any order, if the verifier accepts any."""
     given, expected = json.loads(final), json.loads(entry["answer"])
     return len(given) == len(expected) and all(part in expected for part in given)
 
@@ -110,7 +110,7 @@ def _not_by_chance(final: str, entry: Entry) -> bool:
 
 
 def _each_to_the_last_digit(final: str, entry: Entry) -> bool:
-    """A matrix, whose numbers were rounded to two decimals."""
+    """A matrix of numbers rounded to two decimals."""
     given, expected = (
         [[Fraction(number) for number in line.split()] for line in text.strip().splitlines()]
         for text in (final, entry["answer"])
@@ -121,12 +121,12 @@ def _each_to_the_last_digit(final: str, entry: Entry) -> bool:
 
 
 def _to_four_digits(final: str, entry: Entry) -> bool:
-    """A probability, 1e-4 of itself apart (its verifier: 1e-4, or a beginning of it)."""
+    """A probability, within a relative 1e-4 (its verifier: an absolute 1e-4, or a prefix of it)."""
     return math.isclose(Fraction(final), Fraction(entry["answer"]), rel_tol=1e-4)
 
 
 def _to_the_last_digit(final: str, entry: Entry) -> bool:
-    """At most one unit of the expected answer's last digit apart."""
+    """Within one unit of the expected answer's last digit."""
     _, _, decimals = entry["answer"].partition(".")
     apart = abs(Fraction(final) - Fraction(entry["answer"]))
     return apart <= Fraction(1, 10 ** len(decimals))
@@ -152,12 +152,12 @@ CONDITIONS: dict[str, Callable[[str, Entry], bool]] = {
 
 
 def _says_whether(final: str, entry: Entry) -> float:
-    """True or False. (reasoning-gym takes any text for True.)"""
+    """True or False. (reasoning-gym accepts any text as True.)"""
     return float(final.lower() == str(entry["answer"]).lower())
 
 
 def _is_board(final: str, entry: Entry) -> float:
-    """reasoning-gym compares with tuples, which JSON has stored as lists."""
+    """reasoning-gym compares with tuples, which JSON stores as lists."""
     from reasoning_gym.arc.board_format import BoardFormattingOptions, parse_board
 
     board = parse_board(final, BoardFormattingOptions())
@@ -165,8 +165,8 @@ def _is_board(final: str, entry: Entry) -> float:
 
 
 def _reaches(final: str, entry: Entry) -> float:
-    """An expression of each given number once. (reasoning-gym takes other numbers in puzzle24, and
-    what is nearly the target.)"""
+    """An expression with each given number once. (reasoning-gym accepts other numbers in puzzle24,
+    and values close to the target.)"""
     from sympy.parsing.sympy_parser import parse_expr
 
     metadata = entry["metadata"]
@@ -186,7 +186,7 @@ OWN: dict[str, Verifier] = {
 
 
 def verifier_of(task: str) -> Verifier:
-    """(final answer, entry) -> its score; whoever calls it should be in a sandbox."""
+    """(final answer, entry) -> score; to be called in a sandbox."""
     import reasoning_gym
 
     score = OWN.get(task) or reasoning_gym.get_score_answer_fn(task)
@@ -194,7 +194,7 @@ def verifier_of(task: str) -> Verifier:
 
     def strict(final: str, entry: Entry) -> float:
         given = float(score(final, entry))
-        is_known = given <= 1.0  # above it parts of a wrong answer were added up
+        is_known = given <= 1.0  # more than 1 is a sum over the parts of a wrong answer
         return given if given < 1.0 or (is_known and holds(final, entry)) else 0.0
 
     return strict

@@ -1,8 +1,8 @@
 """Is an answer right, and does it have the form that sft teaches: steps, then `#### ANSWER`.
 
-The form is gsm8k's (Cobbe et al. 2021, arXiv 2110.14168). Right or wrong is decided by the task's
-own verifier in reasoning-gym, or for problems from files by comparing final answers. Verifiers may
-evaluate what they are given, so text first passes a filter and then is judged in a sandbox.
+The form is gsm8k's (Cobbe et al. 2021, arXiv 2110.14168). The task's own verifier in reasoning-gym
+decides right or wrong; for problems from files, final answers are compared. Verifiers may evaluate
+what they are given, so text first passes a filter and is then judged in a sandbox.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SANDBOX = Sandbox(__name__)
 
 
 class Verifiable(Protocol):
-    """What of a problem the verifiers need."""
+    """What the verifiers need of a problem."""
 
     @property
     def task(self) -> str: ...
@@ -30,26 +30,25 @@ class Verifiable(Protocol):
 
 
 def extract(answer: str) -> str | None:
-    """The text after the last mark, without spaces around it; None without a mark."""
+    """The text after the last mark, stripped; None without a mark."""
     _, mark, final = answer.rpartition(MARK)
     return final.strip() if mark else None
 
 
 def has_form(answer: str, problem: Verifiable) -> bool:
-    """True if one line begins with the mark, and what follows it ends the answer: some text, of no
-    more lines than the expected answer has."""
+    """True if the mark occurs once, begins a line, and is followed by some text that ends the
+    answer and has no more lines than the expected answer."""
     before, mark, final = answer.partition(MARK)
     starts_a_line = mark and (not before or before.endswith("\n"))
     lines = str(problem.entry["answer"]).strip().count("\n") + 1
-    is_long = final.count("\n") >= lines
-    return bool(starts_a_line and final.strip()) and "####" not in before + final and not is_long
+    is_once = "####" not in before + final
+    return bool(starts_a_line and final.strip()) and is_once and final.count("\n") < lines
 
 
 def verify_all(problems: Sequence[Verifiable], answers: Sequence[str]) -> list[float]:
-    """The score of each answer to its problem, in [0, 1]; 1.0 is right, and no mark is 0.0.
+    """The score of each answer to its problem, in [0, 1]: 1.0 is right, and no mark is 0.0.
 
-    Some tasks of reasoning-gym give part of the score for a part of the answer: a share of right
-    answers counts those with 1.0.
+    Some tasks of reasoning-gym score a part of the answer: only 1.0 counts as right.
     """
     scores: dict[int, float] = {}
     unclear: dict[int, list[Any]] = {}
@@ -73,7 +72,7 @@ def verify_all(problems: Sequence[Verifiable], answers: Sequence[str]) -> list[f
 
 
 def prepare(item: list[Any]) -> None:
-    """Imports what judges an item."""
+    """Import what judges an item."""
     _verifier(item[0])
 
 
