@@ -63,4 +63,4 @@ def prepare(job: StageJob) -> Prepared:
 def check_data(
     config: data.DataConfig, settings: Settings, tokenizer: Tokenizer, max_seq_len: int
 ) -> list[str]:
-    return check_chats(config, tokenizer, settings.max_tokens, max_seq_len)
+    return check_chats(config, tokenizer, settings.max_tokens, max_seq_len, "smooth")

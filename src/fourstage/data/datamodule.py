@@ -12,7 +12,8 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict, Unpack
+from functools import lru_cache
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -31,14 +32,14 @@ Row = tuple[list[int], list[int]]
 Fitted = tuple[Row | None, bool]  # None if nothing is left of it; whether it was cut
 
 
-class Steps(TypedDict, total=False):
-    """How the rows of an epoch become the batches of a rank's steps."""
+class Steps(TypedDict):
+    """The batches that a rank trains on."""
 
     batch_size: int
     n_batches: int
     seed: int
-    rank: int
-    world: int
+    rank: NotRequired[int]
+    world: NotRequired[int]
 
 
 @dataclass
@@ -74,8 +75,6 @@ class StepBatches(IterableDataset):
         self.global_batch = batch_size * world
         self.lengths = None if lengths is None else torch.tensor(lengths)
         self.step = 0
-        self._epoch: tuple[int, Tensor] = (-1, torch.empty(0))
-        self._window: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __len__(self) -> int:
         return self.n_batches
@@ -97,37 +96,33 @@ class StepBatches(IterableDataset):
         if self.lengths is None:
             rows = self._positions(step * self.global_batch, self.global_batch)
         else:
-            rows = self._bucketed(step // WINDOW)[step % WINDOW]
+            rows = self._by_length(self.lengths, step // WINDOW)[step % WINDOW]
         return rows[self.rank :: self.world].tolist()
 
-    def _bucketed(self, window: int) -> Tensor:
-        """int64 [WINDOW, global batch]: the rows of each step of a window."""
-        if self._window[0] != window:
-            size = WINDOW * self.global_batch
-            rows = self._positions(window * size, size)
-            assert self.lengths is not None
-            order = torch.sort(self.lengths[rows], stable=True).indices
-            batches = rows[order].view(WINDOW, self.global_batch)
-            shuffle = torch.randperm(WINDOW, generator=_generator(self.seed, "window", window))
-            self._window = (window, batches[shuffle])
-        return self._window[1]
+    def _by_length(self, lengths: Tensor, window: int) -> Tensor:
+        """int64 [WINDOW, global batch]: the items of each step of a window."""
+        size = WINDOW * self.global_batch
+        items = self._positions(window * size, size)
+        order = torch.sort(lengths[items], stable=True).indices
+        batches = items[order].view(WINDOW, self.global_batch)
+        return batches[_permutation(WINDOW, self.seed, "window", window)]
 
     def _positions(self, start: int, count: int) -> Tensor:
         """int64 [count]: items at positions start, start + 1, ... of all epochs in a row."""
         parts = []
         while count:
             epoch, offset = divmod(start, self.n_items)
-            if self._epoch[0] != epoch:
-                generator = _generator(self.seed, "epoch", epoch)
-                self._epoch = (epoch, torch.randperm(self.n_items, generator=generator))
-            parts.append(self._epoch[1][offset : offset + count])
+            order = _permutation(self.n_items, self.seed, "epoch", epoch)
+            parts.append(order[offset : offset + count])
             start, count = start + len(parts[-1]), count - len(parts[-1])
         return torch.cat(parts)
 
 
-def _generator(*key: object) -> torch.Generator:
+@lru_cache(maxsize=8)
+def _permutation(n: int, *key: object) -> Tensor:
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randperm(n, generator=generator)
 
 
 def pretrain_data(

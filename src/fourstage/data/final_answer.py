@@ -44,18 +44,11 @@ READABLE = re.compile(  # what math-verify reads in full; it reads only a part o
     re.ASCII,
 )
 RAISED = {ord(raised): str(n) for n, raised in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+SIGNS = "pi infty cup cap in emptyset le ge ne times cdot div"
 LOOKS = str.maketrans(  # some tokenizers can write only the plain ones
     LOOK_ALIKES
-    | {"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5"}
-    | {
-        "π": r"\pi ",
-        "∞": r"\infty ",
-        "∪": r"\cup ",
-        "∩": r"\cap ",
-        "∈": r"\in ",
-        "∅": r"\emptyset ",
-    }
-    | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "×": r"\times ", "·": r"\cdot ", "÷": r"\div "}
+    | dict(zip("½⅓⅔¼¾⅕", (" 1/2", " 1/3", " 2/3", " 1/4", " 3/4", " 1/5"), strict=True))
+    | dict(zip("π∞∪∩∈∅≤≥≠×·÷", (rf"\{name} " for name in SIGNS.split()), strict=True))
 )
 ALIKE = (  # other ways of writing -> the one that is compared
     (r"\{,\}", ","),
