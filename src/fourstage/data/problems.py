@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from difflib import get_close_matches
 from itertools import chain, islice
 from typing import Any, NoReturn
@@ -29,7 +29,7 @@ STALE = 3  # or after so many in a row for each problem found, none of which was
 PATIENCE = 10  # seconds of drawing before a line says so
 SLOWEST = 30  # seconds without a new problem
 LONGEST = 10**5  # characters of a question
-LARGEST = 10**5  # a number in a task's arguments, as a multiple of its default
+LARGEST = 10**5  # of a weight; of an argument as a multiple of its default
 
 
 @cached("reasoning")
@@ -46,54 +46,38 @@ def split_problems(config: DataConfig) -> Problems:
     return _from_gym(config.reasoning, config.heldout) if config.reasoning.chosen else Split([], [])
 
 
-@dataclass
-class _Task:
-    """A task while its problems are drawn."""
-
-    problems: Iterator[Problem]
-    size: int  # wanted for each side
-    heldout_size: int
-    drawn: list[Problem] = field(default_factory=list)  # for the train side so far
-
-
 def _from_gym(reasoning: ReasoningConfig, share: float) -> Problems:
     weights = {
         name: _weight(f"{reasoning.where}.{name}", settings)
         for name, settings in reasoning.chosen.items()
     }
     total = sum(weights.values())
-    tasks: list[_Task] = []
+    sizes = {name: round(reasoning.size * weight / total) for name, weight in weights.items()}
+    drawn: dict[str, Iterator[Problem]] = {}  # task -> problems, for the train side
     heldout: list[Problem] = []
     for name, settings in reasoning.chosen.items():
-        size, heldout_size = (
-            round(n * weights[name] / total) for n in (reasoning.size, reasoning.heldout_size)
-        )
+        left = round(reasoning.heldout_size * weights[name] / total)
         arguments = {key: value for key, value in settings.items() if key != "weight"}
-        most = DRAWS * (size + int(heldout_size / share))
+        most = DRAWS * (sizes[name] + int(left / share))
         problems = _draw(f"{reasoning.where}.{name}", name, arguments, most)
-        task = _Task(problems, size, heldout_size)
-        held = 0
-        while held < heldout_size and (problem := next(problems, None)):
+        before: list[Problem] = []
+        while left and (problem := next(problems, None)):
             is_held = is_heldout(problem.question, share)
-            (heldout if is_held else task.drawn).append(problem)
-            held += is_held
-        tasks.append(task)
+            (heldout if is_held else before).append(problem)
+            left -= is_held
+        rest = (p for p in problems if not is_heldout(p.question, share))
+        drawn[name] = chain(before, rest)
 
     forbidden = keys_of(heldout)
     train: list[Problem] = []
     spelt_out = 0
-    for task in tasks:
-        taken = 0
-        for problem in chain(task.drawn, task.problems):
-            if taken == task.size:
-                break
-            if is_heldout(problem.question, share):
-                continue
+    for name, problems in drawn.items():
+        most = len(train) + sizes[name]
+        while len(train) < most and (problem := next(problems, None)):
             if forbidden.in_text(f"{problem.question}\n{problem.worked}"):
                 spelt_out += 1
-                continue
-            train.append(problem)
-            taken += 1
+            else:
+                train.append(problem)
     shuffled = (sorted(side, key=lambda p: short_hash("order" + p.id)) for side in (train, heldout))
     return Split(*shuffled, notes={"dropped_with_a_heldout_expression": spelt_out})
 
@@ -102,8 +86,10 @@ def _weight(where: str, settings: Any) -> float:
     if not isinstance(settings, dict):
         raise UserError(f"{where}: expected the task's arguments, e.g. {{}}, got {settings!r}")
     weight = settings.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise UserError(f"{where}.weight: expected a number above 0, got {weight!r}")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= LARGEST:
+        raise UserError(
+            f"{where}.weight: expected a number above 0, at most {LARGEST:,}, got {weight!r}"
+        )
     return weight
 
 
@@ -113,11 +99,9 @@ def check_task(where: str, task: str, arguments: dict[str, Any]) -> None:
 
     known = reasoning_gym.factory.DATASETS
     if task not in known:
-        near = get_close_matches(task, known, n=3)
-        said = (
-            f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(known))}"
-        )
-        raise UserError(f"{where}: no such task of reasoning-gym: {said}")
+        near = " or ".join(get_close_matches(task, known, n=3))
+        hint = f"did you mean {near}?" if near else f"it has {', '.join(sorted(known))}"
+        raise UserError(f"{where}: no such task of reasoning-gym: {hint}")
     defaults = {f.name: f.default for f in fields(known[task][1]) if f.name not in ("seed", "size")}
     for name, value in arguments.items():
         if name not in defaults:

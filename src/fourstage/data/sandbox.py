@@ -20,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -126,11 +127,10 @@ def batch(functions: Any, items: list[Any]) -> list[Any]:
             os.close(ours)
             work(functions, items[len(results) :], workers)
         os.close(workers)
-        lines = Lines(ours)
-        if not lines.next():
+        lines = lines_of(ours)
+        if next(lines, None) is None:
             raise RuntimeError("the worker can't drop its rights")
-        while len(results) < len(items) and (line := lines.next()):
-            results.append(json.loads(line))
+        results += map(json.loads, islice(lines, len(items) - len(results)))
         os.close(ours)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -139,23 +139,12 @@ def batch(functions: Any, items: list[Any]) -> list[Any]:
     return results
 
 
-class Lines:
-    """The lines that a worker writes."""
-
-    def __init__(self, pipe: int) -> None:
-        self.pipe, self.waiting = pipe, b""
-
-    def next(self) -> bytes:
-        """The next line; b"" if the worker died or took too long."""
-        while b"\n" not in self.waiting:
-            if not select.select([self.pipe], [], [], PATIENCE)[0]:
-                return b""
-            read = os.read(self.pipe, 65_536)
-            if not read:
-                return b""
-            self.waiting += read
-        line, _, self.waiting = self.waiting.partition(b"\n")
-        return line
+def lines_of(pipe: int) -> Iterator[bytes]:
+    """The lines that a worker writes, until it ends or takes too long."""
+    waiting = b""
+    while select.select([pipe], [], [], PATIENCE)[0] and (read := os.read(pipe, 65_536)):
+        *lines, waiting = (waiting + read).split(b"\n")
+        yield from lines
 
 
 # --- the worker
