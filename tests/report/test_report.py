@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fourstage.errors import UserError
 from fourstage.report import main
 from fourstage.report.figures import MOST_POINTS, panels, thinned
 from fourstage.report.html import Answers, Bullets, Paragraph, Table, markdown, page
@@ -138,7 +139,13 @@ def write_run(outputs: Path, stage: str, curves: bool = False, **changes: object
         "stage": stage,
         "name": f"{stage}-{run_id}",
         "parents": parents,
-        "config": {"model": {"name": "moe_nano"}, "data": {"name": "embedded"}, "seed": 3},
+        "group": run_id,
+        "config": {
+            "model": {"name": "moe_nano"},
+            "data": {"name": "embedded"},
+            "stages": {stage: {}},
+            "seed": 3,
+        },
         "device": "cpu",
         "started": "2026-01-01T09:00:00+00:00",
         "finished": finished,
@@ -188,7 +195,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def report(outputs: Path, *arguments: str) -> dict[str, dict]:
     """Runs the command; stages.json by stage."""
-    assert main([f"outputs={outputs}", *arguments]) == 0
+    main([f"outputs={outputs}", *arguments])
     table = json.loads((outputs / "report" / "stages.json").read_text(encoding="utf-8"))
     assert list(table) == ["suite", "rows"] and table["suite"] == "1"
     for row in table["rows"]:
@@ -298,19 +305,26 @@ def test_debug_runs_count_only_where_nothing_else_is(outputs: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["outputs={}/none"], "error: no finished run under {}/none/runs: train one first"),
-        (["outputs={}/outputs", "run=zzz"], "error: zzz: no such finished run under"),
-        (["ouputs=x"], "error: unknown argument 'ouputs=x'; usage:"),
-        (["run"], "error: unknown argument 'run'; usage:"),
+        (["outputs={}/none"], "no finished run under {}/none/runs: train one first"),
+        (["outputs={}/outputs", "run=zzz"], "unknown run 'zzz': {}/outputs/runs has "),
+        (["outputs={}/outputs", "run={}/other/runs/sft-a"], "unknown run '{}/other/runs/sft-a'"),
+        (["ouputs=x"], "unknown argument 'ouputs=x'; usage:"),
+        (["run"], "unknown argument 'run'; usage:"),
     ],
 )
 def test_mistakes_are_one_line(
-    outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], line: str
+    outputs: Path, tmp_path: Path, arguments: list[str], line: str
 ) -> None:
-    assert main([argument.format(tmp_path) for argument in arguments]) == 1
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1
-    assert said.err.startswith(line.format(tmp_path))
+    with pytest.raises(UserError) as error:
+        main([argument.format(tmp_path) for argument in arguments])
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(line.format(tmp_path))
+
+
+def test_a_run_of_another_folder_is_not_reported_on(outputs: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "other", "sft", id="o" * 10)
+    with pytest.raises(UserError, match="not a run under .*: give its own outputs="):
+        main([f"outputs={outputs}", f"run={other}"])
 
 
 # --- report.md
@@ -409,7 +423,7 @@ def test_costs(full: Path) -> None:
     text = report_md(full)
     costs = section(text, "What it cost")
     assert f"| pretrain | pretrain-{PRETRAIN} | 1 min 01 s | 12,345 | 900 |" in costs
-    assert "Not in these runs' records: of it training; of it evaluation; steps;" in costs
+    assert "Not recorded for every stage: of it training; of it evaluation; steps;" in costs
     assert "| together |  | 5 min 06 s | 61,725 | 900 |" in costs
     assert "- sft: dropped 7" in section(text, "What went into training")
 
@@ -422,15 +436,17 @@ def test_costs(full: Path) -> None:
     [
         ("eval.json", None, "eval.json is missing"),
         ("eval.json", '{"suite": "1", "metr', "eval.json cannot be read"),
-        ("eval.json", "[]", "eval.json holds no JSON object"),
-        ("eval.json", '{"suite": "1"}', "eval.json holds no metrics"),
+        ("eval.json", "[]", "eval.json cannot be read (no JSON object, or an empty one)"),
+        ("eval.json", '{"suite": "1"}', "eval.json cannot be read (seed: missing"),
+        ("eval.json", '{"suite": "1", "seed": 0, "metrics": 7}', "eval.json cannot be read (met"),
         ("samples.jsonl", None, "samples.jsonl is missing"),
         ("metrics.csv", None, "metrics.csv is missing"),
-        ("metrics.csv", "step,train/loss\n1,2.0\nx,y\n", "metrics.csv line 3 is broken"),
-        ("metrics.csv", "", "metrics.csv has no column step"),
+        ("metrics.csv", "step,train/loss\n1,2.0\nx,y\n", "metrics.csv has 1 broken line (3)"),
+        ("metrics.csv", "", "metrics.csv is empty"),
+        ("metrics.csv", "train/loss\n1\n", "metrics.csv has no column step"),
         ("metrics.csv", "\xff\x00", "metrics.csv cannot be read"),
         ("ladder_eval.json", "{", "ladder_eval.json cannot be read"),
-        ("ladder_eval.json", "{}", "ladder_eval.json says nothing of any row"),
+        ("ladder_eval.json", "{}", "ladder_eval.json cannot be read (no JSON object, or an"),
     ],
 )
 def test_a_broken_file_is_named_and_costs_only_its_own(
@@ -466,7 +482,7 @@ def test_one_broken_metric_or_sample_leaves_the_others(outputs: Path) -> None:
     assert rows["sft"]["metrics"]["well_formed"] == LADDER["sft"][3]["well_formed"]
     missing = section(report_md(outputs), "What is missing")
     assert f"- sft-{SFT}/eval.json has no value, n, low and high for bits_per_char" in missing
-    assert f"- sft-{SFT}/samples.jsonl line 4 is broken" in missing
+    assert f"- sft-{SFT}/samples.jsonl has 1 broken line (4)" in missing
     assert "A model of words." in report_md(outputs)
 
 
@@ -479,7 +495,7 @@ def test_a_broken_record_ends_the_line_there(outputs: Path, content: str | None)
     rows = report(outputs)
     assert list(rows) == ["reward", "ppo", "grpo"]
     missing = section(report_md(outputs), "What is missing")
-    assert f"- sft-{SFT}/run.json" in missing
+    assert f"- sft-{SFT}{': not a run' if content is None else '/run.json: broken'}" in missing
     assert f"- ppo-{PPO}: its policy parent {SFT} cannot be read" in missing
 
 
@@ -491,8 +507,10 @@ def test_a_broken_tip_leaves_the_ladder_below_it(outputs: Path) -> None:
 def test_another_suite_is_named(outputs: Path) -> None:
     path = outputs / "runs" / f"grpo-{GRPO}" / "eval.json"
     path.write_text(path.read_text().replace('"suite": "1"', '"suite": "0"'))
-    assert main([f"outputs={outputs}"]) == 0
-    assert f"- grpo-{GRPO}/eval.json is of suite 0, not 1" in report_md(outputs)
+    main([f"outputs={outputs}"])
+    text = report_md(outputs)
+    assert "Evaluated by suites 0 and 1; this version has suite 4" in text
+    assert "- grpo: no differences to ppo: grpo was evaluated by suite 0" in text
 
 
 # --- report.html

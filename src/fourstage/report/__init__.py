@@ -8,19 +8,18 @@ For example:
     python -m fourstage report run=grpo
     python -m fourstage report compare all
 
-The first picks the latest finished run that no other finished run started from (`run=` picks
-another: an id, <stage>-<id>, a folder, or a stage's name), joins its row with those of its
-ancestors and of the random weights, and writes outputs/report/{report.md, report.html,
-stages.json}. The second puts several ladders side by side (compare.py). The same runs give
-the same bytes: no time of day stands in them.
+The first takes the latest finished run that no other started from (or `run=`: an id, <stage>-<id>,
+a folder, or a stage's name) and compares it with its ancestors and the random weights in
+outputs/report/{report.md, report.html, stages.json}. The second puts several ladders side by side
+(compare.py). The same runs give the same bytes: the files contain no times of day.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+from fourstage.errors import UserError
 from fourstage.report.compare import write_comparison
 from fourstage.report.figures import (
     Curves,
@@ -30,8 +29,8 @@ from fourstage.report.figures import (
     lineage_figures,
     over_optimisation_blocks,
 )
-from fourstage.report.files import Files, Metric, ReportError
-from fourstage.report.html import Answers, Block, Bullets, Heading, Paragraph, markdown, page
+from fourstage.report.files import Files, Metric
+from fourstage.report.html import Answers, Block, Bullets, Heading, Paragraph, write
 from fourstage.report.ladder import (
     Row,
     Run,
@@ -40,9 +39,9 @@ from fourstage.report.ladder import (
     leaves_policy,
     notes_on_items,
     other_items,
-    other_tips,
     read_rows,
     read_runs,
+    tips,
     with_differences,
 )
 from fourstage.report.tables import (
@@ -69,7 +68,7 @@ FORMER_NAMES = {"preference_score": "true_score"}
 def write_report(outputs: Path, name: str | None = None) -> Path:
     """Write report.md, report.html and stages.json into outputs/report and return that folder.
 
-    Raises ReportError where there is no such run to report on.
+    Raises UserError if there is no such run.
     """
     files = Files()
     runs = read_runs(outputs, files)
@@ -77,18 +76,16 @@ def write_report(outputs: Path, name: str | None = None) -> Path:
     line = ladder(tip, runs, files)
     rows = with_differences(read_rows(line, files), files)
     curves = {stage: files.curves(run.folder / "metrics.csv") for stage, run in line.items()}
-    blocks = document(rows, tip, curves, files, other_tips(runs, line))
+    others = [run.name for run in tips(runs) if run not in line.values()]
     folder = outputs / "report"
-    folder.mkdir(parents=True, exist_ok=True)
+    write(folder, "report", f"fourstage: {tip.name}", document(rows, tip, curves, files, others))
     (folder / "stages.json").write_text(stages_json(rows, files.suite), encoding="utf-8")
-    (folder / "report.md").write_text(markdown(blocks), encoding="utf-8")
-    (folder / "report.html").write_text(page(f"fourstage: {tip.name}", blocks), encoding="utf-8")
     return folder
 
 
 def stages_json(rows: list[Row], suite: str) -> str:
-    """The stage table for programs: one row a stage, metrics as the evaluation wrote them, and the
-    paired differences to the policy that it started from."""
+    """The stage table for programs: for each stage the metrics as the evaluation wrote them, and
+    the paired differences to the policy that it started from."""
     table = [
         {
             "stage": row.stage,
@@ -107,10 +104,20 @@ def _with_old_names(metrics: dict[str, Metric]) -> dict[str, Metric]:
 
 
 def document(
-    rows: list[Row], tip: Run, curves: Curves, files: Files, others: list[Run]
+    rows: list[Row], tip: Run, curves: Curves, files: Files, others: list[str]
 ) -> list[Block]:
     """The report, from the answer (what did each stage do?) to the details."""
     whole, parts = keys(rows)
+    by_part: list[Block] = [
+        Heading("By task and by difficulty"),
+        suite_table(rows, parts),
+        Paragraph("And the differences to the parent:"),
+        _tax(rows, parts),
+    ]
+    notes = data_notes(rows)
+    absent = [
+        f"{stage}: {'; '.join(names)}: {why}" for (stage, why), names in missing(rows).items()
+    ]
     return [
         Heading(f"From random weights to {tip.stage}", 1),
         *_introduction(tip, files, others),
@@ -137,29 +144,22 @@ def document(
         *cost_table(rows),
         Heading("The whole suite"),
         suite_table(rows, whole),
-        *_parts(rows, parts),
-        *_data(rows),
+        *(by_part if parts else []),
+        *([Heading("What went into training"), Bullets(notes)] if notes else []),
         Heading("What is missing"),
-        Bullets(missing(rows, files.problems)),
+        Bullets([*files.problems, *absent] or ["nothing"]),
     ]
 
 
-def _introduction(tip: Run, files: Files, others: list[Run]) -> list[Block]:
-    blocks: list[Block] = []
-    if tip.is_debug:
-        blocks.append(
-            Paragraph(
-                "These are debug runs of a few steps a stage: they show that the path works, and "
-                "their figures say nothing about the method."
-            )
-        )
+def _introduction(tip: Run, files: Files, others: list[str]) -> list[Block]:
     facts = [f"Run {tip.name}", *(f"{key} {value}" for key, value in tip.facts().items())]
-    blocks.append(Paragraph(", ".join(facts) + f"; evaluation suite {files.suite}."))
-    blocks += map(Paragraph, files.suite_notes(tip.name))
+    said = [", ".join(facts) + f"; evaluation suite {files.suite}.", *files.suite_notes(tip.name)]
+    if tip.is_debug:
+        debug = "These are debug runs of a few steps a stage: they show that the path works, and "
+        said.insert(0, debug + "their figures say nothing about the method.")
     if others:
-        names = ", ".join(run.name for run in others)
-        blocks.append(Paragraph(f"Other ladders found (run=NAME reports on one): {names}."))
-    return blocks
+        said.append(f"Other ladders found (run=NAME reports on one): {', '.join(others)}.")
+    return [Paragraph(text) for text in said]
 
 
 def _how_to_read(rows: list[Row]) -> str:
@@ -172,10 +172,10 @@ def _how_to_read(rows: list[Row]) -> str:
     if any(row.differences for row in rows):
         text += (
             "Below it is the difference to the policy that the stage started from, with the paired "
-            "95 % interval over the items of both; it is called better or worse where that "
-            "interval excludes 0. "
+            "95 % interval over the items of both; it is called better or worse if that interval "
+            "excludes 0. "
         )
-    text += f"{NONE}: not measured, and the last section says why."
+    text += f"{NONE}: not measured; the last section says why."
     if not all(leaves_policy(row.stage) for row in rows):
         text += " A reward model gives no answers, and only reward models are asked about pairs."
     return text
@@ -202,46 +202,27 @@ def _answers(rows: list[Row]) -> list[Block]:
     return [Heading("The same prompts, answered by every stage"), *blocks] if blocks else []
 
 
-def _parts(rows: list[Row], names: list[str]) -> list[Block]:
-    if not names:
-        return []
-    return [
-        Heading("By task and by difficulty"),
-        suite_table(rows, names),
-        Paragraph("And the differences to the parent:"),
-        _tax(rows, names),
-    ]
-
-
 def _tax(rows: list[Row], names: list[str]) -> Block:
     table = tax_table(rows, names)
     return table if table.rows else Paragraph("None was measured: the last section says why.")
 
 
-def _data(rows: list[Row]) -> list[Block]:
-    notes = data_notes(rows)
-    return [Heading("What went into training"), Bullets(notes)] if notes else []
-
-
-def main(arguments: list[str]) -> int:
-    """The command: writes the report and prints where it is. Returns the exit code."""
+def main(arguments: list[str]) -> None:
+    """Write the report and print where it is. Raises UserError for a mistake in the command."""
     is_comparison = arguments[:1] == ["compare"]
-    names = [a for a in arguments[1:] if not a.startswith("outputs=")] if is_comparison else []
-    options = [a for a in arguments if a not in ("compare", *names)]
-    known = ("outputs=",) if is_comparison else ("outputs=", "run=")
-    if unknown := [option for option in options if not option.startswith(known)]:
-        print(f"error: unknown argument {unknown[0]!r}; {USAGE}", file=sys.stderr)
-        return 1
-    values = dict(option.partition("=")[::2] for option in options)
-    outputs = Path(values.get("outputs", "outputs"))
-    try:
-        if is_comparison:
-            folder = write_comparison(outputs, names)
-            print(f"comparison: {folder / 'compare.html'} (the same as {folder / 'compare.md'})")
-            return 0
-        folder = write_report(outputs, values.get("run"))
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"report: {folder / 'report.html'} (the same as {folder / 'report.md'}, with plots)")
-    return 0
+    outputs, name, names = "outputs", None, []
+    for argument in arguments[is_comparison:]:
+        if argument.startswith("outputs="):
+            outputs = argument.removeprefix("outputs=")
+        elif is_comparison:
+            names.append(argument)
+        elif argument.startswith("run="):
+            name = argument.removeprefix("run=")
+        else:
+            raise UserError(f"unknown argument {argument!r}; {USAGE}")
+    if is_comparison:
+        folder = write_comparison(Path(outputs), names)
+        print(f"comparison: {folder / 'compare.html'} (the same as {folder / 'compare.md'})")
+    else:
+        folder = write_report(Path(outputs), name)
+        print(f"report: {folder / 'report.html'} (the same as {folder / 'report.md'}, with plots)")

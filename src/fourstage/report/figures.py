@@ -1,4 +1,4 @@
-"""Which drawings the report shows, and what they are made of."""
+"""Which drawings the report shows, and the data behind them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fourstage.report.drawings import Node, heat_map, lineage
 from fourstage.report.files import Item, Points
 from fourstage.report.html import Block, Cell, Figure, Figures, Heading, Paragraph, Table
 from fourstage.report.ladder import Row
-from fourstage.report.tables import NONE, change, duration, goals, measured_cell
+from fourstage.report.tables import NONE, change_cell, duration, goals, measured_cell
 
 Curves = dict[str, dict[str, Points]]  # stage -> column of metrics.csv -> points
 
-# the learning curves: title, unit, and how the names of their metrics.csv columns end
+# the learning curves: title, unit, and the last parts of their columns' names in metrics.csv
 PANELS = (
     ("loss", "nats", ("loss", "pair_nll")),
     ("accuracy", "share", ("accuracy", "pass_at_1")),
@@ -28,7 +28,7 @@ PANELS = (
     ("router balance", "share", ("load_entropy", "drift")),
     ("busiest expert", "times the mean", ("max_over_mean",)),
 )
-# ppo's reward holds the KL of a whole answer, grpo's loss that of a token
+# ppo's reward has the KL of a whole answer, grpo's loss that of a token
 UNITS = {("grpo", "KL to the reference"): "nats a token"}
 MOST_POINTS = 300  # a longer curve is drawn as means of neighbouring points
 SHORT = {  # of the stages' own goals
@@ -53,12 +53,10 @@ def lineage_figures(rows: list[Row]) -> list[Block]:
             continue
         parents = [] if LADDER[row.stage].parents else ["random"]
         parents += [stage_of[parent] for parent in row.parents if parent in stage_of]
-        goal = own[row.stage]
-        seconds = row.run.costs().get("seconds", math.nan)
-        time = NONE if math.isnan(seconds) else duration(seconds)
-        nodes.append(
-            Node(row.stage, [row.run.id, SHORT.get(goal.name, goal.name), goal.step, time], parents)
-        )
+        goal, seconds = own[row.stage], row.run.costs().get("seconds")
+        time = NONE if seconds is None else duration(seconds)
+        lines_ = [row.run.id, SHORT.get(goal.name, goal.name), goal.step, time]
+        nodes.append(Node(row.stage, lines_, parents))
     text = "Each stage with its run, its own goal on held-out data before and after, and its time."
     drawn = [Figure("The ladder", lineage(nodes, across), text) for across in (True, False)]
     return [Figures(drawn, "ladder")]
@@ -68,29 +66,25 @@ def lineage_figures(rows: list[Row]) -> list[Block]:
 
 
 def learning_curves(curves: Curves) -> list[Block]:
-    """The curves of every stage, each stage on a line of its own."""
-    blocks: list[Block] = []
+    """Each stage's curves side by side."""
     text = "Lines are named as the columns of metrics.csv"
     if "ppo" in curves:
         text += " (train/score: the learned reward; train/true_score: the true score)"
     text += "."
     points = max((len(p) for columns in curves.values() for p in columns.values()), default=0)
     if points > MOST_POINTS:
-        text += (
-            f" Where one has more than {MOST_POINTS} points, means of neighbouring ones are drawn."
-        )
-    for stage, columns in curves.items():
-        figures = [
-            Figure(name, lines("step", unit, series))
-            for name, unit, series in panels(stage, columns)
-        ]
-        if figures:
-            blocks.append(Figures(figures))
+        text += f" Of more than {MOST_POINTS} points, means of neighbouring ones are drawn."
+    found = [panels(stage, columns) for stage, columns in curves.items()]
+    blocks = [
+        Figures([Figure(name, lines("step", unit, series)) for name, unit, series in charts])
+        for charts in found
+        if charts
+    ]
     return [Heading("While training"), Paragraph(text), *blocks] if blocks else []
 
 
 def panels(stage: str, columns: dict[str, Points]) -> list[tuple[str, str, dict[str, Points]]]:
-    """The charts of one stage: (title, unit, series), for the panels that it has columns for."""
+    """A stage's charts, (title, unit, series): the PANELS that it has columns for."""
     found = []
     for name, unit, endings in PANELS:
         series = {
@@ -104,7 +98,7 @@ def panels(stage: str, columns: dict[str, Points]) -> list[tuple[str, str, dict[
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most `most` points: means over runs of neighbours, in the order given."""
+    """At most `most` points: means of neighbours, in the order given."""
     return neighbours(points, max(1, math.ceil(len(points) / most)))
 
 
@@ -125,26 +119,21 @@ def over_optimisation_blocks(columns: dict[str, Points] | None) -> list[Block]:
         f"{_what_is_drawn(series)} x is on a square-root axis, as in Gao et al. 2022 "
         "(arXiv 2210.10760)."
     )
+    blocks: list[Block] = [heading]
     if len(series) == 2:
         text += (
-            " Over-optimisation is where the learned reward still rises and the true score falls."
+            " Over-optimisation is when the learned reward still rises and the true score falls."
         )
-    blocks: list[Block] = [heading]
-    if "true score" not in series:
-        blocks.append(
-            Paragraph(
-                "The true score is not known for this data: only data=embedded "
-                "has the hidden rule that labels its pairs."
-            )
-        )
+    elif "true score" not in series:
+        only = "only data=embedded has the hidden rule that labels its pairs."
+        blocks.append(Paragraph(f"The true score is not known for this data: {only}"))
     svg = over_optimisation("KL from the sft policy, nats an answer", "score", series)
     title = " and ".join(series).capitalize()
-    blocks.append(Figures([Figure(title, svg, text)], "large"))
-    return [*blocks, _score_table(series)]
+    return [*blocks, Figures([Figure(title, svg, text)], "large"), _score_table(series)]
 
 
 def _what_is_drawn(series: dict[str, Points]) -> str:
-    """What the dots and lines of the over-optimisation are."""
+    """What the dots and lines of the over-optimisation chart are."""
     most = max(series.values(), key=len)
     if len(most) == 1:
         return "PPO's only rollout is drawn as one point of each score."
@@ -154,11 +143,9 @@ def _what_is_drawn(series: dict[str, Points]) -> str:
 
 
 def _score_table(series: dict[str, Points]) -> Table:
-    """The same in figures: quarters of the rollouts, in order of their KL."""
-    some = {name: sorted(points) for name, points in series.items()}
-    count = max(len(points) for points in some.values())
-    width = math.ceil(count / 4)
-    means = {name: neighbours(p, width) for name, p in some.items()}
+    """The same as numbers: means over quarters of the rollouts, in order of their KL."""
+    width = math.ceil(max(map(len, series.values())) / 4)
+    means = {name: neighbours(sorted(points), width) for name, points in series.items()}
     first = next(iter(means.values()))
     rows = [
         [
@@ -174,47 +161,39 @@ def _score_table(series: dict[str, Points]) -> Table:
 
 
 def difficulty_blocks(rows: list[Row]) -> list[Block]:
-    """Accuracy on easy, medium and hard problems, of every stage; and what grpo changed."""
+    """Every stage's accuracy on easy, medium and hard problems, and what grpo changed."""
     names = [f"reasoning_accuracy/difficulty_{level}" for level in suite.DIFFICULTIES]
-    series = {
-        row.stage: cells for row in rows if any(cells := [_known(row, name) for name in names])
-    }
-    if not series:
+    shown = [row for row in rows if any(row.value(name) is not None for name in names)]
+    if not shown:
         return []
+    series = {row.stage: [row.metrics.get(name) for name in names] for row in shown}
     svg = intervals(suite.DIFFICULTIES, "share of problems right", series)
     text = (
         "Greedy answers to held-out problems, with 95 % intervals. Each task's problems are split "
-        "into thirds by the length of the worked solution, or of the question where there is none. "
+        "into thirds by the length of the worked solution, or of the question if there is none. "
         "The thirds hold different mixes of tasks, so compare stages at one difficulty."
     )
     figure = Figures([Figure("Reasoning accuracy by difficulty", svg, text)], "large")
-    grpo = next((row for row in rows if row.stage == "grpo"), None)
+    grpo = next((row for row in rows if row.stage == "grpo" and row.parent), None)
+    table: list[list[str | Cell]] = []
+    for level, name in zip(suite.DIFFICULTIES, names, strict=True):
+        table.append([level, *(measured_cell(name, row.metrics.get(name)) for row in shown)])
+        if grpo:
+            table[-1].append(change_cell(name, grpo.differences.get(name)))
     head = ["problems", *series]
-    lines_: list[list[str | Cell]] = [
-        [level, *(measured_cell(names[0], cells[at]) for cells in series.values())]
-        for at, level in enumerate(suite.DIFFICULTIES)
-    ]
-    if grpo is not None and grpo.parent is not None:
+    if grpo and grpo.parent:
         head.append(f"grpo − {grpo.parent.stage}")
-        for line, name in zip(lines_, names, strict=True):
-            parts = change(name, grpo.differences.get(name))
-            line.append(Cell(parts) if parts else NONE)
-    return [Heading("Accuracy by difficulty"), figure, Table(head, lines_)]
-
-
-def _known(row: Row, name: str) -> dict | None:
-    cell = row.metrics.get(name)
-    return None if cell is None or cell["value"] is None else cell
+    return [Heading("Accuracy by difficulty"), figure, Table(head, table)]
 
 
 def heat_map_blocks(rows: list[Row]) -> list[Block]:
-    """The experts' shares of load, layer by expert, one drawing a stage and one scale for all."""
+    """Each expert's share of load, layer by layer: a drawing for each stage, all on one scale."""
     heading = Heading("What the routers do")
     shares = {row.stage: loads(row.items) for row in rows}
     known = {stage: share for stage, share in shares.items() if share is not None}
     if not known:
         whys = [row.metrics.get("router_entropy", {}).get("why") for row in rows]
-        why = next((why for why in whys if why), "the evaluations hold no router items")
+        why = next(filter(None, whys), "the evaluations hold no router items")
         return [heading, Paragraph(f"No heat maps: {why}.")]
     top = max(float(share.max()) for share in known.values())
     experts = next(iter(known.values())).shape[1]
@@ -228,7 +207,7 @@ def heat_map_blocks(rows: list[Row]) -> list[Block]:
 
 
 def loads(items: Sequence[Item]) -> np.ndarray | None:
-    """Each layer's shares of load [L, E], over the router items; None without any load."""
+    """Each expert's share of its layer's load [L, E] over the router items; None without a load."""
     found = [np.asarray(item["load"], dtype=float) for item in items if item["set"] == "router"]
     if not found or found[0].ndim != 2:
         return None

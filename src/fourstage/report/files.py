@@ -1,7 +1,6 @@
-"""Reads the files of a run for the report: records, evaluations, items, samples, curves.
+"""Reads a run's files for the report.
 
-Only the files' own formats are known here, so that a report can be made wherever the files are. A
-file that is missing or broken costs a line in `Files.problems`, and no more than what it held.
+A file that is missing or broken adds a line to `Files.problems` and costs nothing but its content.
 """
 
 from __future__ import annotations
@@ -10,35 +9,45 @@ import csv
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fourstage.evaluation import suite
+from fourstage.settings import build
 
 Metric = dict[str, Any]  # {"value", "n", "low", "high"}, or {"value": None, "why"}
 Item = dict[str, Any]  # {"set", "id", ...}
 Points = list[tuple[float, float]]
+T = TypeVar("T")
+FAULTS = (ValueError, KeyError, TypeError, ArithmeticError, RecursionError)  # of broken content
 
 
-class ReportError(Exception):
-    """What keeps a report from being made: one line for the user."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an eval.json says; suite is "" where it cannot be read."""
+    """An eval.json; suite is "" if it can't be read."""
 
     suite: str
     seed: int
-    metrics: dict[str, Metric]
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A row of samples.jsonl."""
+
+    step: int
+    prompt_id: str
+    prompt: str
+    answer: str
+    stopped: bool
 
 
 @dataclass
 class Files:
-    """Reads what a report needs, and keeps one line for everything that could not be read."""
+    """Reads what a report needs and notes whatever can't be read."""
 
     problems: list[str] = field(default_factory=list)
     suites: list[str] = field(default_factory=list)  # of the evaluations read
@@ -49,8 +58,7 @@ class Files:
         return self.suites[-1] if self.suites else "1"
 
     def suite_notes(self, run: str) -> list[str]:
-        """A line where not all evaluations are by this version's suite, with the way to make them
-        so; `run` is what the command should name."""
+        """A warning if an evaluation used another suite than this version's, and how to fix it."""
         used = sorted(set(self.suites))
         if used in ([], [suite.SUITE]):
             return []
@@ -61,49 +69,30 @@ class Files:
             f"again, without training: python -m fourstage evaluation run={run} ladder=true"
         ]
 
-    def json(self, path: Path) -> dict[str, Any] | None:
-        """The object that a JSON file holds."""
-        text = self._text(path)
-        if text is None:
-            return None
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            self.lost(path, f"cannot be read ({error})")
-            return None
-        if not isinstance(value, dict):
-            self.lost(path, "holds no JSON object")
-            return None
-        return value
-
     def evaluation(self, path: Path) -> Evaluation:
-        """An eval.json with its valid cells."""
-        content = self.json(path)
-        if content is None:
-            return Evaluation("", 0, {})
-        used = content.get("suite")
-        if not isinstance(used, str):
-            self.lost(path, "names no suite")
-            used = ""
-        elif self.suites and used != self.suites[-1]:
-            self.lost(path, f"is of suite {used}, not {self.suites[-1]}: not comparable")
-        self.suites += [used] if used else []
-        seed = content.get("seed")
-        seed = seed if isinstance(seed, int) and seed >= 0 else 0
-        return Evaluation(used, seed, self.cells(path, content.get("metrics")))
+        """An eval.json with its valid metrics."""
+        nothing = Evaluation(suite="", seed=0, metrics={})
+        found = self._read(path, lambda text: build(Evaluation, _object(text), ""), nothing)
+        self.suites += [found.suite] if found.suite else []
+        return replace(found, metrics=self.valid_metrics(path, found.metrics))
 
-    def cells(self, path: Path, cells: Any) -> dict[str, Metric]:
-        """The valid ones of some metrics that `path` holds."""
-        if not isinstance(cells, dict):
+    def ladder_evaluation(self, path: Path) -> dict[str, dict[str, Metric]]:
+        """A ladder_eval.json: each row's valid metrics."""
+        rows = self._read(path, _object, {})
+        return {row: self.valid_metrics(path, metrics) for row, metrics in rows.items()}
+
+    def valid_metrics(self, path: Path, metrics: Any) -> dict[str, Metric]:
+        """The metrics that a table can show; the names of the others go to the problems."""
+        if not isinstance(metrics, dict):
             self.lost(path, "holds no metrics")
             return {}
-        good = {name: cell for name, cell in cells.items() if _is_metric(cell)}
-        if bad := sorted(cells.keys() - good.keys()):
-            self.lost(path, f"has no value, n, low and high for {', '.join(bad)}")
-        return good
+        valid = {name: cell for name, cell in metrics.items() if _is_metric(cell)}
+        if invalid := sorted(metrics.keys() - valid.keys()):
+            self.lost(path, f"has no value, n, low and high for {', '.join(invalid)}")
+        return valid
 
     def items(self, path: Path) -> list[Item]:
-        """The valid rows of an eval_items.jsonl: those that the suite can read."""
+        """The rows of an eval_items.jsonl that the suite can read."""
         items = self._rows(path, _item)
         shapes = [np.shape(item["load"]) for item in items if item["set"] == "router"]
         usual = max(shapes, key=shapes.count, default=None)
@@ -116,82 +105,87 @@ class Files:
         """The valid rows of a ladder_eval_items.jsonl."""
         return self._rows(path, _judgement)
 
-    def samples(self, path: Path) -> list[dict[str, Any]]:
+    def samples(self, path: Path) -> list[Sample]:
         """The valid rows of a samples.jsonl."""
-        return self._rows(path, _sample)
+        return self._rows(path, lambda row: build(Sample, row, ""))
 
     def curves(self, path: Path) -> dict[str, Points]:
-        """The columns of a metrics.csv against its steps; empty and non-finite cells left out."""
-        curves: dict[str, Points] = {}
-        text = self._text(path)
-        if text is None:
-            return curves
-        whole, _, rest = text.rpartition("\n")
+        """The columns of a metrics.csv against its steps, without empty and non-finite cells."""
+        whole, _, rest = self._read(path, str, "step\n").rpartition("\n")
         if rest:
             self.lost(path, "ends within a line")
         lines = csv.DictReader(whole.splitlines(), restkey="", restval="")
         if "step" not in (lines.fieldnames or ()):
             self.lost(path, "has no column step")
-            return curves
+            return {}
+        curves: dict[str, Points] = {}
         broken = []
         for line in lines:
             line.pop("", None)
             try:
-                step, *values = (float(line.pop("step")), *map(_number_or_nan, line.values()))
-            except ValueError:
+                numbers = {name: float(text) for name, text in line.items() if text}
+                step = numbers.pop("step")
+            except (ValueError, KeyError):
                 broken.append(lines.line_num)
                 continue
-            for name, value in zip(line, values, strict=True):
+            for name, value in numbers.items():
                 if math.isfinite(value) and math.isfinite(step):
                     curves.setdefault(name, []).append((step, value))
         self._broken(path, broken)
         return curves
 
     def lost(self, path: Path, why: str) -> None:
-        """Remember what of a file could not be used."""
+        """Note what couldn't be used of a file."""
         self.problems.append(f"{path.parent.name}/{path.name} {why}")
 
-    def _text(self, path: Path) -> str | None:
+    def _read(self, path: Path, parse: Callable[[str], T], otherwise: T) -> T:
+        """What `parse` makes of the file's text; `otherwise` if there is none or parsing fails."""
         try:
-            return path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
+            if text:
+                return parse(text)
+            self.lost(path, "is empty")
         except FileNotFoundError:
             self.lost(path, "is missing")
-        except (ValueError, OSError) as error:
+        except (OSError, *FAULTS) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             self.lost(path, f"cannot be read ({reason})")
-        return None
+        return otherwise
 
-    def _rows(self, path: Path, read: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
-        """What `read` makes of each line; lines that it cannot read are named together."""
-        rows: list[dict[str, Any]] = []
-        text = self._text(path)
-        if text == "":
-            self.lost(path, "is empty")
+    def _rows(self, path: Path, parse: Callable[[Any], T]) -> list[T]:
+        """What `parse` makes of each line's JSON; the lines that it can't parse are noted."""
+        rows: list[T] = []
         broken = []
-        # not splitlines(), which also splits at the line separators that text may hold
-        for number, line in enumerate(text.rstrip("\n").split("\n") if text else (), 1):
+        # not splitlines(), which also splits at line separators inside a text
+        lines = self._read(path, lambda text: text.rstrip("\n").split("\n"), [])
+        for number, line in enumerate(lines, 1):
             try:
-                rows.append(read(json.loads(line, parse_constant=_refuse)))
-            except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
+                rows.append(parse(json.loads(line, parse_constant=_refuse)))
+            except FAULTS:
                 broken.append(number)
         self._broken(path, broken)
         return rows
 
     def _broken(self, path: Path, lines: list[int]) -> None:
         if lines:
-            named = ", ".join(map(str, lines[:3]))
-            more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-            plural = "s" * (len(lines) > 1)
-            self.lost(path, f"line{plural} {named}{more} {'are' if plural else 'is'} broken")
+            first = ", ".join(map(str, lines[:3])) + ", …" * (len(lines) > 3)
+            self.lost(path, f"has {len(lines)} broken line{'s' * (len(lines) > 1)} ({first})")
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a number that a table can hold."""
+    """Whether a JSON value is a number that a table can show."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
+def _object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict) or not value:
+        raise ValueError("no JSON object, or an empty one")
+    return value
+
+
 def _is_metric(cell: Any) -> bool:
-    """A measured cell has four finite numbers; one that the data cannot define says why."""
+    """Whether a cell has its four numbers, or says why it has none."""
     if not isinstance(cell, dict) or "value" not in cell:
         return False
     if cell["value"] is None:
@@ -200,7 +194,7 @@ def _is_metric(cell: Any) -> bool:
 
 
 def _item(row: Any) -> Item:
-    """Raises ValueError, KeyError or TypeError where the suite could not use it."""
+    """The row itself; raises one of FAULTS if the suite can't read it."""
     if not isinstance(row["set"], str) or not isinstance(row["id"], str | int):
         raise TypeError("set or id")
     for defined in suite.DEFINITIONS.values():
@@ -216,26 +210,14 @@ def _item(row: Any) -> Item:
 
 
 def _judgement(row: Any) -> Item:
-    if not isinstance(row["row"], str) or not isinstance(row["set"], str) or "id" not in row:
-        raise TypeError("row, set or id")
+    """The row itself; raises one of FAULTS if it isn't {"row", "set", "id", NAME: number}."""
+    if not isinstance(row["row"], str) or not isinstance(row["set"], str):
+        raise TypeError("row or set")
     said = [value for name, value in row.items() if name not in ("row", "set", "id")]
-    if not all(value is None or is_number(value) for value in said):
-        raise ValueError("not finite")
+    if "id" not in row or not all(value is None or is_number(value) for value in said):
+        raise ValueError("no id, or not finite")
     return row
 
 
-def _sample(row: Any) -> dict[str, Any]:
-    return {
-        "step": int(row["step"]),
-        "prompt": str(row["prompt"]),
-        "answer": str(row["answer"]),
-        "stopped": bool(row["stopped"]),
-    }
-
-
 def _refuse(constant: str) -> float:
-    raise ValueError(constant)  # NaN and Infinity, which are no JSON
-
-
-def _number_or_nan(text: str) -> float:
-    return float(text) if text else math.nan
+    raise ValueError(f"{constant} is not JSON")

@@ -9,6 +9,7 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,13 @@ class Figures:
 
 
 Block = Heading | Paragraph | Bullets | Table | Answers | Figures
+
+
+def write(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> None:
+    """<name>.md and <name>.html in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(markdown(blocks), encoding="utf-8")
+    (folder / f"{name}.html").write_text(page(title, blocks), encoding="utf-8")
 
 
 # --- Markdown
