@@ -1,14 +1,14 @@
-"""What a model does with the held-out sets: the items that the suite's keys are computed from.
+"""A model's results on the held-out sets: the items that the suite's keys are computed from.
 
     corpus             the bits of each block of the held-out text
-    router             where the routers sent that text's tokens (without a corpus: the chats'), and
-                       how many go to other experts than in the parent stage
+    router             where the routers sent that text's tokens (the chats', if there is no
+                       corpus), and how many go to other experts than in the parent stage
     chat               an answer to each held-out chat prompt, sampled at temperature 1, as in RL
-    chat_greedy        the greedy answer, held against the reference answers
+    chat_greedy        the greedy answer, compared with the reference answers
     reasoning          the greedy answer to each problem, judged by the task's own verifier
     reasoning_sampled  how many of `samples` answers at temperature 1 are right
 
-Drawn answers depend on the seed, the item and the sample's number, not on what is asked beside.
+A sampled answer depends on the seed, the item and the sample's number, not on the other prompts.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from fourstage.model import Transformer
 from fourstage.model.moe import Router
 from fourstage.rl.ops import token_logprobs
 from fourstage.rl.rewards import true_score, well_formed
-from fourstage.sampling.generate import Generation, Sampling, generate
+from fourstage.sampling.generate import Sampling, generate
 from fourstage.tokenizer import Tokenizer
 
-BLOCK = 256  # tokens of text that are read at once
-TOKENS_AT_ONCE = 32_768  # prompts, answers and padding of a batch: what its KV cache holds
+BLOCK = 256  # tokens of text that are predicted together
+TOKENS_AT_ONCE = 32_768  # of a batch, padding included: the size of its KV cache
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What no stage trained on; a source that the data does not have is a str that says why."""
+    """What no stage trained on; for a source that the data doesn't have, a str that says why."""
 
     corpus: list[str] | str
     chats: Sequence[Any] | str  # records with id, messages and prompt_messages
@@ -57,20 +57,20 @@ def policy_items(
     parent: Transformer | None,
     tell: Callable[[str], None] = lambda what: None,
 ) -> list[Item]:
-    """Everything that is asked of a language model; `parent` is the policy it started from.
+    """Every item of a language model; `parent` is the policy that it started from.
 
-    `tell` hears what comes next.
+    `tell` is called with the name of each part.
     """
     items: list[Item] = []
     tell("held-out text")
     device = next(policy.parameters()).device
     with nullcontext() if parent is None else at_work(parent, device):
         if not isinstance(heldout.corpus, str):
-            blocks = corpus_blocks(heldout.corpus, tokenizer, policy)
-            some = evenly(blocks, config.max_blocks)
-            items += text_items(policy, some, parent, tokenizer.unk_id)
+            blocks = evenly(corpus_blocks(heldout.corpus, tokenizer, policy), config.max_blocks)
+            items += text_items(policy, blocks, parent, tokenizer.unk_id)
         elif not isinstance(heldout.chats, str):
-            read = text_items(policy, chat_blocks(heldout.chats, tokenizer, policy, config), parent)
+            blocks = chat_blocks(heldout.chats[: config.max_prompts], tokenizer, policy)
+            read = text_items(policy, blocks, parent)
             items += [item for item in read if item["set"] == "router"]
     if not isinstance(heldout.chats, str):
         tell("sampled chat answers")
@@ -87,7 +87,7 @@ def policy_items(
 
 @contextmanager
 def at_work(network: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """The network on a device for as long as it works there: four of moe_large would not fit."""
+    """The network on a device while it works there: four of moe_large wouldn't fit at once."""
     before = next(network.parameters()).device
     network.to(device or before)
     try:
@@ -97,19 +97,19 @@ def at_work(network: nn.Module, device: torch.device | None) -> Iterator[None]:
 
 
 def askable(heldout: HeldOut, tokenizer: Tokenizer, room: int) -> HeldOut:
-    """Without prompts of more than `room` tokens: truncating changes the question. A line says how
-    many they are. The room is the same for all stages of a ladder, so their items are too."""
+    """The held-out side without prompts of more than `room` tokens, since truncating changes the
+    question; prints how many. All stages of a ladder have the same room and so the same items."""
     sides: dict[str, Sequence[Any] | str] = {}
     for name in ("chats", "problems"):
         records = getattr(heldout, name)
         if isinstance(records, str):
             continue
         fit = [r for r in records if len(tokenizer.prompt(r.prompt_messages)) <= room]
-        why = f"no prompt fits into model.max_seq_len - evaluation.max_new_tokens = {room} tokens"
         if len(fit) < len(records):
             lost = f"{len(records) - len(fit):,} of {len(records):,} held-out {name} are not asked"
             print(f"  {lost}: their prompts exceed {room} tokens", flush=True)
-            sides[name] = fit or why
+            limit = f"model.max_seq_len - evaluation.max_new_tokens = {room} tokens"
+            sides[name] = fit or f"no prompt fits into {limit}"
     return replace(heldout, **sides)
 
 
@@ -122,13 +122,13 @@ class Block:
 
     id: int | str
     ids: list[int]
-    chars: int  # that the predicted ids stand for: <unk> and the ends of documents are none
+    chars: int  # that the predicted ids stand for; <unk> and the ends of documents count as none
 
 
 def corpus_blocks(
     documents: Sequence[str], tokenizer: Tokenizer, policy: Transformer
 ) -> list[Block]:
-    """The documents end to end; each token is predicted once, but for the first <bos>."""
+    """The documents end to end; each token but the first <bos> is predicted once."""
     size = min(BLOCK, policy.config.max_seq_len)
     ids = [t for text in documents for t in (tokenizer.bos_id, *tokenizer.encode(text))]
     blocks = []
@@ -140,28 +140,23 @@ def corpus_blocks(
 
 
 def evenly(blocks: list[Block], at_most: int) -> list[Block]:
-    """All of them, or so many at equal distances."""
+    """All of them, or `at_most` at equal distances."""
     n = min(len(blocks), at_most)
     return [blocks[i * len(blocks) // n] for i in range(n)]
 
 
-def chat_blocks(
-    chats: Sequence[Any], tokenizer: Tokenizer, policy: Transformer, config: EvaluationConfig
-) -> list[Block]:
-    """The held-out conversations, cut to the model's context."""
+def chat_blocks(chats: Sequence[Any], tokenizer: Tokenizer, policy: Transformer) -> list[Block]:
+    """The conversations, truncated to the model's context."""
     size = policy.config.max_seq_len + 1
-    rows = [(chat.id, tokenizer.chat(chat.messages)[0]) for chat in chats[: config.max_prompts]]
-    return [Block(id, ids[:size], 0) for id, ids in rows]
+    return [Block(chat.id, tokenizer.chat(chat.messages)[0][:size], 0) for chat in chats]
 
 
 @torch.no_grad()
 def text_items(
     policy: Transformer, blocks: list[Block], parent: Transformer | None, unk_id: int | None = None
 ) -> list[Item]:
-    """A corpus item for each block, and where there are routers a router item.
-
-    The bits are of the tokens that are not unk_id.
-    """
+    """A corpus item for each block, with the bits of the tokens that aren't unk_id; and a router
+    item, if the model has routers."""
     device = next(policy.parameters()).device
     items: list[Item] = []
     for at in range(0, len(blocks), 16):
@@ -198,7 +193,7 @@ def text_items(
 
 @contextmanager
 def expert_choices(policy: Transformer) -> Iterator[list[Tensor]]:
-    """Gathers the experts [B * T, K] that each router chooses while it is open, layer by layer."""
+    """Collects the experts [B * T, K] that each router chooses in the context, layer by layer."""
     chosen: list[Tensor] = []
     handles = [
         module.register_forward_hook(lambda _, args, routing: chosen.append(routing.experts_NK))
@@ -236,19 +231,29 @@ def changed_sets(after: list[Tensor], before: list[Tensor], valid_BT: Tensor) ->
 # --- answers
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One answer; `ids` include the stop token, `logprob` is their sum."""
+
+    text: str
+    ids: list[int]
+    logprob: float
+    stopped: bool
+
+
 def answers(
     policy: Transformer,
     tokenizer: Tokenizer,
     records: Sequence[Any],
     config: EvaluationConfig,
     row_seeds: list[int] | None = None,
-) -> Generation:
-    """One answer to each record's prompt: sampled where there are seeds, else greedy.
+) -> list[Answer]:
+    """An answer to each record's prompt: sampled if there are seeds, else greedy.
 
-    Prompts of like length are answered together, because the others of a batch are padded.
+    Prompts of similar length share a batch, to keep the padding short.
     """
     prompts = [tokenizer.prompt(record.prompt_messages) for record in records]
-    found: dict[int, tuple[list[int], list[float], bool]] = {}
+    found: dict[int, Answer] = {}
     for rows in batches([len(prompt) + config.max_new_tokens for prompt in prompts]):
         sampling = Sampling(
             max_new_tokens=config.max_new_tokens,
@@ -257,14 +262,15 @@ def answers(
             row_seeds=None if row_seeds is None else [row_seeds[row] for row in rows],
         )
         part = generate(policy, [prompts[row] for row in rows], sampling)
-        said = zip(part.answer_ids, part.logprobs, part.stopped, strict=True)
-        found |= dict(zip(rows, said, strict=True))
-    ids, logprobs, stopped = zip(*(found[row] for row in range(len(prompts))), strict=True)
-    return Generation(list(ids), list(logprobs), list(stopped))
+        for row, ids, logprobs, stopped in zip(
+            rows, part.answer_ids, part.logprobs, part.stopped, strict=True
+        ):
+            found[row] = Answer(tokenizer.decode(ids), ids, sum(logprobs), stopped)
+    return [found[row] for row in range(len(prompts))]
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Rows in order of length, as many at once as fit padded into TOKENS_AT_ONCE tokens."""
+    """Rows in order of length; a batch holds as many as fit, padded, into TOKENS_AT_ONCE tokens."""
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
         if batch and (len(batch) + 1) * lengths[row] > TOKENS_AT_ONCE:
@@ -284,33 +290,28 @@ def draw_seed(seed: int, set_name: str, item_id: str, sample: int = 0) -> int:
 def chat_items(
     policy: Transformer, tokenizer: Tokenizer, heldout: HeldOut, config: EvaluationConfig
 ) -> list[Item]:
-    """Sampled answers to the chat prompts, with what no other model needs to say of them."""
+    """Sampled answers to the chat prompts, with all that needs no other model to judge."""
     records = heldout.chats[: config.max_prompts]
     seeds = [draw_seed(config.seed, "chat", record.id) for record in records]
     said = answers(policy, tokenizer, records, config, seeds)
-    items = []
-    for record, ids, logprobs, stopped in zip(
-        records, said.answer_ids, said.logprobs, said.stopped, strict=True
-    ):
-        text = tokenizer.decode(ids)
-        score = round(true_score(text, stopped), 6) if heldout.has_true_score else None
-        items.append(
-            {
-                "set": "chat",
-                "id": record.id,
-                "prompt": record.prompt_messages[-1]["content"],
-                "answer": text,
-                "stopped": stopped,
-                "well_formed": well_formed(text, stopped),
-                "distinct_1": distinct(text, 1),
-                "distinct_2": distinct(text, 2),
-                "true_score": score,
-                "logprob": round(sum(logprobs), 4),
-                "prompt_ids": tokenizer.prompt(record.prompt_messages),
-                "ids": ids,
-            }
-        )
-    return items
+    known = heldout.has_true_score
+    return [
+        {
+            "set": "chat",
+            "id": record.id,
+            "prompt": record.prompt_messages[-1]["content"],
+            "answer": answer.text,
+            "stopped": answer.stopped,
+            "well_formed": well_formed(answer.text, answer.stopped),
+            "distinct_1": distinct(answer.text, 1),
+            "distinct_2": distinct(answer.text, 2),
+            "true_score": round(true_score(answer.text, answer.stopped), 6) if known else None,
+            "logprob": round(answer.logprob, 4),
+            "prompt_ids": tokenizer.prompt(record.prompt_messages),
+            "ids": answer.ids,
+        }
+        for record, answer in zip(records, said, strict=True)
+    ]
 
 
 def greedy_chat_items(
@@ -318,18 +319,16 @@ def greedy_chat_items(
 ) -> list[Item]:
     """Greedy answers to the chat prompts: do they say what a reference answer says?"""
     records = heldout.chats[: config.max_prompts]
-    said = answers(policy, tokenizer, records, config)
     items = []
-    for record, ids in zip(records, said.answer_ids, strict=True):
-        text = tokenizer.decode(ids)
+    for record, answer in zip(records, answers(policy, tokenizer, records, config), strict=True):
         references = heldout.references.get(record.id, ())
         items.append(
             {
                 "set": "chat_greedy",
                 "id": record.id,
-                "answer": text,
-                "exact": any(is_exact(text, reference) for reference in references),
-                "contained": any(contains(text, reference) for reference in references),
+                "answer": answer.text,
+                "exact": any(is_exact(answer.text, reference) for reference in references),
+                "contained": any(contains(answer.text, reference) for reference in references),
             }
         )
     return items
@@ -341,20 +340,20 @@ def plain(text: str) -> str:
 
 
 def is_exact(answer: str, reference: str) -> bool:
-    """The same words; a reference without any is never met."""
+    """The same words; a reference without words never matches."""
     return plain(answer) == plain(reference) != ""
 
 
 def contains(answer: str, reference: str) -> bool:
-    """The reference's words stand in the answer, one after the other."""
+    """The answer contains the reference's words, one after the other."""
     words = plain(reference)
     return words != "" and f" {words} " in f" {plain(answer)} "
 
 
 def distinct(text: str, n: int) -> float | None:
-    """Distinct n-grams of words over n-grams; 1 repeats nothing, None has no n words.
+    """Distinct n-grams of words over all n-grams: 1 if none repeats, None if there are none.
 
-    Li et al. 2016 (arXiv 1510.03055, section 5.2), here of one answer.
+    Li et al. 2016 (arXiv 1510.03055, section 5.2), here for a single answer.
     """
     words = plain(text).split()
     grams = list(zip(*(words[i:] for i in range(n)), strict=False))
@@ -365,7 +364,7 @@ def distinct(text: str, n: int) -> float | None:
 
 
 def asked(problems: Sequence[Any], at_most: int) -> list[tuple[Any, str]]:
-    """The first problems with their difficulty; a question that comes twice is asked once."""
+    """The first problems with their difficulty; a repeated question is asked once."""
     distinct_ones = list({problem.id: problem for problem in problems}.values())
     lengths = [len(problem.worked or problem.question) for problem in distinct_ones]
     levels = difficulties([problem.task for problem in distinct_ones], lengths)
@@ -379,26 +378,22 @@ def problem_items(
     some = asked(problems, config.max_problems)
     problems = [problem for problem, _ in some]
     said = answers(policy, tokenizer, problems, config)
-    texts = [tokenizer.decode(ids) for ids in said.answer_ids]
-    right = are_correct(problems, texts, said.stopped)
-    items = []
-    for (problem, difficulty), text, stopped, correct in zip(
-        some, texts, said.stopped, right, strict=True
-    ):
-        items.append(
-            {
-                "set": "reasoning",
-                "id": problem.id,
-                "task": problem.task,
-                "difficulty": difficulty,
-                "prompt": problem.question,
-                "answer": text,
-                "stopped": stopped,
-                "well_formed": well_formed(text, stopped, problem),
-                "correct": correct,
-            }
+    return [
+        {
+            "set": "reasoning",
+            "id": problem.id,
+            "task": problem.task,
+            "difficulty": difficulty,
+            "prompt": problem.question,
+            "answer": answer.text,
+            "stopped": answer.stopped,
+            "well_formed": well_formed(answer.text, answer.stopped, problem),
+            "correct": correct,
+        }
+        for (problem, difficulty), answer, correct in zip(
+            some, said, are_correct(problems, said), strict=True
         )
-    return items
+    ]
 
 
 def sampled_problem_items(
@@ -406,31 +401,26 @@ def sampled_problem_items(
 ) -> list[Item]:
     """How many of `samples` answers to each problem are right."""
     some = asked(problems, config.max_sampled_problems)
-    rows = [problem for problem, _ in some for _ in range(config.samples)]
+    n = config.samples
+    rows = [problem for problem, _ in some for _ in range(n)]
     seeds = [
-        draw_seed(config.seed, "reasoning", problem.id, sample)
-        for problem, _ in some
-        for sample in range(config.samples)
+        draw_seed(config.seed, "reasoning", p.id, sample) for p, _ in some for sample in range(n)
     ]
-    said = answers(policy, tokenizer, rows, config, seeds)
-    texts = [tokenizer.decode(ids) for ids in said.answer_ids]
-    right = are_correct(rows, texts, said.stopped)
+    right = are_correct(rows, answers(policy, tokenizer, rows, config, seeds))
     return [
         {
             "set": "reasoning_sampled",
             "id": problem.id,
             "task": problem.task,
             "difficulty": difficulty,
-            "samples": config.samples,
-            "correct": sum(right[i * config.samples : (i + 1) * config.samples]),
+            "samples": n,
+            "correct": sum(right[i * n : (i + 1) * n]),
         }
         for i, (problem, difficulty) in enumerate(some)
     ]
 
 
-def are_correct(
-    problems: Sequence[Any], texts: Sequence[str], stopped: Sequence[bool]
-) -> list[bool]:
-    """Whether the verifier accepts each answer in full; one that was cut off is wrong."""
-    scores = verify_all(problems, texts)
-    return [ended and score == 1.0 for score, ended in zip(scores, stopped, strict=True)]
+def are_correct(problems: Sequence[Any], said: Sequence[Answer]) -> list[bool]:
+    """Whether the verifier accepts each answer in full; a truncated one is wrong."""
+    scores = verify_all(problems, [answer.text for answer in said])
+    return [answer.stopped and score == 1.0 for answer, score in zip(said, scores, strict=True)]

@@ -1,7 +1,7 @@
-"""What a ladder's other models say of stored answers: the reward model, the sft policy and what the
-sft policy itself answered. Reward models are judged by held-out pairs.
+"""A ladder's other models judge stored answers: the reward model, the sft policy and its answers.
+Reward models are judged by held-out pairs.
 
-A row of the table can be older than its judges, so they read the answers from the items.
+A row of the table can be older than its judges, so they read the answers from its items.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NO_SFT = "no sft policy on this ladder yet"
 
 @dataclass(frozen=True)
 class Judges:
-    """What a ladder has come to; sft_chats are the chat items of its sft policy, or why not."""
+    """A ladder's models so far; sft_chats are the sft policy's chat items, or why it has none."""
 
     reward: ScalarModel | None = None
     reference: Transformer | None = None  # the sft policy
@@ -35,7 +35,7 @@ class Judges:
 
 
 def judged(chats: list[Item], tokenizer: Tokenizer, judges: Judges) -> list[Item]:
-    """{"set", "id"} of each chat item, and of these what the judges can say:
+    """{"set", "id"} of each chat item, and of these values those that the judges can give:
 
     kl_to_sft            log p(answer) - log p_sft(answer), nats
     reward_model_score   of the reward model
@@ -43,6 +43,8 @@ def judged(chats: list[Item], tokenizer: Tokenizer, judges: Judges) -> list[Item
                          hidden rule and by the reward model; the sft answers tie with themselves
     """
     said: list[Item] = [{"set": "chat", "id": item["id"]} for item in chats]
+    rivals = [] if isinstance(judges.sft_chats, str) else judges.sft_chats
+    scores = {"win": "true_score"}
 
     def note(name: str, values: Sequence[float | None]) -> None:
         for item, value in zip(said, values, strict=True):
@@ -51,40 +53,32 @@ def judged(chats: list[Item], tokenizer: Tokenizer, judges: Judges) -> list[Item
     if judges.reference is not None:
         with at_work(judges.reference, judges.device):
             note("kl_to_sft", kl_estimates(judges.reference, chats, tokenizer))
-    scores = None
     if judges.reward is not None:
         with at_work(judges.reward, judges.device):
-            scores = reward_scores(judges.reward, chats, tokenizer)
-        note("reward_model_score", scores)
-    if isinstance(judges.sft_chats, str):
-        return said
-    rival = {item["id"]: item for item in judges.sft_chats}
-    note("win", [win(item, rival.get(item["id"]), "true_score") for item in chats])
-    if judges.reward is not None and scores is not None:
-        with at_work(judges.reward, judges.device):
-            rival_scores = reward_scores(judges.reward, judges.sft_chats, tokenizer)
-        rival = {
-            item["id"]: {**item, "score": score}
-            for item, score in zip(judges.sft_chats, rival_scores, strict=True)
-        }
-        own = [{**item, "score": score} for item, score in zip(chats, scores, strict=True)]
-        note("win_learned", [win(item, rival.get(item["id"]), "score") for item in own])
+            chats, rivals = (scored(judges.reward, side, tokenizer) for side in (chats, rivals))
+        note("reward_model_score", [item["reward_model_score"] for item in chats])
+        scores["win_learned"] = "reward_model_score"
+    if not isinstance(judges.sft_chats, str):
+        rival = {item["id"]: item for item in rivals}
+        for name, score in scores.items():
+            note(name, [win(item, rival.get(item["id"]), score) for item in chats])
     return said
 
 
 def win(own: Item, other: Item | None, score: str) -> float | None:
-    """1 where the own answer scores higher, 0.5 for equal scores or the same answer, else 0; None
-    where there is nothing to compare."""
+    """1 if the own answer scores higher, 0.5 for equal scores or the same answer, else 0; None if
+    there is nothing to compare."""
     if other is None or own[score] is None or other[score] is None:
         return None
     if own["ids"] == other["ids"] or own[score] == other[score]:
-        return 0.5  # in another batch the same answer's score may differ in its last digit
+        return 0.5  # the same answer's score may differ in its last digit in another batch
     return float(own[score] > other[score])
 
 
-def reward_scores(reward: ScalarModel, chats: list[Item], tokenizer: Tokenizer) -> list[float]:
-    """The reward model's score of each stored answer."""
-    return _of_each(chats, tokenizer, reward, lambda part: final_scores(reward, part))
+def scored(reward: ScalarModel, chats: list[Item], tokenizer: Tokenizer) -> list[Item]:
+    """The stored answers with the reward model's score of each."""
+    scores = _of_each(chats, tokenizer, reward, lambda part: final_scores(reward, part))
+    return [item | {"reward_model_score": x} for item, x in zip(chats, scores, strict=True)]
 
 
 def kl_estimates(reference: Transformer, chats: list[Item], tokenizer: Tokenizer) -> list[float]:
@@ -102,7 +96,7 @@ def kl_estimates(reference: Transformer, chats: list[Item], tokenizer: Tokenizer
 def _of_each(
     chats: list[Item], tokenizer: Tokenizer, network: nn.Module, judge: Callable[[Rollout], Tensor]
 ) -> list[float]:
-    """judge() of the stored answers, in their order; it is given those of like length together."""
+    """judge() of each stored answer, in their order; a batch holds answers of similar length."""
     network.eval()
     found: dict[int, float] = {}
     for rows in batches([len(item["prompt_ids"]) + len(item["ids"]) for item in chats]):
@@ -112,7 +106,7 @@ def _of_each(
 
 
 def rollout(chats: list[Item], tokenizer: Tokenizer) -> Rollout:
-    """The stored answers; the stored sum of log-probabilities is put on the first token."""
+    """The stored answers; the first token has the sum of log-probabilities, all that is stored."""
     logprobs = [[item["logprob"]] + [0.0] * (len(item["ids"]) - 1) for item in chats]
     prompts, answers = [i["prompt_ids"] for i in chats], [i["ids"] for i in chats]
     said = Generation(answers, logprobs, [item["stopped"] for item in chats])
@@ -121,7 +115,7 @@ def rollout(chats: list[Item], tokenizer: Tokenizer) -> Rollout:
 
 @torch.no_grad()
 def pair_items(reward: ScalarModel, pairs: Sequence[PairBatch]) -> list[Item]:
-    """A reward model's scores of the two answers of each held-out pair."""
+    """A reward model's scores of both answers of each held-out pair."""
     reward.eval()
     items: list[Item] = []
     for batch in pairs:

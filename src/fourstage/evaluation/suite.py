@@ -1,20 +1,20 @@
-"""The frozen evaluation suite: what every key means, computed from stored items and nothing else.
+"""The frozen evaluation suite: what every key means, computed from stored items only.
 
-An item is what one model did with one held-out thing: {"set": WHICH, "id": ..., ...}. A key is a
-`Definition`: it reads an array off each item (or None where the item does not count) and takes a
-statistic of the arrays' sum. A ratio reads (numerator, denominator), a mean (value, 1), the
-routers' health the loads [layers, experts].
+An item is one model's result on one held-out example: {"set": WHICH, "id": ..., ...}. A key is a
+`Definition`: it reads an array off each item (None if the item doesn't count) and takes a statistic
+of the arrays' sum. A ratio reads (numerator, denominator), a mean (value, 1), router health the
+loads [layers, experts].
 
-95 % intervals, by kind of key; docs/evaluation.md has how often they cover the truth:
+95 % intervals, by kind of key (docs/evaluation.md says how often they cover the truth):
 
 - a share of yes/no items: Wilson (1927).
-- any other ratio, and every paired difference of two (over the items that both stages answered):
-  Student's t with two items added, as Bonett and Price (2012) do for paired yes/no items, so that
-  a few changed items, or none that vary, are no certainty.
+- any other ratio, and every paired difference of ratios (over the items that both stages answered):
+  Student's t with two items added, as Bonett and Price (2012) do for paired yes/no items, so that a
+  few changed items, or items that don't vary, give no false certainty.
 - router health: the seeded percentile bootstrap over items (Efron 1979), with the same resampled
-  rows on both sides of a difference, stretched to the value where the statistic is biased.
+  rows on both sides of a difference, stretched to include the value if the statistic is biased.
 
-A change of the sets, the prompts or a definition is a new SUITE, and tables say which they used.
+Changing the sets, the prompts or a definition needs a new SUITE; tables say which one they used.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -44,14 +45,14 @@ class Definition:
     """One key of the suite. The array shape [...] is the same for all items of a table row."""
 
     title: str
-    sets: tuple[str, ...]  # the items it is made of
-    read: Callable[[Item], Any]  # an item's array [...], None where the item does not count
+    sets: tuple[str, ...]  # of the items that it is computed from
+    read: Callable[[Item], Any]  # an item's array [...]; None if the item doesn't count
     statistic: Callable[[Array], Array]  # of sums [N, ...] over items -> [N]
     unit: str = ""
     better: Literal["higher", "lower"] | None = None
-    is_share: bool = False  # of [0, 1]: shown in percent
-    yes_no: bool = False  # an item is one yes or no
-    by_problem: bool = False  # also for each task and each difficulty
+    is_share: bool = False  # in [0, 1]: shown in percent
+    yes_no: bool = False  # each item is a yes or a no
+    by_problem: bool = False  # also computed for each task and each difficulty
 
 
 def ratio(sums: Array) -> Array:
@@ -78,39 +79,25 @@ def dead_experts(sums: Array) -> Array:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that of k answers drawn from n, c of them right, at least one is right.
+    """Probability that at least one of k answers is right, drawn from n of which c are right.
 
     1 - C(n - c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv 2107.03374, eq. 1); k <= n.
     """
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def _mean(field: str, item: Item) -> Any:
-    value = item.get(field)
-    return None if value is None else (float(value), 1.0)
+def _mean(value: str | Callable[[Item], Any]) -> Callable[[Item], Any]:
+    """Reads (value, 1) off an item: a field, or what a function makes of it. None isn't counted."""
 
+    def read(item: Item) -> Any:
+        found = item.get(value) if isinstance(value, str) else value(item)
+        return None if found is None else (float(found), 1.0)
 
-def _tie(item: Item) -> Any:
-    win = item.get("win")
-    return None if win is None else (float(win == 0.5), 1.0)
+    return read
 
 
 def _bits(item: Item) -> Any:
     return (item["bits"], item["chars"]) if item["chars"] else None
-
-
-def _pass(k: int, item: Item) -> Any:
-    if item["samples"] < k:
-        return None
-    return pass_at_k(item["samples"], item["correct"], k), 1.0
-
-
-def _tokens(item: Item) -> Any:
-    return len(item["ids"]), 1.0
-
-
-def _load(item: Item) -> Any:
-    return item["load"]
 
 
 def _drift(item: Item) -> Any:
@@ -118,42 +105,43 @@ def _drift(item: Item) -> Any:
     return None if drift is None else (sum(drift) / len(drift), item["tokens"])
 
 
-def _margin(item: Item) -> Any:
-    return item["chosen"] - item["rejected"], 1.0
+def _pass(k: int, item: Item) -> float | None:
+    return pass_at_k(item["samples"], item["correct"], k) if item["samples"] >= k else None
 
 
-def _ordered(item: Item) -> Any:
-    return float(item["chosen"] > item["rejected"]), 1.0  # a tie is not right
+def _tie(item: Item) -> bool | None:
+    win = item.get("win")
+    return None if win is None else win == 0.5
 
 
-def _share(title: str, sets: Sequence[str], read: Callable[[Item], Any], **more: Any) -> Definition:
+def _average(title: str, sets: Sequence[str], value: Any, **more: Any) -> Definition:
+    return Definition(title=title, sets=tuple(sets), read=_mean(value), statistic=ratio, **more)
+
+
+def _share(title: str, sets: Sequence[str], value: Any, **more: Any) -> Definition:
     more = {"better": "higher", "yes_no": True, **more}
-    return Definition(
-        title=title, sets=tuple(sets), read=read, statistic=ratio, is_share=True, **more
-    )
-
-
-def _average(
-    title: str, sets: Sequence[str], read: Callable[[Item], Any], **more: Any
-) -> Definition:
-    return Definition(title=title, sets=tuple(sets), read=read, statistic=ratio, **more)
+    return _average(title, sets, value, is_share=True, **more)
 
 
 def _router(title: str, statistic: Callable[[Array], Array], **more: Any) -> Definition:
-    return Definition(title=title, sets=("router",), read=_load, statistic=statistic, **more)
+    read = itemgetter("load")
+    return Definition(title=title, sets=("router",), read=read, statistic=statistic, **more)
 
 
 DEFINITIONS: dict[str, Definition] = {
     # the held-out corpus
-    "bits_per_char": _average("bits per character", ["corpus"], _bits, unit="bits", better="lower"),
+    "bits_per_char": Definition(
+        title="bits per character",
+        sets=("corpus",),
+        read=_bits,
+        statistic=ratio,
+        unit="bits",
+        better="lower",
+    ),
     # answers: sampled ones to chat prompts, greedy ones to problems
-    "well_formed": _share(
-        "well-formed answers", ["chat", "reasoning"], partial(_mean, "well_formed")
-    ),
+    "well_formed": _share("well-formed answers", ["chat", "reasoning"], "well_formed"),
     # problems: one greedy answer; and `samples` answers at temperature 1
-    "reasoning_accuracy": _share(
-        "reasoning accuracy", ["reasoning"], partial(_mean, "correct"), by_problem=True
-    ),
+    "reasoning_accuracy": _share("reasoning accuracy", ["reasoning"], "correct", by_problem=True),
     **{
         f"pass_at_{k}": _share(
             f"pass@{k}", ["reasoning_sampled"], partial(_pass, k), yes_no=False, by_problem=True
@@ -161,55 +149,54 @@ DEFINITIONS: dict[str, Definition] = {
         for k in PASS_K
     },
     # sampled answers to chat prompts
-    "true_score": _average("true score", ["chat"], partial(_mean, "true_score"), better="higher"),
+    "true_score": _average("true score", ["chat"], "true_score", better="higher"),
     "reward_model_score": _average(
-        "reward-model score", ["chat"], partial(_mean, "reward_model_score"), better="higher"
+        "reward-model score", ["chat"], "reward_model_score", better="higher"
     ),
-    "win_rate": _share(
-        "wins against sft, true rule", ["chat"], partial(_mean, "win"), yes_no=False
-    ),
+    "win_rate": _share("wins against sft, true rule", ["chat"], "win", yes_no=False),
     "win_rate_ties": _share("ties with sft, true rule", ["chat"], _tie, better=None),
     "win_rate_learned": _share(
-        "wins against sft, reward model", ["chat"], partial(_mean, "win_learned"), yes_no=False
+        "wins against sft, reward model", ["chat"], "win_learned", yes_no=False
     ),
-    "kl_to_sft": _average(
-        "KL to sft", ["chat"], partial(_mean, "kl_to_sft"), unit="nats an answer"
+    "kl_to_sft": _average("KL to sft", ["chat"], "kl_to_sft", unit="nats an answer"),
+    "answer_tokens": _average(
+        "answer length", ["chat"], lambda item: len(item["ids"]), unit="tokens"
     ),
-    "answer_tokens": _average("answer length", ["chat"], _tokens, unit="tokens"),
-    "chat_stop_rate": _share("chat answers that stop", ["chat"], partial(_mean, "stopped")),
-    "chat_format_rate": _share("well-formed chat answers", ["chat"], partial(_mean, "well_formed")),
-    "distinct_1": _share(
-        "distinct words in an answer", ["chat"], partial(_mean, "distinct_1"), yes_no=False
-    ),
-    "distinct_2": _share(
-        "distinct word pairs in an answer", ["chat"], partial(_mean, "distinct_2"), yes_no=False
-    ),
+    "chat_stop_rate": _share("chat answers that stop", ["chat"], "stopped"),
+    "chat_format_rate": _share("well-formed chat answers", ["chat"], "well_formed"),
+    "distinct_1": _share("distinct words in an answer", ["chat"], "distinct_1", yes_no=False),
+    "distinct_2": _share("distinct word pairs in an answer", ["chat"], "distinct_2", yes_no=False),
     # greedy answers to chat prompts
-    "chat_exact": _share("chat answers as the reference", ["chat_greedy"], partial(_mean, "exact")),
-    "chat_contained": _share(
-        "chat answers with the reference", ["chat_greedy"], partial(_mean, "contained")
-    ),
+    "chat_exact": _share("chat answers as the reference", ["chat_greedy"], "exact"),
+    "chat_contained": _share("chat answers with the reference", ["chat_greedy"], "contained"),
     # what the routers do with the held-out corpus
     "router_entropy": _router("router load entropy (1: balanced)", load_entropy, better="higher"),
     "router_max_over_mean": _router(
         "busiest expert over the mean", load_max_over_mean, better="lower"
     ),
     "router_dead": _router("dead experts", dead_experts, unit="experts", better="lower"),
-    "router_drift": _share(
-        "tokens with other experts than in the parent",
-        ["router"],
-        _drift,
-        yes_no=False,
-        better=None,
+    "router_drift": Definition(
+        title="tokens with other experts than in the parent",
+        sets=("router",),
+        read=_drift,
+        statistic=ratio,
+        is_share=True,
     ),
-    # reward models: held-out pairs
-    "pair_accuracy": _share("held-out pairs ordered right", ["pairs"], _ordered),
-    "pair_margin": _average("margin of a pair", ["pairs"], _margin, better="higher"),
+    # reward models: held-out pairs; a tie is not right
+    "pair_accuracy": _share(
+        "held-out pairs ordered right", ["pairs"], lambda item: item["chosen"] > item["rejected"]
+    ),
+    "pair_margin": _average(
+        "margin of a pair",
+        ["pairs"],
+        lambda item: item["chosen"] - item["rejected"],
+        better="higher",
+    ),
 }
 
 
 def definition(name: str) -> Definition:
-    """The definition of a key, "reasoning_accuracy/leg_counting" too. KeyError: no such key."""
+    """The definition of a key, also of "reasoning_accuracy/TASK". Raises KeyError."""
     base, _, part = name.partition("/")
     found = DEFINITIONS[base]
     return replace(found, title=f"{found.title}: {part.replace('_', ' ')}") if part else found
@@ -221,8 +208,8 @@ def definition(name: str) -> Definition:
 def metrics(items: Iterable[Item], reasons: Mapping[str, str], seed: int) -> dict[str, Metric]:
     """Every key that the items define, {name: {"value", "n", "low", "high"}}.
 
-    `reasons` says, by key or by item set, why a key is not measured; such a key is null. One with
-    neither items nor a reason is left out. The order of the items does not matter.
+    A key without items is null with its reason from `reasons`, by key or by item set, and left out
+    if there is no reason. The order of the items doesn't matter.
     """
     found: dict[str, Metric] = {}
     by_id = _by_id(items)
@@ -239,7 +226,7 @@ def metrics(items: Iterable[Item], reasons: Mapping[str, str], seed: int) -> dic
 
 
 def differences(after: Iterable[Item], before: Iterable[Item], seed: int) -> dict[str, Metric]:
-    """after - before for every key that both define, over their common items (n of them)."""
+    """after - before for every key that both define, over their n common items."""
     found: dict[str, Metric] = {}
     afters, befores = _by_id(after), _by_id(before)
     common = {key: item for key, item in afters.items() if key in befores}
@@ -254,32 +241,31 @@ def differences(after: Iterable[Item], before: Iterable[Item], seed: int) -> dic
 
 
 def missing(why: str) -> Metric:
-    """A cell that cannot be filled."""
+    """A null cell with its reason."""
     return {"value": None, "why": why}
 
 
 def joined(items: Iterable[Item], late: Iterable[Item]) -> list[Item]:
-    """The items with what a later model says of them, {"set", "id", NAME: VALUE...}."""
+    """The items with the values that later models gave them, {"set", "id", NAME: VALUE...}."""
     said: dict[tuple[str, str], Item] = {}
     for item in late:
         said.setdefault(_key(item), {}).update(item)
-    return [{**item, **said.get(_key(item), {})} for item in items]
+    return [item | said.get(_key(item), {}) for item in items]
 
 
 def difficulties(tasks: Sequence[str], lengths: Sequence[int]) -> list[str]:
     """easy, medium or hard: terciles, within each task, of the worked solution's length.
 
-    `lengths` are characters of the worked solution, or of the question where a problem has none,
-    and all held-out problems are given, so that a problem's difficulty is a property of the set. A
-    problem's rank is the share of its task's problems that are shorter, counting those of equal
-    length half: problems of equal length are equally difficult, and the thirds need not be equal.
-    So a third may hold more of one task than of another: compare stages at one difficulty, rather
-    than the difficulties of one stage.
+    `lengths` are the characters of the worked solution, or of the question if there is none, for
+    all held-out problems, so that a problem's difficulty doesn't depend on how many are asked. A
+    problem's rank is the share of its task's problems that are shorter, with those of equal length
+    counted half: equal lengths are equally difficult, and the thirds may differ in size. So a third
+    may hold more of one task than of another: compare stages at one difficulty, not the
+    difficulties of one stage.
     """
     by_task: dict[str, list[int]] = {}
-    for task, length in zip(tasks, lengths, strict=True):
+    for task, length in sorted(zip(tasks, lengths, strict=True)):
         by_task.setdefault(task, []).append(length)
-    by_task = {task: sorted(values) for task, values in by_task.items()}
 
     def difficulty(task: str, length: int) -> str:
         values = by_task[task]
@@ -304,9 +290,9 @@ def padded_t(values: Array, bound: tuple[float, float] | None) -> tuple[float, f
     """A 95 % interval of the mean of values [n]: Student's t with two items added.
 
     Bonett and Price (2012, J. Educ. Behav. Stat. 37, 479) add a pair that gains and one that loses
-    to paired yes/no items. Here any values within `bound` get one item at each end of it; unbounded
-    ones get two as far from the mean as the furthest value is, so that only n equal ones leave no
-    width. The degrees of freedom are those of the n items.
+    to paired yes/no items. Here values within `bound` get one item at each end of it; unbounded
+    ones get two, as far from the mean as the furthest value, so the interval has no width only if
+    all n are equal. The degrees of freedom are those of the n items.
     """
     n = len(values)
     mean = values.mean()
@@ -330,20 +316,19 @@ def t_quantile(df: int) -> float:
 
 
 def linear(vectors: Array) -> Array:
-    """Values [n] of (numerator, denominator) [n, 2], whose mean is the ratio of the sums and whose
-    variance is the ratio's (the delta method; Cochran 1977, section 2.11). Means stay as they are.
-    """
+    """Values [n] of (numerator, denominator) [n, 2] with the mean and variance of the ratio of the
+    sums (the delta method; Cochran 1977, section 2.11). A mean's values stay as they are."""
     numerator, denominator = vectors.T
     found = numerator.sum() / denominator.sum()
     return found + (numerator - found * denominator) / denominator.mean()
 
 
 def resampled_sums(vectors: Array, seed: int) -> Array:
-    """Sums [BOOTSTRAPS, ...] of n vectors [n, ...] drawn with replacement; equal seeds and n draw
-    the same rows."""
+    """Sums [BOOTSTRAPS, ...] of n vectors [n, ...] drawn with replacement; the seed and n decide
+    which rows."""
     n = len(vectors)
     rng = np.random.default_rng(seed)
-    at_once = max(1, 2_000_000 // n)  # held-out texts may have many blocks
+    at_once = max(1, 2_000_000 // n)  # limits the memory: a held-out text may have many blocks
     sums = []
     for at in range(0, BOOTSTRAPS, at_once):
         rows = rng.integers(0, n, (min(at_once, BOOTSTRAPS - at), n))
@@ -388,7 +373,7 @@ def _metric(value: float, n: int, low: float, high: float) -> Metric:
     return {"value": round(value, 6), "n": n, "low": round(low, 6), "high": round(high, 6)}
 
 
-# --- which items a key is made of
+# --- which items a key is computed from
 
 
 def _key(item: Item) -> tuple[str, str]:
@@ -396,14 +381,14 @@ def _key(item: Item) -> tuple[str, str]:
 
 
 def _by_id(items: Iterable[Item]) -> dict[tuple[str, str], Item]:
-    """Sorted, so that intervals do not depend on the order of a file's lines."""
-    return dict(sorted(((_key(item), item) for item in items), key=lambda pair: pair[0]))
+    """Sorted, so that intervals don't depend on the order of a file's lines."""
+    return {_key(item): item for item in sorted(items, key=_key)}
 
 
 def _parts(
     name: str, defined: Definition, by_id: dict[tuple[str, str], Item]
 ) -> dict[str, list[tuple[str, str]]]:
-    """{key of the suite: ids of its items}: the whole, then each task, then each difficulty."""
+    """{name: keys of its items}: the whole, then each task, then each difficulty."""
     keys = [key for key in by_id if key[0] in defined.sets]
     parts = {name: keys}
     if defined.by_problem:

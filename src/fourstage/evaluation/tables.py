@@ -1,8 +1,8 @@
-"""The suite's table of a run, from what its model and its ladder's judges say; and its files.
+"""A run's metrics, from its model and its ladder's judges, and the files that hold them.
 
 eval.json           {"suite", "seed", "metrics"} of a run, from it and its ancestors only
 eval_items.jsonl    the items that the metrics are computed from
-ladder_eval.json    in sft and reward runs: what they make measurable in earlier rows,
+ladder_eval.json    in sft and reward runs: the metrics that they make measurable in earlier rows,
                     {"random" or a run's id: metrics}; ladder_eval_items.jsonl has the items
 """
 
@@ -24,10 +24,10 @@ from fourstage.model import ScalarModel, Transformer
 from fourstage.tokenizer import Tokenizer
 
 NO_TRUE_SCORE = "the true score is known for data=embedded only"
-# what the sft run and the reward run say of earlier rows
+# the metrics that the sft run and the reward run add to earlier rows
 BY_SFT = ("kl_to_sft", "win_rate", "win_rate_ties")
 BY_REWARD = ("reward_model_score", "win_rate_learned")
-FIELDS = {"win_rate": "win", "win_rate_learned": "win_learned"}  # else named as the metric
+FIELDS = {"win_rate": "win", "win_rate_learned": "win_learned"}  # of items; else as the metric
 
 Table = dict[str, Metric]
 
@@ -41,17 +41,17 @@ def evaluate_policy(
     parent: Transformer | str = "random weights have no parent",
     tell: Callable[[str], None] = lambda what: None,
 ) -> tuple[Table, list[Item]]:
-    """All metrics of a language model, and the items they are made of.
+    """All metrics of a language model, and the items they are computed from.
 
-    `judges` is what the ladder has come to; `parent` the policy that this one started from, or why
-    there is none. The sft policy's own judge is the policy itself (`judges.reference is policy`).
-    `tell` hears what comes next.
+    `judges` are the ladder's other models so far; for the sft policy the reference is the policy
+    itself. `parent` is the policy that this one started from, or why there is none. `tell` is
+    called with the name of each part.
     """
     judges = judges or Judges()
     heldout = askable(heldout, tokenizer, policy.config.max_seq_len - config.max_new_tokens)
     was_training = policy.training
     policy.eval()
-    if not isinstance(parent, str) and routers(parent) != routers(policy):
+    if isinstance(parent, Transformer) and routers(parent) != routers(policy):
         parent = "the parent has other routers"
     start = None if isinstance(parent, str) else parent.eval()
     items = policy_items(policy, tokenizer, heldout, config, start, tell)
@@ -75,43 +75,38 @@ def routers(policy: Transformer) -> tuple[int, int]:
 
 
 def missing_reasons(heldout: HeldOut, judges: Judges) -> dict[str, str]:
-    """Why keys are null, by item set and by key; only those without items will need it."""
-    reasons = {
-        "distinct_1": "no answer has a word",
-        "distinct_2": "no answer has two words",
-        **judge_reasons(heldout.has_true_score, judges),
-    }
-    if not heldout.has_true_score:
-        reasons["true_score"] = NO_TRUE_SCORE
-    if isinstance(heldout.corpus, str):
-        reasons["corpus"] = heldout.corpus
-        if isinstance(heldout.chats, str):
-            reasons["router"] = heldout.corpus
-    if isinstance(heldout.chats, str):
-        chat_keys = ("true_score", "distinct_1", "distinct_2", *BY_SFT, *BY_REWARD)
-        reasons |= dict.fromkeys(("chat", "chat_greedy", *chat_keys), heldout.chats)
-    if isinstance(heldout.problems, str):
-        reasons |= dict.fromkeys(("reasoning", "reasoning_sampled"), heldout.problems)
-    return reasons
+    """Why keys have no items, by item set or by key."""
+    corpus, chats, problems = heldout.corpus, heldout.chats, heldout.problems
+    reasons: dict[str, str] = {}
+    if isinstance(corpus, str):
+        reasons["corpus"] = corpus
+        if isinstance(chats, str):
+            reasons["router"] = corpus
+    if isinstance(problems, str):
+        reasons |= dict.fromkeys(("reasoning", "reasoning_sampled"), problems)
+    if isinstance(chats, str):
+        return reasons | dict.fromkeys(("chat", "chat_greedy"), chats)
+    distinct = {"distinct_1": "no answer has a word", "distinct_2": "no answer has two words"}
+    return reasons | distinct | judge_reasons(heldout.has_true_score, judges)
 
 
 def judge_reasons(has_true_score: bool, judges: Judges) -> dict[str, str]:
-    """Why the keys are null that other models judge."""
+    """Why keys are null that other models or the hidden rule judge."""
     unlike = judges.sft_chats if isinstance(judges.sft_chats, str) else "no sft answers to compare"
-    by_rule = unlike if has_true_score else NO_TRUE_SCORE
-    return {
+    reasons = {
         "kl_to_sft": NO_SFT,
-        "win_rate": by_rule,
-        "win_rate_ties": by_rule,
         "reward_model_score": NO_REWARD,
         "win_rate_learned": NO_REWARD if judges.reward is None else unlike,
     }
+    if has_true_score:
+        return reasons | dict.fromkeys(("win_rate", "win_rate_ties"), unlike)
+    return reasons | dict.fromkeys(("true_score", "win_rate", "win_rate_ties"), NO_TRUE_SCORE)
 
 
 def evaluate_reward_model(
     reward: ScalarModel, batches: Sequence[PairBatch], config: EvaluationConfig
 ) -> tuple[Table, list[Item]]:
-    """Accuracy of a reward model on held-out pairs: strictly higher for the chosen answer."""
+    """The metrics of a reward model on held-out pairs, and their items."""
     items = pair_items(reward, batches)[: config.max_pairs]
     return metrics(items, {"pairs": "no held-out pairs"}, config.seed), items
 
@@ -123,10 +118,10 @@ def evaluate_ancestors(
     judges: Judges,
     names: Sequence[str],
 ) -> tuple[dict[str, Table], list[Item]]:
-    """What new judges say of the stored answers of earlier rows, {row: (folder, suffix)}: for each
-    row the metrics `names`, and the items with the row's name.
+    """New judges on the stored answers of earlier rows, {row: (folder, suffix)}: for each row the
+    metrics `names`, and the items with the row's name.
 
-    Rows of another suite are left out, and so are rows that were never evaluated; a line says so.
+    A row that has no evaluation by this suite is left out with a printed line.
     """
     fields = [FIELDS.get(name, name) for name in names]
     found: dict[str, Table] = {}
@@ -137,11 +132,10 @@ def evaluate_ancestors(
             print(f"  not judged: {items}")
             continue
         chats = [item for item in items if item["set"] == "chat"]
-        said = judged(chats, tokenizer, judges) if chats else []
+        said = judged(chats, tokenizer, judges)
         has_true_score = any(item["true_score"] is not None for item in chats)
         reasons = judge_reasons(has_true_score, judges)
-        if not chats:
-            reasons = dict.fromkeys(names, "the data has no chat prompts")
+        reasons = reasons if chats else {"chat": "the data has no chat prompts"}
         table = metrics(joined(chats, said), reasons, seed)
         found[row] = {name: table[name] for name in names}
         for item in said:
@@ -158,20 +152,19 @@ def write_evaluation(
 ) -> None:
     """eval<suffix>.json and eval_items<suffix>.jsonl in a run's folder, atomically.
 
-    Raises UserError, and writes nothing, where a cell that was measured has become null: what it
-    was measured on (the data, an ancestor) is gone, and the older value is worth more.
+    Raises UserError, and writes nothing, if a metric that had a value would become null: what it
+    was measured on (the data, an ancestor) is gone, and the old value is worth more.
     """
     path = folder / f"eval{suffix}.json"
     before = read_summary(path)["metrics"]
     for name, cell in table.items():
         if cell["value"] is None and before.get(name, cell)["value"] is not None:
             raise UserError(
-                f"{path} has a value for {name}, which cannot be measured any more "
-                f"({cell['why']}): it is kept; remove the file to have it written all the same"
+                f"{path} has a value for {name}, which can no longer be measured ({cell['why']}): "
+                "the file is kept; remove it to have it written anyway"
             )
     write_jsonl(folder / f"eval_items{suffix}.jsonl", items)
-    summary = {"suite": SUITE, "seed": seed, "metrics": table}
-    write_json(path, summary)
+    write_json(path, {"suite": SUITE, "seed": seed, "metrics": table})
 
 
 def write_ladder_evaluation(folder: Path, found: dict[str, Table], late: list[Item]) -> None:
@@ -181,21 +174,18 @@ def write_ladder_evaluation(folder: Path, found: dict[str, Table], late: list[It
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """An eval.json; with no suite and no metrics where it is missing or broken."""
-    nothing = {"suite": None, "metrics": {}}
+    """An eval.json; without a suite and metrics if it is missing or broken."""
     try:
         summary = read_json(path)
-    except (OSError, ValueError):
-        return nothing
-    cells = summary.get("metrics") if isinstance(summary, dict) else None
-    is_whole = isinstance(cells, dict) and all(
-        isinstance(cell, dict) and "value" in cell for cell in cells.values()
-    )
-    return {**nothing, **summary} if is_whole else nothing
+        if all("value" in cell for cell in summary["metrics"].values()):
+            return {"suite": None, **summary}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return {"suite": None, "metrics": {}}
 
 
 def stored_items(folder: Path, suffix: str = "") -> list[Item] | str:
-    """The items of an earlier evaluation by this suite, or a str that says why not."""
+    """The items of an earlier evaluation by this suite, or a str that says why there are none."""
     summary, path = folder / f"eval{suffix}.json", folder / f"eval_items{suffix}.jsonl"
     suite = read_summary(summary)["suite"]
     if suite is None:
