@@ -4,7 +4,7 @@
     python -m fourstage chat run=sft               another: a stage, an id, <stage>-<id>, a folder
     python -m fourstage chat run=sft prompt="Hi"   print one answer and nothing else
 
-Other settings: temperature=0.7 (0: the likeliest), top_k=0, top_p=1, max_new_tokens=200, seed=0,
+Other settings: temperature=0.7 (0: greedy), top_k=0, top_p=1, max_new_tokens=200, seed=0,
 outputs=outputs. Type /help while talking. run=random is the same model with untrained weights.
 """
 
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from fourstage.ladder import LADDER, stages
 from fourstage.settings import build
 
 if TYPE_CHECKING:  # PyTorch is imported when a model is needed, so that --help is quick
-    from fourstage.model import Transformer
+    from fourstage.sampling.generate import Sampling
     from fourstage.tokenizer import Tokenizer
 
 HELP = """\
@@ -52,7 +53,7 @@ class ChatSettings:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed: must be between 0 and {2**32 - 1}, got {self.seed}")
         if self.prompt is not None and not self.prompt.strip():
-            raise UserError("prompt: it is empty: leave prompt= out to talk, or ask something")
+            raise UserError("prompt: it is empty: leave out prompt= to talk, or ask something")
 
 
 def parse(arguments: list[str]) -> ChatSettings:
@@ -72,33 +73,29 @@ def parse(arguments: list[str]) -> ChatSettings:
 
 @dataclass(frozen=True)
 class Voice:
-    """A model that can be talked to."""
+    """A model to talk to; `speak` streams the answer ids to prompt ids, drawn from a seed."""
 
     name: str
-    model: Transformer
     tokenizer: Tokenizer
     max_seq_len: int
-
-
-Speak = Callable[[Voice, list[int], int], Iterator[int]]  # prompt ids and a seed -> answer ids
+    speak: Callable[[list[int], int], Iterator[int]]
 
 
 @dataclass
 class Chat:
-    """A conversation with one voice; `open_voice` finds another, `speak` lets it answer."""
+    """A conversation with one voice; `open_voice` finds another by its run's name."""
 
     settings: ChatSettings
     voice: Voice
     open_voice: Callable[[str], Voice]
-    speak: Speak
     messages: list[dict[str, str]] = field(default_factory=list)
-    turns: int = 0  # answers so far, so that each draws from other random numbers
+    turns: int = 0  # answers so far: each has a seed of its own
 
     def answer(self, text: str) -> Iterator[str]:
-        """The answer to `text`, piece by piece, which then is part of the conversation.
+        """Streams the answer to `text` and adds both to the conversation.
 
-        The oldest exchanges are forgotten when the conversation outgrows the model's context.
-        Raises UserError where `text` alone does.
+        The oldest exchanges are dropped when the conversation outgrows the model's context. Raises
+        UserError if `text` alone does.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         tokenizer = self.voice.tokenizer
@@ -108,12 +105,12 @@ class Chat:
         ids: list[int] = []
         said = ""
         try:
-            for token in self.speak(self.voice, prompt, self.settings.seed + self.turns):
+            for token in self.voice.speak(prompt, self.settings.seed + self.turns):
                 ids.append(token)
                 whole = tokenizer.decode(ids)
                 yield whole[len(said) :]
                 said = whole
-        finally:  # a stopped answer counts as far as it went
+        finally:  # an interrupted answer counts as far as it got
             if ids:
                 self.messages = [*messages, {"role": "assistant", "content": said}]
                 self.turns += 1
@@ -122,13 +119,25 @@ class Chat:
         """Forget the conversation."""
         self.messages, self.turns = [], 0
 
-    def unknown(self, text: str) -> int:
-        """How many characters of `text` the tokenizer does not know."""
+    def warning(self, text: str) -> str:
+        """How many characters of `text` the model doesn't see; "" if it sees all."""
         tokenizer = self.voice.tokenizer
-        return tokenizer.count_unknown(tokenizer.encode(text))
+        unknown = tokenizer.count_unknown(tokenizer.encode(text))
+        what = "1 character" if unknown == 1 else f"{unknown} characters"
+        verb = "was" if unknown == 1 else "were"
+        return f"{what} unknown to the tokenizer {verb} replaced" if unknown else ""
+
+    def reply(self, line: str) -> Iterator[str]:
+        """What to print for a line: a command's message, or the answer. Raises UserError."""
+        if line.startswith("/"):
+            yield self.command(line)
+            return
+        if warning := self.warning(line):
+            yield f"({warning})\n"
+        yield from self.answer(line)
 
     def command(self, line: str) -> str:
-        """Carry out a line that begins with a slash; returns what to print.
+        """Carry out a line that begins with a slash and return what to print.
 
         Raises UserError for an unknown command or run.
         """
@@ -148,69 +157,81 @@ class Chat:
         raise UserError(f"unknown command {line!r}: /help lists them")
 
 
-def replaced(unknown: int) -> str:
-    """What the model does not see of a prompt."""
-    what = "1 character" if unknown == 1 else f"{unknown} characters"
-    return f"{what} unknown to the tokenizer {'was' if unknown == 1 else 'were'} replaced"
-
-
 def converse(chat: Chat, read: Callable[[], str], write: Callable[[str], None]) -> None:
-    """Lines from `read` to answers, until /quit, or read raises EOFError or KeyboardInterrupt."""
+    """Answer lines until /quit, or until `read` raises EOFError or KeyboardInterrupt."""
     try:
         write(f"({chat.voice.name}; /help for commands)\n")
-        while True:
-            line = read().strip()
-            if line in ("/quit", "/exit"):
-                return
-            if line:
-                respond(chat, line, write)
-                write("\n")
+        while (line := read().strip()) not in ("/quit", "/exit"):
+            if not line:
+                continue
+            try:
+                for piece in chat.reply(line):
+                    write(piece)
+            except UserError as error:
+                write(f"error: {error}")
+            except KeyboardInterrupt:  # ends the answer, not the chat
+                write(" (stopped)")
+            write("\n")
     except (EOFError, KeyboardInterrupt):
         write("\n")
-
-
-def respond(chat: Chat, line: str, write: Callable[[str], None]) -> None:
-    """One line of the user to what is written for it; Ctrl-C ends the answer, not the chat."""
-    try:
-        if line.startswith("/"):
-            write(chat.command(line))
-            return
-        if unknown := chat.unknown(line):
-            write(f"({replaced(unknown)})\n")
-        for piece in chat.answer(line):
-            write(piece)
-    except UserError as error:
-        write(f"error: {error}")
-    except KeyboardInterrupt:
-        write(" (stopped)")
 
 
 # --- real models
 
 
-def load_voice(outputs: Path, name: str, seed: int) -> Voice:
+def start(settings: ChatSettings) -> Chat:
+    """A chat with a real model."""
+    import torch
+
+    torch.set_flush_denormal(True)
+    sampling(settings, stop_id=0)  # refuses what is out of range before anything is loaded
+    return Chat(settings, load_voice(settings, settings.run), partial(load_voice, settings))
+
+
+def sampling(settings: ChatSettings, stop_id: int, seed: int = 0) -> Sampling:
+    """How the answers are drawn. Raises UserError for a value out of range."""
+    from fourstage.sampling.generate import Sampling
+
+    return Sampling(
+        max_new_tokens=settings.max_new_tokens,
+        stop_id=stop_id,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        seed=seed,
+    )
+
+
+def load_voice(settings: ChatSettings, name: str) -> Voice:
     """The language model of a finished run, "" for the furthest stage, or "random".
 
-    Raises UserError where there is no such run, or where it holds no language model.
+    Raises UserError if there is no such run, or if it holds no language model.
     """
     import torch
 
     from fourstage.model import Transformer
     from fourstage.model.weights import load_policy
     from fourstage.runs.store import find_run
+    from fourstage.sampling.generate import stream
 
+    outputs = Path(settings.outputs)
     folder = furthest(outputs) if name in ("", "random") else find_run(outputs, name)
     model, tokenizer = load_policy(folder)
+    shown = folder.name
     if name == "random":
-        torch.manual_seed(seed)
+        torch.manual_seed(settings.seed)
         model = Transformer(model.config, tokenizer.vocab_size)
-    shown = f"untrained {model.config.name}" if name == "random" else folder.name
+        shown = f"untrained {model.config.name}"
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return Voice(shown, model, tokenizer, model.config.max_seq_len)
+
+    def speak(prompt: list[int], seed: int) -> Iterator[int]:
+        return stream(model, prompt, sampling(settings, tokenizer.eot_id, seed))
+
+    return Voice(shown, tokenizer, model.config.max_seq_len, speak)
 
 
 def furthest(outputs: Path) -> Path:
-    """The latest finished run of the furthest stage that writes text."""
+    """The latest finished run of the furthest stage that leaves a language model."""
     from fourstage.runs.store import find_run
 
     first, *others = [stage for stage in stages() if LADDER[stage].leaves == "policy"]
@@ -220,31 +241,8 @@ def furthest(outputs: Path) -> Path:
     return find_run(outputs, first)
 
 
-def start(settings: ChatSettings) -> Chat:
-    """A chat with a real model."""
-    import torch
-
-    from fourstage.sampling.generate import Sampling, stream
-
-    torch.set_flush_denormal(True)
-    options = {
-        name: getattr(settings, name)
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p")
-    }
-    Sampling(stop_id=0, **options)  # refuses what is out of range before anything is loaded
-
-    def open_voice(name: str) -> Voice:
-        return load_voice(Path(settings.outputs), name, settings.seed)
-
-    def speak(voice: Voice, prompt: list[int], seed: int) -> Iterator[int]:
-        sampling = Sampling(stop_id=voice.tokenizer.eot_id, seed=seed, **options)
-        return stream(voice.model, prompt, sampling)
-
-    return Chat(settings, open_voice(settings.run), open_voice, speak)
-
-
 def main(arguments: list[str]) -> None:
-    """The command. Raises UserError for what the user did wrong."""
+    """The command. Raises UserError for a mistake of the user."""
     settings = parse(arguments)
     chat = start(settings)
 
@@ -256,8 +254,8 @@ def main(arguments: list[str]) -> None:
             import readline  # noqa: F401  line editing and history in input()
         converse(chat, lambda: input("> "), write)
         return
-    if unknown := chat.unknown(settings.prompt):
-        print(replaced(unknown), file=sys.stderr)
+    if warning := chat.warning(settings.prompt):
+        print(warning, file=sys.stderr)
     for piece in chat.answer(settings.prompt):
         write(piece)
     write("\n")

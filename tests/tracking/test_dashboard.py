@@ -18,7 +18,7 @@ from wandb_workspaces.workspaces.internal import View
 
 from fourstage.errors import UserError
 from fourstage.tracking import dashboard
-from fourstage.tracking.dashboard_spec import SECTIONS, STEP, Panel, Section, is_shown, resolved
+from fourstage.tracking.dashboard_spec import SECTIONS, STEP, Panel, Section, resolved
 
 # W&B's own tables of a run; test_wandb_offline.py reads them back
 TABLES = {"ladder", "samples", "samples_by_stage"}
@@ -31,6 +31,11 @@ OPTIONAL = {
     "eval*/pass_at_8*",
     "eval_random/distinct_2",  # random weights may answer no two words
 }
+
+
+def is_shown(key: str, sections) -> bool:
+    keys = [k for section in sections for panel in section.panels for k in panel.keys]
+    return any(fnmatchcase(key, pattern) for pattern in keys)
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +212,9 @@ def test_a_broken_run_is_named_and_skipped(no_key, ladder, tmp_path, capsys, fil
 @pytest.mark.parametrize(
     ("argument", "says"),
     [
-        ("run=sft", "unknown argument 'run=sft'"),
-        ("outputs", "unknown argument 'outputs'"),
-        ("mode=on", "mode: must be one of auto, online, offline, got 'on'"),
+        ("run=sft", "run: unknown key, known are name, project, entity, mode"),
+        ("mode", "mode: expected one of auto, online, offline, disabled, got ''"),
+        ("mode=on", "mode: expected one of auto, online, offline, disabled, got 'on'"),
         ("mode=online", "mode=online: no API key: run `wandb login` or set WANDB_API_KEY"),
     ],
 )

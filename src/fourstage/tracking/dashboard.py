@@ -7,9 +7,9 @@ For example:
 
     python -m fourstage dashboard mode=offline
 
-dashboard_spec.py says which panel shows which keys. Online (where a key is configured, by the rules
-of the runs' own logger) both are saved to W&B, over those that an earlier call saved. Their JSON is
-written to outputs/dashboard/ either way: the same runs give the same bytes.
+dashboard_spec.py says which panel shows which keys. Online (if a key is configured, as for the runs
+themselves) both are saved to W&B, replacing those of an earlier call. Their JSON is written to
+outputs/dashboard/ either way: the same runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fourstage.files import read_json, write_atomic
 from fourstage.interruptions import run_command
 from fourstage.job import LoggerConfig
 from fourstage.runs.records import read_record
+from fourstage.settings import build
 from fourstage.tracking.dashboard_spec import SECTIONS, STEP, Panel, Section, resolved
 
 if TYPE_CHECKING:
@@ -32,18 +33,12 @@ if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 TITLE = "From random weights to reasoning"
-REAL_RUNS = "Tags() not in ['debug']"  # a mean over seeds would take debug runs for real ones
-OPTIONS = {"outputs": "outputs", "project": "fourstage", "entity": "", "mode": "auto"}
-MODES = ("auto", "online", "offline")
-USAGE = (
-    "usage: python -m fourstage dashboard [outputs=outputs] [project=fourstage] [entity=NAME] "
-    "[mode=auto|online|offline]"
-)
+REAL_RUNS = "Tags() not in ['debug']"  # debug runs would distort a mean over seeds
 
 
 def known_keys(outputs: Path) -> tuple[set[str], list[str]]:
-    """The summary keys of the finished runs under `outputs`; and a line for each folder that cannot
-    be read, whose keys are left out."""
+    """The summary keys of the finished runs under `outputs`; and a line for each folder that can't
+    be read."""
     from fourstage.tracking.loggers import summary
 
     keys: set[str] = set()
@@ -84,7 +79,7 @@ def widget(panel: Panel) -> Any:
 
 
 def workspace(entity: str, project: str, sections: list[Section]) -> Workspace:
-    """Runs grouped by stage, in the order of the ladder, with the panels of the sections."""
+    """The sections' panels over runs that are grouped by stage, in the order of the ladder."""
     from wandb_workspaces import workspaces as ws
 
     return ws.Workspace(
@@ -110,8 +105,8 @@ def workspace(entity: str, project: str, sections: list[Section]) -> Workspace:
 
 
 def report(entity: str, project: str, sections: list[Section]) -> Report:
-    """The same panels under headings, with a sentence each. With an entity W&B is asked for the
-    project as soon as the report is written or saved."""
+    """The same panels under headings, with a sentence each. If `entity` is given, W&B is asked for
+    the project when the report is written or saved."""
     from wandb_workspaces.reports import v2 as wr
 
     blocks: list[Any] = [wr.TableOfContents()]
@@ -136,38 +131,29 @@ def report(entity: str, project: str, sections: list[Section]) -> Report:
 def write(outputs: Path, project: str, sections: list[Section]) -> Path:
     """workspace.json and report.json, as W&B would get them, in outputs/dashboard."""
     folder = outputs / "dashboard"
-    for build in (workspace, report):
-        model = build("", project, sections)._to_model()
+    for make in (workspace, report):
+        model = make("", project, sections)._to_model()
         tree = model.model_dump(mode="json", by_alias=True, exclude_none=True)
-        text = json.dumps(without_random_ids(tree), indent=1, ensure_ascii=False)
-        write_atomic(folder / f"{build.__name__}.json", text + "\n")
+        text = without_random_ids(json.dumps(tree, indent=1, ensure_ascii=False))
+        write_atomic(folder / f"{make.__name__}.json", text + "\n")
     return folder
 
 
-def without_random_ids(tree: Any) -> Any:
+def without_random_ids(text: str) -> str:
     """The same JSON with "1", "2", ... for the ids that wandb-workspaces draws at random."""
     numbers: dict[str, str] = {}
 
-    def walk(node: Any) -> Any:
-        if isinstance(node, list):
-            return [walk(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        return {
-            key: numbers.setdefault(value, str(len(numbers) + 1))
-            if key in ("id", "__id__") and value
-            else walk(value)
-            for key, value in node.items()
-        }
+    def numbered(found: re.Match[str]) -> str:
+        return f'{found[1]}"{numbers.setdefault(found[2], str(len(numbers) + 1))}"'
 
-    return walk(tree)
+    return re.sub(r'("(?:id|__id__)": )"([^"]+)"', numbered, text)
 
 
 def save(outputs: Path, entity: str, project: str, sections: list[Section]) -> list[str]:
-    """Save both to W&B and return their addresses.
+    """Save both to W&B and return their addresses. Raises whatever wandb raises.
 
-    saved.json in outputs/dashboard remembers them, so that the next call replaces what is there:
-    whoever deletes them in W&B removes that file too. Raises whatever wandb raises.
+    outputs/dashboard/saved.json remembers the addresses, so that the next call replaces both; to
+    start anew after deleting them in W&B, remove that file too.
     """
     import wandb
 
@@ -176,40 +162,34 @@ def save(outputs: Path, entity: str, project: str, sections: list[Section]) -> l
     saved = read_json(path) if path.exists() else {}
     place = saved.setdefault(f"{entity}/{project}", {})
     contents = {workspace: ("sections", "settings", "runset_settings"), report: ("blocks", "width")}
-    for build, parts in contents.items():
-        view = new = build(entity, project, sections)
-        if build.__name__ in place:
-            view = type(new).from_url(place[build.__name__])
+    for make, parts in contents.items():
+        view = new = make(entity, project, sections)
+        if make.__name__ in place:
+            view = type(new).from_url(place[make.__name__])
             for part in parts:
                 setattr(view, part, getattr(new, part))
         view.save()
-        place[build.__name__] = view.url
+        place[make.__name__] = view.url
         write_atomic(path, json.dumps(saved, indent=1) + "\n")
     return list(place.values())
 
 
 def main(arguments: list[str]) -> None:
     """Run the command. Raises UserError for an unknown argument, for mode=online without a key,
-    and where W&B refuses (the JSON is written first)."""
-    options = dict(OPTIONS)
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key not in options or not value:
-            raise UserError(f"unknown argument {argument!r}: {USAGE}")
-        options[key] = value
-    if options["mode"] not in MODES:
-        raise UserError(f"mode: must be one of {', '.join(MODES)}, got {options['mode']!r}")
+    and if W&B refuses (the JSON is written first)."""
     from fourstage.tracking.loggers import wandb_mode
 
-    outputs, project, entity = (Path(options["outputs"]), options["project"], options["entity"])
-    mode, why = wandb_mode(LoggerConfig(mode=options["mode"]))
-    if why and options["mode"] == "online":
+    values = dict(argument.partition("=")[::2] for argument in arguments)
+    outputs = Path(values.pop("outputs", "") or "outputs")
+    logger = build(LoggerConfig, values, "")
+    mode, why = wandb_mode(logger)
+    if why and logger.mode == "online":
         raise UserError(f"mode=online: {why}: run `wandb login` or set WANDB_API_KEY")
     keys, broken = known_keys(outputs)
     for line in broken:
         print(f"skipped: {line}", file=sys.stderr)
     sections = resolved(SECTIONS, keys)
-    folder = write(outputs, project, sections)
+    folder = write(outputs, logger.project, sections)
     if mode != "online":
         print(
             f"W&B: {why or mode}: the dashboards are written to {folder}/workspace.json and "
@@ -217,12 +197,12 @@ def main(arguments: list[str]) -> None:
         )
         return
     try:
-        addresses = save(outputs, entity, project, sections)
+        addresses = save(outputs, logger.entity or "", logger.project, sections)
     except Exception as error:  # wandb raises anything from its own errors to TypeError
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"W&B did not save the dashboards of project {project!r}: {reason}; their JSON is in "
-            f"{folder}"
+            f"W&B did not save the dashboards of project {logger.project!r}: {reason}; their JSON "
+            f"is in {folder}"
         ) from error
     print("\n".join(f"W&B: saved {address}" for address in addresses))
 

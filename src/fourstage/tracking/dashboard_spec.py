@@ -1,13 +1,12 @@
 """What the W&B dashboards show: sections, their panels, and the keys of each panel. Plain data.
 
-A test holds SECTIONS against the keys that the stages log: a key that no panel shows fails, and so
-does a panel whose keys nobody logs.
+A test compares SECTIONS with the keys that the stages log: each key needs a panel, and each panel's
+keys must be logged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -20,9 +19,9 @@ STEP = "trainer/global_step"  # the x axis that loggers.start_wandb defines
 class Panel:
     """One chart or table. A key may be a pattern with `*`.
 
-    bars: summary values, a bar a stage (a pattern: those of the runs under outputs)
-    lines: the history against `x` (a pattern stands alone, and W&B looks for its keys)
-    scatter: summary values, a point a run, against `x`; table: W&B tables, the rows of all runs
+    bars: summary values, a bar for each stage (a pattern: the matching keys under outputs)
+    lines: the history against `x` (a pattern is the panel's only key, and W&B matches it)
+    scatter: summary values against `x`, a point for each run; table: W&B tables of all runs
     """
 
     kind: Literal["bars", "lines", "scatter", "table"]
@@ -33,7 +32,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """Panels under one heading; `text` says in the report what to look for."""
+    """Panels under one heading; the report shows `text`, which says what to look for."""
 
     name: str
     text: str
@@ -46,9 +45,7 @@ def bars(title: str, *keys: str) -> Panel:
 
 def row(title: str, *names: str) -> Panel:
     """A metric of the stage table, with the random weights' beside pretrain's."""
-    return bars(
-        title, *(f"{prefix}/{name}" for name in names for prefix in ("eval", "eval_random"))
-    )
+    return bars(title, *(f"{prefix}/{x}" for x in names for prefix in ("eval", "eval_random")))
 
 
 def lines(title: str, *keys: str, x: str = STEP) -> Panel:
@@ -191,32 +188,20 @@ SECTIONS = (
 )
 
 
-def matches(key: str, pattern: str) -> bool:
-    return fnmatchcase(key, pattern)
-
-
-def is_shown(key: str, sections: Iterable[Section]) -> bool:
-    """Whether some panel shows the key."""
-    return any(matches(key, k) for s in sections for panel in s.panels for k in panel.keys)
-
-
 def resolved(sections: tuple[Section, ...], known: set[str]) -> list[Section]:
-    """The sections with the patterns of bars replaced by the known keys that they match; a panel
-    that matches none is left out."""
+    """The sections with each pattern of bars replaced by the known keys that it matches; a panel
+    without keys is left out."""
     found = []
     for section in sections:
-        panels = []
-        for panel in section.panels:
-            keys = panel.keys
-            if panel.kind == "bars":
-                keys = tuple(k for p in keys for k in _expanded(p, known))
-            if keys:
-                panels.append(Panel(panel.kind, panel.title, keys, panel.x))
-        found.append(Section(section.name, section.text, tuple(panels)))
+        panels = (_resolved(panel, known) for panel in section.panels)
+        found.append(replace(section, panels=tuple(panel for panel in panels if panel.keys)))
     return found
 
 
-def _expanded(pattern: str, known: set[str]) -> list[str]:
-    if "*" not in pattern:
-        return [pattern]
-    return sorted(key for key in known if matches(key, pattern))
+def _resolved(panel: Panel, known: set[str]) -> Panel:
+    if panel.kind != "bars":
+        return panel
+    found: list[str] = []
+    for key in panel.keys:
+        found += sorted(k for k in known if fnmatchcase(k, key)) if "*" in key else [key]
+    return replace(panel, keys=tuple(found))
