@@ -9,7 +9,7 @@ For example:
 
 It trains nothing and gives the same bytes again. ladder=true evaluates the run's ancestors too,
 from the bottom up, on the run's held-out data and with its evaluation settings, so that all rows
-compare; it also brings a ladder of an older suite to this one. Changed settings are recorded.
+are comparable; it also brings a ladder of an older suite up to date. Changed settings are recorded.
 """
 
 from __future__ import annotations
@@ -26,14 +26,6 @@ USAGE = (
 )
 
 
-def whole_number(text: str) -> int | str:
-    """The number; a text that is none stays one, and is refused where a number is expected."""
-    try:
-        return int(text)
-    except ValueError:
-        return text
-
-
 def main(arguments: list[str]) -> None:
     """Evaluate a finished run again. Raises UserError for an unknown run or argument."""
     from fourstage.evaluation.run import evaluate_again
@@ -41,8 +33,10 @@ def main(arguments: list[str]) -> None:
     from fourstage.tracking.callbacks import telling
 
     values = dict(argument.partition("=")[::2] for argument in arguments)
-    changed = [key for key in values if key.startswith("evaluation.")]
-    changes = {key.removeprefix("evaluation."): whole_number(values.pop(key)) for key in changed}
+    changes: dict[str, int | str] = {}  # EvaluationConfig refuses the text that is no number
+    for key in [key for key in values if key.startswith("evaluation.")]:
+        text = values.pop(key)
+        changes[key.removeprefix("evaluation.")] = int(text) if text.isdecimal() else text
     if set(values) - {"run", "outputs", "ladder"} or not values.get("run"):
         raise UserError(USAGE)
     ladder = values.get("ladder", "false")
@@ -51,7 +45,7 @@ def main(arguments: list[str]) -> None:
     store = RunStore(Path(values.get("outputs", "outputs")))
     folder = store.find(values["run"])
     ancestors = list(store.ancestors(folder).values()) if ladder == "true" else []
-    for run in (*ancestors, folder):  # each judges rows below it, so from the bottom up
+    for run in (*ancestors, folder):  # from the bottom up: each judges the rows below it
         like = None if run == folder else folder
         evaluate_again(run, store.ancestors(run), store.outputs, telling, changes, like)
         print(f"evaluated {run.name}: {run / 'eval.json'}", flush=True)

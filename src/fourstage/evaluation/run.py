@@ -1,9 +1,9 @@
-"""Evaluates a run of a ladder: on which held-out sets, and with which models of its ancestors."""
+"""Evaluates a run of a ladder on its held-out sets, with the models of its ancestors."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,12 +33,12 @@ from fourstage.tokenizer import Tokenizer, TokenizerConfig
 
 PAIRS_AT_ONCE = 128
 
-# of a name: a context, in which what an evaluation is at can be told
+# telling(name) is a context that yields tell(part), which shows what is being evaluated
 Telling = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 
 
 def heldout_sets(config: data.DataConfig) -> HeldOut:
-    """The held-out side of every source; a source that is not there says why."""
+    """The held-out side of every source, or why there is none."""
 
     def side(load: Callable[[data.DataConfig], Any]) -> Any:
         try:
@@ -46,41 +46,33 @@ def heldout_sets(config: data.DataConfig) -> HeldOut:
         except UserError as error:
             return str(error)
 
+    references: dict[str, list[str]] = {}
+
+    def chats(config: data.DataConfig) -> data.Chats:
+        """The chat prompts of the conversations, else of the pairs; notes all answers to each."""
+        try:
+            found = data.load_chat(config)
+            said = [(chat.id, chat.answer) for chat in found.heldout if chat.kind == "chat"]
+            prompts = data.prompts_only(found)
+        except UserError:
+            prompts = data.load_prompts(config)
+            pairs = data.load_preference(config)
+            said = [(pair.id, pair.chosen) for pair in pairs.heldout] if pairs else []
+        for prompt, answer in said:
+            references.setdefault(prompt, []).append(answer)
+        return prompts
+
     return HeldOut(
         corpus=side(data.load_corpus),
-        chats=side(chat_prompts),
+        chats=side(chats),
         problems=side(data.load_reasoning),
         has_true_score=config.has_hidden_rule,
-        references=references(config),
+        references=references,
     )
 
 
-def chat_prompts(config: data.DataConfig) -> data.Chats:
-    """The chat prompts of the evaluation: those of the conversations, else those of the pairs."""
-    try:
-        return data.prompts_only(data.load_chat(config))
-    except UserError:
-        return data.load_prompts(config)
-
-
-def references(config: data.DataConfig) -> dict[str, list[str]]:
-    """All held-out answers to each of these prompts, by the prompt's id; of pairs the chosen."""
-    try:
-        said = [(c.id, c.answer) for c in data.load_chat(config).heldout if c.kind == "chat"]
-    except UserError:
-        try:
-            pairs = data.load_preference(config)
-        except UserError:
-            return {}
-        said = [(pair.id, pair.chosen) for pair in pairs.heldout] if pairs else []
-    found: dict[str, list[str]] = {}
-    for prompt, answer in said:
-        found.setdefault(prompt, []).append(answer)
-    return found
-
-
 def random_weights(job: StageJob, tokenizer: Tokenizer) -> Transformer:
-    """The weights that the ladder's pre-training starts from, again from the seed."""
+    """The weights that the ladder's pre-training starts from, drawn again from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
         return Transformer(job.model, tokenizer.vocab_size)
@@ -89,74 +81,52 @@ def random_weights(job: StageJob, tokenizer: Tokenizer) -> Transformer:
 def evaluate_random(
     job: StageJob, policy: Transformer, tokenizer: Tokenizer, telling: Telling
 ) -> None:
-    """The row of random weights, measured before the first step of pre-training."""
+    """Evaluate the random weights, before the first step of pre-training."""
     policy.to(device_of(job))
     with telling("random weights") as tell:
         table, items = tables.evaluate_policy(
             policy, tokenizer, heldout_sets(job.data), job.evaluation, tell=tell
         )
-    policy.cpu()  # where training takes it from
+    policy.cpu()  # training expects it there
     tables.write_evaluation(job.folder, table, items, job.evaluation.seed, "_random")
 
 
 def evaluate_run(job: StageJob, result: nn.Module, tokenizer: Tokenizer, telling: Telling) -> None:
-    """eval.json and eval_items.jsonl of the run, from it and its ancestors only; and, where the
-    run makes earlier rows measurable, ladder_eval.json and ladder_eval_items.jsonl."""
-    with telling(job.stage) as tell:
-        _evaluate_run(job, result, tokenizer, tell)
-
-
-def _evaluate_run(
-    job: StageJob, result: nn.Module, tokenizer: Tokenizer, tell: Callable[[str], None]
-) -> None:
-    if isinstance(result, ScalarModel):
-        tell("held-out pairs")
-        judges = Judges(reward=result, sft_chats=sft_chats(job))
-        table, items = tables.evaluate_reward_model(
-            result, heldout_pairs(job, tokenizer), job.evaluation
-        )
-    else:
-        assert isinstance(result, Transformer)
-        judges = known_judges(job, result)
-        table, items = tables.evaluate_policy(
-            result,
-            tokenizer,
-            heldout_sets(job.data),
-            job.evaluation,
-            judges,
-            parent_policy(job, tokenizer),
-            tell,
-        )
-    tables.write_evaluation(job.folder, table, items, job.evaluation.seed)
-    if job.stage in (REFERENCE, REWARD):
-        tell("the answers of earlier stages")
-    if job.stage == REFERENCE:
-        judge_earlier_rows(job, tokenizer, replace(judges, sft_chats=sft_chats(job)), BY_SFT)
-    elif job.stage == REWARD:
-        judge_earlier_rows(job, tokenizer, judges, BY_REWARD)
-
-
-def judge_earlier_rows(
-    job: StageJob, tokenizer: Tokenizer, judges: Judges, names: Sequence[str]
-) -> None:
-    """What this run makes measurable in the rows below it."""
+    """eval.json and eval_items.jsonl of the run, from it and its ancestors only; and, if the run
+    makes earlier rows measurable, ladder_eval.json and ladder_eval_items.jsonl."""
     seed = job.evaluation.seed
-    found, late = tables.evaluate_ancestors(earlier_rows(job), tokenizer, seed, judges, names)
-    tables.write_ladder_evaluation(job.folder, found, late)
+    with telling(job.stage) as tell:
+        if isinstance(result, ScalarModel):
+            tell("held-out pairs")
+            judges = Judges(reward=result)
+            pairs = heldout_pairs(job, tokenizer)
+            table, items = tables.evaluate_reward_model(result, pairs, job.evaluation)
+        else:
+            assert isinstance(result, Transformer)
+            judges = known_judges(job, result)
+            heldout, parent = heldout_sets(job.data), parent_policy(job, tokenizer)
+            table, items = tables.evaluate_policy(
+                result, tokenizer, heldout, job.evaluation, judges, parent, tell
+            )
+        tables.write_evaluation(job.folder, table, items, seed)
+        if job.stage in (REFERENCE, REWARD):
+            tell("the answers of earlier stages")
+            names = BY_SFT if job.stage == REFERENCE else BY_REWARD
+            judges = replace(
+                judges, sft_chats=sft_chats(job)
+            )  # the sft run's own are stored by now
+            rows = earlier_rows(job)
+            found, late = tables.evaluate_ancestors(rows, tokenizer, seed, judges, names)
+            tables.write_ladder_evaluation(job.folder, found, late)
 
 
 def heldout_pairs(job: StageJob, tokenizer: Tokenizer) -> list[PairBatch]:
     """The held-out pairs of a reward run, max_pairs at most."""
     pairs = (data.load_preference(job.data) or stored_pairs(job.folder)).heldout
     some = pairs[: job.evaluation.max_pairs]
+    size, longest = PAIRS_AT_ONCE, job.settings.max_tokens
     loaders = reward_data(
-        some,
-        some,
-        tokenizer,
-        max_tokens=job.settings.max_tokens,
-        batch_size=PAIRS_AT_ONCE,
-        n_batches=1,
-        seed=0,
+        some, some, tokenizer, max_tokens=longest, batch_size=size, n_batches=1, seed=0
     )
     return list(loaders.val)
 
@@ -166,34 +136,36 @@ def evaluate_again(
     ancestors: dict[str, Path],
     outputs: Path,
     telling: Telling,
-    changes: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Any],
     like: Path | None = None,
 ) -> None:
     """Evaluate a finished run with the config in its record: eval.json gets the same bytes.
 
-    `changes` of `evaluation` in that config are recorded, so that the next time agrees again; so is
-    what the run takes from the run `like`: its `evaluation`, and its `data` where this run would
-    train on the same under it (else what is held out there it may have trained on).
-    Raises UserError where the data has changed since, and there is an eval.json to lose.
+    `changes` to the config's `evaluation` are recorded, so that the next time agrees again. So is
+    what the run takes from the run `like`: its `evaluation`, and its `data` if this run would train
+    on the same under it (else it may have trained on what is held out there).
+    Raises UserError if the data has changed since, and there is an eval.json to lose.
     """
     torch.set_flush_denormal(True)  # as in training: it is faster, and the digits are the same
     record = read_record(folder)
-    # other threads give sums other last digits; older records do not say how many there were
+    # the number of threads decides the last digits of sums; older records don't have it
     torch.set_num_threads(record.get("threads", torch.get_num_threads()))
     stage = record["stage"]
     config = dict(record["config"])
     if like is not None:
         theirs = read_record(like)["config"]
         config["evaluation"] = theirs["evaluation"]
-        if (why := unlike(record, theirs["data"])) is None:
-            config["data"] = theirs["data"]
-        else:
+        if why := other_data(record, theirs["data"]):
             print(
-                f"{folder.name} keeps its own held-out data: under that of {like.name} {why}, and "
-                "what is held out there it may have trained on",
+                f"{folder.name} keeps its own held-out data: under that of {like.name} {why}, so "
+                "it may have trained on what is held out there",
                 file=sys.stderr,
             )
-    config["evaluation"] = {**config["evaluation"], **(changes or {})}
+        else:
+            config["data"] = theirs["data"]
+    config["evaluation"] = {**config["evaluation"], **changes}
+    evaluation = build(EvaluationConfig, config["evaluation"], "evaluation")
+    evaluation.check_room(config["model"]["max_seq_len"])
     job = StageJob(
         stage=stage,
         run_id=record["id"],
@@ -206,7 +178,7 @@ def evaluate_again(
         digest=record.get("data", {}).get("digest", ""),
         trainer=build(TrainerConfig, config["trainer"], "trainer"),
         logger=LoggerConfig(name="none"),
-        evaluation=built_evaluation(config),
+        evaluation=evaluation,
         seed=record["config"]["seed"],
         parents={
             role: path
@@ -216,60 +188,45 @@ def evaluate_again(
         ancestors=ancestors,
         group=record["group"],
     )
-    changed = [f for f in (folder, *ancestors.values()) if has_other_data(read_record(f))]
-    if changed and (folder / "eval.json").exists():
-        source = LADDER[read_record(changed[0])["stage"]].source
-        whose = f"its {source}" if changed[0] == folder else f"the {source} of {changed[0].name}"
-        raise UserError(
-            f"{folder.name}: {whose} has changed since it was trained, and what is held out now it "
-            "may have trained on: "
-            f"{folder / 'eval.json'} is kept; remove the file to have it written all the same"
-        )
+    for run in (folder, *ancestors.values()):
+        own = read_record(run)
+        why = other_data(own, own["config"]["data"])
+        is_there = why and not why.startswith("there is no")  # heldout_sets says what is missing
+        if is_there and (folder / "eval.json").exists():
+            source = LADDER[own["stage"]].source
+            whose = f"its {source}" if run == folder else f"the {source} of {run.name}"
+            raise UserError(
+                f"{folder.name}: {whose} has changed since it was trained, so it may have trained "
+                f"on what is held out now: {folder / 'eval.json'} is kept; remove the file to have "
+                "it written anyway"
+            )
     if not LADDER[stage].parents:
         tokenizer = Tokenizer.from_config(job.tokenizer)
         evaluate_random(job, random_weights(job, tokenizer), tokenizer, telling)
     network, tokenizer = (load_scalar if LADDER[stage].leaves == "scalar" else load_policy)(folder)
     evaluate_run(job, network.to(device_of(job)), tokenizer, telling)
     if config != record["config"]:
-        evaluated = asdict(job.evaluation)
-        write_record(folder, config={"evaluation": evaluated, "data": config["data"]})
+        write_record(folder, config={"evaluation": asdict(evaluation), "data": config["data"]})
 
 
-def built_evaluation(config: Mapping[str, Any]) -> EvaluationConfig:
-    """Raises UserError where its answers would leave no room for a prompt."""
-    built = build(EvaluationConfig, config["evaluation"], "evaluation")
-    built.check_room(config["model"]["max_seq_len"])
-    return built
-
-
-def has_other_data(record: dict[str, Any]) -> bool:
-    """Whether the source that a run trained on reads otherwise now; not where it is missing, which
-    `heldout_sets` says."""
-    config = build(data.DataConfig, record["config"]["data"], "data")
-    why = data.other_source(config, record)
-    return why is not None and not why.startswith("there is no")
-
-
-def unlike(record: dict[str, Any], config: Any) -> str | None:
-    """Why a run would not train on the same under this `data`, of another run's record."""
+def other_data(record: Mapping[str, Any], config: Any) -> str | None:
+    """Why a run would not train on the same under a `data` config; None if it would."""
     return data.other_source(build(data.DataConfig, config, "data"), record)
 
 
 def known_judges(job: StageJob, policy: Transformer) -> Judges:
-    """The reward model, the sft policy and its answers, as far as this ladder has come."""
+    """The ladder's reward model, sft policy and sft answers, as far as they exist."""
     device = next(policy.parameters()).device
-    reward = reference = None
-    if REWARD in job.ancestors:
-        reward = load_scalar(job.ancestors[REWARD])[0]
+    reward = load_scalar(job.ancestors[REWARD])[0] if REWARD in job.ancestors else None
     if job.stage == REFERENCE:
         return Judges(reward, reference=policy, device=device)
-    if REFERENCE in job.ancestors:
-        reference = load_policy(job.ancestors[REFERENCE])[0]
+    is_after = REFERENCE in job.ancestors
+    reference = load_policy(job.ancestors[REFERENCE])[0] if is_after else None
     return Judges(reward, reference, sft_chats(job), device)
 
 
 def sft_chats(job: StageJob) -> list[Item] | str:
-    """What the ladder's sft policy answered, or why that is not known."""
+    """The chat items of the ladder's sft policy, or why there are none."""
     folder = job.folder if job.stage == REFERENCE else job.ancestors.get(REFERENCE)
     return NO_SFT if folder is None else tables.stored_chats(folder)
 
@@ -289,6 +246,5 @@ def earlier_rows(job: StageJob) -> dict[str, tuple[Path, str]]:
     for stage, folder in job.ancestors.items():
         if not LADDER[stage].parents:
             rows["random"] = (folder, "_random")
-    for folder in job.ancestors.values():
         rows[folder.name.split("-", 1)[1]] = (folder, "")
     return rows
