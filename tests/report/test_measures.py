@@ -255,22 +255,16 @@ def test_scores_are_drawn_against_kl() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rollouts", "said", "heads"),
-    [
-        (1, "PPO's only rollout is drawn as one point of each score.", "KL, nats"),
-        (12, "Each point is one of PPO's rollouts, and lines join them", "mean KL, nats"),
-        (13, "Dots are PPO's rollouts; lines join the means of 2 neighbours", "mean KL, nats"),
-    ],
+    ("rollouts", "said"), [(1, "of 1 rollout next"), (12, "of 1 rollout"), (13, "of 2 rollouts")]
 )
-def test_the_caption_says_what_is_drawn(rollouts: int, said: str, heads: str) -> None:
+def test_the_caption_says_what_is_drawn(rollouts: int, said: str) -> None:
     points = [(float(i), float(i)) for i in range(rollouts)]
     columns = {"train/kl": points, "train/score": points}
     _, _, figures, table = over_optimisation_blocks(columns)
     assert isinstance(figures, Figures) and isinstance(table, Table)
     (figure,) = figures.figures
     assert figure.title == "Learned reward"
-    assert figure.caption.startswith(said) and "Over-optimisation" not in figure.caption
-    assert table.header[0] == heads
+    assert said in figure.caption and "Over-optimisation" not in figure.caption
     both = over_optimisation_blocks(columns | {"train/true_score": points})
     assert isinstance(both[1], Figures)
     assert both[1].figures[0].title == "Learned reward and true score"

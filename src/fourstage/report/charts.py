@@ -53,8 +53,7 @@ def over_optimisation(xlabel: str, ylabel: str, series: Mapping[str, Points]) ->
             style |= {"ls": _nth(DASHES, n), "ms": 5}
             axes.plot(*zip(*means, strict=True), label=name, lw=1.6, **style)
         axes.set_xlim(0, max(furthest, 1e-3) * 1.05)
-        axes.set_xticks(_root_ticks(furthest))
-        axes.xaxis.set_major_formatter("{x:g}")
+        axes.locator_params("x", nbins=5)
 
     return _svg(draw, (5.0, 3.0), ylabel, xlabel)
 
@@ -92,16 +91,6 @@ def neighbours(points: Points, width: int) -> Points:
     """Means of each `width` neighbouring points, in the order given."""
     parts = [points[at : at + width] for at in range(0, len(points), width)]
     return [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p)) for p in parts]
-
-
-def _root_ticks(furthest: float) -> list[float]:
-    """Four or five round values from 0, about evenly apart on a square-root axis."""
-    ticks = {0.0}
-    for part in (1 / 16, 1 / 4, 9 / 16, 1):
-        value = max(furthest, 1e-3) * part
-        digits = 10 ** math.floor(math.log10(value))
-        ticks.add(round(value / digits * 2) / 2 * digits)
-    return sorted(ticks)
 
 
 def _nth(values: Sequence[str], n: int) -> str:

@@ -11,7 +11,7 @@ from fourstage.evaluation import suite
 from fourstage.ladder import LADDER
 from fourstage.report.charts import group_size, intervals, lines, neighbours, over_optimisation
 from fourstage.report.drawings import Node, heat_map, lineage
-from fourstage.report.files import Item, Points
+from fourstage.report.files import FAULTS, Item, Points
 from fourstage.report.html import Block, Cell, Figure, Figures, Heading, Paragraph, Table
 from fourstage.report.ladder import Row
 from fourstage.report.tables import NONE, change_cell, duration, goals, measured_cell
@@ -115,9 +115,10 @@ def over_optimisation_blocks(columns: dict[str, Points] | None) -> list[Block]:
     series = {name: points for name, points in series.items() if points}
     if not series:
         return [heading, Paragraph("Not drawn: metrics.csv has no KL with scores beside it.")]
+    size = group_size(max(series.values(), key=len))
     text = (
-        f"{_what_is_drawn(series)} x is on a square-root axis, as in Gao et al. 2022 "
-        "(arXiv 2210.10760)."
+        f"Dots are PPO's rollouts; lines join the means of {size} rollout{'s' * (size > 1)} next "
+        "to each other in KL. x is on a square-root axis, as in Gao et al. 2022 (arXiv 2210.10760)."
     )
     blocks: list[Block] = [heading]
     if len(series) == 2:
@@ -132,16 +133,6 @@ def over_optimisation_blocks(columns: dict[str, Points] | None) -> list[Block]:
     return [*blocks, Figures([Figure(title, svg, text)], "large"), _score_table(series)]
 
 
-def _what_is_drawn(series: dict[str, Points]) -> str:
-    """What the dots and lines of the over-optimisation chart are."""
-    most = max(series.values(), key=len)
-    if len(most) == 1:
-        return "PPO's only rollout is drawn as one point of each score."
-    if (size := group_size(most)) == 1:
-        return "Each point is one of PPO's rollouts, and lines join them in order of KL."
-    return f"Dots are PPO's rollouts; lines join the means of {size} neighbours in KL."
-
-
 def _score_table(series: dict[str, Points]) -> Table:
     """The same as numbers: means over quarters of the rollouts, in order of their KL."""
     width = math.ceil(max(map(len, series.values())) / 4)
@@ -154,7 +145,7 @@ def _score_table(series: dict[str, Points]) -> Table:
         ]
         for at, (x, _) in enumerate(first)
     ]
-    return Table(["KL, nats" if width == 1 else "mean KL, nats", *means], rows)
+    return Table(["mean KL, nats", *means], rows)
 
 
 # --- of the evaluations
@@ -208,9 +199,9 @@ def heat_map_blocks(rows: list[Row]) -> list[Block]:
 
 def loads(items: Sequence[Item]) -> np.ndarray | None:
     """Each expert's share of its layer's load [L, E] over the router items; None without a load."""
-    found = [np.asarray(item["load"], dtype=float) for item in items if item["set"] == "router"]
-    if not found or found[0].ndim != 2:
+    try:
+        total = np.sum([np.array(i["load"], float) for i in items if i["set"] == "router"], 0)
+        each = total.sum(1, keepdims=True)
+    except FAULTS:  # no items, or broken ones
         return None
-    total = np.sum(found, 0)
-    each = total.sum(1, keepdims=True)
     return total / each if (each > 0).all() and (total >= 0).all() else None

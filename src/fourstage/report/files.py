@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from fourstage.evaluation import suite
 from fourstage.settings import build
 
@@ -22,7 +20,8 @@ Metric = dict[str, Any]  # {"value", "n", "low", "high"}, or {"value": None, "wh
 Item = dict[str, Any]  # {"set", "id", ...}
 Points = list[tuple[float, float]]
 T = TypeVar("T")
-FAULTS = (ValueError, KeyError, TypeError, ArithmeticError, RecursionError)  # of broken content
+# what reading or computing raises on broken content
+FAULTS = (ValueError, KeyError, TypeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,18 +91,8 @@ class Files:
         return valid
 
     def items(self, path: Path) -> list[Item]:
-        """The rows of an eval_items.jsonl that the suite can read."""
-        items = self._rows(path, _item)
-        shapes = [np.shape(item["load"]) for item in items if item["set"] == "router"]
-        usual = max(shapes, key=shapes.count, default=None)
-        good = [i for i in items if i["set"] != "router" or np.shape(i["load"]) == usual]
-        if len(good) < len(items):
-            self.lost(path, f"has {len(items) - len(good)} router items of another shape")
-        return good
-
-    def judgements(self, path: Path) -> list[Item]:
-        """The valid rows of a ladder_eval_items.jsonl."""
-        return self._rows(path, _judgement)
+        """The rows of an eval_items.jsonl or ladder_eval_items.jsonl."""
+        return self._rows(path, _item)
 
     def samples(self, path: Path) -> list[Sample]:
         """The valid rows of a samples.jsonl."""
@@ -194,28 +183,8 @@ def _is_metric(cell: Any) -> bool:
 
 
 def _item(row: Any) -> Item:
-    """The row itself; raises one of FAULTS if the suite can't read it."""
     if not isinstance(row["set"], str) or not isinstance(row["id"], str | int):
         raise TypeError("set or id")
-    for defined in suite.DEFINITIONS.values():
-        if row["set"] in defined.sets:
-            if defined.by_problem and not (
-                isinstance(row["task"], str) and isinstance(row["difficulty"], str)
-            ):
-                raise TypeError("task or difficulty")
-            read = defined.read(row)
-            if read is not None and not np.isfinite(np.asarray(read, dtype=float)).all():
-                raise ValueError("not finite")
-    return row
-
-
-def _judgement(row: Any) -> Item:
-    """The row itself; raises one of FAULTS if it isn't {"row", "set", "id", NAME: number}."""
-    if not isinstance(row["row"], str) or not isinstance(row["set"], str):
-        raise TypeError("row or set")
-    said = [value for name, value in row.items() if name not in ("row", "set", "id")]
-    if "id" not in row or not all(value is None or is_number(value) for value in said):
-        raise ValueError("no id, or not finite")
     return row
 
 

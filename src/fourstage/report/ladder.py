@@ -12,7 +12,7 @@ import numpy as np
 from fourstage.errors import UserError
 from fourstage.evaluation import suite
 from fourstage.ladder import LADDER, REFERENCE, REWARD, place, stages
-from fourstage.report.files import Files, Item, Metric, Sample, is_number
+from fourstage.report.files import FAULTS, Files, Item, Metric, Sample, is_number
 from fourstage.runs.records import read_record
 from fourstage.runs.store import find_run
 
@@ -33,20 +33,10 @@ class Run:
     """A run that has a valid run.json."""
 
     folder: Path
+    stage: str
+    id: str
+    parents: dict[str, str]  # role ("policy", "reward") -> id, the policy first
     record: dict[str, Any]
-
-    @property
-    def stage(self) -> str:
-        return self.record["stage"]
-
-    @property
-    def id(self) -> str:
-        return self.record["id"]
-
-    @property
-    def parents(self) -> dict[str, str]:
-        """Role ("policy", "reward") -> id, the policy first."""
-        return dict(sorted(self.record["parents"].items()))
 
     @property
     def name(self) -> str:
@@ -134,10 +124,12 @@ def read_runs(outputs: Path, files: Files) -> dict[str, Run]:
     root = outputs / "runs"
     for folder in sorted(path for path in root.glob("*") if path.is_dir()):
         try:
-            run = Run(folder, read_record(folder))
+            record = read_record(folder)
         except UserError as error:
             files.problems.append(str(error).removeprefix(f"{root}/"))
             continue
+        parents = dict(sorted(record["parents"].items()))
+        run = Run(folder, record["stage"], record["id"], parents, record)
         if runs.setdefault(run.id, run) is not run:
             files.lost(folder / "run.json", f"is a copy of {runs[run.id].folder.name}: not read")
     return runs
@@ -201,7 +193,7 @@ def read_rows(line: dict[str, Run], files: Files) -> list[Row]:
     for judge in (line[stage] for stage in (REFERENCE, REWARD) if stage in line):
         for key, metrics in files.ladder_evaluation(judge.folder / "ladder_eval.json").items():
             late_metrics.setdefault(key, {}).update(metrics)
-        late_items += files.judgements(judge.folder / "ladder_eval_items.jsonl")
+        late_items += files.items(judge.folder / "ladder_eval_items.jsonl")
     rows: dict[str | None, Row] = {}
 
     def add(stage: str, run: Run | None, folder: Path, samples: Iterable[Sample]) -> None:
@@ -215,7 +207,7 @@ def read_rows(line: dict[str, Run], files: Files) -> list[Row]:
             metrics.setdefault(name, suite.missing(f"not in {folder.name}/eval{suffix}.json"))
         items: list[Item] = []
         if evaluation.suite in (suite.SUITE, ""):  # another suite's items have other fields
-            late = [item for item in late_items if item["row"] == key]
+            late = [item for item in late_items if item.get("row") == key]
             items = suite.joined(files.items(folder / f"eval_items{suffix}.jsonl"), late)
         answers = {sample.prompt: (sample.answer, sample.stopped) for sample in samples}
         parent = rows.get(run.parents.get("policy")) if run and leaves_policy(stage) else None
@@ -303,8 +295,8 @@ def _differences(row: Row, files: Files) -> dict[str, Metric]:
     try:
         with np.errstate(divide="ignore", invalid="ignore"):
             found = suite.differences(row.items, row.parent.items, row.seed)
-    except ValueError as error:  # such as loads of another shape
-        files.lost(path, f"cannot be compared with {start}'s ({error})")
+    except FAULTS as error:  # broken items, or loads of another shape
+        files.lost(path, f"cannot be compared with {start}'s ({error!r})")
         return {}
     found = files.valid_metrics(path, found)
     both = [n for n in row.metrics if None not in (row.value(n), row.parent.value(n))]
