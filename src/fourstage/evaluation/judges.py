@@ -117,18 +117,14 @@ def rollout(chats: list[Item], tokenizer: Tokenizer) -> Rollout:
 def pair_items(reward: ScalarModel, pairs: Sequence[PairBatch]) -> list[Item]:
     """A reward model's scores of both answers of each held-out pair."""
     reward.eval()
+    device = next(reward.parameters()).device
     items: list[Item] = []
     for batch in pairs:
-        chosen = _score_rows(reward, batch.chosen_ids, batch.chosen_len)
-        rejected = _score_rows(reward, batch.rejected_ids, batch.rejected_len)
+        sides = (batch.chosen_ids, batch.chosen_len), (batch.rejected_ids, batch.rejected_len)
+        chosen, rejected = (
+            reward.last(ids_BT.to(device), length_B.to(device)).tolist()
+            for ids_BT, length_B in sides
+        )
         for c, r in zip(chosen, rejected, strict=True):
             items.append({"set": "pairs", "id": len(items), "chosen": c, "rejected": r})
     return items
-
-
-def _score_rows(reward: ScalarModel, ids_BT: Tensor, length_B: Tensor) -> list[float]:
-    device = next(reward.parameters()).device
-    ids_BT, length_B = ids_BT.to(device), length_B.to(device)
-    valid_BT = torch.arange(ids_BT.shape[1], device=device) < length_B[:, None]
-    scores_BT = reward(ids_BT, valid_BT=valid_BT).float()
-    return scores_BT.gather(1, length_B[:, None] - 1).squeeze(1).tolist()

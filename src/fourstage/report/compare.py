@@ -19,7 +19,7 @@ from fourstage.ladder import place, stages
 from fourstage.report.files import Files
 from fourstage.report.html import Block, Bullets, Cell, Heading, Paragraph, Table, write
 from fourstage.report.ladder import Row, Run, choose, ladder, read_rows, read_runs, tips
-from fourstage.report.tables import COSTS, NONE, Goal, goals, keys, missing, number, shown, title
+from fourstage.report.tables import COSTS, NONE, Goal, goals, keys, missing, shown, title
 
 # what of a run's config may change its figures
 SETTINGS = ("seed", "model", "tokenizer", "data", "stages", "trainer", "evaluation")
@@ -62,7 +62,7 @@ def write_comparison(outputs: Path, names: Sequence[str]) -> Path:
     ladders = [Ladder(*one) for one in zip(labels, found, rows, strict=True)]
     whole, parts = keys(row for by_stage in rows for row in by_stage.values())
     figures = lines(ladders, [*whole, *parts], Row.value)
-    costs = lines(ladders, [cost.key for cost in COSTS], _row_cost)
+    costs = lines(ladders, [cost.key for cost in COSTS], Row.cost)
     content = {
         "suite": files.suite,
         "ladders": [
@@ -87,8 +87,12 @@ def write_comparison(outputs: Path, names: Sequence[str]) -> Path:
 
 def named(runs: dict[str, Run], names: Sequence[str], outputs: Path) -> list[Run]:
     """The last runs of the ladders that are meant. Raises UserError for a mistake."""
+
+    def by_seed(run: Run) -> tuple[int, str, str]:
+        return place(run.stage), str(run.config["seed"]).rjust(9), run.id
+
     if list(names) == ["all"]:
-        found = sorted(tips(runs), key=_order)
+        found = sorted(tips(runs), key=by_seed)
     else:
         found = [choose(runs, name, outputs) for name in names]
     ids = [run.id for run in found]
@@ -97,10 +101,6 @@ def named(runs: dict[str, Run], names: Sequence[str], outputs: Path) -> list[Run
     if len(found) < 2:
         raise UserError(f"compare needs two finished ladders or more, got {len(found)}")
     return found
-
-
-def _order(run: Run) -> tuple[int, str, str]:
-    return place(run.stage), str(run.config["seed"]).rjust(9), run.id
 
 
 # --- what they share
@@ -163,19 +163,11 @@ def lines(
                 for row, value in zip(rows, values, strict=True)
                 if row and value is not None
             }
-            if by_run:
-                found.append(_line(stage, name, list(by_run.values()), values))
+            if x := list(by_run.values()):
+                mean = round(statistics.fmean(x), 6)
+                sd = round(statistics.stdev(x), 6) if len(x) > 1 else None
+                found.append(Line(stage, name, len(x), mean, sd, min(x), max(x), values))
     return found
-
-
-def _line(stage: str, name: str, distinct: list[float], values: list[float | None]) -> Line:
-    mean = round(statistics.fmean(distinct), 6)
-    sd = round(statistics.stdev(distinct), 6) if len(distinct) > 1 else None
-    return Line(stage, name, len(distinct), mean, sd, min(distinct), max(distinct), values)
-
-
-def _row_cost(row: Row, key: str) -> float | None:
-    return row.run.costs().get(key) if row.run else None
 
 
 # --- the document
@@ -214,14 +206,12 @@ def document(
 def _introduction(
     ladders: Sequence[Ladder], differs: Mapping[str, list[str]], files: Files
 ) -> list[Block]:
+    count = "1 setting" if len(differs) == 1 else f"{len(differs)} settings"
+    said = f"They differ in {count}, listed below; all others are the same."
     if not differs:
         said = "They share all settings, versions and the commit that their records hold."
     elif set(differs) == {"seed"}:
-        seeds = len(set(differs["seed"]))
-        said = f"{seeds} seeds: they share all else that their records hold."
-    else:
-        count = "1 setting" if len(differs) == 1 else f"{len(differs)} settings"
-        said = f"They differ in {count}, listed below; all others are the same."
+        said = f"{len(set(differs['seed']))} seeds: they share all else that their records hold."
     debug = [ladder.tip.name for ladder in ladders if ladder.tip.is_debug]
     warning = Paragraph(f"Debug runs, whose figures say nothing: {', '.join(debug)}.")
     names = [[ladder.label, ladder.tip.name, ", ".join(ladder.by_stage)] for ladder in ladders]
@@ -239,12 +229,11 @@ def _introduction(
 
 def _goal_table(ladders: Sequence[Ladder]) -> Table:
     """Gains on the stages' own goals, and in how many ladders the intervals are apart."""
-    each = [
-        {(goal.stage, goal.name): goal for goal in goals(list(ladder.by_stage.values()))}
-        for ladder in ladders
-    ]
+    each = [{(g.stage, g.name): g for g in goals(one.by_stage.values())} for one in ladders]
     rows: list[list[str | Cell]] = []
-    for stage, name in sorted({key for found in each for key in found}, key=_by_stage):
+    for stage, name in sorted(
+        {key for found in each for key in found}, key=lambda key: (place(key[0]), key[1])
+    ):
         gains = [found.get((stage, name)) for found in each]
         known = [goal for goal in gains if goal]
         better = sum(goal.verdict == "apart: better" for goal in known)
@@ -254,16 +243,8 @@ def _goal_table(ladders: Sequence[Ladder]) -> Table:
     return Table(["stage", "goal", *labels, "apart: better"], rows)
 
 
-def _by_stage(key: tuple[str, str]) -> tuple[int, str]:
-    return place(key[0]), key[1]
-
-
 def _gain(goal: Goal) -> Cell:
-    before, after = (
-        NONE if cell["value"] is None else number(goal.name, cell["value"])
-        for cell in (goal.before, goal.after)
-    )
-    return Cell([(goal.gain, ""), (f"{before} to {after}", "small"), (goal.verdict, goal.tone)])
+    return Cell([(goal.gain, ""), (goal.step, "small"), (goal.verdict, goal.tone)])
 
 
 def _table(found: Sequence[Line], labels: Sequence[str]) -> Table:
@@ -289,7 +270,7 @@ def _missing(ladders: Sequence[Ladder]) -> list[str]:
     """Keys without a value and the reason, with the ladders that it is true of."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for one in ladders:
-        for (stage, why), titles in missing(list(one.by_stage.values())).items():
+        for (stage, why), titles in missing(one.by_stage.values()).items():
             found.setdefault((stage, ", ".join(titles), why), []).append(one.label)
     return [
         f"{stage} ({'all' if len(labels) == len(ladders) else ', '.join(labels)}): {titles}: {why}"

@@ -1,6 +1,6 @@
 """Inline SVGs without axes: the ladder as a graph, and the routers' heat maps.
 
-They take the page's own text colour, and whatever a colour says stands in text too.
+They take the page's text colour, and whatever a colour says is also said in text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Node:
 def lineage(nodes: Sequence[Node], across: bool) -> str:
     """The nodes, each after its parents, with arrows: from left to right, or downwards.
 
-    A node that others start from as a second parent only (the reward model) stands beside the line.
+    A node that is another's second parent (the reward model) is drawn beside the line.
     """
     level: dict[str, int] = {}
     for node in nodes:  # parents come first
@@ -86,13 +86,14 @@ def _arrow(
 
 
 def heat_map(shares: Sequence[Sequence[float]], top: float) -> str:
-    """Layers down, experts across: each layer's shares of load; `top` is the deepest colour.
+    """Layers down, experts across: each layer's shares of load; `top` has the deepest colour.
 
-    A layer's busiest expert over the mean, and how many experts no token chose, end its line.
+    Each line ends with the busiest expert's load over the mean and the number of dead experts.
     """
     experts = len(shares[0])
-    cell = 34 if experts <= 8 else 24 if experts <= 16 else max(6, 400 // experts)
-    height, left = (24, 24) if experts <= 16 else (14, 24)
+    cell = min(34, max(6, 400 // experts))
+    has_room = cell >= 24  # for the shares as text
+    height, left = 24 if has_room else 14, 24
     right = left + cell * experts
     parts = [_label(left, 10, f"expert 0 to {experts - 1}, share of load in %", 10)]
     parts.append(_label(right + 6, 10, "max/mean, dead", 10))
@@ -107,10 +108,9 @@ def heat_map(shares: Sequence[Sequence[float]], top: float) -> str:
                 f'fill-opacity="{0.85 * share / top:.3f}" stroke="currentColor" '
                 'stroke-opacity="0.25" stroke-width="0.5"/>'
             )
-            if experts <= 16:
+            if has_room:
                 text = f"{100 * share:.0f}" if share == 0 or share >= 0.1 else f"{100 * share:.1f}"
-                style = 'text-anchor="middle"'
-                parts.append(_label(x + cell // 2, middle, text, 9 if cell < 30 else 10, style))
+                parts.append(_label(x + cell // 2, middle, text, 9, 'text-anchor="middle"'))
         dead = sum(share == 0 for share in row)
         parts.append(_label(right + 6, middle, f"{max(row) * experts:.2f}, {dead}", 10))
     return _wrapped((0, 0, right + 96, 20 + height * len(shares)), parts)

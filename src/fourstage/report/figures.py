@@ -53,7 +53,7 @@ def lineage_figures(rows: list[Row]) -> list[Block]:
             continue
         parents = [] if LADDER[row.stage].parents else ["random"]
         parents += [stage_of[parent] for parent in row.parents if parent in stage_of]
-        goal, seconds = own[row.stage], row.run.costs().get("seconds")
+        goal, seconds = own[row.stage], row.cost("seconds")
         time = NONE if seconds is None else duration(seconds)
         lines_ = [row.run.id, SHORT.get(goal.name, goal.name), goal.step, time]
         nodes.append(Node(row.stage, lines_, parents))

@@ -114,6 +114,10 @@ class Row:
         """A metric's value; None if it wasn't measured."""
         return self.metrics.get(name, {}).get("value")
 
+    def cost(self, name: str) -> float | None:
+        """A number of its run's costs; None if there is none."""
+        return self.run.costs().get(name) if self.run else None
+
 
 # --- which runs
 
@@ -234,41 +238,39 @@ def other_items(row: Row) -> dict[str, str]:
         return {}
     # random weights have pretrain's settings
     mine, its = (r.run.config.get("evaluation") or {} if r.run else {} for r in (row, row.parent))
-    differ = sorted(key for key in mine.keys() & its.keys() if mine[key] != its[key])
-    differ = [key for key in differ if not key.startswith("max_") or key == "max_new_tokens"]
-    said = ", ".join(f"{key} {its[key]} before, {mine[key]} after" for key in differ)
+    said = ", ".join(
+        f"{key} {its[key]} before, {mine[key]} after"
+        for key in sorted(mine.keys() & its.keys())
+        if mine[key] != its[key] and (key == "max_new_tokens" or not key.startswith("max_"))
+    )
     found = dict.fromkeys(ANSWERED, said) if said else {}
-    after, before = _ids(row.items), _ids(row.parent.items)
-    return found | {
-        name: f"{row.stage} {len(after[name])}, {row.parent.stage} {len(before[name])}, "
-        f"{len(after[name] & before[name])} of them the same"
-        for name in sorted(after.keys() & before.keys())
-        if after[name] != before[name]
-    }
-
-
-def _ids(items: list[Item]) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
-    for item in items:
-        found.setdefault(item["set"], set()).add(str(item["id"]))
+    for name in sorted({item["set"] for item in row.items}):
+        after, before = (
+            {str(item["id"]) for item in side.items if item["set"] == name}
+            for side in (row, row.parent)
+        )
+        if before and after != before:
+            found[name] = (
+                f"{row.stage} {len(after)}, {row.parent.stage} {len(before)}, "
+                f"{len(after & before)} of them the same"
+            )
     return found
 
 
 def notes_on_items(rows: list[Row], tip: str) -> list[str]:
     """A warning if neighbours were asked different held-out items, and how to fix it."""
-    found: dict[str, list[str]] = {}
+    sets: dict[str, dict[str, None]] = {}  # how they differ -> the sets that do
     for row in rows:
         for name, how in other_items(row).items():
-            found.setdefault(how, []).append(name)
-    said = [f"{', '.join(dict.fromkeys(names))}: {how}" for how, names in found.items()]
-    if not found:
-        return []
-    return [
-        f"Not all rows were evaluated alike ({'; '.join(said)}): their columns are not comparable, "
-        "and differences are over the items in common. To evaluate all of them as the last one, "
+            sets.setdefault(how, {})[name] = None
+    said = "; ".join(f"{', '.join(names)}: {how}" for how, names in sets.items())
+    warning = (
+        f"Not all rows were evaluated alike ({said}): their columns are not comparable, and "
+        "differences are over the items in common. To evaluate all of them as the last one, "
         f"without training: python -m fourstage evaluation run={tip} ladder=true (a run whose own "
         "training data the last one's config doesn't name keeps its held-out data)"
-    ]
+    )
+    return [warning] if said else []
 
 
 # --- differences

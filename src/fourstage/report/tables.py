@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from fourstage.evaluation import suite
@@ -190,7 +190,7 @@ class Goal:
         return gained(self.name, self.after["value"] - self.before["value"])
 
 
-def goals(rows: list[Row]) -> list[Goal]:
+def goals(rows: Iterable[Row]) -> list[Goal]:
     """One for each trained stage."""
     return [_goal(row) for row in rows if row.run is not None]
 
@@ -297,14 +297,11 @@ def cost_table(rows: list[Row]) -> list[Table | Paragraph]:
         for run, found in zip(runs, costs, strict=True)
     ]
     lines.append(["together", "", *(_cost(c, costs if c.total else []) for c in shown)])
-    missing = [
-        cost.title + f" ({cost.why})" * bool(cost.why)
-        for cost in COSTS
-        if any(cost.key not in found for found in costs)
-    ]
-    note = f"Not recorded for every stage: {'; '.join(missing)}."
     table = Table(["stage", "run", *(cost.title for cost in shown)], lines)
-    return [Paragraph(COST_TEXT), table, *([Paragraph(note)] if missing else [])]
+    partly = [cost for cost in COSTS if any(cost.key not in found for found in costs)]
+    missing = [cost.title + f" ({cost.why})" * bool(cost.why) for cost in partly]
+    note = Paragraph(f"Not recorded for every stage: {'; '.join(missing)}.")
+    return [Paragraph(COST_TEXT), table, *[note] * bool(missing)]
 
 
 def _cost(cost: Cost, found: list[dict[str, float]]) -> Cell:
@@ -326,7 +323,7 @@ def data_notes(rows: list[Row]) -> list[str]:
     ]
 
 
-def missing(rows: list[Row]) -> dict[tuple[str, str], list[str]]:
+def missing(rows: Collection[Row]) -> dict[tuple[str, str], list[str]]:
     """The titles of the keys that have no value, by stage and reason."""
     asked, _ = keys(row for row in rows if leaves_policy(row.stage))
     found: dict[tuple[str, str], list[str]] = {}
