@@ -308,8 +308,8 @@ def test_debug_runs_count_only_where_nothing_else_is(outputs: Path, tmp_path: Pa
         (["outputs={}/none"], "no finished run under {}/none/runs: train one first"),
         (["outputs={}/outputs", "run=zzz"], "unknown run 'zzz': {}/outputs/runs has "),
         (["outputs={}/outputs", "run={}/other/runs/sft-a"], "unknown run '{}/other/runs/sft-a'"),
-        (["ouputs=x"], "unknown argument 'ouputs=x'; usage:"),
-        (["run"], "unknown argument 'run'; usage:"),
+        (["ouputs=x"], "unknown argument 'ouputs=x' (see --help)"),
+        (["run"], "unknown argument 'run' (see --help)"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -20,11 +20,6 @@ from fourstage.errors import UserError
 from fourstage.interruptions import run_command
 from fourstage.runs.store import RunStore
 
-USAGE = (
-    "usage: python -m fourstage evaluation run=NAME [ladder=true] [evaluation.KEY=NUMBER…] "
-    "[outputs=outputs]"
-)
-
 
 def main(arguments: list[str]) -> None:
     """Evaluate a finished run again. Raises UserError for an unknown run or argument."""
@@ -38,7 +33,7 @@ def main(arguments: list[str]) -> None:
         text = values.pop(key)
         changes[key.removeprefix("evaluation.")] = int(text) if text.isdecimal() else text
     if set(values) - {"run", "outputs", "ladder"} or not values.get("run"):
-        raise UserError(USAGE)
+        raise UserError("expected run=NAME and no other keys than --help lists")
     ladder = values.get("ladder", "false")
     if ladder not in ("true", "false"):
         raise UserError(f"ladder: expected true or false, got {ladder!r}")

@@ -21,6 +21,7 @@ from fourstage.evaluation.items import HeldOut
 from fourstage.evaluation.judges import NO_SFT, Judges
 from fourstage.evaluation.suite import Item
 from fourstage.evaluation.tables import BY_REWARD, BY_SFT
+from fourstage.files import write_json, write_jsonl
 from fourstage.job import EvaluationConfig, LoggerConfig, StageJob, TrainerConfig
 from fourstage.ladder import LADDER, REFERENCE, REWARD
 from fourstage.model import ModelConfig, ScalarModel, Transformer
@@ -117,7 +118,8 @@ def evaluate_run(job: StageJob, result: nn.Module, tokenizer: Tokenizer, telling
             )  # the sft run's own are stored by now
             rows = earlier_rows(job)
             found, late = tables.evaluate_ancestors(rows, tokenizer, seed, judges, names)
-            tables.write_ladder_evaluation(job.folder, found, late)
+            write_jsonl(job.folder / "ladder_eval_items.jsonl", late)
+            write_json(job.folder / "ladder_eval.json", found)
 
 
 def heldout_pairs(job: StageJob, tokenizer: Tokenizer) -> list[PairBatch]:

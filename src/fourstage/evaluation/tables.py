@@ -167,12 +167,6 @@ def write_evaluation(
     write_json(path, {"suite": SUITE, "seed": seed, "metrics": table})
 
 
-def write_ladder_evaluation(folder: Path, found: dict[str, Table], late: list[Item]) -> None:
-    """ladder_eval.json and ladder_eval_items.jsonl in the folder of the run that judges."""
-    write_jsonl(folder / "ladder_eval_items.jsonl", late)
-    write_json(folder / "ladder_eval.json", found)
-
-
 def read_summary(path: Path) -> dict[str, Any]:
     """An eval.json; without a suite and metrics if it is missing or broken."""
     try:

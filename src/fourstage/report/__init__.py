@@ -20,15 +20,8 @@ import json
 from pathlib import Path
 
 from fourstage.errors import UserError
+from fourstage.report import figures, tables
 from fourstage.report.compare import write_comparison
-from fourstage.report.figures import (
-    Curves,
-    difficulty_blocks,
-    heat_map_blocks,
-    learning_curves,
-    lineage_figures,
-    over_optimisation_blocks,
-)
 from fourstage.report.files import Files, Metric
 from fourstage.report.html import Answers, Block, Bullets, Heading, Paragraph, write
 from fourstage.report.ladder import (
@@ -44,22 +37,8 @@ from fourstage.report.ladder import (
     tips,
     with_differences,
 )
-from fourstage.report.tables import (
-    NONE,
-    cost_table,
-    data_notes,
-    goal_table,
-    keys,
-    measured,
-    missing,
-    stage_table,
-    suite_table,
-    tax_table,
-)
+from fourstage.report.tables import NONE
 
-USAGE = (
-    "usage: python -m fourstage report [outputs=outputs] [run=NAME] | compare NAME NAME... | all"
-)
 FIRST_PROMPT = "What is an LLM?"
 # stages.json keeps a renamed metric under its old name too, for the programs that read it
 FORMER_NAMES = {"preference_score": "true_score"}
@@ -104,30 +83,31 @@ def _with_old_names(metrics: dict[str, Metric]) -> dict[str, Metric]:
 
 
 def document(
-    rows: list[Row], tip: Run, curves: Curves, files: Files, others: list[str]
+    rows: list[Row], tip: Run, curves: figures.Curves, files: Files, others: list[str]
 ) -> list[Block]:
     """The report, from the answer (what did each stage do?) to the details."""
-    whole, parts = keys(rows)
+    whole, parts = tables.keys(rows)
     by_part: list[Block] = [
         Heading("By task and by difficulty"),
-        suite_table(rows, parts),
+        tables.suite_table(rows, parts),
         Paragraph("And the differences to the parent:"),
         _tax(rows, parts),
     ]
-    notes = data_notes(rows)
+    notes = tables.data_notes(rows)
     absent = [
-        f"{stage}: {'; '.join(names)}: {why}" for (stage, why), names in missing(rows).items()
+        f"{stage}: {'; '.join(names)}: {why}"
+        for (stage, why), names in tables.missing(rows).items()
     ]
     return [
         Heading(f"From random weights to {tip.stage}", 1),
         *_introduction(tip, files, others),
         *map(Paragraph, notes_on_items(rows, tip.name)),
-        *lineage_figures(rows),
+        *figures.lineage_figures(rows),
         Heading("What each stage did"),
         Paragraph(_how_to_read(rows)),
-        stage_table(rows),
+        tables.stage_table(rows),
         Heading("Each stage on its own goal"),
-        goal_table(rows),
+        tables.goal_table(rows),
         *_kl(rows),
         Heading("The alignment tax"),
         Paragraph(
@@ -136,14 +116,14 @@ def document(
         ),
         _tax(rows, whole),
         *_answers(rows),
-        *learning_curves(curves),
-        *over_optimisation_blocks(curves.get("ppo")),
-        *difficulty_blocks(rows),
-        *heat_map_blocks(rows),
+        *figures.learning_curves(curves),
+        *figures.over_optimisation_blocks(curves.get("ppo")),
+        *figures.difficulty_blocks(rows),
+        *figures.heat_map_blocks(rows),
         Heading("What it cost"),
-        *cost_table(rows),
+        *tables.cost_table(rows),
         Heading("The whole suite"),
-        suite_table(rows, whole),
+        tables.suite_table(rows, whole),
         *(by_part if parts else []),
         *([Heading("What went into training"), Bullets(notes)] if notes else []),
         Heading("What is missing"),
@@ -183,7 +163,7 @@ def _how_to_read(rows: list[Row]) -> str:
 
 def _kl(rows: list[Row]) -> list[Block]:
     """How far the reinforcement stages went from the sft policy."""
-    cells = {row.stage: measured("kl_to_sft", row.metrics.get("kl_to_sft")) for row in rows}
+    cells = {row.stage: tables.measured("kl_to_sft", row.metrics.get("kl_to_sft")) for row in rows}
     known = [f"{s} {cells[s]}" for s in ("ppo", "grpo") if cells.get(s, NONE) != NONE]
     return [Paragraph(f"KL from the sft policy, nats an answer: {', '.join(known)}.")] * bool(known)
 
@@ -203,7 +183,7 @@ def _answers(rows: list[Row]) -> list[Block]:
 
 
 def _tax(rows: list[Row], names: list[str]) -> Block:
-    table = tax_table(rows, names)
+    table = tables.tax_table(rows, names)
     return table if table.rows else Paragraph("None was measured: the last section says why.")
 
 
@@ -219,7 +199,7 @@ def main(arguments: list[str]) -> None:
         elif argument.startswith("run="):
             name = argument.removeprefix("run=")
         else:
-            raise UserError(f"unknown argument {argument!r}; {USAGE}")
+            raise UserError(f"unknown argument {argument!r} (see --help)")
     if is_comparison:
         folder = write_comparison(Path(outputs), names)
         print(f"comparison: {folder / 'compare.html'} (the same as {folder / 'compare.md'})")

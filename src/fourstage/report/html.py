@@ -1,6 +1,6 @@
 """A document of a few kinds of blocks, written as Markdown and as one self-contained HTML page.
 
-Text in the blocks is plain text: both writers escape it. The same blocks give the same bytes.
+The blocks hold plain text, which both writers escape. The same blocks give the same bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Bullets:
 class Cell:
     """A table cell of (text, tone) parts; tone: "", "small", "better", "worse" or "unclear".
 
-    The tone is only a colour: what it means must stand in the text too.
+    The tone is only a colour, so the text has to say the same.
     """
 
     parts: Sequence[tuple[str, str]]
@@ -52,7 +52,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Answers:
-    """One prompt and what each stage answered: (stage, answer, or None for no sample, remark)."""
+    """One prompt and each stage's (stage, answer, remark); the answer is None if not asked."""
 
     prompt: str
     by_stage: Sequence[tuple[str, str | None, str]]
@@ -60,7 +60,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing: a whole inline <svg>, and one line that says how to read it."""
+    """An inline <svg>, and one line that says how to read it."""
 
     title: str
     svg: str
@@ -69,7 +69,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Figures:
-    """Drawings side by side, which only the HTML page shows; `kind` is a class of its style."""
+    """Drawings side by side, which only the HTML page shows; `kind` is their CSS class."""
 
     figures: Sequence[Figure]
     kind: str = "charts"
@@ -103,7 +103,7 @@ def _markdown_block(block: Block) -> str:
             return "\n".join(f"- {_line(item)}" for item in items)
         case Table(header, rows):
             lines = [[*map(_inline, header)], ["---"] * len(header)]
-            lines += [[_inline(_plain(cell)) for cell in row] for row in rows]
+            lines += [[_inline(plain(cell)) for cell in row] for row in rows]
             return "\n".join(f"| {' | '.join(line)} |" for line in lines)
         case Answers(prompt, by_stage):
             parts = [f"### {_inline(prompt)}"]
@@ -117,12 +117,13 @@ def _markdown_block(block: Block) -> str:
             return f"Drawn in the HTML page: {_inline('; '.join(titles))}."
 
 
-def _plain(cell: str | Cell) -> str:
+def plain(cell: str | Cell) -> str:
+    """A table cell on one line."""
     return cell.text if isinstance(cell, Cell) else cell
 
 
 def _line(text: str) -> str:
-    """`text` as a paragraph of one line, whatever it begins with."""
+    """`text` as a paragraph of one line, also if it begins like a list or a heading."""
     return re.sub(r"^(\d*)([#+.)-]+(?=\s|$)|\[)", r"\1\\\2", _inline(text))
 
 
@@ -141,7 +142,7 @@ def _fenced(text: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """Control characters, which neither format may hold, as the replacement character."""
+    """Control characters, which neither format allows, become the replacement character."""
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
 
 
@@ -255,13 +256,10 @@ def _html_block(block: Block, number: int) -> str:
 
 
 def _cell(cell: str | Cell) -> str:
-    if isinstance(cell, Cell):
-        parts = (
-            f'<span class="{tone}">{_text(text)}</span>' if tone else f"<span>{_text(text)}</span>"
-            for text, tone in cell.parts
-        )
-        return f"<td>{''.join(parts)}</td>"
-    return f"<td>{_text(cell)}</td>"
+    if isinstance(cell, str):
+        return f"<td>{_text(cell)}</td>"
+    spans = (f'<span class="{tone}">{_text(text)}</span>' for text, tone in cell.parts)
+    return f"<td>{''.join(spans)}</td>"
 
 
 def _answer(stage: str, answer: str | None, remark: str) -> str:
@@ -272,7 +270,7 @@ def _answer(stage: str, answer: str | None, remark: str) -> str:
 
 
 def _figure(figure: Figure, prefix: str) -> str:
-    """The drawing with its ids kept apart from those of the others on the page."""
+    """The drawing; a prefix keeps its ids distinct from those of the page's other drawings."""
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", figure.svg)
     label = html.escape(_visible(figure.title), quote=True)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

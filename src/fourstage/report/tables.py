@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fourstage.evaluation import suite
 from fourstage.ladder import LADDER
 from fourstage.report.files import Metric
-from fourstage.report.html import Cell, Paragraph, Table
+from fourstage.report.html import Cell, Paragraph, Table, plain
 from fourstage.report.ladder import HEADLINES, Row, leaves_policy, other_items
 
 NONE = "–"
@@ -58,17 +58,17 @@ def interval(name: str, cell: Metric, sign: str = "") -> str:
 
 def measured(name: str, cell: Metric | None) -> str:
     """value [low, high], or a dash."""
-    if cell is None or cell["value"] is None:
-        return NONE
-    return f"{shown(name, cell['value'])} {interval(name, cell)}"
+    return plain(measured_cell(name, cell))
 
 
-def measured_cell(name: str, cell: Metric | None, remark: str = "") -> str | Cell:
-    """The same as a table cell, with a remark below it."""
+def measured_cell(
+    name: str, cell: Metric | None, note: str = "", more: Iterable[tuple[str, str]] = ()
+) -> str | Cell:
+    """The same as a table cell, with a note after the interval and more parts below."""
     if cell is None or cell["value"] is None:
         return NONE
-    parts = [(shown(name, cell["value"]), ""), (interval(name, cell), "small"), (remark, "small")]
-    return Cell([(text, tone) for text, tone in parts if text])
+    small = interval(name, cell) + note
+    return Cell([(shown(name, cell["value"]), ""), (small, "small"), *more])
 
 
 def verdict(name: str, difference: Metric) -> str:
@@ -106,19 +106,14 @@ def change_cell(name: str, difference: Metric | None) -> str | Cell:
 def stage_table(rows: list[Row]) -> Table:
     """A row for each stage, a column for each of HEADLINES that any row has."""
     names = [name for name in HEADLINES if any(name in row.metrics for row in rows)]
-    return Table(
-        ["stage", *map(title, names)],
-        [[row.stage, *(_stage_cell(row, name) for name in names)] for row in rows],
-    )
 
+    def shown_cell(row: Row, name: str) -> str | Cell:
+        cell = row.metrics.get(name, {"value": None})
+        difference = change(name, row.differences.get(name))
+        return measured_cell(name, cell, f", n {cell.get('n')}", difference)
 
-def _stage_cell(row: Row, name: str) -> str | Cell:
-    cell = row.metrics.get(name)
-    if cell is None or cell["value"] is None:
-        return NONE
-    small = f"{interval(name, cell)}, n {cell['n']}"
-    difference = change(name, row.differences.get(name))
-    return Cell([(shown(name, cell["value"]), ""), (small, "small"), *difference])
+    lines = [[row.stage, *(shown_cell(row, name) for name in names)] for row in rows]
+    return Table(["stage", *map(title, names)], lines)
 
 
 def suite_table(rows: list[Row], names: Iterable[str]) -> Table:
@@ -223,7 +218,7 @@ def goal_table(rows: list[Row]) -> Table:
         if goal.before is COIN:
             before: str | Cell = Cell([("50.0 %", ""), ("(a coin)", "small")])
         else:
-            before = measured_cell(goal.name, goal.before, f"({goal.start})")
+            before = measured_cell(goal.name, goal.before, f" ({goal.start})")
         after = measured_cell(goal.name, goal.after)
         gain = Cell([(goal.gain, ""), (goal.verdict, goal.tone)])
         lines.append([goal.stage, title(goal.name), before, after, gain])
