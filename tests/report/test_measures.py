@@ -12,8 +12,7 @@ import pytest
 
 from fourstage.evaluation import suite
 from fourstage.report import main
-from fourstage.report.charts import lines, neighbours, over_optimisation
-from fourstage.report.drawings import Node, heat_map, lineage
+from fourstage.report.charts import Node, heat_map, lineage, lines, neighbours, over_optimisation
 from fourstage.report.figures import loads, over_optimisation_blocks
 from fourstage.report.html import Cell, Figures, Paragraph, Table, markdown, page
 from fourstage.report.tables import change, duration, verdict
@@ -209,8 +208,8 @@ def test_heat_map_says_in_text_what_it_colours() -> None:
         *("0", "50", "12", "38", "0", "2.00, 1"),
         *("1", "25", "25", "25", "25", "1.00, 0"),
     ]
-    depths = re.findall('fill-opacity="([0-9.]+)"', svg)
-    assert depths == ["0.850", "0.212", "0.637", "0.000", *["0.425"] * 4]
+    depths = [float(x) for x in re.findall("fill-opacity: ([0-9.]+)", svg)]
+    assert depths == pytest.approx([0.85, 0.2125, 0.6375, *[0.425] * 4], abs=1e-6)  # 0: not filled
 
 
 def test_heat_map_of_many_experts_keeps_a_summary_of_each_layer() -> None:
@@ -225,7 +224,7 @@ def test_all_stages_have_a_heat_map_of_one_scale(full: Path, tmp_path: Path) -> 
     drawn = re.findall("<strong>(.*?)</strong>", routers)
     assert drawn == ["random", "pretrain", "sft", "ppo", "grpo"]
     assert "An even share is 25.0 %" in routers
-    depths = [float(x) for x in re.findall('fill-opacity="([0-9.]+)"', routers)]
+    depths = [float(x) for x in re.findall("fill-opacity: ([0-9.]+)", routers)]
     assert max(depths) == 0.85 and len(depths) == 5 * 2 * 4
     write_ladder(tmp_path, experts=1, stages=("pretrain",))
     report(tmp_path)
@@ -324,10 +323,13 @@ def test_lineage_draws_every_parent_once() -> None:
     ]
     for across in (True, False):
         svg = lineage(nodes, across)
-        paths = re.findall(r'<path d="M([^"]*)" fill="none"', svg)
-        assert len(paths) == 3
-        assert [path.count("L") for path in paths] == [2, 1, 2]  # to the side, straight on, back
+        assert svg.count("fill-opacity: 0.13") == len(nodes) and len(arrows(svg)) == 3
         assert "&lt;id&gt;" in svg
+
+
+def arrows(svg: str) -> list[str]:
+    """The lines of the arrows, without their heads."""
+    return re.findall(r'<path d="([^"]*)" [^>]*style="fill: none; stroke: currentColor', svg)
 
 
 def test_lineage_of_the_page(full: Path) -> None:
@@ -335,7 +337,7 @@ def test_lineage_of_the_page(full: Path) -> None:
     figures = text.split('<div class="ladder">')[1].split("</div>")[0].split("</figure>")
     assert len(figures) == 3  # across, downwards, and what follows
     for drawn in figures[:2]:
-        assert drawn.count("<rect") == 6 and drawn.count('marker-end="url(#') == 6
+        assert drawn.count("fill-opacity: 0.13") == 6 and len(arrows(drawn)) == 6
         assert run_id("ppo", 0) in drawn and "1 min 01 s" in drawn
         assert re.search(r">\d\.\d{3} → \d\.\d{3}</text>", drawn)  # bits a character
         assert re.search(r">50\.0 → \d\d\.\d %</text>", drawn)  # the reward model, from a coin

@@ -9,8 +9,16 @@ import numpy as np
 
 from fourstage.evaluation import suite
 from fourstage.ladder import LADDER
-from fourstage.report.charts import group_size, intervals, lines, neighbours, over_optimisation
-from fourstage.report.drawings import Node, heat_map, lineage
+from fourstage.report.charts import (
+    Node,
+    group_size,
+    heat_map,
+    intervals,
+    lineage,
+    lines,
+    neighbours,
+    over_optimisation,
+)
 from fourstage.report.files import FAULTS, Item, Points
 from fourstage.report.html import Block, Cell, Figure, Figures, Heading, Paragraph, Table
 from fourstage.report.ladder import Row
