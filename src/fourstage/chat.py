@@ -92,11 +92,8 @@ class Chat:
     turns: int = 0  # answers so far: each has a seed of its own
 
     def answer(self, text: str) -> Iterator[str]:
-        """Streams the answer to `text` and adds both to the conversation.
-
-        The oldest exchanges are dropped when the conversation outgrows the model's context. Raises
-        UserError if `text` alone does.
-        """
+        """Streams the answer to `text` and adds both to the conversation, whose oldest exchanges
+        are dropped if it outgrows the model's context. Raises UserError if `text` alone does."""
         messages = [*self.messages, {"role": "user", "content": text}]
         tokenizer = self.voice.tokenizer
         room = self.voice.max_seq_len - self.settings.max_new_tokens
@@ -137,10 +134,8 @@ class Chat:
         yield from self.answer(line)
 
     def command(self, line: str) -> str:
-        """Carry out a line that begins with a slash and return what to print.
-
-        Raises UserError for an unknown command or run.
-        """
+        """Carry out a line that begins with a slash and return what to print. Raises UserError for
+        an unknown command or run."""
         name, _, rest = line.partition(" ")
         match name, rest.strip():
             case "/help", "":
@@ -176,9 +171,6 @@ def converse(chat: Chat, read: Callable[[], str], write: Callable[[str], None]) 
         write("\n")
 
 
-# --- real models
-
-
 def start(settings: ChatSettings) -> Chat:
     """A chat with a real model."""
     import torch
@@ -203,10 +195,8 @@ def sampling(settings: ChatSettings, stop_id: int, seed: int = 0) -> Sampling:
 
 
 def load_voice(settings: ChatSettings, name: str) -> Voice:
-    """The language model of a finished run, "" for the furthest stage, or "random".
-
-    Raises UserError if there is no such run, or if it holds no language model.
-    """
+    """The language model of a finished run, "" for the furthest stage, or "random". Raises
+    UserError if there is no such run, or if it holds no language model."""
     import torch
 
     from fourstage.model import Transformer

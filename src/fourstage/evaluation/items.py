@@ -57,10 +57,8 @@ def policy_items(
     parent: Transformer | None,
     tell: Callable[[str], None] = lambda what: None,
 ) -> list[Item]:
-    """Every item of a language model; `parent` is the policy that it started from.
-
-    `tell` is called with the name of each part.
-    """
+    """Every item of a language model; `parent` is the policy that it started from, and `tell` is
+    called with the name of each part."""
     items: list[Item] = []
     tell("held-out text")
     device = next(policy.parameters()).device
@@ -111,9 +109,6 @@ def askable(heldout: HeldOut, tokenizer: Tokenizer, room: int) -> HeldOut:
             limit = f"model.max_seq_len - evaluation.max_new_tokens = {room} tokens"
             sides[name] = fit or f"no prompt fits into {limit}"
     return replace(heldout, **sides)
-
-
-# --- text
 
 
 @dataclass(frozen=True)
@@ -248,10 +243,8 @@ def answers(
     config: EvaluationConfig,
     row_seeds: list[int] | None = None,
 ) -> list[Answer]:
-    """An answer to each record's prompt: sampled if there are seeds, else greedy.
-
-    Prompts of similar length share a batch, to keep the padding short.
-    """
+    """An answer to each record's prompt: sampled if there are seeds, else greedy. Prompts of
+    similar length share a batch, to keep the padding short."""
     prompts = [tokenizer.prompt(record.prompt_messages) for record in records]
     found: dict[int, Answer] = {}
     for rows in batches([len(prompt) + config.max_new_tokens for prompt in prompts]):
@@ -351,10 +344,8 @@ def contains(answer: str, reference: str) -> bool:
 
 
 def distinct(text: str, n: int) -> float | None:
-    """Distinct n-grams of words over all n-grams: 1 if none repeats, None if there are none.
-
-    Li et al. 2016 (arXiv 1510.03055, section 5.2), here for a single answer.
-    """
+    """Distinct n-grams of words over all n-grams, None if there are none (Li et al. 2016, arXiv
+    1510.03055, section 5.2; here for a single answer)."""
     words = plain(text).split()
     grams = list(zip(*(words[i:] for i in range(n)), strict=False))
     return round(len(set(grams)) / len(grams), 6) if grams else None

@@ -42,7 +42,7 @@ def judged(chats: list[Item], tokenizer: Tokenizer, judges: Judges) -> list[Item
     win, win_learned     1, 0.5 (a tie) or 0 against the sft answer to the same prompt, by the true
                          hidden rule and by the reward model; the sft answers tie with themselves
     """
-    said: list[Item] = [{"set": "chat", "id": item["id"]} for item in chats]
+    said = [{"set": "chat", "id": item["id"]} for item in chats]
     rivals = [] if isinstance(judges.sft_chats, str) else judges.sft_chats
     scores = {"win": "true_score"}
 

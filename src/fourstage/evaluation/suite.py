@@ -202,9 +202,6 @@ def definition(name: str) -> Definition:
     return replace(found, title=f"{found.title}: {part.replace('_', ' ')}") if part else found
 
 
-# --- the two tables
-
-
 def metrics(items: Iterable[Item], reasons: Mapping[str, str], seed: int) -> dict[str, Metric]:
     """Every key that the items define, {name: {"value", "n", "low", "high"}}.
 
@@ -259,9 +256,8 @@ def difficulties(tasks: Sequence[str], lengths: Sequence[int]) -> list[str]:
     `lengths` are the characters of the worked solution, or of the question if there is none, for
     all held-out problems, so that a problem's difficulty doesn't depend on how many are asked. A
     problem's rank is the share of its task's problems that are shorter, with those of equal length
-    counted half: equal lengths are equally difficult, and the thirds may differ in size. So a third
-    may hold more of one task than of another: compare stages at one difficulty, not the
-    difficulties of one stage.
+    counted half. A third may hold more of one task than of another: compare stages at one
+    difficulty, not the difficulties of one stage.
     """
     by_task: dict[str, list[int]] = {}
     for task, length in sorted(zip(tasks, lengths, strict=True)):
@@ -371,9 +367,6 @@ def _percentiles(values: Array) -> tuple[float, float]:
 def _metric(value: float, n: int, low: float, high: float) -> Metric:
     low, high = min(low, value), max(high, value)
     return {"value": round(value, 6), "n": n, "low": round(low, 6), "high": round(high, 6)}
-
-
-# --- which items a key is computed from
 
 
 def _key(item: Item) -> tuple[str, str]:

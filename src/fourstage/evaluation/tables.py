@@ -51,7 +51,8 @@ def evaluate_policy(
     heldout = askable(heldout, tokenizer, policy.config.max_seq_len - config.max_new_tokens)
     was_training = policy.training
     policy.eval()
-    if isinstance(parent, Transformer) and routers(parent) != routers(policy):
+    both = [m.config for m in (policy, parent) if isinstance(m, Transformer)]
+    if len({(config.n_layers, config.num_experts) for config in both}) > 1:
         parent = "the parent has other routers"
     start = None if isinstance(parent, str) else parent.eval()
     items = policy_items(policy, tokenizer, heldout, config, start, tell)
@@ -67,11 +68,6 @@ def evaluate_policy(
     elif isinstance(parent, str) and "router" not in reasons:
         reasons["router_drift"] = parent
     return metrics(items, reasons, config.seed), items
-
-
-def routers(policy: Transformer) -> tuple[int, int]:
-    """How many there are, and of how many experts."""
-    return policy.config.n_layers, policy.config.num_experts
 
 
 def missing_reasons(heldout: HeldOut, judges: Judges) -> dict[str, str]:
@@ -142,9 +138,6 @@ def evaluate_ancestors(
             kept = {field: item[field] for field in fields if field in item}
             late.append({"row": row, "set": "chat", "id": item["id"], **kept})
     return found, late
-
-
-# --- files
 
 
 def write_evaluation(

@@ -46,9 +46,7 @@ FORMER_NAMES = {"preference_score": "true_score"}
 
 def write_report(outputs: Path, name: str | None = None) -> Path:
     """Write report.md, report.html and stages.json into outputs/report and return that folder.
-
-    Raises UserError if there is no such run.
-    """
+    Raises UserError if there is no such run."""
     files = Files()
     runs = read_runs(outputs, files)
     tip = choose(runs, name, outputs)
@@ -163,9 +161,12 @@ def _how_to_read(rows: list[Row]) -> str:
 
 def _kl(rows: list[Row]) -> list[Block]:
     """How far the reinforcement stages went from the sft policy."""
-    cells = {row.stage: tables.measured("kl_to_sft", row.metrics.get("kl_to_sft")) for row in rows}
-    known = [f"{s} {cells[s]}" for s in ("ppo", "grpo") if cells.get(s, NONE) != NONE]
-    return [Paragraph(f"KL from the sft policy, nats an answer: {', '.join(known)}.")] * bool(known)
+    cells = {
+        row.stage: row.metrics.get("kl_to_sft") for row in rows if row.stage in ("ppo", "grpo")
+    }
+    shown = {stage: tables.measured("kl_to_sft", cell) for stage, cell in cells.items()}
+    known = ", ".join(f"{stage} {text}" for stage, text in shown.items() if text != NONE)
+    return [Paragraph(f"KL from the sft policy, nats an answer: {known}.")] if known else []
 
 
 def _answers(rows: list[Row]) -> list[Block]:

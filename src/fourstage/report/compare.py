@@ -49,10 +49,8 @@ class Line:
 
 
 def write_comparison(outputs: Path, names: Sequence[str]) -> Path:
-    """Write the comparison into outputs/report and return that folder.
-
-    Raises UserError unless the names mean two different finished runs or more.
-    """
+    """Write the comparison into outputs/report and return that folder. Raises UserError unless the
+    names mean two different finished runs or more."""
     files = Files()
     runs = read_runs(outputs, files)
     found = named(runs, names, outputs)
@@ -103,9 +101,6 @@ def named(runs: dict[str, Run], names: Sequence[str], outputs: Path) -> list[Run
     return found
 
 
-# --- what they share
-
-
 def _configs(by_stage: Mapping[str, Row]) -> list[dict[str, Any]]:
     """What may change the figures of a ladder's runs: settings, the commit and the versions."""
     runs = [row.run for row in by_stage.values() if row.run]
@@ -146,9 +141,6 @@ def ladder_labels(tips: Sequence[Run], differs: Mapping[str, list[str]]) -> list
     return [tip.name for tip in tips]
 
 
-# --- figures
-
-
 def lines(
     ladders: Sequence[Ladder], names: Sequence[str], figure: Callable[[Row, str], float | None]
 ) -> list[Line]:
@@ -168,9 +160,6 @@ def lines(
                 sd = round(statistics.stdev(x), 6) if len(x) > 1 else None
                 found.append(Line(stage, name, len(x), mean, sd, min(x), max(x), values))
     return found
-
-
-# --- the document
 
 
 def document(

@@ -70,9 +70,6 @@ def lineage_figures(rows: list[Row]) -> list[Block]:
     return [Figures(drawn, "ladder")]
 
 
-# --- while training
-
-
 def learning_curves(curves: Curves) -> list[Block]:
     """Each stage's curves side by side."""
     text = "Lines are named as the columns of metrics.csv"
@@ -154,9 +151,6 @@ def _score_table(series: dict[str, Points]) -> Table:
         for at, (x, _) in enumerate(first)
     ]
     return Table(["mean KL, nats", *means], rows)
-
-
-# --- of the evaluations
 
 
 def difficulty_blocks(rows: list[Row]) -> list[Block]:

@@ -30,10 +30,8 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell of (text, tone) parts; tone: "", "small", "better", "worse" or "unclear".
-
-    The tone is only a colour, so the text has to say the same.
-    """
+    """A table cell of (text, tone) parts; tone: "", "small", "better", "worse" or "unclear". It is
+    only a colour, so the text has to say the same."""
 
     parts: Sequence[tuple[str, str]]
 

@@ -62,18 +62,13 @@ class Run:
 
     def facts(self) -> dict[str, str]:
         """What was trained, for the report's first line."""
-        found = {
-            key: str(self.config[key]["name"])
-            for key in ("model", "data", "tokenizer")
-            if "name" in self.config.get(key, {})
-        }
-        if found.get("data") == "embedded":
-            data = self.config["data"].items()
-            if own := [name for name, x in data if isinstance(x, dict) and x.get("path")]:
-                found["data"] += f" with files of {', '.join(own)}"
-        found["seed"] = str(self.config["seed"])
-        if "device" in self.record:
-            found["on"] = str(self.record["device"])
+        parts = {key: self.config.get(key, {}) for key in ("model", "data", "tokenizer")}
+        found = {key: str(part["name"]) for key, part in parts.items() if "name" in part}
+        sources = [(name, x) for name, x in parts["data"].items() if isinstance(x, dict)]
+        own = [name for name, source in sources if source.get("path")]
+        if own and found.get("data") == "embedded":
+            found["data"] += f" with files of {', '.join(own)}"
+        found |= {"seed": str(self.config["seed"]), "on": str(self.record.get("device", "?"))}
         return found
 
     def costs(self) -> dict[str, float]:
@@ -117,9 +112,6 @@ class Row:
     def cost(self, name: str) -> float | None:
         """A number of its run's costs; None if there is none."""
         return self.run.costs().get(name) if self.run else None
-
-
-# --- which runs
 
 
 def read_runs(outputs: Path, files: Files) -> dict[str, Run]:
@@ -182,9 +174,6 @@ def ladder(tip: Run, runs: dict[str, Run], files: Files) -> dict[str, Run]:
     return {stage: found[stage] for stage in stages() if stage in found}
 
 
-# --- rows
-
-
 def leaves_policy(stage: str) -> bool:
     """Whether the row has a policy's metrics; random weights are a policy."""
     return stage == "random" or LADDER[stage].leaves == "policy"
@@ -229,9 +218,6 @@ def read_rows(line: dict[str, Run], files: Files) -> list[Row]:
     return list(rows.values())
 
 
-# --- whether two rows were asked the same
-
-
 def other_items(row: Row) -> dict[str, str]:
     """The item sets that a row and its parent don't share, and how they differ."""
     if row.parent is None:
@@ -271,9 +257,6 @@ def notes_on_items(rows: list[Row], tip: str) -> list[str]:
         "training data the last one's config doesn't name keeps its held-out data)"
     )
     return [warning] if said else []
-
-
-# --- differences
 
 
 def with_differences(rows: list[Row], files: Files) -> list[Row]:

@@ -72,10 +72,8 @@ def measured_cell(
 
 
 def verdict(name: str, difference: Metric) -> str:
-    """better or worse, if the paired interval excludes 0 and the key has a better side.
-
-    An interval of no width (one item, or several that are all equal) is no evidence.
-    """
+    """better or worse, if the paired interval excludes 0 and the key has a better side. An interval
+    of no width (one item, or several that are all equal) is no evidence."""
     better, low, high = about(name).better, difference["low"], difference["high"]
     if better is None or low <= 0 <= high or low == high:
         return "unclear"
@@ -98,9 +96,6 @@ def change_cell(name: str, difference: Metric | None) -> str | Cell:
     """The same as a table cell."""
     parts = change(name, difference)
     return Cell(parts) if parts else NONE
-
-
-# --- tables
 
 
 def stage_table(rows: list[Row]) -> Table:
@@ -303,9 +298,6 @@ def _cost(cost: Cost, found: list[dict[str, float]]) -> Cell:
     values = [costs[cost.key] for costs in found if cost.key in costs]
     total = cost.total or sum
     return Cell([(cost.show(total(values)) if values else NONE, "")])
-
-
-# --- what is missing
 
 
 def data_notes(rows: list[Row]) -> list[str]:

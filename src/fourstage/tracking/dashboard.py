@@ -51,11 +51,8 @@ def known_keys(outputs: Path) -> tuple[set[str], list[str]]:
         except UserError as error:
             broken.append(str(error))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            broken.append(f"{folder}: its record or evaluation is broken ({error!r})")
+            broken.append(f"{folder}: its evaluation is broken ({error!r})")
     return keys, broken
-
-
-# --- W&B's objects
 
 
 def widget(panel: Panel) -> Any:
@@ -66,11 +63,10 @@ def widget(panel: Panel) -> Any:
     match panel.kind:
         case "bars":
             return wr.BarPlot(title=panel.title, metrics=keys, orientation="v", layout=layout)
-        case "lines" if "*" in keys[0]:
-            regex = f"^{re.escape(keys[0]).replace(re.escape('*'), '.*')}$"
-            return wr.LinePlot(title=panel.title, x=panel.x, metric_regex=regex, layout=layout)
         case "lines":
-            return wr.LinePlot(title=panel.title, x=panel.x, y=keys, layout=layout)
+            regex = f"^{re.escape(keys[0]).replace(re.escape('*'), '.*')}$"
+            shown = {"metric_regex": regex} if "*" in keys[0] else {"y": keys}
+            return wr.LinePlot(title=panel.title, x=panel.x, layout=layout, **shown)
         case "scatter":
             x, y = wr.SummaryMetric(panel.x), wr.SummaryMetric(keys[0])
             return wr.ScatterPlot(title=panel.title, x=x, y=y, layout=layout)
@@ -119,13 +115,9 @@ def report(entity: str, project: str, sections: list[Section]) -> Report:
             groupby=["JobType"],
             order=[wr.OrderBy("CreatedTimestamp", ascending=True)],
         )
-        panels = [widget(panel) for panel in section.panels]
-        grid = wr.PanelGrid(runsets=[runs], panels=panels)
+        grid = wr.PanelGrid(runsets=[runs], panels=[widget(panel) for panel in section.panels])
         blocks += [wr.H2(section.name), wr.P(section.text), grid]
     return wr.Report(project=project, entity=entity, title=TITLE, blocks=blocks, width="fluid")
-
-
-# --- where they go
 
 
 def write(outputs: Path, project: str, sections: list[Section]) -> Path:
