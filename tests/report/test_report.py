@@ -15,7 +15,8 @@ import pytest
 
 from fourstage.errors import UserError
 from fourstage.report import main
-from fourstage.report.figures import MOST_POINTS, panels, thinned
+from fourstage.report.charts import thinned
+from fourstage.report.figures import MOST_POINTS, panels
 from fourstage.report.html import Answers, Bullets, Paragraph, Table, markdown, page
 from fourstage.report.tables import COIN, apart
 
@@ -647,10 +648,10 @@ def test_html_escapes_everything() -> None:
 
 def test_curves_are_thinned_by_means() -> None:
     points = [(float(x), float(x % 2)) for x in range(2 * MOST_POINTS)]
-    few = thinned(points)
+    few = thinned(points, MOST_POINTS)
     assert len(few) == MOST_POINTS
     assert few[:2] == [(0.5, 0.5), (2.5, 0.5)]
-    assert thinned(points[:5]) == points[:5]
+    assert thinned(points[:5], MOST_POINTS) == points[:5]
 
 
 def test_charts_are_drawn_for_the_columns_that_are_there() -> None:

@@ -220,10 +220,9 @@ def known_judges(job: StageJob, policy: Transformer) -> Judges:
     """The ladder's reward model, sft policy and sft answers, as far as they exist."""
     device = next(policy.parameters()).device
     reward = load_scalar(job.ancestors[REWARD])[0] if REWARD in job.ancestors else None
-    if job.stage == REFERENCE:
-        return Judges(reward, reference=policy, device=device)
-    is_after = REFERENCE in job.ancestors
-    reference = load_policy(job.ancestors[REFERENCE])[0] if is_after else None
+    reference = policy if job.stage == REFERENCE else None
+    if REFERENCE in job.ancestors:
+        reference = load_policy(job.ancestors[REFERENCE])[0]
     return Judges(reward, reference, sft_chats(job), device)
 
 

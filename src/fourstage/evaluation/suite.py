@@ -1,9 +1,8 @@
 """The frozen evaluation suite: what every key means, computed from stored items only.
 
-An item is one model's result on one held-out example: {"set": WHICH, "id": ..., ...}. A key is a
-`Definition`: it reads an array off each item (None if the item doesn't count) and takes a statistic
-of the arrays' sum. A ratio reads (numerator, denominator), a mean (value, 1), router health the
-loads [layers, experts].
+An item is one model's result on one held-out example: {"set": WHICH, "id": ..., ...}. A key's
+`Definition` reads an array off each item and takes a statistic of the arrays' sum: a ratio reads
+(numerator, denominator), a mean (value, 1), router health the loads [layers, experts].
 
 95 % intervals, by kind of key (docs/evaluation.md says how often they cover the truth):
 

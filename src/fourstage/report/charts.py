@@ -22,6 +22,7 @@ INK = "#010203"  # stands for the page's text colour until the SVG is text
 COLOURS = ("#3a85d0", "#e0762f", "#2e9e6b", "#b05cc8", "#c8434f", "#8a7a2e")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "osD^vP"
+GROUPS = 12  # of neighbouring rollouts in the over-optimisation chart
 
 
 def lines(xlabel: str, ylabel: str, series: Mapping[str, Points]) -> str:
@@ -40,8 +41,8 @@ def lines(xlabel: str, ylabel: str, series: Mapping[str, Points]) -> str:
 def over_optimisation(xlabel: str, ylabel: str, series: Mapping[str, Points]) -> str:
     """Scores against KL, x on a square-root axis (Gao et al. 2022, arXiv 2210.10760, section 3).
 
-    Every rollout is a dot, and the line joins means of `group_size` neighbours in KL. A small KL
-    may have a negative estimate, which is drawn at 0.
+    Every rollout is a dot, and the line joins means of neighbours in KL. A small KL may have a
+    negative estimate, which is drawn at 0.
     """
 
     def draw(axes: Any) -> None:
@@ -51,9 +52,8 @@ def over_optimisation(xlabel: str, ylabel: str, series: Mapping[str, Points]) ->
             points = sorted((max(x, 0.0), y) for x, y in points)
             style = {"color": _nth(COLOURS, n), "marker": MARKERS[n], "ls": "none"}
             axes.plot(*zip(*points, strict=True), ms=3, alpha=0.35, mew=0, **style)
-            means = neighbours(points, group_size(points))
             style |= {"ls": _nth(DASHES, n), "ms": 5}
-            axes.plot(*zip(*means, strict=True), label=name, lw=1.6, **style)
+            axes.plot(*zip(*thinned(points, GROUPS), strict=True), label=name, lw=1.6, **style)
         axes.set_xlim(0, max(furthest, 1e-3) * 1.05)
         axes.locator_params("x", nbins=5)
 
@@ -84,13 +84,9 @@ def intervals(
     return _svg(draw, (5.0, 3.0), ylabel, legend="right")
 
 
-def group_size(points: Points) -> int:
-    """How many rollouts each point of the over-optimisation line averages: 12 points or so."""
-    return math.ceil(len(points) / 12)
-
-
-def neighbours(points: Points, width: int) -> Points:
-    """Means of each `width` neighbouring points, in the order given."""
+def thinned(points: Points, most: int) -> Points:
+    """At most `most` points: means of neighbours, in the order given."""
+    width = max(1, math.ceil(len(points) / most))
     parts = [points[at : at + width] for at in range(0, len(points), width)]
     return [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p)) for p in parts]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,13 +10,12 @@ from fourstage.evaluation import suite
 from fourstage.ladder import LADDER
 from fourstage.report.charts import (
     Node,
-    group_size,
     heat_map,
     intervals,
     lineage,
     lines,
-    neighbours,
     over_optimisation,
+    thinned,
 )
 from fourstage.report.files import FAULTS, Item, Points
 from fourstage.report.html import Block, Cell, Figure, Figures, Heading, Paragraph, Table
@@ -93,18 +91,13 @@ def panels(stage: str, columns: dict[str, Points]) -> list[tuple[str, str, dict[
     found = []
     for name, unit, endings in PANELS:
         series = {
-            column: thinned(points)
+            column: thinned(points, MOST_POINTS)
             for column, points in columns.items()
             if column.rsplit("/", 1)[-1] in endings
         }
         if series:
             found.append((f"{stage}: {name}", UNITS.get((stage, name), unit), series))
     return found
-
-
-def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most `most` points: means of neighbours, in the order given."""
-    return neighbours(points, max(1, math.ceil(len(points) / most)))
 
 
 def over_optimisation_blocks(columns: dict[str, Points] | None) -> list[Block]:
@@ -120,16 +113,13 @@ def over_optimisation_blocks(columns: dict[str, Points] | None) -> list[Block]:
     series = {name: points for name, points in series.items() if points}
     if not series:
         return [heading, Paragraph("Not drawn: metrics.csv has no KL with scores beside it.")]
-    size = group_size(max(series.values(), key=len))
     text = (
-        f"Dots are PPO's rollouts; lines join the means of {size} rollout{'s' * (size > 1)} next "
-        "to each other in KL. x is on a square-root axis, as in Gao et al. 2022 (arXiv 2210.10760)."
+        "Dots are PPO's rollouts; lines join the means of neighbours in KL. x is on a square-root "
+        "axis, as in Gao et al. 2022 (arXiv 2210.10760)."
     )
     blocks: list[Block] = [heading]
     if len(series) == 2:
-        text += (
-            " Over-optimisation is when the learned reward still rises and the true score falls."
-        )
+        text += " Over-optimisation: the learned reward still rises while the true score falls."
     elif "true score" not in series:
         only = "only data=embedded has the hidden rule that labels its pairs."
         blocks.append(Paragraph(f"The true score is not known for this data: {only}"))
@@ -140,8 +130,7 @@ def over_optimisation_blocks(columns: dict[str, Points] | None) -> list[Block]:
 
 def _score_table(series: dict[str, Points]) -> Table:
     """The same as numbers: means over quarters of the rollouts, in order of their KL."""
-    width = math.ceil(max(map(len, series.values())) / 4)
-    means = {name: neighbours(sorted(points), width) for name, points in series.items()}
+    means = {name: thinned(sorted(points), 4) for name, points in series.items()}
     first = next(iter(means.values()))
     rows = [
         [

@@ -94,21 +94,22 @@ def change(name: str, difference: Metric | None) -> list[tuple[str, str]]:
 
 def change_cell(name: str, difference: Metric | None) -> str | Cell:
     """The same as a table cell."""
-    parts = change(name, difference)
-    return Cell(parts) if parts else NONE
+    return Cell(parts) if (parts := change(name, difference)) else NONE
 
 
 def stage_table(rows: list[Row]) -> Table:
     """A row for each stage, a column for each of HEADLINES that any row has."""
     names = [name for name in HEADLINES if any(name in row.metrics for row in rows)]
+    return Table(
+        ["stage", *map(title, names)],
+        [[row.stage, *(_stage_cell(row, name) for name in names)] for row in rows],
+    )
 
-    def shown_cell(row: Row, name: str) -> str | Cell:
-        cell = row.metrics.get(name, {"value": None})
-        difference = change(name, row.differences.get(name))
-        return measured_cell(name, cell, f", n {cell.get('n')}", difference)
 
-    lines = [[row.stage, *(shown_cell(row, name) for name in names)] for row in rows]
-    return Table(["stage", *map(title, names)], lines)
+def _stage_cell(row: Row, name: str) -> str | Cell:
+    cell = row.metrics.get(name, {"value": None})
+    note = f", n {cell.get('n')}"
+    return measured_cell(name, cell, note, change(name, row.differences.get(name)))
 
 
 def suite_table(rows: list[Row], names: Iterable[str]) -> Table:

@@ -52,10 +52,6 @@ def lines(title: str, *keys: str, x: str = STEP) -> Panel:
     return Panel("lines", title, keys, x)
 
 
-def table(title: str, key: str) -> Panel:
-    return Panel("table", title, (key,))
-
-
 # what ppo and grpo share
 POLICY = (
     lines("KL to the reference (ppo: nats an answer, grpo: nats a token)", "train/kl"),
@@ -85,7 +81,7 @@ SECTIONS = (
             row("chat: exact and contained answers", "chat_exact", "chat_contained"),
             row("chat: stopped, well-formed", "chat_stop_rate", "chat_format_rate"),
             row("distinct words and pairs of words", "distinct_1", "distinct_2"),
-            table("every metric with its interval", "ladder"),
+            Panel("table", "every metric with its interval", ("ladder",)),
         ),
     ),
     Section(
@@ -162,8 +158,8 @@ SECTIONS = (
         "samples",
         "The same prompts, answered by every stage: first side by side, then while training.",
         (
-            table("answers of all stages", "samples_by_stage"),
-            table("answers while training", "samples"),
+            Panel("table", "answers of all stages", ("samples_by_stage",)),
+            Panel("table", "answers while training", ("samples",)),
             row("length of the answers, tokens", "answer_tokens"),
         ),
     ),
