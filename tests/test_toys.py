@@ -169,8 +169,8 @@ def test_an_evaluation_key_is_a_row_in_the_suite(monkeypatch, own_ladder):
     assert "chat answers that shout" in (own_ladder / "report" / "report.html").read_text()
 
 
-def shouted(item: suite.Item) -> tuple[float, float]:
-    return float("!" in item["answer"]), 1.0
+def shouted(item: suite.Item) -> bool:
+    return "!" in item["answer"]
 
 
 def test_a_loss_is_a_recipe_and_its_parts(monkeypatch, own_ladder):
