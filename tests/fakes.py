@@ -13,6 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from fourstage.job import StageJob
+from fourstage.lineage.climb import climb
+from fourstage.lineage.plan import make_plan
 
 CONF = Path(__file__).parent.parent / "conf"
 QUICK = ("model=moe_nano", "debug=fast", "logger=none", "trainer=cpu")  # a ladder in ten seconds
@@ -87,3 +89,15 @@ class FakeTrain:
             raise self.error or RuntimeError("loss is nan")
         (job.folder / "model.safetensors").write_text(f"weights {len(self.jobs)}")
         return {"steps": 7}
+
+
+def ids(overrides: list[str], stage: str = "grpo") -> dict[str, str]:
+    """stage -> id of each run of a plan."""
+    return {run.stage: run.id for run in make_plan(config(*overrides, f"stage={stage}")).runs}
+
+
+def run(overrides: list[str], stage: str = "grpo", train: FakeTrain | None = None) -> FakeTrain:
+    """Climb to a stage."""
+    train = train or FakeTrain()
+    climb(config(*overrides, f"stage={stage}"), overrides=overrides, train=train)
+    return train

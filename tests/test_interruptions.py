@@ -72,6 +72,26 @@ def test_what_happened_and_what_to_do(error: Exception, line: str | None) -> Non
         assert found is error or found.__cause__ is error
 
 
+def test_an_error_of_the_users_or_the_disks_is_one_line() -> None:
+    full = OSError(28, "No space left on device", "x/last.ckpt")
+    assert one_line(full).startswith("disk full at x/last.ckpt: free space")
+    try:
+        try:
+            raise full
+        except OSError as error:
+            raise RuntimeError("could not save") from error
+    except RuntimeError as error:
+        assert one_line(error).startswith("disk full")
+    assert one_line(ValueError("I/O error: No space left on device (os error 28)"))
+    assert one_line(UserError("lr: no")) == "lr: no"
+    for error in (
+        PermissionError(13, "Permission denied", "/x"),
+        FileExistsError(17, "Exists", "/x"),
+    ):
+        assert one_line(error).startswith("/x: ") and "another outputs=" in one_line(error)
+    assert one_line(ValueError("a bug")) is None and one_line(FileNotFoundError(2, "x")) is None
+
+
 def test_what_a_file_holds_cannot_break_a_line() -> None:
     assert one_line(UserError("no field 'a\nb\x1b[31m'")) == r"no field 'a\nb\x1b[31m'"
 

@@ -135,7 +135,7 @@ def test_a_group_without_a_name_is_one_line(argument, options) -> None:
 def test_a_terminal_without_unicode_sees_escapes(call, monkeypatch) -> None:
     screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", screen)
-    monkeypatch.setattr("fourstage.lineage.climb.gain", lambda outputs, name: "1 → 2")
+    monkeypatch.setattr("fourstage.lineage.messages.gain", lambda outputs, name: "1 → 2")
     assert call("stage=pretrain")[0] == 0
     screen.flush()
     assert b"\n1 \\u2192 2\nrun: " in screen.buffer.getvalue()

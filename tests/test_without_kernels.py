@@ -27,13 +27,13 @@ for name in names:
     if not name.endswith("__main__"):
         importlib.import_module(name)
 
-from fourstage.lineage.climb import device
+from fourstage.lineage.climb import hardware
 from fourstage.model import Transformer, ops
 from fourstage.optim.muon import Muon, hidden_matrices
 from fourstage.sampling.decode import Decoder, TorchSteps
 from tests.model.configs import read_config
 
-assert not ops.has_kernels() and "no kernels" in device("cpu")
+assert not ops.has_kernels() and "no kernels" in hardware("cpu")["device"]
 torch.manual_seed(0)
 model, ids = Transformer(read_config("moe_nano"), 50), torch.randint(0, 50, (3, 20))
 weights, splits = zip(*hidden_matrices(model))

@@ -35,6 +35,11 @@ class TrainerConfig:
         if self.num_nodes < 1:
             raise UserError(f"num_nodes: must be at least 1, got {self.num_nodes}")
 
+    @property
+    def processes(self) -> int:
+        """One per device, over all nodes."""
+        return self.devices * self.num_nodes
+
     def resolved(self) -> TrainerConfig:
         """The same with no "auto" left in accelerator and precision, nor -1 in devices.
 

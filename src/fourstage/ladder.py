@@ -1,6 +1,7 @@
-"""The stages as data: what stands on what, and what each is about. A new stage is a row here.
+"""The stages as data: what each starts from and what it is for. A new stage is a row here, below
+its parents.
 
-Its code (Settings, Module, prepare, check_data) is in `module`, its usual settings are in
+Its code (Settings, prepare, check_data) is in `module`, its usual settings are in
 conf/stages/<name>.yaml; docs/extending.md has an example.
 """
 
@@ -16,13 +17,13 @@ from typing import Any, Literal
 class Stage:
     """A row of the ladder.
 
-    parents: the stage that it usually starts from, by role: "policy", and what else it needs. Where
-        a config names others, under `parent` or `<role>_parent`, it starts from those.
-    source: what it reads of the data; from_prompts: of the preferences the prompts only.
-    goal: the suite's key that it is there for.
+    parents: the stages that it usually starts from, by role: "policy", and what else it needs. A
+        config can name others under `parent` or `<role>_parent`.
+    source: the data that it reads; from_prompts: only the prompts of the preferences.
+    goal: the key in the evaluation suite that it is meant to improve.
     leaves: a language model, or a scalar model, which gives no answers.
-    trained, frozen: the networks of the model's size that it holds.
-    takes_any_shape: whether its parents may be of another shape than the command's model.
+    trained, frozen: how many networks of the model's size it holds.
+    takes_any_shape: whether its parents may have another architecture than the command's model.
     """
 
     name: str
@@ -34,16 +35,16 @@ class Stage:
     trained: int = 1
     frozen: int = 0
     takes_any_shape: bool = False
-    module: str = ""  # fourstage.stages.<name>, where it is not said
+    module: str = ""  # default: fourstage.stages.<name>
 
     @property
     def code(self) -> Any:
-        """The module of the stage; importing it takes PyTorch."""
+        """The stage's module, which imports PyTorch."""
         return import_module(self.module or f"fourstage.stages.{self.name}")
 
     @property
     def keys(self) -> dict[str, str]:
-        """The config's key for each role of a parent."""
+        """role of a parent -> key in the stage's config."""
         return {role: "parent" if role == "policy" else f"{role}_parent" for role in self.parents}
 
 
@@ -79,26 +80,14 @@ LADDER = {
 }
 
 
-# the stages whose models judge the answers of the others
-REFERENCE, REWARD = "sft", "reward"
+REFERENCE, REWARD = "sft", "reward"  # their models judge the answers of other stages
 
 
 def stages() -> list[str]:
-    """The names, each after its parents; else in the order of the rows."""
-    found: list[str] = []
-
-    def add(name: str) -> None:
-        if name not in found:
-            for parent in LADDER[name].parents.values():
-                add(parent)
-            found.append(name)
-
-    for name in LADDER:
-        add(name)
-    return found
+    """The names in the ladder's order, each after its parents."""
+    return list(LADDER)
 
 
 def place(stage: str) -> int:
-    """How far up the ladder a stage is; an unknown one is above all."""
-    names = stages()
-    return names.index(stage) if stage in names else len(names)
+    """How far up the ladder a stage is; an unknown one is above all others."""
+    return stages().index(stage) if stage in LADDER else len(LADDER)

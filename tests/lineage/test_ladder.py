@@ -16,7 +16,8 @@ from fourstage.evaluation import tables as evaluation
 from fourstage.evaluation.__main__ import main as evaluate
 from fourstage.files import read_jsonl
 from fourstage.ladder import LADDER
-from fourstage.lineage.climb import climb, gain
+from fourstage.lineage.climb import climb
+from fourstage.lineage.messages import gain
 from fourstage.model.weights import load_policy, load_scalar
 from fourstage.report import write_report
 from fourstage.runs.records import read_record, write_record

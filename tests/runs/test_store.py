@@ -14,10 +14,10 @@ import pytest
 
 from fourstage.errors import UserError
 from fourstage.files import parse_json, read_json, read_jsonl, swap_in, write_atomic, write_json
-from fourstage.lineage.climb import climb, find_run
+from fourstage.lineage.climb import climb
 from fourstage.runs.__main__ import main
 from fourstage.runs.records import read_record, what_is_wrong, write_record
-from fourstage.runs.store import RunStore
+from fourstage.runs.store import RunStore, find_run
 from tests.fakes import FakeTrain, config, own_files
 
 
@@ -234,10 +234,10 @@ DAMAGE: list[tuple[str, Any, str]] = [
     ("config.seed", "0", "config.seed is '0'"),
     ("config.stages", {}, "it has no config.stages.sft"),
     ("parents", [], "parents is '[]'"),
-    ("parents.policy", "../../x", "'../../x' is no run's id"),
-    ("parents.policy", None, "'None' is no run's id"),
-    ("id", "../../x", "'../../x' is no run's id, which is ten letters a to z"),
-    ("group", "ABC", "'ABC' is no run's id"),
+    ("parents.policy", "../../x", "'../../x' is not a run id"),
+    ("parents.policy", None, "'None' is not a run id"),
+    ("id", "../../x", "'../../x' is not a run id, which is ten letters a to z"),
+    ("group", "ABC", "'ABC' is not a run id"),
     ("status", None, "status is 'None'"),
     ("started", 5, "started is '5'"),
     ("finished", None, "it has no finished"),

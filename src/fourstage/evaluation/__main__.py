@@ -24,7 +24,7 @@ from fourstage.runs.store import RunStore
 def main(arguments: list[str]) -> None:
     """Evaluate a finished run again. Raises UserError for an unknown run or argument."""
     from fourstage.evaluation.run import evaluate_again
-    from fourstage.lineage.climb import gain
+    from fourstage.lineage.messages import gain
     from fourstage.tracking.callbacks import telling
 
     values = dict(argument.partition("=")[::2] for argument in arguments)

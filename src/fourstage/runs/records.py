@@ -12,9 +12,10 @@ from fourstage.errors import UserError
 from fourstage.files import read_json, write_json
 from fourstage.ladder import LADDER
 
+Record = dict[str, Any]
 RUN_ID = re.compile("[a-z]{10}")
-# what every record has, by type, and what it may have
-RECORDED: dict[str, type | tuple[type, ...]] = {
+# key -> type; a key with a question mark may be missing
+TYPES: dict[str, type | tuple[type, ...]] = {
     "id": str,
     "stage": str,
     "parents": dict,
@@ -22,27 +23,25 @@ RECORDED: dict[str, type | tuple[type, ...]] = {
     "status": str,
     "debug": (str, NoneType),
     "started": str,
+    "finished?": (str, NoneType),
+    "data?": dict,
+    "git?": dict,
+    "git.commit?": (str, NoneType),
+    "versions?": dict,
+    "threads?": int,
     "config": dict,
     "config.seed": int,
     "config.model": dict,
     "config.model.name": str,
     "config.stages": dict,
+    "config.evaluation?": dict,
     "cost": dict,
     "cost.seconds": (int, float),
-}
-OPTIONAL: dict[str, type | tuple[type, ...]] = {
-    "finished": (str, NoneType),
-    "data": dict,
-    "git": dict,
-    "git.commit": (str, NoneType),
-    "versions": dict,
-    "threads": int,
-    "config.evaluation": dict,
-    "cost.eval_seconds": (int, float),
+    "cost.eval_seconds?": (int, float),
 }
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> Record:
     """The run.json of a run's folder.
 
     Raises UserError when it is missing, broken, or of a stage that this version doesn't know.
@@ -56,52 +55,49 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def what_is_wrong(record: dict[str, Any]) -> str | None:
-    """The first key of a record that is missing or of another type, or that makes no sense."""
-    for kinds, must_be in ((RECORDED, True), (OPTIONAL, False)):
-        for key, kind in kinds.items():
-            value: Any = record
-            for name in key.split("."):
-                value = value.get(name, MISSING) if isinstance(value, dict) else MISSING
-            if value is MISSING and must_be:
-                return f"it has no {key}"
-            if value is not MISSING and (not isinstance(value, kind) or isinstance(value, bool)):
-                return f"{key} is {str(value)[:40]!r}"
-    ids = [record["id"], record["group"], *record["parents"].values()]
-    for run_id in ids:
+def what_is_wrong(record: Record) -> str | None:
+    """The first key of a record that is missing, has the wrong type, or makes no sense."""
+    for key, kind in TYPES.items():
+        name = key.rstrip("?")
+        value: Any = record
+        for part in name.split("."):
+            value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
+        if value is MISSING and name == key:
+            return f"it has no {name}"
+        if value is not MISSING and (not isinstance(value, kind) or isinstance(value, bool)):
+            return f"{name} is {str(value)[:40]!r}"
+    for run_id in (record["id"], record["group"], *record["parents"].values()):
         if not isinstance(run_id, str) or not RUN_ID.fullmatch(run_id):  # it names files
-            return f"{str(run_id)[:40]!r} is no run's id, which is ten letters a to z"
-    if record["stage"] in LADDER and not isinstance(
-        record["config"]["stages"].get(record["stage"]), dict
-    ):
-        return f"it has no config.stages.{record['stage']}"
+            return f"{str(run_id)[:40]!r} is not a run id, which is ten letters a to z"
+    stage = record["stage"]
+    if stage in LADDER and not isinstance(record["config"]["stages"].get(stage), dict):
+        return f"it has no config.stages.{stage}"
     if record["status"] == "finished" and not isinstance(record.get("finished"), str):
         return "it has no finished"
     return None
 
 
-def _stored(folder: Path) -> dict[str, Any]:
-    """The object in run.json, whatever it holds."""
+def _stored(folder: Path) -> Record:
+    """The JSON object in run.json, not checked any further."""
     path = folder / "run.json"
     try:
         record = read_json(path)
+        if not isinstance(record, dict):
+            raise ValueError("no JSON object")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: not a run (it has no run.json)") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"{path}: broken ({error}): remove the folder and train again") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: broken (no JSON object): remove the folder and train again")
     return record
 
 
-def write_record(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Merge the changes into run.json (a dict key by key) and return the whole record."""
+def write_record(folder: Path, **changes: Any) -> None:
+    """Merge the changes into run.json, a dict key by key."""
     record = _stored(folder) if (folder / "run.json").exists() else {}
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(record.get(key), dict):
             value = {**record[key], **value}
         record[key] = value
     write_json(folder / "run.json", record)
-    return record

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from filelock import FileLock, Timeout
 
 from fourstage.errors import UserError
 from fourstage.files import exists
 from fourstage.ladder import LADDER, place, stages
-from fourstage.runs.records import RUN_ID, read_record
+from fourstage.runs.records import RUN_ID, Record, read_record
 
-Record = dict[str, Any]
+Status = Literal["found", "resume", "train"]
 
 
 class RunStore:
@@ -36,17 +36,20 @@ class RunStore:
 
     @property
     def beside(self) -> Path:
-        """The folder of `root` on its own disk, which may be another where `root` is a link."""
+        """The folder of `root` on its own disk, which may be another one if `root` is a link."""
         return self.root.resolve().parent if self.root.is_symlink() else self.outputs
 
-    def folders(self) -> list[Path]:
-        """Every run, finished or not, in order of stage and start; broken ones are left out."""
+    def records(self) -> dict[Path, Record]:
+        """Folder -> record of every readable run, finished or not, by stage and start."""
         found = {path.parent: _read(path.parent) for path in self.root.glob("*/run.json")}
         readable = {f: record for f, record in found.items() if not isinstance(record, str)}
-        return sorted(readable, key=lambda f: _order(readable[f]))
+        return dict(sorted(readable.items(), key=lambda x: (place(x[1]["stage"]), x[1]["started"])))
+
+    def folders(self) -> list[Path]:
+        return list(self.records())
 
     def status(self, record: Record) -> str:
-        """What run.json says; "interrupted" where no process trains the run any more."""
+        """What run.json says, or "interrupted" if no process is training the run any more."""
         is_left = record["status"] == "running" and not self.is_busy(record["id"])
         return "interrupted" if is_left else record["status"]
 
@@ -56,7 +59,7 @@ class RunStore:
         return [record for record in found if isinstance(record, str)]
 
     def find(self, name: str, *, finished: bool = True) -> Path:
-        """The folder of the run that `name` means. Raises UserError where there is none."""
+        """The folder of the run that `name` means. Raises UserError if there is none."""
         if name in LADDER:
             return self._latest(name)
         for folder in (self.root / name, *self.root.glob(f"*-{escape(name)}"), Path(name)):
@@ -64,26 +67,20 @@ class RunStore:
                 if finished and read_record(folder)["status"] != "finished":
                     raise UserError(f"{folder.name}: this run is not finished")
                 return folder
-        there = [folder.name for folder in self.folders()]
-        if len(there) > 8:
-            there = [*there[:8], f"and {len(there) - 8} more (python -m fourstage runs)"]
-        raise UserError(
-            f"unknown run {name[:200]!r}: {self.root} has {', '.join(there) or 'no runs yet'}"
-        )
+        raise UserError(unknown_run(name, self.root, (folder.name for folder in self.records())))
 
     def _latest(self, stage: str) -> Path:
-        runs = [(folder, read_record(folder)) for folder in self.folders()]
-        runs = [(f, r) for f, r in runs if r["stage"] == stage and r["status"] == "finished"]
-        real = [(f, r) for f, r in runs if r["debug"] is None]
+        finished = {f: r for f, r in self.records().items() if r["status"] == "finished"}
+        runs = {f: r for f, r in finished.items() if r["stage"] == stage}
         if not runs:
             raise UserError(
                 f"no finished {stage} run in {self.root}: train one: python train.py stage={stage}"
             )
-        return max(real or runs, key=lambda run: run[1]["finished"])[0]
+        return max(runs, key=lambda f: (runs[f]["debug"] is None, runs[f]["finished"]))
 
     def ancestors(self, folder: Path) -> dict[str, Path]:
-        """stage -> folder of every run that `folder` descends from, as far as they are there and
-        can be read; where two are of one stage, that in the policy's line."""
+        """stage -> folder of every readable run that `folder` descends from. If two are of one
+        stage, the one in the policy's line counts."""
         found: dict[str, Path] = {}
         for parent in read_record(folder)["parents"].values():
             for path in folder.parent.glob(f"*-{parent}"):
@@ -93,11 +90,11 @@ class RunStore:
         return {stage: found[stage] for stage in stages() if stage in found}
 
     def children(self, run_id: str) -> list[Path]:
-        """The runs that start from this one, directly."""
-        return [f for f in self.folders() if run_id in read_record(f)["parents"].values()]
+        """The runs that start directly from this one."""
+        return [f for f, r in self.records().items() if run_id in r["parents"].values()]
 
     def is_busy(self, run_id: str) -> bool:
-        """Whether some process trains it now."""
+        """Whether a process is training it now."""
         lock = self._lock(run_id)
         try:
             with lock.acquire(timeout=0):
@@ -108,10 +105,8 @@ class RunStore:
 
     @contextmanager
     def locked(self, name: str, run_id: str) -> Iterator[None]:
-        """Hold a run for training or removing; says so, once, when another process holds it.
-
-        The lock dies with its process, so that a crash leaves none behind.
-        """
+        """Hold a run's lock while training it. The lock ends with its process, so a crash leaves
+        none behind."""
         lock = self._lock(run_id)
         try:
             lock.acquire(timeout=0)
@@ -121,7 +116,7 @@ class RunStore:
         try:
             yield
         finally:
-            Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it takes a new one
+            Path(lock.lock_file).unlink(missing_ok=True)  # waiting processes make a new one
             lock.release()
 
     def _lock(self, run_id: str) -> FileLock:
@@ -131,7 +126,7 @@ class RunStore:
         return FileLock(folder / f"{run_id}.lock")
 
     def remove(self, folder: Path, *, force: bool) -> None:
-        """Remove a run. Raises UserError while it is trained, or where others descend from it."""
+        """Remove a run. Raises UserError if it is being trained or others descend from it."""
         if folder.parent.resolve() != self.root.resolve():
             raise UserError(f"{folder}: not a run of {self.outputs}: give its own outputs=FOLDER")
         record = _read(folder)
@@ -157,8 +152,27 @@ class RunStore:
 
 def find_run(outputs: Path, name: str) -> Path:
     """The folder of a finished run: by id, <stage>-<id>, folder, or stage (its latest run; a debug
-    one only where there is no other). Raises UserError where there is none."""
+    run only if there is no other). Raises UserError if there is none."""
     return RunStore(outputs).find(name)
+
+
+def find_status(folder: Path) -> tuple[Status, Record]:
+    """What has to be done for a run, and its record if it is finished."""
+    if (folder / "run.json").exists():
+        record = read_record(folder)
+        if record["status"] == "finished" and (folder / "model.safetensors").exists():
+            return "found", record
+        if (folder / "checkpoints" / "last.ckpt").exists():
+            return "resume", {}
+    return "train", {}
+
+
+def unknown_run(name: str, root: Path, runs: Iterable[str]) -> str:
+    """The message for a name that means none of the `runs` in `root`."""
+    names = list(runs)
+    if len(names) > 8:
+        names = [*names[:8], f"and {len(names) - 8} more (python -m fourstage runs)"]
+    return f"unknown run {name[:200]!r}: {root} has {', '.join(names) or 'no runs yet'}"
 
 
 def _read(folder: Path) -> Record | str:
@@ -167,7 +181,3 @@ def _read(folder: Path) -> Record | str:
         return read_record(folder)
     except UserError as error:
         return str(error)
-
-
-def _order(record: Record) -> tuple[int, str]:
-    return place(record["stage"]), record["started"]
