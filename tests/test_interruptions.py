@@ -278,9 +278,9 @@ def test_a_broken_resume_state_is_one_line(outputs: Path, tmp_path: Path, kind: 
         train(outputs)
     name, line = path.parts[-3], str(caught.value)
     what = (
-        f"the state of sft-abcdefghij: remove it to train {name} from its start"
+        f"the state of sft-abcdefghij: remove it to train {name} from the start"
         if kind == "other run"
-        else "broken, or not of this run and version: remove it to train the stage from its start"
+        else "broken, or not of this run and version: remove it to train the stage from the start"
     )
     assert line == f"{name}: {path}: {what}: rm -r {shlex.quote(str(path))}"
     assert path.read_bytes() == before and not (tmp_path / "executed").exists()

@@ -115,7 +115,7 @@ def test_a_killed_stage_resumes_to_the_same_bits(ladder, tmp_path):
         )
         assert done.returncode == 1
         assert f"{found.name}: begun with {kind}, from which " in done.stderr
-        assert f" cannot go on: take the former, or train it from its start: rm -r {found}" in (
+        assert f" cannot go on: take the former, or train it from the start: rm -r {found}" in (
             done.stderr
         )
     evil = Path(shutil.copytree(killed, tmp_path / "evil"))

@@ -20,11 +20,11 @@ from typing import IO, Any
 from fourstage.errors import UserError
 from fourstage.files import write_atomic
 
-PATIENCE = 600.0  # seconds in which the first process must show itself
-GRACE = 20.0  # seconds in which a process must notice by itself that the first one has ended
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without flock
+PATIENCE = 600.0  # seconds in which the first process must show up
+GRACE = 20.0  # seconds in which a process should notice by itself that the first one has ended
+STALE = 86_400.0  # seconds after which a lock that nobody holds was left by a killed job
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP)  # the file system has no flock
 ENDED = "the first process of this job has ended: its own output says why"
-STALE = 86_400.0  # seconds after which a lock that nobody holds is left over from a killed job
 OF_TORCHRUN = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
 OF_SRUN = ("SLURM_JOB_ID", "SLURM_STEP_ID")
 OF_A_TASK = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS")
@@ -33,16 +33,16 @@ NUMBERS = (*OF_A_RANK, *OF_A_TASK, "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 
 
 def check_environment() -> None:
-    """Make the environment say only what holds of this process; Lightning and PyTorch believe it.
+    """Remove variables that don't apply to this process; Lightning and PyTorch would believe them.
 
-    Notebooks set LOCAL_RANK and RANK for one process, and an allocation of SLURM has variables of
-    tasks though no srun started any: these go. Raises UserError for what cannot be meant.
+    Notebooks set LOCAL_RANK and RANK for a single process, and a SLURM allocation has variables of
+    tasks even if srun started none. Raises UserError for values that make no sense.
     """
     env = os.environ
     for name in NUMBERS:
-        if name in env and not env[name].strip():
-            del env[name]
-        elif name in env and not env[name].isdecimal():
+        if not env.get(name, "").strip():
+            env.pop(name, None)
+        elif not env[name].isdecimal():
             raise UserError(f"{name}={env[name]} in the environment: expected a number: unset it")
     if not _has(OF_SRUN):
         for name in OF_A_TASK:
@@ -62,18 +62,31 @@ def _has(names: Sequence[str]) -> bool:
     return all(name in os.environ for name in names)
 
 
+def try_lock(file: IO[str], kind: int) -> bool | None:
+    """Whether the lock was taken, or None if the file system has no locks."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return None
+
+
 class Ranks:
     """Whether this is the first process of its job, and how the others learn what it decides.
 
-    They talk through a file under outputs/locks/, because they do so before they have met in
-    torch.distributed: Lightning starts the others in the middle of the first stage that trains.
-    What the file says counts while the first process holds a lock beside it (flock), which ends
-    with the process: so nobody follows, or waits for, a process that was killed.
+    They talk through a file under outputs/locks/, because torch.distributed isn't up yet: Lightning
+    starts the other processes in the middle of the first stage that trains. The file counts only
+    while the first process holds a lock beside it (flock), which ends with the process, so nobody
+    follows or waits for a process that was killed.
     """
 
     _jobs = itertools.count()  # a multirun climbs several times in one process
     _key: str | None = None
-    _parent: int  # the process that started this one, which may be gone already
+    _parent: int  # the process that started this one, which may already be gone
 
     def __init__(self, outputs: Path) -> None:
         env = os.environ
@@ -83,8 +96,8 @@ class Ranks:
         if Ranks._key is None:
             Ranks._key = self._name_of_launch()
             is_child = Ranks._key == env.get("FOURSTAGE_JOB") and "LOCAL_RANK" in env
-            is_child = is_child and "FOURSTAGE_PARENT" in env
-            Ranks._parent = int(env["FOURSTAGE_PARENT"]) if is_child else os.getppid()
+            parent = env.get("FOURSTAGE_PARENT") if is_child else None
+            Ranks._parent = int(parent or os.getppid())
             env["FOURSTAGE_PARENT"] = str(os.getpid())  # Lightning's children inherit it
         self.path = outputs / "locks" / f"{Ranks._key}.{next(self._jobs)}.decisions"
         self.lock = self.path.with_suffix(".lock")
@@ -97,8 +110,8 @@ class Ranks:
         for names in (OF_TORCHRUN, OF_SRUN):
             if _has(names):
                 return "-".join(re.sub(r"[^\w.:-]", "_", env[name]) for name in names)
-        if self.is_first and not ("NODE_RANK" in env and "FOURSTAGE_JOB" in env):
-            # no process id: in two containers both are 1
+        if self.is_first and not _has(("NODE_RANK", "FOURSTAGE_JOB")):
+            # not the process id: in two containers both are 1
             env["FOURSTAGE_JOB"] = secrets.token_hex(8)  # Lightning's children inherit it
         if "FOURSTAGE_JOB" not in env:
             raise UserError(
@@ -109,17 +122,32 @@ class Ranks:
 
     @contextmanager
     def job(self) -> Iterator[None]:
-        """The first process decides inside, and the others do not outlive it."""
-        with self._first() if self.is_first else self._follower():
+        """Inside, the first process decides, and the others don't outlive it."""
+        if self.is_first:
+            with self._leading():
+                yield
+            return
+        finished = threading.Event()
+        threading.Thread(target=self._watch, args=(finished,), daemon=True).start()
+        try:
             yield
+        finally:
+            finished.set()
 
     @contextmanager
-    def _first(self) -> Iterator[None]:
+    def _leading(self) -> Iterator[None]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(self.path.parent)
         self.path.unlink(missing_ok=True)  # of an earlier launch of this name
         with open(self.lock, "a") as file:
-            self._hold(file)
+            end = time.monotonic() + PATIENCE
+            while try_lock(file, fcntl.LOCK_EX) is False:
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"{self.lock}: held by another job of this name: end it, or give torchrun "
+                        "another --rdzv-id"
+                    )
+                time.sleep(0.05)
             write_atomic(self.path, "{}")
             try:
                 yield
@@ -130,40 +158,13 @@ class Ranks:
             self.path.unlink(missing_ok=True)
             self.lock.unlink(missing_ok=True)
 
-    def _hold(self, file: IO[str]) -> None:
-        end = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise UserError(
-                        f"{self.lock}: held by another job of this name: end it, or give torchrun "
-                        "another --rdzv-id"
-                    ) from None
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                return
-            time.sleep(0.05)
-
-    @contextmanager
-    def _follower(self) -> Iterator[None]:
-        ended = threading.Event()
-        threading.Thread(target=self._watch, args=(ended,), daemon=True).start()
-        try:
-            yield
-        finally:
-            ended.set()
-
-    def _watch(self, ended: threading.Event) -> None:
-        """Ends this process where it waits, inside PyTorch, for a first process that is gone."""
+    def _watch(self, finished: threading.Event) -> None:
+        """End this process if the first one is gone while this one waits for it inside PyTorch."""
         met = False
-        while not ended.wait(1.0):
+        while not finished.wait(1.0):
             is_there = self._first_is_there()
             is_gone = os.getppid() != self._parent or (met and not is_there)
-            if is_gone and not ended.wait(GRACE):
+            if is_gone and not finished.wait(GRACE):
                 print(ENDED, file=sys.stderr, flush=True)
                 os._exit(1)
             met = met or is_there
@@ -173,7 +174,7 @@ class Ranks:
         write_atomic(self.path, json.dumps(self.decisions))
 
     def wait_for(self, run_id: str) -> Any:
-        """The first process' decision on a run. Raises UserError when that process has failed."""
+        """The first process's decision on a run. Raises UserError if that process has failed."""
         start, met = time.monotonic(), False
         while os.getppid() == self._parent:
             is_there = self._first_is_there()
@@ -198,25 +199,19 @@ class Ranks:
         raise UserError(ENDED)
 
     def _first_is_there(self) -> bool:
+        """Whether it holds its lock, as far as the file system can tell."""
         try:
             with open(self.lock) as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # which the others may do at once
+                return try_lock(file, fcntl.LOCK_SH) is not True  # shared: all followers may ask
         except FileNotFoundError:
             return False
-        except BlockingIOError:
-            return True
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            return True  # for all that can be known
-        return False
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove the locks and decisions of jobs that were killed: old, and held by nobody."""
+    """Remove the locks and decisions of killed jobs: old, and held by nobody."""
     for lock in folder.glob("*.lock"):
         with suppress(OSError), open(lock) as file:
-            if time.time() - os.fstat(file.fileno()).st_mtime > STALE:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_old = time.time() - os.fstat(file.fileno()).st_mtime > STALE
+            if is_old and try_lock(file, fcntl.LOCK_EX):
                 lock.with_suffix(".decisions").unlink(missing_ok=True)
                 lock.unlink()

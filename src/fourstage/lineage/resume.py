@@ -1,4 +1,4 @@
-"""The resume state of a stage: when it is saved, how it takes its place, who may resume from it."""
+"""The resume state of a stage: when it is saved, how it is replaced, who can resume from it."""
 
 from __future__ import annotations
 
@@ -18,33 +18,29 @@ from fourstage.errors import UserError
 from fourstage.files import part_of, remove, swap_in
 from fourstage.interruptions import Stopped, handle_stops, stop_now
 from fourstage.parallel.strategies import ZERO
-from fourstage.tracking.callbacks import steps_done
+from fourstage.stages.base import steps_done
 from fourstage.tracking.loggers import MetricsCSV
 
 
 class Checkpointer(Checkpoint):
-    """Keeps one resume state, `path`: every so many steps, after the last, and when a signal asks
-    to stop, which then ends the run.
+    """Keeps one resume state, `path`: every so many steps, after the last one, and when a signal
+    asks to stop, which then ends the run.
 
-    The file is whole at any moment: it is written beside, synced and renamed. Where a validation
-    follows the step, the state is saved after it, so that a resume never loses its metrics.
+    The file is whole at any moment: it is written beside its place, synced and renamed. If a
+    validation follows the step, the state is saved after it, so that a resume keeps its metrics.
     Lightning runs Checkpoint callbacks after all others, so what they logged is in the state;
     what the module's own on_train_batch_end does comes later and is NOT in the state.
-    While steps are skipped nothing is saved: the state is that before the first of them.
+    Nothing is saved while steps are skipped: the state is the one before the first of them.
     """
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
+        self.run = path.parts[-3]  # <stage>-<id>/checkpoints/last.ckpt
         self.due = False
-        self.written = False  # to .part.ckpt, which takes its place once the step is logged
+        self.written = False  # to .part.ckpt, which is moved to `path` once the step is logged
         self.signum = 0  # of the signal that asked to stop
-        self.stopped: Stopped | None = None  # by then the state is saved
+        self.stopped: Stopped | None = None  # set when the state is saved
         self.saved_at: int | None = None  # steps; None before training starts
-
-    @property
-    def run(self) -> str:
-        """<stage>-<id>, from <stage>-<id>/checkpoints/last.ckpt"""
-        return self.path.parts[-3]
 
     def state_dict(self) -> dict[str, str]:
         return {"run": self.run}
@@ -53,25 +49,23 @@ class Checkpointer(Checkpoint):
         if state_dict["run"] != self.run:
             raise UserError(
                 f"{self.path}: the state of {state_dict['run']}: remove it to train {self.run} "
-                f"from its start: rm -r {shlex.quote(str(self.path))}"
+                f"from the start: rm -r {shlex.quote(str(self.path))}"
             )
 
     def request(self, signum: int, frame: Any) -> None:
-        """The handler while a step runs: it is finished first. A second signal does not wait."""
+        """Handle a signal: stop after the current step, or at once if it is the second signal."""
         if self.signum:
             raise Stopped(signum)
         self.signum = signum
-        if signum == signal.SIGINT:  # no print(), which it may have interrupted
+        if signum == signal.SIGINT:  # not print(), which the signal may have interrupted
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved_at = steps_done(trainer)
-        handle_stops(
-            self.request, and_ctrl_c=True
-        )  # Lightning puts the old handlers back when fit() ends
+        handle_stops(self.request, and_ctrl_c=True)  # Lightning restores the old ones after fit()
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
-                logger.keep(steps_done(trainer))
+                logger.keep(self.saved_at)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -92,7 +86,7 @@ class Checkpointer(Checkpoint):
             self.save_if_due(trainer, pl_module)
 
     def save_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save where it is time to, and where a process of the job was asked to stop."""
+        """Save if it is time to, or if any process of the job was asked to stop."""
         asked = torch.tensor(self.signum, device=pl_module.device)
         signum = int(trainer.strategy.reduce(asked, reduce_op="max"))
         if (self.due or signum) and not pl_module.skipped_in_a_row:
@@ -101,14 +95,8 @@ class Checkpointer(Checkpoint):
             where = f"{self.run}, step {steps_done(trainer)}"
             self.stopped = Stopped(signum, where, f"it goes on from step {self.saved_at}")
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.swap_in_and_stop(trainer)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.swap_in_and_stop(trainer)
-
-    def swap_in_and_stop(self, trainer: Trainer) -> None:
-        """Only now, since Lightning logs a step after on_train_batch_end: no row may be lost."""
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        # only now: Lightning logs a step after on_train_batch_end, and no row may be lost
         if self.written:
             self.written = False
             if trainer.is_global_zero:
@@ -117,12 +105,14 @@ class Checkpointer(Checkpoint):
         if self.stopped:
             raise self.stopped
 
+    on_train_epoch_end = on_train_batch_start
+
     def save(self, trainer: Trainer) -> None:
         self.due = False
         try:
             trainer.save_checkpoint(part_of(self.path))  # every rank takes part
-        except Exception:  # on a full disk, half of it would keep it full
-            with suppress(OSError):  # the other processes remove it too
+        except Exception:  # half a file would keep a full disk full
+            with suppress(OSError):  # other processes remove it too
                 remove(part_of(self.path))
             raise
         self.written = True
@@ -130,16 +120,16 @@ class Checkpointer(Checkpoint):
 
 
 def began_with(state: Path) -> str | None:
-    """The `kind_of` trainer that wrote a resume state; None where that cannot be seen."""
+    """The `kind_of` trainer that wrote a resume state; None if that can't be seen."""
     if not state.is_dir():
         return kind_of("auto", 1)
     shares = list(state.glob("checkpoint/*_optim_states.pt"))
-    is_spread = any(state.glob("checkpoint/zero_*_model_states.pt"))
-    return kind_of("zero3" if is_spread else "zero2", len(shares)) if shares else None
+    is_sharded = any(state.glob("checkpoint/zero_*_model_states.pt"))
+    return kind_of("zero3" if is_sharded else "zero2", len(shares)) if shares else None
 
 
 def kind_of(strategy: str, ranks: int) -> str:
-    """What can go on from one another's states: ZeRO's are one file of each process."""
+    """Trainers that can resume each other's states; ZeRO's states have a file per process."""
     if strategy not in ZERO:
         return "a trainer without ZeRO"
     kind = "zero1 or zero2" if ZERO[strategy] < 3 else "zero3 or zero3_offload"
@@ -147,10 +137,10 @@ def kind_of(strategy: str, ranks: int) -> str:
 
 
 class ResumeIO(TorchCheckpointIO):
-    """Writes a resume state where it is to lie.
+    """Writes a resume state directly to its path.
 
-    Lightning's own way goes through memory and the system's temporary folder: another disk, which
-    may be small, and where a kill would leave the file.
+    Lightning's own way goes through memory and the system's temporary folder, which may be on
+    another, smaller disk, and where a kill would leave the file.
     """
 
     def save_checkpoint(

@@ -1,7 +1,6 @@
-"""Trains one stage of a plan: networks and data in, a finished run folder out.
+"""Trains one stage of a plan: from networks and data to a finished run folder.
 
-Lineage decides which stages, in which order and where; here one of them is trained with Lightning,
-its weights are saved, and it is evaluated together with what it makes measurable in earlier rows.
+The weights are saved and evaluated, together with earlier rows that this stage makes measurable.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from fourstage.model.weights import save_weights
 from fourstage.parallel import strategies
 from fourstage.rl.rollout import fitted_prompt
 from fourstage.sampling.generate import Sampling, generate
+from fourstage.stages.base import steps_done
 from fourstage.stages.prepare import Prepared, rank, say, world_size
-from fourstage.tokenizer import Tokenizer
 from fourstage.tracking.callbacks import (
     PlanProgress,
     RouterHealth,
@@ -37,7 +36,6 @@ from fourstage.tracking.callbacks import (
     SampleLog,
     StepAxis,
     StepSeed,
-    steps_done,
     telling,
 )
 from fourstage.tracking.cost import CostMeter, peak_flops
@@ -47,43 +45,42 @@ from fourstage.tracking.loggers import build_loggers, finish_wandb
 def train_stage(job: StageJob) -> dict[str, Any]:
     """Train, save and evaluate one stage in `job.folder`; returns its cost.
 
-    Resumes from the job's checkpoint where `job.resume` says so. Raises UserError, one line that
-    names the run and the step, for whatever ends it that is no bug.
+    Resumes from the job's checkpoint if `job.resume`. Raises UserError, one line that names the run
+    and the step, for anything that ends it and is not a bug.
     """
     meter = CostMeter()
     trainer = None
-    settings = asdict(job.settings)
     sees_pieces = job.settings.pieces(job.model, world_size(job)) is not None
     free = () if sees_pieces else FREE_SETTINGS
     steps = lambda: steps_done(trainer) if trainer else 0  # noqa: E731
-    with explained(job.name, job.stage, settings, steps, free):
+    with explained(job.name, job.stage, asdict(job.settings), steps, free):
         torch.set_flush_denormal(True)  # denormal floats make a CPU step 4 to 10 times slower
         torch.manual_seed(job.seed)
         with held_back():
-            gc.collect()  # an earlier stage's networks, which hang in cycles
+            gc.collect()  # networks of an earlier stage, which are in reference cycles
         quieten()
         prepared = LADDER[job.stage].code.prepare(job)
         for transformer in prepared.module.transformers():
             transformer.checkpoint_activations = job.trainer.checkpoint_activations
             transformer.records_steps = job.trainer.compile
             if job.trainer.compile:
-                # a CPU takes 10 to 20 s for each compilation, and is no slower with one for all
+                # each compilation takes a CPU 10 to 20 s, and one for all shapes is as fast
                 transformer.compile_blocks(dynamic=job.trainer.accelerator == "cpu" or None)
-        if is_first_look(job):
+        if measures_random_weights(job):
             with meter.evaluating():
                 evaluate_random(job, prepared.result, prepared.tokenizer, telling)
         notes = {**data.left_out(job.data, job.stage), **prepared.loaders.notes}
         notes = {name: n for name, n in notes.items() if not name.startswith(data.NOT_READ)}
         words = (f"{name.replace('_', ' ')} {count:,}" for name, count in notes.items())
         say("  data: " + ", ".join(words))
-        cost = None  # where the stage fails
+        cost = None  # if the stage fails
         try:
             trainer = build_trainer(job, prepared, meter)
             meter.peak = device_peak(trainer.strategy.root_device, job.trainer.precision)
             fit(trainer, job, prepared)
             with meter.evaluating():
                 finish(job, prepared, trainer)
-            cost = meter.cost(prepared.module.steps_done, trainer.world_size)
+            cost = meter.cost(steps_done(trainer), trainer.world_size)
             cost |= {f"data_{name}": count for name, count in notes.items()}
             cost["skipped_steps"] = prepared.module.skipped_steps
         finally:
@@ -91,24 +88,22 @@ def train_stage(job: StageJob) -> dict[str, Any]:
     return cost
 
 
-def is_first_look(job: StageJob) -> bool:
-    """Whether this process measures random weights: the first one of pre-training, before the
-    processes meet. (The others would do the same on the same GPU.)"""
+def measures_random_weights(job: StageJob) -> bool:
+    """Whether this process does, before the ranks meet: rank zero of pre-training, once."""
     has_none = not (job.folder / "eval_random.json").exists()
     return not LADDER[job.stage].parents and rank() == 0 and has_none
 
 
 def device_peak(device: torch.device, precision: str) -> float | None:
-    """FLOP/s that the device can do at best, where they are known."""
+    """The device's peak FLOP/s, if known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    torch.cuda.reset_peak_memory_stats(device)  # those of an earlier stage of this command
-    return peak_flops(name, precision)
+    torch.cuda.reset_peak_memory_stats(device)  # of an earlier stage of this command
+    return peak_flops(torch.cuda.get_device_name(device), precision)
 
 
 def quieten() -> None:
-    """No advertisements, and no warnings about what is meant to be so."""
+    """No advertisements, and no warnings about what is intended."""
     for package in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
     for message in (
@@ -116,7 +111,8 @@ def quieten() -> None:
         "Your `IterableDataset` has `__len__` defined",
         "You defined a `validation_step` but have no `val_dataloader`",
         "The '.*_dataloader' does not have many workers",
-        "It is recommended to use `self.log.*sync_dist=True",  # these are synchronised already
+        "The number of training batches .* is smaller than the logging interval",
+        "It is recommended to use `self.log.*sync_dist=True",  # these are already synchronised
         ".*all_gather_into_tensor. is deprecated",
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -126,8 +122,13 @@ def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
     """Train to the end of the budget, and validate the final weights."""
     module, loaders = prepared.module, prepared.loaders
     checkpoint = str(job.checkpoint) if job.resume else None
-    if checkpoint:
-        check_resumable(job)
+    if job.resume:
+        began, resumes = began_with(job.checkpoint), kind_of(job.trainer.strategy, world_size(job))
+        if began not in (None, resumes):
+            raise UserError(
+                f"begun with {began}, from which {resumes} cannot go on: take the former, or train "
+                f"it from the start: rm -r {shlex.quote(str(job.folder))}"
+            )
     during = loaders.val if job.settings.val_every else None
     try:
         trainer.fit(module, loaders.train, during, ckpt_path=checkpoint, weights_only=True)
@@ -138,24 +139,14 @@ def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
             raise
         raise UserError(
             f"{checkpoint}: broken, or not of this run and version: remove it to train the "
-            f"stage from its start: rm -r {shlex.quote(checkpoint)}"
+            f"stage from the start: rm -r {shlex.quote(checkpoint)}"
         ) from error
-    if loaders.val is not None and module.validated_at != module.steps_done:
+    if loaders.val is not None and module.validated_at != steps_done(trainer):
         trainer.validate(module, loaders.val, verbose=False)
 
 
-def check_resumable(job: StageJob) -> None:
-    """Raise UserError where a trainer that this one cannot take over from wrote the state."""
-    began, goes_on = began_with(job.checkpoint), kind_of(job.trainer.strategy, world_size(job))
-    if began not in (None, goes_on):
-        raise UserError(
-            f"begun with {began}, from which {goes_on} cannot go on: take the former, or train it "
-            f"from its start: rm -r {shlex.quote(str(job.folder))}"
-        )
-
-
 def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trainer:
-    """Lightning's Trainer for one pass over a loader that is as long as the budget."""
+    """Lightning's Trainer for one pass over a loader whose length is the step budget."""
     settings = job.settings
     callbacks = [
         StepSeed(job.seed, job.stage),
@@ -166,14 +157,9 @@ def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trai
         Checkpointer(job.checkpoint, settings.checkpoint_every),
     ]
     if isinstance(prepared.result, Transformer):
-
-        def answers() -> list[Sample]:
-            with strategies.whole(prepared.result) as policy:
-                return fixed_answers(job, policy, prepared.tokenizer)
-
         samples = SampleLog(
             job.folder / "samples.jsonl",
-            answers,
+            lambda: fixed_answers(job, prepared),
             every=settings.sample_every,
             at_start=not LADDER[job.stage].parents,
         )
@@ -181,7 +167,7 @@ def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trai
     options = strategies.trainer_options(job.trainer, settings.clip_norm)
     if job.trainer.strategy not in strategies.ZERO:  # DeepSpeed writes its own
         options["plugins"] = [ResumeIO()]
-    return L.Trainer(
+    trainer = L.Trainer(
         **options,
         max_epochs=1,
         max_time=settings.max_time,
@@ -196,10 +182,22 @@ def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trai
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+    check_order(trainer.callbacks)
+    return trainer
+
+
+def check_order(callbacks: list[L.Callback]) -> None:
+    """Assert what the callbacks rely on: CostMeter must see a step before other callbacks run the
+    networks, whose FLOPs and time are not the step's; Checkpointer must save what all others have
+    counted and logged in the step."""
+    order = [type(callback) for callback in callbacks]
+    of_networks = [order.index(kind) for kind in (RouterHealth, SampleLog) if kind in order]
+    assert order.index(CostMeter) < min(of_networks), "CostMeter would count other callbacks' work"
+    assert order[-1] is Checkpointer, "the resume state would lack what later callbacks do"
 
 
 def finish(job: StageJob, prepared: Prepared, trainer: L.Trainer) -> None:
-    """Plain weights and evaluation: what stays of a stage."""
+    """Save and evaluate the final weights."""
     prepared.module.check_trained()
     result = prepared.result
     with strategies.others_wait():
@@ -209,14 +207,15 @@ def finish(job: StageJob, prepared: Prepared, trainer: L.Trainer) -> None:
             evaluate_run(job, result, prepared.tokenizer, telling)
 
 
-def fixed_answers(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> list[Sample]:
+def fixed_answers(job: StageJob, prepared: Prepared) -> list[Sample]:
     """Greedy answers to the prompts that every stage is asked, "What is an LLM?" first."""
-    prompts = data.sample_prompts(job.data)
-    room = policy.config.max_seq_len - job.evaluation.max_new_tokens
-    ids = [fitted_prompt(tokenizer, prompt["messages"], room) for prompt in prompts]
+    tokenizer, prompts = prepared.tokenizer, data.sample_prompts(job.data)
     new = job.evaluation.max_new_tokens
     sampling = Sampling(max_new_tokens=new, stop_id=tokenizer.eot_id, temperature=0.0)
-    answers = generate(policy, ids, sampling)
+    with strategies.whole(prepared.result) as policy:
+        room = policy.config.max_seq_len - new
+        ids = [fitted_prompt(tokenizer, prompt["messages"], room) for prompt in prompts]
+        answers = generate(policy, ids, sampling)
     return [
         Sample(prompt["id"], prompt["messages"][-1]["content"], tokenizer.decode(ids), stopped)
         for prompt, ids, stopped in zip(prompts, answers.answer_ids, answers.stopped, strict=True)

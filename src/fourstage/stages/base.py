@@ -164,6 +164,11 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+def steps_done(trainer: L.Trainer) -> int:
+    """Finished training_steps (rollouts in ppo and grpo), including those before a resume."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+
 class StageModule(L.LightningModule):
     """A stage of training around the networks in `trained`; subclasses write one training_step."""
 
@@ -221,20 +226,19 @@ class StageModule(L.LightningModule):
 
     @property
     def steps_done(self) -> int:
-        """Finished training_steps, which for ppo and grpo are rollouts."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
+        return steps_done(self.trainer)
 
-    def progress(self) -> float:
-        """Share of the budget that is spent, 0 to 1."""
+    def progress(self, ahead: int = 0) -> float:
+        """Share of the budget that is spent, 0 to 1; of a step budget, after `ahead` more steps."""
         if self.settings.seconds is None:
-            return (self.steps_done + 1) / self.settings.max_steps
+            return (self.steps_done + ahead) / self.settings.max_steps
         timers = [c for c in self.trainer.callbacks if isinstance(c, Timer)]
         share = min(1.0, timers[0].time_elapsed("train") / self.settings.seconds)
         return self.trainer.strategy.broadcast(share)  # one clock, so one learning rate
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         s = self.settings
-        factor = learning_rate_factor(self.progress(), s.warmup, s.min_lr)
+        factor = learning_rate_factor(self.progress(ahead=1), s.warmup, s.min_lr)
         for group in self.optimizers().param_groups:
             group["lr"] = s.lr * factor
 

@@ -1,7 +1,7 @@
 """What happens around training steps: logs, router health, samples, progress.
 
-`step` means the same everywhere (metrics.csv, samples.jsonl, W&B): training batches done so far,
-so that step 0 is the state before the first one.
+`step` means the same everywhere (metrics.csv, samples.jsonl, W&B): `steps_done`, so step 0 is the
+state before training.
 """
 
 from __future__ import annotations
@@ -28,28 +28,24 @@ from fourstage.files import read_jsonl, write_jsonl
 from fourstage.model import Transformer
 from fourstage.model.health import bias_spread, drift, load_health
 from fourstage.parallel.strategies import whole
+from fourstage.stages.base import steps_done
 
-
-def steps_done(trainer: Trainer) -> int:
-    """Training batches done so far, those before a resume included."""
-    return trainer.fit_loop.epoch_loop.batch_progress.total.processed
+LINE_EVERY = 30.0  # seconds between lines of progress if the output is not a terminal
 
 
 class StepAxis(Callback):
     """Makes steps_done the x axis of every logger (Lightning would count from 0)."""
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self.log("step", float(steps_done(trainer)))
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         self.log("step", float(steps_done(trainer)))
 
 
 class StepSeed(Callback):
-    """Makes all of torch's randomness a function of (seed, stage, rank, step).
-
-    So a resumed run draws what an undisturbed one draws, with no generator state to save.
-    """
+    """Makes torch's random numbers a function of (seed, stage, rank, step), so that a resumed run
+    draws the same ones as an undisturbed run, without a saved generator state."""
 
     def __init__(self, seed: int, stage: str) -> None:
         self.seed, self.stage = seed, stage
@@ -61,7 +57,7 @@ class StepSeed(Callback):
 
 
 def step_seed(seed: int, stage: str, rank: int, step: int) -> int:
-    """63 bits from sha256: seeds that lie side by side share nothing."""
+    """63 bits from sha256, so that neighbouring seeds have nothing in common."""
     text = f"{seed} {stage} {rank} {step}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
@@ -70,14 +66,14 @@ class RouterHealth(Callback):
     """Logs router/<name> and router/<name>/layer<i> every so many steps, in every stage.
 
     load_entropy, max_over_mean, dead_experts: of the load of the training forwards since the last
-    log, summed over ranks, padding left out; bias_spread: of the selection bias (model/health.py).
-    drift: on `rows`, held-out token ids, the share of tokens whose set of experts differs from that
-    of the weights that the stage started from: its parent's, and random ones in pretrain.
+    log, summed over ranks, without padding; bias_spread: of the selection bias (model/health.py).
+    drift: on `rows`, held-out token ids, the share of tokens whose set of experts differs from the
+    one under the weights that the stage started from: its parent's, or random ones in pretrain.
     router/<name> is the mean over layers, for max_over_mean the largest, for dead_experts the sum.
     A dense model logs nothing.
 
-    The first choice of experts is part of the resume state: a resumed run measures from the same
-    weights as an undisturbed one.
+    The first choice of experts is part of the resume state, so that a resumed run measures drift
+    from the same weights.
     """
 
     def __init__(self, rows: list[list[int]], every: int) -> None:
@@ -97,14 +93,14 @@ class RouterHealth(Callback):
         load_LE = pl_module.take_load()
         if load_LE is None:
             return
-        load_LE = load_LE.cpu()  # where the resume state has it too
+        load_LE = load_LE.cpu()  # as in the resume state
         self.load_LE = load_LE if self.load_LE is None else self.load_LE + load_LE
         if steps_done(trainer) % self.every == 0:
             self.log_dict(self.metrics(trainer, pl_module.transformers()[0]))
             self.load_LE = None
 
     def metrics(self, trainer: Trainer, network: Transformer) -> dict[str, float]:
-        """What is logged of the load so far and of the network as it is."""
+        """What is logged, from the load so far and the network as it is."""
         assert self.load_LE is not None and self.first_LNK is not None
         found = {
             **load_health(self.load_LE),
@@ -123,7 +119,7 @@ class RouterHealth(Callback):
     def experts(self, trainer: Trainer, network: Transformer) -> Tensor:
         """The experts that each held-out token is sent to, int64 [L, N, K] on the CPU.
 
-        In eval mode and without gradients: it is no load, and it draws no random number.
+        In eval mode and without gradients, so that it adds no load and draws no random numbers.
         """
         was_training = network.training
         network.eval()
@@ -158,15 +154,8 @@ class SampleLog(Callback):
     Every `every` steps (0: never) and after the last one; with `at_start`, before the first one.
     """
 
-    columns = ["step", "prompt_id", "prompt", "answer", "stopped"]
-
     def __init__(
-        self,
-        path: Path,
-        sample: Callable[[], list[Sample]],
-        *,
-        every: int,
-        at_start: bool = False,
+        self, path: Path, sample: Callable[[], list[Sample]], *, every: int, at_start: bool = False
     ) -> None:
         self.path, self.sample, self.every, self.at_start = path, sample, every, at_start
         self.rows: list[dict[str, Any]] = []
@@ -176,47 +165,38 @@ class SampleLog(Callback):
         if trainer.is_global_zero:
             if done and self.path.exists():
                 self.rows = [row for row in read_jsonl(self.path) if row["step"] <= done]
-            self._rewrite()
+            write_jsonl(self.path, self.rows)
         if self.at_start and done == 0:
             self.take(trainer)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self.every and steps_done(trainer) % self.every == 0:
             self.take(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         is_there = bool(self.rows) and self.rows[-1]["step"] == steps_done(trainer)
-        if not trainer.strategy.broadcast(is_there):  # after a resume only the first has rows
+        if not trainer.strategy.broadcast(is_there):  # after a resume only rank zero has rows
             self.take(trainer)
 
     def take(self, trainer: Trainer) -> None:
-        """Sample on every rank (a sharded network needs all of them), write on the first."""
+        """Sample on every rank (a sharded network needs all of them), write on rank zero."""
         step = steps_done(trainer)
         self.rows += [{"step": step, **asdict(sample)} for sample in self.sample()]
         if not trainer.is_global_zero:
             return
-        self._rewrite()
+        write_jsonl(self.path, self.rows)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                table = [[row[name] for name in self.columns] for row in self.rows]
-                logger.log_table("samples", columns=self.columns, data=table, step=step)
-
-    def _rewrite(self) -> None:
-        write_jsonl(self.path, self.rows)
-
-
-LINE_EVERY = 30.0  # seconds, where the output is no terminal
+                table = [list(row.values()) for row in self.rows]
+                logger.log_table("samples", columns=list(self.rows[0]), data=table, step=step)
 
 
 @contextmanager
 def telling(name: str, console: Console | None = None) -> Iterator[Callable[[str], None]]:
-    """What an evaluation of `name` is at, as it says itself: in a terminal with the time that it
-    takes, in a log file as a line at the start and every LINE_EVERY seconds."""
+    """Shows what an evaluation is doing, as it says itself: in a terminal with the time elapsed, in
+    a log file as a line at the start and every LINE_EVERY seconds."""
     console = console or Console(stderr=True)
-    start = time.monotonic()
-    printed = -math.inf
+    start, printed = time.monotonic(), -math.inf
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     bar = Progress(*columns, console=console, transient=True, refresh_per_second=2)
     task = bar.add_task(f"{name}: evaluating", total=None)
@@ -239,7 +219,6 @@ class PlanProgress(Callback):
     """A progress bar with the time left in training and in the plan; plain lines in a log file.
 
     `later`: the stages still to train after this one, with their estimates in seconds.
-    The module's progress() is the share of its budget, in steps or in time, that is spent.
     """
 
     shown = ("train/loss", "train/accuracy", "train/score", "train/reward", "train/pass_at_1")
@@ -254,14 +233,10 @@ class PlanProgress(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = self.printed = time.monotonic()
-        self.share_before = steps_done(trainer) and pl_module.progress()
+        self.share_before = pl_module.progress()  # of the budget
         if self.console.is_terminal and trainer.is_global_zero:
-            columns = (
-                TextColumn("{task.description:8}"),
-                BarColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self.bar = Progress(*columns, console=self.console)
+            texts = TextColumn("{task.description:8}"), TextColumn("{task.fields[note]}")
+            self.bar = Progress(texts[0], BarColumn(), texts[1], console=self.console)
             self.task = self.bar.add_task(self.stage, total=1.0, note="")
             self.bar.start()
 
@@ -278,25 +253,20 @@ class PlanProgress(Callback):
             self.printed = time.monotonic()
             self.console.print(f"{self.stage}: {note}", highlight=False, soft_wrap=True)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         if self.bar is not None:
             self.bar.stop()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+    on_exception = on_train_end
 
 
 def time_left(seconds: float, later: list[tuple[str, float | None]]) -> str:
-    """ "0:02:10 left before the evaluation", and of later stages what is known: "0:09:00 with sft",
-    "then ppo"."""
+    """ "0:02:10 left before the evaluation, 0:09:00 with sft, then ppo": `then` has no estimate."""
     text = f"{clock(seconds)} left before the evaluation"
-    known = [(stage, estimate) for stage, estimate in later if estimate is not None]
-    unknown = [stage for stage, estimate in later if estimate is None]
+    known = {stage: estimate for stage, estimate in later if estimate is not None}
     if known:
-        total = seconds + sum(estimate for _, estimate in known)
-        text += f", {clock(total)} with {', '.join(stage for stage, _ in known)}"
-    if unknown:
+        text += f", {clock(seconds + sum(known.values()))} with {', '.join(known)}"
+    if unknown := [stage for stage, _ in later if stage not in known]:
         text += f", then {', '.join(unknown)}"
     return text
 
