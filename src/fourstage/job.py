@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fourstage.errors import UserError
 
-if TYPE_CHECKING:  # types only: the record is read by programs that never need torch
+if TYPE_CHECKING:  # some users of this module never need PyTorch
     from fourstage.data import DataConfig
     from fourstage.model import ModelConfig
     from fourstage.tokenizer import TokenizerConfig
 
-MOST_SAMPLES = 1000  # answers a problem: they are all made before the first is judged
+MOST_SAMPLES = 1000  # answers per problem, which are all generated before the first is judged
 LEAST_PROMPT = 8  # tokens that must be left for a prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """Where a stage trains. "auto" is one GPU in bf16 where there is one, else the CPU in fp32."""
+    """Where a stage trains. "auto" is one GPU in bf16 if there is one, else the CPU in fp32."""
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     devices: int = 1  # -1: all of them
@@ -27,7 +27,7 @@ class TrainerConfig:
     strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3", "zero3_offload"] = "auto"
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = "auto"
     compile: bool = False  # training forwards by torch.compile, decode steps as a CUDA graph
-    checkpoint_activations: bool = False  # compute activations again in the backward
+    checkpoint_activations: bool = False  # recompute activations in the backward pass
 
     def __post_init__(self) -> None:
         if self.devices < 1 and self.devices != -1:
@@ -41,34 +41,31 @@ class TrainerConfig:
         return self.devices * self.num_nodes
 
     def resolved(self) -> TrainerConfig:
-        """The same with no "auto" left in accelerator and precision, nor -1 in devices.
+        """The same without "auto" in accelerator and precision or -1 in devices.
 
-        Raises UserError for a GPU that is not there, a precision that a CPU has not, and
-        `compile` where a CPU's code could not be compiled.
+        Raises UserError for a device that isn't there, a precision that the device doesn't support,
+        and `compile` on a CPU without a C++ compiler.
         """
         import torch
 
-        has = {
-            "cpu": True,
-            "gpu": torch.cuda.is_available(),
-            "mps": torch.backends.mps.is_available(),
-        }
-        accelerator = self.accelerator
+        has_gpu = torch.cuda.is_available()
+        has = {"cpu": True, "gpu": has_gpu, "mps": torch.backends.mps.is_available()}
+        accelerator, precision, devices = self.accelerator, self.precision, self.devices
         if accelerator == "auto":
-            accelerator = "gpu" if has["gpu"] else "cpu"
+            accelerator = "gpu" if has_gpu else "cpu"
         if not has[accelerator]:
             raise UserError(
                 f"trainer.accelerator: PyTorch finds no {accelerator} here: use trainer=cpu"
             )
-        precision = self.precision
+        on_gpu = accelerator == "gpu"
         if precision == "auto":
-            precision = "bf16-mixed" if accelerator == "gpu" else "32-true"
+            precision = "bf16-mixed" if on_gpu else "32-true"
         if precision == "16-mixed" and accelerator == "cpu":  # Lightning would take bf16-mixed
             raise UserError("trainer.precision: no 16-mixed on a CPU: take 32-true or bf16-mixed")
         if self.strategy.startswith("zero"):
-            if accelerator != "gpu":
+            if not on_gpu:
                 raise UserError(f"trainer.strategy: {self.strategy} needs GPUs: take ddp")
-            if precision not in ("bf16-mixed", "32-true"):
+            if precision == "16-mixed":
                 raise UserError(
                     f"trainer.precision: {self.strategy} trains in bf16-mixed or 32-true, "
                     f"not {precision}"
@@ -78,14 +75,13 @@ class TrainerConfig:
         for name in ("compile", "checkpoint_activations"):
             if getattr(self, name) and self.strategy.startswith("zero3"):
                 raise UserError(f"trainer.{name}: not under {self.strategy}: take zero2")
-        devices = self.devices
         if devices == -1:
-            devices = torch.cuda.device_count() if accelerator == "gpu" else 1
+            devices = torch.cuda.device_count() if on_gpu else 1
         return replace(self, accelerator=accelerator, devices=devices, precision=precision)
 
 
 def check_compiler(option: str) -> None:
-    """Raise UserError unless torch.compile finds the C++ compiler that it needs on a CPU."""
+    """Raise UserError if torch.compile doesn't find the C++ compiler that it needs on a CPU."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -100,7 +96,7 @@ def check_compiler(option: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggerConfig:
-    """Where metrics go besides metrics.csv. mode "auto": online when a key is set, else offline."""
+    """Where metrics go besides metrics.csv. mode "auto": online if a key is set, else offline."""
 
     name: Literal["wandb", "none"] = "wandb"
     project: str = "fourstage"
@@ -117,9 +113,9 @@ class EvaluationConfig:
     max_problems: int
     max_pairs: int
     max_new_tokens: int
-    samples: int = 8  # answers a problem for pass@k; older runs do not name these three
+    samples: int = 8  # answers per problem for pass@k; older runs lack these three keys
     max_sampled_problems: int = 100
-    max_blocks: int = 1000  # of held-out text, 256 tokens each, evenly spread over it
+    max_blocks: int = 1000  # of 256 tokens of held-out text, evenly spread over it
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -131,7 +127,7 @@ class EvaluationConfig:
             raise UserError(f"samples: must be at most {MOST_SAMPLES}, got {self.samples}")
 
     def check_room(self, max_seq_len: int) -> None:
-        """Raise UserError where an answer would leave no room for a prompt."""
+        """Raise UserError if an answer would leave no room for a prompt."""
         if max_seq_len - self.max_new_tokens < LEAST_PROMPT:
             raise UserError(
                 f"evaluation.max_new_tokens: {self.max_new_tokens} tokens leave no room for a "
@@ -151,7 +147,7 @@ class StageJob:
     model: ModelConfig
     tokenizer: TokenizerConfig
     data: DataConfig
-    digest: str  # of what the stage reads of its data, as planned
+    digest: str  # of the data that the stage reads, as planned
     trainer: TrainerConfig  # resolved
     logger: LoggerConfig
     evaluation: EvaluationConfig
@@ -168,6 +164,11 @@ class StageJob:
     @property
     def name(self) -> str:
         return f"{self.stage}-{self.run_id}"
+
+    @property
+    def parent_names(self) -> dict[str, str]:
+        """role -> <stage>-<id>."""
+        return {role: folder.name for role, folder in self.parents.items()}
 
     @property
     def checkpoint(self) -> Path:

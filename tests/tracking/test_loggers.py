@@ -215,7 +215,7 @@ def test_online_the_artifacts_draw_the_lineage(no_key, job, monkeypatch, capsys)
     job.parents["reward"] = parent.with_name("reward-missing")
     loggers.start_wandb(job, "online")
     assert run.used == [f"{parent.name}:latest"]
-    assert "W&B: no artifact of reward-missing" in capsys.readouterr().out
+    assert "W&B: the server has no artifact of reward-missing" in capsys.readouterr().out
     monkeypatch.setattr(wandb, "run", run)
     finish_wandb(job, {"steps": 7})
     [artifact] = run.logged

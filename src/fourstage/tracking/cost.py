@@ -1,24 +1,24 @@
 """What a stage costs, under "cost" in run.json, and how well it used its device.
 
     seconds           wall time of the stage: data, training, evaluation, everything
-    train_seconds     of that, inside training steps (rollouts and their scoring included)
+    train_seconds     of that, inside training steps (including rollouts and their scoring)
     eval_seconds      of that, validation and the held-out suite
     steps             training steps (rollouts in ppo and grpo)
-    skipped_steps     optimizer steps that had no finite loss and gradient, and were not taken
+    skipped_steps     optimizer steps that were not taken for want of a finite loss and gradient
     tokens            read by the updates: text, or prompt and answer, without padding, counted
                       each time that an update reads them
     tokens_generated  answer tokens that the policy sampled in training steps (ppo and grpo)
-    flops             of the training steps in every network that they run, backward passes
-                      included (model/flops.py has the formula)
+    flops             of the training steps in every network that they run, including backward
+                      passes (model/flops.py has the formula)
     tokens_per_s      tokens / train_seconds
-    mfu               flops / (train_seconds x peak FLOP/s x devices), where the peak is known
-    peak_memory_mib   the most memory that the process held, by earlier stages of a command too
+    mfu               flops / (train_seconds x peak FLOP/s x devices), if the peak is known
+    peak_memory_mib   the most memory that the process held, also in a command's earlier stages
     peak_gpu_memory_mib  the most that PyTorch allocated on one GPU in this stage
 
-Tokens and FLOPs are summed over ranks. All but the memory add up over resumes and count what led to
-the weights: the steps that a kill lost after the last checkpoint are taken again, and count once.
-Not in flops: validation, evaluation, sample tables, the probe of the router's drift, and the pairs
-that reward samples before it trains.
+Tokens and FLOPs are summed over ranks. Everything but memory adds up over resumes and counts what
+led to the weights: steps that a kill lost after the last checkpoint are repeated, and count once.
+Not in flops: validation, evaluation, sample tables, the router drift probe, and the pairs that the
+reward stage samples before it trains.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 # Dense 16-bit matrix products (bf16, or fp16 before Ampere; fp32 accumulation), TFLOP/s, from
-# NVIDIA's data sheets and architecture white papers; where those print the rate with sparsity, half
-# of it. Lightning's own table has rates with sparsity, or without tensor cores, for some of them.
-# A pattern is searched in the device's name; the first that is found counts.
+# NVIDIA's data sheets and architecture white papers (half of the rates that are given with
+# sparsity). Lightning's own table has some rates with sparsity, or without tensor cores.
+# The first pattern found in the device's name counts.
 PEAK_TFLOPS = {
     r"\bB200\b": 2250.0,
     r"\bH[12]00 NVL\b": 835.5,
@@ -59,17 +59,14 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device: str, precision: str) -> float | None:
-    """FLOP/s that one device can do at best; None where it is not known.
+    """Peak FLOP/s of one device, known for 16-bit products on the whole GPUs of PEAK_TFLOPS.
 
-    device: what torch.cuda.get_device_name() says, or "cpu"; precision: Lightning's name. Known are
-    16-bit products on the whole GPUs of PEAK_TFLOPS.
+    device: what torch.cuda.get_device_name() says, or "cpu"; precision: Lightning's name.
     """
     if not precision.startswith(("16", "bf16")) or "MIG" in device:
         return None
-    for pattern, tflops in PEAK_TFLOPS.items():
-        if re.search(pattern, device):
-            return tflops * 1e12
-    return None
+    found = (tflops for pattern, tflops in PEAK_TFLOPS.items() if re.search(pattern, device))
+    return next((tflops * 1e12 for tflops in found), None)
 
 
 def mfu(flops: float, seconds: float, peak: float, devices: int) -> float:
@@ -79,7 +76,7 @@ def mfu(flops: float, seconds: float, peak: float, devices: int) -> float:
 
 @dataclass
 class Spent:
-    """What has been spent so far; the keys of cost that add up."""
+    """The keys of cost that add up."""
 
     seconds: float = 0.0
     train_seconds: float = 0.0
@@ -98,28 +95,27 @@ class CostMeter(Callback):
 
     def __init__(self, peak: float | None = None) -> None:
         self.peak = peak
-        self.spent = Spent()  # but for the seconds of this attempt: see `so_far`
+        self.spent = Spent()  # without the seconds of this attempt: see `so_far`
         self.born = time.monotonic()
 
     def so_far(self) -> Spent:
-        """What is spent until now, the attempts before a resume included."""
-        seconds = self.spent.seconds + time.monotonic() - self.born
-        return Spent(**{**asdict(self.spent), "seconds": seconds})
+        """What has been spent until now, including attempts before a resume."""
+        return replace(self.spent, seconds=self.spent.seconds + time.monotonic() - self.born)
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self.so_far())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        mine = asdict(self.spent)  # pretrain evaluates its random weights before it resumes
+        mine = asdict(self.spent)  # pretrain evaluates random weights before it resumes
         self.spent = Spent(**{name: value + mine[name] for name, value in state_dict.items()})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.before, self.start = counts(pl_module), time.perf_counter()
+        self.before, self.start = counts_of(pl_module), time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        own = counts(pl_module) - self.before
+        own = counts_of(pl_module) - self.before
         step = pl_module.sum_over_ranks(own.to(pl_module.device))
-        tokens, generated, flops = step.tolist()  # which waits for the device
+        tokens, generated, flops = step.tolist()  # this waits for the device
         seconds = time.perf_counter() - self.start
         self.spent.train_seconds += seconds
         self.spent.tokens += tokens
@@ -134,49 +130,42 @@ class CostMeter(Callback):
             speed["speed/mfu"] = mfu(flops, seconds, self.peak, trainer.world_size)
         self.log_dict(speed)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, *_: Any) -> None:
         self.validation_start = time.perf_counter()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, *_: Any) -> None:
         self.spent.eval_seconds += time.perf_counter() - self.validation_start
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """What happens inside is evaluation."""
+        """Count the time inside as evaluation."""
         start = time.perf_counter()
         yield
         self.spent.eval_seconds += time.perf_counter() - start
 
     def cost(self, steps: int, devices: int) -> dict[str, float]:
-        """The figures of run.json, without what the data left out."""
+        """The figures of run.json, without the notes on data."""
         spent = self.so_far()
-        found: dict[str, float] = {
-            "seconds": round(spent.seconds, 1),
-            "train_seconds": round(spent.train_seconds, 1),
-            "eval_seconds": round(spent.eval_seconds, 1),
-            "steps": steps,
-            "tokens": spent.tokens,
-            "flops": spent.flops,
-            "peak_memory_mib": peak_memory_mib(),
-        }
-        if spent.tokens_generated:
-            found["tokens_generated"] = spent.tokens_generated
+        found: dict[str, float] = {name: round(value, 1) for name, value in asdict(spent).items()}
+        found |= {"steps": steps, "peak_memory_mib": peak_memory_mib()}
+        if not spent.tokens_generated:
+            del found["tokens_generated"]
         if spent.train_seconds:
             found["tokens_per_s"] = round(spent.tokens / spent.train_seconds, 1)
             if self.peak is not None:
-                share = mfu(spent.flops, spent.train_seconds, self.peak, devices)
-                found["mfu"] = round(share, 5)
+                used = mfu(spent.flops, spent.train_seconds, self.peak, devices)
+                found["mfu"] = round(used, 5)
         if torch.cuda.is_initialized():
             found["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
         return found
 
 
-def counts(module: LightningModule) -> torch.Tensor:
-    """What a stage module of this process has counted: tokens, generated ones, FLOPs; int64 [3]."""
+def counts_of(module: LightningModule) -> torch.Tensor:
+    """A stage module's tokens, generated tokens and FLOPs in this process so far; int64 [3]."""
     return torch.tensor([module.tokens_seen, module.tokens_generated, module.flops()])
 
 
 def peak_memory_mib() -> int:
-    """The most memory this process held so far (bytes on macOS, KiB elsewhere)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
     return peak // (2**20 if sys.platform == "darwin" else 2**10)

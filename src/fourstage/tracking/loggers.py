@@ -1,18 +1,18 @@
-"""Where metrics go: metrics.csv always; W&B online when a key is configured, else offline.
+"""Where metrics go: always to metrics.csv; to W&B online if a key is configured, else offline.
 
-A W&B run holds, beside the columns of metrics.csv:
+A W&B run holds, besides the columns of metrics.csv:
 
     summary eval/<name>            the value, under the metric's name in stages.json
-            eval_low/, eval_high/  the ends of its 95 % interval: keys of their own, since W&B's
+            eval_low/, eval_high/  the ends of its 95 % interval: separate keys, because W&B's
                                    charts and its table of runs take single numbers
             eval_random/<name>     pretrain only: the row of random weights
             cost/<name>            the cost in run.json
     tables  samples                answers to the fixed prompts while training: the whole history
-            samples_by_stage       one row a prompt, one column a stage of this ladder so far
-            ladder                 all that this run measured: its own row, and what it finds of
+            samples_by_stage       one row per prompt, one column per stage of this ladder so far
+            ladder                 everything this run measured: its own row, and what it adds to
                                    earlier rows, whose W&B runs are closed (ladder_eval.json)
-    model   the weights as an artifact, made from those of its parents: W&B draws the lineage
-            (offline W&B takes no inputs: the parents' names are in config and metadata)
+    model   the weights as an artifact, made from those of its parents, so that W&B draws the
+            lineage (offline, the parents' names are in config and metadata)
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,10 +47,10 @@ Table = tuple[list[str], list[list[Any]]]  # columns, rows
 
 
 class MetricsCSV(Logger):
-    """metrics.csv: one row a step, column `step` first; other columns appear when first logged.
+    """metrics.csv: one row per step, column `step` first; other columns appear when first logged.
 
-    With `resume` the old rows are kept, and those after the resumed step are dropped (`keep`).
-    A kill leaves a readable file: rows are appended whole, everything else is written atomically.
+    With `resume` the old rows are kept up to the resumed step (`keep`). A kill leaves a readable
+    file: whole rows are appended, everything else is written atomically.
     """
 
     name = "csv"
@@ -103,10 +104,10 @@ class MetricsCSV(Logger):
 
 
 def build_loggers(job: StageJob) -> list[Logger]:
-    """metrics.csv always, and W&B unless it is switched off.
+    """metrics.csv, and W&B unless it is switched off.
 
-    Never raises for a missing key or server: W&B then logs offline, and one line says so. Raises
-    UserError for a WANDB_ variable that W&B refuses.
+    Without a key or server W&B logs offline, and one line says so. Raises UserError for a WANDB_
+    variable that W&B refuses.
     """
     loggers: list[Logger] = [MetricsCSV(job.folder / "metrics.csv", resume=job.resume)]
     mode, why = wandb_mode(job.logger)
@@ -117,8 +118,8 @@ def build_loggers(job: StageJob) -> list[Logger]:
 
     folder = job.outputs.resolve() / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("WANDB_DATA_DIR", str(folder))  # artifact files, else in the home folder
-    os.environ.pop("WANDB_RUN_ID", None)  # it would be that of every stage
+    os.environ.setdefault("WANDB_DATA_DIR", str(folder))  # for artifacts; default: the home folder
+    os.environ.pop("WANDB_RUN_ID", None)  # every stage would have this id
     if os.path.expanduser("~") == "~":  # in a container, as a user that it doesn't know
         os.environ["HOME"] = str(folder)
     try:
@@ -143,8 +144,8 @@ def build_loggers(job: StageJob) -> list[Logger]:
 
 
 def start_wandb(job: StageJob, mode: Literal["online", "offline"]) -> Run:
-    """One W&B run for one stage run, the same one after a resume; online it uses the artifacts of
-    its parents. Raises wandb.errors.Error where the server cannot be reached."""
+    """One W&B run per stage run, the same one after a resume; online it uses its parents'
+    artifacts. Raises wandb.errors.Error if the server can't be reached."""
     import wandb
 
     wandb.finish()  # a run that an earlier job of this process left open
@@ -159,7 +160,7 @@ def start_wandb(job: StageJob, mode: Literal["online", "offline"]) -> Run:
         group=job.group,
         job_type=job.stage,
         tags=[*tags, "debug", f"debug-{job.debug}"] if job.debug else tags,
-        config={**job.config, "run": job.run_id, "parents": _names(job)},
+        config={**job.config, "run": job.run_id, "parents": job.parent_names},
         dir=job.outputs.resolve(),  # W&B adds /wandb
         mode=mode,
         settings=wandb.Settings(silent=mode == "offline", quiet=True, console="off"),
@@ -167,29 +168,21 @@ def start_wandb(job: StageJob, mode: Literal["online", "offline"]) -> Run:
     run.define_metric("trainer/global_step")  # WandbLogger's x axis
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     write_record(job.folder, wandb=run.id)
-    if mode == "online":
-        for parent in _names(job).values():
-            _link_parent(run, parent)
+    for parent in job.parent_names.values() if mode == "online" else ():
+        try:
+            run.use_artifact(f"{parent}:latest")
+        except (wandb.errors.Error, ValueError):  # trained offline, or its upload failed
+            print(f"W&B: the server has no artifact of {parent}: its lineage starts at {run.name}")
     return run
-
-
-def _link_parent(run: Run, parent: str) -> None:
-    import wandb
-
-    try:
-        run.use_artifact(f"{parent}:latest")
-    except (wandb.errors.Error, ValueError):  # trained offline, or its upload failed
-        print(f"W&B: no artifact of {parent} on the server: the lineage there stops at {run.name}")
 
 
 @rank_zero_only
 def finish_wandb(job: StageJob, cost: Mapping[str, float] | None = None) -> None:
     """Log what the finished stage left in its folder, and close the W&B run.
 
-    `cost` as in run.json; without it the stage has failed: nothing is logged, and the run is closed
-    as failed.
+    `cost` as in run.json; without it the stage has failed, and so has the W&B run.
     """
-    wandb = sys.modules.get("wandb")  # None where no logger has asked for it: it may not be there
+    wandb = sys.modules.get("wandb")  # None if no logger has imported it
     if wandb is None or wandb.run is None:
         return
     if cost is None:
@@ -207,19 +200,19 @@ def finish_wandb(job: StageJob, cost: Mapping[str, float] | None = None) -> None
 def summary(folder: Path, cost: Mapping[str, float]) -> dict[str, float]:
     """What a W&B run's summary says of a finished stage: eval*/<name> and cost/<name>."""
     found = {f"cost/{name}": value for name, value in cost.items()}
-    for name, cell in _measured(folder / "eval.json").items():
+    for name, cell in _stored(folder / "eval.json").items():
         found |= {
             f"eval/{name}": cell["value"],
             f"eval_low/{name}": cell["low"],
             f"eval_high/{name}": cell["high"],
         }
-    for name, cell in _measured(folder / "eval_random.json").items():
+    for name, cell in _stored(folder / "eval_random.json").items():
         found[f"eval_random/{name}"] = cell["value"]
     return found
 
 
-def _measured(path: Path) -> dict[str, Any]:
-    """The metrics of an evaluation that have a value; none where there is no such file."""
+def _stored(path: Path) -> dict[str, Any]:
+    """The metrics of an evaluation that have a value; none if there is no such file."""
     return _with_values(read_json(path)["metrics"]) if path.exists() else {}
 
 
@@ -229,16 +222,14 @@ def _with_values(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def ladder_table(job: StageJob) -> Table:
     """Every metric that this run measured, of its own row and of earlier ones, with intervals."""
-    found = [
-        ("random", "", _measured(job.folder / "eval_random.json")),
-        (job.stage, job.run_id, _measured(job.folder / "eval.json")),
-    ]
+    names = {"random": "random"} | {f.name.split("-")[1]: s for s, f in job.ancestors.items()}
     late = job.folder / "ladder_eval.json"
-    if late.exists():
-        stages = {folder.name.split("-")[1]: stage for stage, folder in job.ancestors.items()}
-        for run_id, metrics in read_json(late).items():
-            row = ("random", "") if run_id == "random" else (stages[run_id], run_id)
-            found.append((*row, _with_values(metrics)))
+    found = [
+        ("random", "", _stored(job.folder / "eval_random.json")),
+        (job.stage, job.run_id, _stored(job.folder / "eval.json")),
+    ]
+    for run_id, metrics in (read_json(late) if late.exists() else {}).items():
+        found.append((names[run_id], run_id.replace("random", ""), _with_values(metrics)))
     columns = ["row", "run", "metric", "value", "low", "high", "n"]
     return columns, [
         [row, run, name, *(cell[key] for key in columns[3:])]
@@ -247,30 +238,23 @@ def ladder_table(job: StageJob) -> Table:
     ]
 
 
-def _samples(path: Path) -> list[dict[str, Any]]:
-    """The sample answers of a run; none where its file is missing or broken."""
-    try:
-        return [row for row in read_jsonl(path) if {"prompt_id", "prompt", "answer"} <= set(row)]
-    except (OSError, ValueError):
-        return []
-
-
 def samples_by_stage(job: StageJob) -> Table:
-    """The last answers of random weights and of each stage so far, side by side: a row a prompt.
+    """The last answers of random weights and of each stage so far: a row per prompt.
 
-    No rows for a stage that answers nothing (reward).
+    No rows for a stage that answers nothing (reward); a broken file of an ancestor is left out.
     """
     folders = {**job.ancestors, job.stage: job.folder}
     prompts: dict[str, str] = {}
     answers: dict[str, dict[str, str]] = {}  # row of the ladder -> prompt id -> answer
-    if (job.folder / "samples.jsonl").exists():
-        paths = {s: folders[s] / "samples.jsonl" for s in stages() if s in folders}
-        for stage, path in paths.items():
-            for sample in _samples(path):
+    answers_here = (job.folder / "samples.jsonl").exists()
+    for stage in [stage for stage in stages() if stage in folders and answers_here]:
+        with suppress(OSError, ValueError, KeyError):
+            for sample in read_jsonl(folders[stage] / "samples.jsonl"):
                 row = "random" if sample["step"] == 0 else stage
-                prompts[sample["prompt_id"]] = sample["prompt"]
+                name = sample["prompt_id"]
                 # in order of the steps: the last answer stays
-                answers.setdefault(row, {})[sample["prompt_id"]] = sample["answer"]
+                answers.setdefault(row, {})[name] = sample["answer"]
+                prompts[name] = sample["prompt"]
     columns = ["prompt_id", "prompt", *answers]
     return columns, [
         [name, prompt, *(by_prompt.get(name) for by_prompt in answers.values())]
@@ -279,17 +263,17 @@ def samples_by_stage(job: StageJob) -> Table:
 
 
 def _log_model(run: Run, job: StageJob) -> None:
-    """The weights as an artifact, so that W&B draws the lineage.
+    """Log the weights as an artifact, so that W&B draws the lineage.
 
-    They are read from the run's folder when they are uploaded (offline: by `wandb sync`), not
-    copied, which would double the disk use. Only a retrained run's folder is about to move.
+    They are uploaded from the run's folder (offline: by `wandb sync`); a copy would double the disk
+    use. Only a retrained run's weights are copied, because its folder is about to move.
     """
     import wandb
 
     artifact = wandb.Artifact(
         job.name,
         type="model",
-        metadata={"stage": job.stage, "parents": _names(job), "debug": job.debug},
+        metadata={"stage": job.stage, "parents": job.parent_names, "debug": job.debug},
     )
     stays = job.folder.parent.name == "runs"
     artifact.add_file(
@@ -302,14 +286,10 @@ def _log_model(run: Run, job: StageJob) -> None:
     run.log_artifact(artifact)
 
 
-def _names(job: StageJob) -> dict[str, str]:
-    return {role: folder.name for role, folder in job.parents.items()}
-
-
 def wandb_mode(config: LoggerConfig) -> tuple[str, str]:
-    """("online" | "offline" | "disabled", why it is offline though nobody asked for that).
+    """("online" | "offline" | "disabled", why it is offline if nobody asked for that).
 
-    The config's mode comes first, then WANDB_MODE, then whether a key is there; no network is used.
+    The config's mode comes first, then WANDB_MODE, then whether there is a key; uses no network.
     """
     if config.name == "none":
         return "disabled", ""
@@ -323,22 +303,19 @@ def wandb_mode(config: LoggerConfig) -> tuple[str, str]:
 
 
 def has_key() -> bool:
-    """Whether W&B would find a key without asking: in the environment or in the netrc file."""
+    """Whether W&B would find a key in the environment or in the netrc file."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
     named = os.environ.get("NETRC")
-    files = [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]
-    for file in files:
-        try:
+    for file in [named] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        with suppress(OSError, netrc.NetrcParseError):
             if netrc.netrc(file).authenticators(host):
                 return True
-        except (OSError, netrc.NetrcParseError):
-            continue
     return False
 
 
-@cache  # once a process: a ladder has five runs
+@cache  # once per process: a ladder has five runs
 def _say_offline(why: str, folder: Path) -> None:
     runs = f"{shlex.quote(str(folder))}/offline-run-*"
     print(f"W&B: {why}: logging offline; to send it later: wandb sync {runs}")
