@@ -1,4 +1,4 @@
-"""The commands beside train.py, by name: python -m fourstage COMMAND key=value …, or fourstage …"""
+"""The commands besides train.py: python -m fourstage COMMAND key=value …, or fourstage …"""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __doc__ = HELP
 
 
 def main() -> None:
-    """What is typed after `fourstage`; without a command the list of them."""
+    """Run the command, or list all of them if there is none."""
     if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
         module, _ = COMMANDS[sys.argv.pop(1)]
         run_command(import_module(f"fourstage.{module}").main)
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def list_commands(arguments: list[str]) -> None:
-    """Print them. Raises UserError for a word that is none."""
+    """Print them. Raises UserError for an unknown command."""
     if arguments and arguments != ["help"]:
         near = get_close_matches(arguments[0], COMMANDS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(COMMANDS)}"

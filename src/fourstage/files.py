@@ -1,4 +1,4 @@
-"""JSON and JSON Lines: every fault is a ValueError, and a kill loses nothing that was there."""
+"""JSON and JSON Lines: every fault is a ValueError, and a kill loses no old content."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 from fourstage.errors import UserError
 
 
-def write_json(path: Path, value: Any) -> None:
-    """An indented JSON file, atomically. Raises UserError for numbers that are not finite."""
-    write_atomic(path, _json(path, value, indent=1) + "\n")
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises OSError, or ValueError if it is not JSON."""
+    return parse_json(path.read_text(encoding="utf-8"))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """One JSON object a line; other line separators than a newline may stand in their texts.
+    """One JSON object per line. Only newlines end a line: texts may hold other separators.
 
-    Raises ValueError for what is none.
+    Raises OSError, or ValueError for a line that is not an object.
     """
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = [parse_json(line) for line in lines if line]
@@ -29,31 +29,31 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises OSError, and ValueError for what is no JSON."""
-    return parse_json(path.read_text(encoding="utf-8"))
-
-
 def parse_json(text: str) -> Any:
-    """json.loads, whose every refusal is a ValueError: too deep, too many digits, NaN."""
+    """json.loads that also raises ValueError for deep nesting and NaN."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=refuse)
     except RecursionError:
         raise ValueError("nested too deep") from None
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+def write_json(path: Path, value: Any) -> None:
+    """An indented JSON file, atomically. Raises UserError for numbers that are not finite."""
+    write_atomic(path, _json(path, value, indent=1))
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line, atomically. Raises UserError for numbers that are not finite."""
-    write_atomic(path, "".join(_json(path, row) + "\n" for row in rows))
+    """One JSON object per line, atomically. Raises UserError for numbers that are not finite."""
+    write_atomic(path, "".join(_json(path, row) for row in rows))
 
 
 def _json(path: Path, value: Any, indent: int | None = None) -> str:
     try:
-        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError:
         raise UserError(
             f"{path.name}: the model's numbers are not finite: its weights have grown too large: "
@@ -62,7 +62,7 @@ def _json(path: Path, value: Any, indent: int | None = None) -> str:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """A reader, or a later start after a crash, sees the old file or the new one, never a part."""
+    """Readers, also after a crash, see the old file or the new one, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -73,10 +73,9 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def swap_in(new: Path, place: Path) -> None:
-    """Move a file or folder to `place`, whose old content goes; a kill loses neither of the two.
+    """Move a file or folder to `place` and remove what was there; a kill loses neither of the two.
 
-    Where a kill may come between a folder's two renames, `undo_swap` has to be called before
-    `place` is read again.
+    A kill may come between the two renames of a folder: call `undo_swap` before reading `place`.
     """
     undo_swap(new, place)
     for path in [new, *new.rglob("*")]:
@@ -86,32 +85,27 @@ def swap_in(new: Path, place: Path) -> None:
     if not place.is_dir():  # a rename replaces a file, but not a folder
         os.replace(new, place)
         return
-    os.rename(place, set_aside(new))  # of a link to a folder, the link
+    os.rename(place, set_aside(new))  # if it is a link to a folder, the link
     os.rename(new, place)
     remove(set_aside(new))
 
 
 def undo_swap(new: Path, place: Path) -> None:
-    """Put the old folder back that `swap_in` set aside before a kill, or remove it at last."""
+    """After a kill: put back the old folder that `swap_in` set aside, or finish removing it."""
     old = set_aside(new)
-    if not old.exists() and not old.is_symlink():
-        return
     if place.exists():
         remove(old)
-    else:
+    elif old.exists() or old.is_symlink():
         os.rename(old, place)
 
 
-def exists(path: Path) -> bool:
-    """Whether a file or folder is there; none has a name that is too long or holds a NUL."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
+def set_aside(new: Path) -> Path:
+    """Where the old folder waits while the new one takes its place."""
+    return new.with_name(f"{new.name}.old")
 
 
 def clean_up(state: Path) -> None:
-    """After a kill: the last good resume state in its place, and none half-written beside it."""
+    """After a kill: the last good resume state in its place, and no half-written one beside it."""
     undo_swap(part_of(state), state)
     remove(part_of(state))
 
@@ -122,13 +116,16 @@ def part_of(state: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """A file, a link or a folder, if it is there."""
+    """Remove a file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def set_aside(new: Path) -> Path:
-    """Where the old folder waits while the new one takes its place."""
-    return new.with_name(f"{new.name}.old")
+def exists(path: Path) -> bool:
+    """Whether a file or folder is there; False for names that are too long or hold a NUL."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False

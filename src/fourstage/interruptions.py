@@ -1,7 +1,7 @@
-"""What ends a command before its time: signals, a full disk, too little memory, a lost process.
+"""What ends a command early: signals, a full disk, too little memory, a lost process.
 
-Each ends in one line that says what to do (docs/interruptions.md). Needs no PyTorch, so that a
-signal is understood from the first moment.
+Each ends in one line that says what to do (docs/interruptions.md). Needs no PyTorch, so that
+signals are handled from the first moment.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import re
 import signal
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from fourstage.errors import UserError
 
-# the end, a scheduler's warning that it comes, and the end of the terminal or the connection
+# the end, a scheduler's warning before it, and the end of the terminal or the connection
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 NO_MEMORY = (
     "out of memory",  # CUDA
@@ -35,14 +35,11 @@ NO_PEER = (  # what gloo and NCCL say when another process is gone
     "Timed out waiting",
     "NCCL",
 )
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: as large as `ulimit -f` lets a file be
-NO_PLACE = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)  # the last: a file is there
-NO_READER = (
-    "what read this command's output has ended (as `| head` does): run the same command again: "
-    "it resumes"
-)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: the limit of `ulimit -f`
+NO_PLACE = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)  # EEXIST: a file is there
+AGAIN = "run the same command again: it resumes"
+NO_READER = f"the reader of this command's output has ended (as `| head` does): {AGAIN}"
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-FREE_SETTINGS = ("micro_batch_size",)  # the weights of most runs don't depend on them
 SIZES = ("batch_size", "minibatch_size", "group_size", "max_new_tokens", "max_tokens", "block_size")
 
 
@@ -62,14 +59,14 @@ class Stopped(SystemExit):
 
 
 def stop_now(signum: int, frame: Any) -> None:
-    """The handler where nothing is lost: all that a stage has made is on the disk."""
+    """The handler for when nothing can be lost: all that a stage has made is on the disk."""
     raise Stopped(signum)
 
 
 def handle_stops(handler: Callable[[int, Any], None], and_ctrl_c: bool = False) -> None:
-    """Let `handler` answer the signals that ask for an end, but for those that are ignored."""
+    """Let `handler` handle the signals that ask for an end, except for those that are ignored."""
 
-    def answer(signum: int, frame: Any) -> None:
+    def handle(signum: int, frame: Any) -> None:
         if signum == signal.SIGHUP:
             leave_the_terminal()
         handler(signum, frame)
@@ -77,13 +74,13 @@ def handle_stops(handler: Callable[[int, Any], None], and_ctrl_c: bool = False) 
     for signum in (*STOPS, signal.SIGINT) if and_ctrl_c else STOPS:
         may_be_ignored = signum in (signal.SIGHUP, signal.SIGINT)  # by nohup, by a shell's `&`
         if not (may_be_ignored and signal.getsignal(signum) == signal.SIG_IGN):
-            signal.signal(signum, answer)
+            signal.signal(signum, handle)
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Signals that ask for an end wait until this is over: an error that a handler raises in the
-    middle of a __del__ is lost. Not by a mask: another thread would take the signal."""
+    """Delay the signals that ask for an end: an error that a handler raises inside a __del__ is
+    lost. A signal mask would not do, as another thread would get the signal."""
     came: list[int] = []
     handlers = {signum: signal.getsignal(signum) for signum in (*STOPS, signal.SIGINT)}
     ours = {signum: handler for signum, handler in handlers.items() if callable(handler)}
@@ -99,13 +96,14 @@ def held_back() -> Iterator[None]:
 
 
 def heed_ctrl_c() -> None:
-    """From now on there is something to lose: before, Ctrl-C just ended the process (train.py)."""
+    """Let Ctrl-C raise an error: there is something to lose now (before, it ended train.py)."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def leave_the_terminal() -> None:
-    """Print to nowhere where the terminal is gone: an error would stop what saves the state."""
+    """Print to nowhere, as the terminal is gone: a write error would keep the state from being
+    saved."""
     null = os.open(os.devnull, os.O_RDWR)
     for file in (1, 2):
         if stat.S_ISCHR(os.fstat(file).st_mode):
@@ -118,12 +116,12 @@ def explained(
     stage: str,
     settings: Mapping[str, Any],
     steps: Callable[[], int],
-    free: Sequence[str] = FREE_SETTINGS,
+    sees_pieces: bool = False,
 ) -> Iterator[None]:
-    """Whatever ends the run inside says which run, at which step, and what to do.
+    """Say which run an error ended, after how many `steps`, and what to do.
 
-    `steps`: those that are done by then; `free`: settings that this run's weights don't depend on.
-    Raises UserError for what is no bug; others pass.
+    `sees_pieces`: whether the run's weights depend on micro_batch_size. Raises UserError for
+    anything that is not a bug.
     """
     try:
         yield
@@ -135,58 +133,48 @@ def explained(
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     except Exception as error:
-        found = advice(error, f"stages.{stage}", settings, free)
+        found = advice(error, f"stages.{stage}", settings, sees_pieces)
         if found is None:
             raise
         raise UserError(f"{name}, after step {steps()}: {found}") from error
 
 
 def advice(
-    error: BaseException,
-    where: str,
-    settings: Mapping[str, Any],
-    free: Sequence[str] = FREE_SETTINGS,
+    error: BaseException, where: str, settings: Mapping[str, Any], sees_pieces: bool = False
 ) -> str | None:
-    """What happened and what to do about it; None for an error that is none of these."""
+    """What happened and what to do about it; None for any other error."""
     if (full := disk_full(error)) is not None:
         return full
     if isinstance(error, BrokenPipeError):
         return NO_READER
     text = str(error)
     if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
-        names = [f"{where}.{key} (now {settings[key]})" for key in FREE_SETTINGS]
-        others = [key for key in SIZES if key in settings]
-        if not free:  # a loss or dropout that sees the pieces of a batch
-            others = [*FREE_SETTINGS, *others]
-            return f"out of memory: lower {', '.join(others)}, which makes a new run"
-        return (
-            f"out of memory: lower {', '.join(names)} and run the same command again: it resumes; "
-            f"or lower {', '.join(others)}, which makes a new run"
-        )
-    lost = [words for words in NO_PEER if words in text]
-    if lost:
-        return (
-            f"lost another process of this job, whose own output says why ({lost[0]}): "
-            "run the same command again: it resumes"
-        )
+        new_run = f"lower {', '.join(k for k in SIZES if k in settings)}, which makes a new run"
+        if sees_pieces:
+            return f"out of memory: {new_run.replace('lower ', 'lower micro_batch_size, ')}"
+        same_run = f"lower {where}.micro_batch_size (now {settings['micro_batch_size']})"
+        return f"out of memory: {same_run} and {AGAIN}; or {new_run}"
+    for words in NO_PEER:
+        if words in text:
+            return f"lost another process of this job, whose own output says why ({words}): {AGAIN}"
     return None
 
 
 def disk_full(error: BaseException) -> str | None:
-    """The line for a full disk, wherever in the chain of errors it shows."""
+    """The line for a full disk, wherever it appears in the chain of errors."""
     chain: BaseException | None = error
     while chain is not None:
         is_full = isinstance(chain, OSError) and chain.errno in FULL
         if is_full or "No space left on device" in str(chain):  # safetensors has its own class
             path = isinstance(chain, OSError) and (chain.filename2 or chain.filename)
             at = f" at {path}" if path else ""
-            return f"disk full{at}: free space and run the same command again: it resumes"
+            return f"disk full{at}: free space and {AGAIN}"
         chain = chain.__cause__ or chain.__context__
     return None
 
 
 def one_line(error: BaseException) -> str | None:
-    """What to tell the user instead of a traceback; None where a traceback is the right thing."""
+    """What to tell the user instead of a traceback; None for a bug."""
     if isinstance(error, UserError):  # which may quote what a file holds
         return CONTROL.sub(lambda found: repr(found[0])[1:-1], str(error))
     if isinstance(error, OSError) and error.errno in NO_PLACE:
@@ -199,14 +187,15 @@ def one_line(error: BaseException) -> str | None:
 
 
 def escape_output() -> None:
-    """Print what the terminal cannot show as an escape, rather than fail over it."""
+    """Print characters that the terminal can't show as escapes instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:
-    """What `python -m` does: main() with the arguments; whatever is no bug ends in one line, a
-    reader that has enough (`| head`) in none. --help prints the docstring of main's module.
+    """Run main() with the arguments of the command line; --help prints its module's docstring.
+
+    Errors that are not bugs end in one line, and a closed pipe (`| head`) in none.
     """
     escape_output()
     code: int | str | None

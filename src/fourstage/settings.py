@@ -1,7 +1,7 @@
 """Plain config values -> frozen dataclasses, with one clear line for every mistake.
 
 The dataclasses are the schema: their annotations say what a key may hold, their `__post_init__`
-what values make sense. Nothing else of the package knows about config files.
+which values make sense. Nothing else in the package knows about config files.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from fourstage.errors import UserError
 
-LARGEST_INT = 2**63 - 1  # PyTorch counts in 64 bits and computes in float32
-LARGEST_FLOAT = (2 - 2**-23) * 2.0**127
+# PyTorch counts in 64 bits and computes in float32
+LARGEST = {int: 2**63 - 1, float: (2 - 2**-23) * 2.0**127}
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 T = TypeVar("T")
 
@@ -24,12 +25,12 @@ T = TypeVar("T")
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """An instance of the keyword-only dataclass `cls` from config values.
 
-    `where` is the path of the values in the config ("stages.grpo", "" for the root); it stands in
-    front of every message. Whole numbers become floats where a float is wanted, and lists become
-    tuples where a tuple is wanted, so that equal settings have one form (run ids hash them).
+    `where` is the path of the values in the config ("stages.grpo", "" for the root), with which
+    every message starts. Whole numbers become floats and lists become tuples where the annotation
+    says so, because equal settings must hash alike in run ids.
 
     Raises UserError for an unknown or missing key, a value of the wrong type, and whatever the
-    class' own `__post_init__` refuses (as UserError("key: what is wrong")).
+    class's own `__post_init__` refuses (as UserError("key: what is wrong")).
     """
     assert is_dataclass(cls)
     if not isinstance(values, Mapping):
@@ -55,22 +56,20 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def hashed(config: Any) -> dict[str, Any]:
-    """What of a config is part of a run's id.
+    """The part of a config that counts for a run's id.
 
-    A field that came after the class' HASHED_UP_TO is left out where it has its default, which has
-    to change nothing: so a config that grows renames no run.
+    A field after the class's HASHED_UP_TO is left out at its default, which has to change nothing,
+    so that a config can grow without renaming runs.
     """
-    names = [f.name for f in fields(config)]
-    first = names[: names.index(config.HASHED_UP_TO) + 1]
-    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
-    defaults |= {
-        f.name: f.default_factory() for f in fields(config) if f.default_factory is not MISSING
-    }
-    return {
-        name: value
-        for name, value in asdict(config).items()
-        if name in first or name not in defaults or value != defaults[name]
-    }
+    found: dict[str, Any] = {}
+    values, is_new = asdict(config), False
+    for field in fields(config):
+        is_factory = field.default_factory is not MISSING
+        default = field.default_factory() if is_factory else field.default
+        if not is_new or values[field.name] != default:
+            found[field.name] = values[field.name]
+        is_new = is_new or field.name == config.HASHED_UP_TO
+    return found
 
 
 def _join(where: str, key: Any) -> str:
@@ -78,63 +77,40 @@ def _join(where: str, key: Any) -> str:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotation `hint` wants it, or UserError."""
-    origin, args = get_origin(hint), get_args(hint)
+    """`value` as the annotation `hint` wants it. Raises UserError."""
+    origin, args = get_origin(hint) or hint, get_args(hint)
     if origin in (Union, types.UnionType):
-        return _convert_union(hint, args, value, where)
+        return _convert_union(hint, value, where)
     if is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, where)
-    wrong = UserError(f"{where}: expected {_describe(hint)}, got {value!r}")
-    if origin is Literal:
-        if not any(value == a and type(value) is type(a) for a in args):
-            raise wrong
-        return value
-    if origin in (list, tuple):
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            raise wrong
-        if origin is tuple and args[-1] is not Ellipsis:
-            if len(value) != len(args):
-                raise wrong
-            items = args
-        else:
-            items = args[:1] * len(value)
-        return origin(
-            _convert(item, v, f"{where}[{i}]")
-            for i, (item, v) in enumerate(zip(items, value, strict=True))
-        )
-    if origin is dict or hint is dict:
-        if not isinstance(value, Mapping):
-            raise wrong
+    if origin in (list, tuple) and isinstance(value, Sequence) and not isinstance(value, str):
+        items = args if _is_fixed(hint) else args[:1] * len(value)
+        if len(items) == len(value):
+            pairs = enumerate(zip(items, value, strict=True))
+            return origin(_convert(item, v, f"{where}[{i}]") for i, (item, v) in pairs)
+    if origin is dict and isinstance(value, Mapping):
         item = args[1] if args else Any
         return {key: _convert(item, v, f"{where}.{key}") for key, v in value.items()}
-    if hint is Any:
+    if origin is Literal and any(value == a and type(value) is type(a) for a in args):
         return value
-    if hint is types.NoneType:
-        if value is not None:
-            raise wrong
-        return None
-    assert hint in (bool, int, float, str), f"{where}: no rule for {hint}"
-    if hint is float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise wrong
+    if hint is Any or (hint in (bool, str) and isinstance(value, hint)):
+        return value
+    if hint in LARGEST and isinstance(value, (int, hint)) and not isinstance(value, bool):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}: expected a finite number, got {value}")
-        if abs(value) > LARGEST_FLOAT:
-            raise UserError(f"{where}: must be at most {LARGEST_FLOAT:.2g} in size, got {value}")
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise wrong
-    if hint is int and abs(value) > LARGEST_INT:
-        raise UserError(f"{where}: must be at most {LARGEST_INT} in size, got {value}")
-    return value
+        if abs(value) > (limit := LARGEST[hint]):
+            shown = limit if hint is int else f"{limit:.2g}"
+            raise UserError(f"{where}: must be at most {shown} in size, got {value}")
+        return hint(value)
+    raise UserError(f"{where}: expected {_describe(hint)}, got {value!r}")
 
 
-def _convert_union(hint: Any, args: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and types.NoneType in args:
+def _convert_union(hint: Any, value: Any, where: str) -> Any:
+    if value is None and types.NoneType in get_args(hint):
         return None
-    options = [a for a in args if a is not types.NoneType]
+    options = [option for option in get_args(hint) if option is not types.NoneType]
     if len(options) == 1 and (is_dataclass(options[0]) or get_origin(options[0])):
-        return _convert(options[0], value, where)  # its own message is the more exact one
+        return _convert(options[0], value, where)  # with a more exact message
     for option in options:
         try:
             return _convert(option, value, where)
@@ -143,25 +119,19 @@ def _convert_union(hint: Any, args: tuple[Any, ...], value: Any, where: str) -> 
     raise UserError(f"{where}: expected {_describe(hint)}, got {value!r}")
 
 
-_WORDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    types.NoneType: "null",
-}
+def _is_fixed(hint: Any) -> bool:
+    """Whether it is a tuple of so many values."""
+    return get_origin(hint) is tuple and get_args(hint)[-1] is not Ellipsis
 
 
 def _describe(hint: Any) -> str:
-    origin, args = get_origin(hint), get_args(hint)
+    origin, args = get_origin(hint) or hint, get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(_describe(a) for a in args)
+        return " or ".join("null" if a is types.NoneType else _describe(a) for a in args)
     if origin is Literal:
         return "one of " + ", ".join(str(a) for a in args)
-    if origin is tuple and args[-1] is not Ellipsis:
-        return f"a list of {len(args)} values"
     if origin in (list, tuple):
-        return "a list"
-    if is_dataclass(hint) or origin is dict or hint is dict:
+        return f"a list of {len(args)} values" if _is_fixed(hint) else "a list"
+    if is_dataclass(hint) or origin is dict:
         return "keys and values"
-    return _WORDS.get(hint, "a value")
+    return WORDS.get(hint, "a value")

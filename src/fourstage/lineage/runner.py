@@ -18,7 +18,7 @@ import torch
 from fourstage import data
 from fourstage.errors import UserError
 from fourstage.evaluation.run import evaluate_random, evaluate_run
-from fourstage.interruptions import FREE_SETTINGS, advice, explained, held_back
+from fourstage.interruptions import advice, explained, held_back
 from fourstage.job import StageJob
 from fourstage.ladder import LADDER
 from fourstage.lineage.resume import Checkpointer, ResumeIO, began_with, kind_of
@@ -51,9 +51,8 @@ def train_stage(job: StageJob) -> dict[str, Any]:
     meter = CostMeter()
     trainer = None
     sees_pieces = job.settings.pieces(job.model, world_size(job)) is not None
-    free = () if sees_pieces else FREE_SETTINGS
     steps = lambda: steps_done(trainer) if trainer else 0  # noqa: E731
-    with explained(job.name, job.stage, asdict(job.settings), steps, free):
+    with explained(job.name, job.stage, asdict(job.settings), steps, sees_pieces):
         torch.set_flush_denormal(True)  # denormal floats make a CPU step 4 to 10 times slower
         torch.manual_seed(job.seed)
         with held_back():
