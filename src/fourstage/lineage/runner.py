@@ -211,7 +211,7 @@ def fixed_answers(job: StageJob, prepared: Prepared) -> list[Sample]:
     tokenizer, prompts = prepared.tokenizer, data.sample_prompts(job.data)
     new = job.evaluation.max_new_tokens
     sampling = Sampling(max_new_tokens=new, stop_id=tokenizer.eot_id, temperature=0.0)
-    with strategies.whole(prepared.result) as policy:
+    with strategies.gathered(prepared.result) as policy:
         room = policy.config.max_seq_len - new
         ids = [fitted_prompt(tokenizer, prompt["messages"], room) for prompt in prompts]
         answers = generate(policy, ids, sampling)

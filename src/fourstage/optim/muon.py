@@ -5,8 +5,8 @@ of a matrix by about U V^T. As in Moonlight (Liu et al. 2025, arXiv 2502.16982, 
 decay is decoupled and an update is scaled by 0.2 sqrt(max(rows, columns)), which gives it the size
 of AdamW's, so that one learning rate does for both.
 
-What one weight holds of several matrices (queries, keys and values; gates and ups; the experts) is
-taken apart, and matrices of one shape, of all layers of a network, are worked on together.
+A weight that holds several matrices (queries, keys and values; gates and ups; the experts) is split
+into them, and matrices of one shape, from all layers of a network, are processed together.
 
 Shape legend: M matrices, R rows, C columns, R <= C.
 """
@@ -28,16 +28,16 @@ from fourstage.model.attention import Attention
 from fourstage.model.moe import Experts, SwiGLU
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # a, b, c of each iteration
-AT_ONCE = {"cpu": 2**19, "cuda": 2**26}  # numbers worked on together: what a cache, a GPU holds
+AT_ONCE = {"cpu": 2**19, "cuda": 2**26}  # numbers processed together: what a cache, a GPU holds
 Split = tuple[int | list[int], int]  # sizes and dimension, of Tensor.split
 WHOLE: Split = (2**31, 0)
 
 
 def hidden_matrices(network: nn.Module) -> list[tuple[nn.Parameter, Split]]:
-    """The weights for Muon: attention and experts, with how to split each into its matrices.
+    """The weights for Muon, of attention and experts, and how to split each into its matrices.
 
     Embedding, heads, norms and routers are not among them. The last two dimensions of a part are a
-    matrix, one in front counts matrices.
+    matrix, one in front of them counts matrices.
     """
     found: list[tuple[nn.Parameter, Split]] = []
     for layer in network.modules():
@@ -65,15 +65,15 @@ def orthogonalize(x_MRC: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """A group with "splits", one for each of its parameters, is Muon's; any other is AdamW's.
+    """A group with "splits", one per parameter, is for Muon; any other is for AdamW.
 
-    lr: step size, the root mean square of an update is about 0.2 lr in Muon's groups.
-    weight_decay: decoupled, a share of lr. momentum: Nesterov's, of Muon. betas, eps: AdamW's.
+    lr: step size; the root mean square of an update is about 0.2 lr in Muon's groups.
+    weight_decay: decoupled, a share of lr. momentum: Nesterov's, for Muon. betas, eps: for AdamW.
     Newton-Schulz runs in bf16 on a GPU and in the weights' own dtype elsewhere. A step overwrites
     the gradients of Muon's weights. ZeRO has a subclass (zero_muon.py).
     """
 
-    # as PyTorch's fused AdamW: Lightning leaves it to us to unscale gradients of 16-mixed
+    # like PyTorch's fused AdamW: Lightning leaves it to us to unscale the gradients of 16-mixed
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -113,11 +113,11 @@ class Muon(torch.optim.Optimizer):
         self.add_steps(weights, group)
 
     def add_steps(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        """Moves weights in the directions that are in the place of their gradients; of several
-        processes each moves a part of them, and sends it to the others."""
+        """Moves weights in the directions that replaced their gradients. Each rank moves a part of
+        the weights and sends it to the others."""
         splits = dict(zip(group["params"], group["splits"], strict=True))
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        movers = shared_out(weights, world)
+        movers = assigned(weights, world)
         parts: list[tuple[Tensor, Tensor]] = []
         for weight, mover in zip(weights, movers, strict=True):
             if mover == rank:
@@ -126,9 +126,8 @@ class Muon(torch.optim.Optimizer):
         add_orthogonal(parts, group["lr"])
         if world > 1:
             pairs = zip(weights, movers, strict=True)
-            sent = [dist.broadcast(weight, src=mover, async_op=True) for weight, mover in pairs]
-            for one in sent:
-                one.wait()
+            for sent in [dist.broadcast(weight, src, async_op=True) for weight, src in pairs]:
+                sent.wait()
 
     def step_adamw(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
         for weight in weights:
@@ -144,8 +143,8 @@ class Muon(torch.optim.Optimizer):
         adamw(weights, grads, first, second, [], steps, **own, amsgrad=False, maximize=False)
 
 
-def shared_out(weights: list[Tensor], world: int) -> list[int]:
-    """The process that moves each weight: the largest first, to whoever has least to do."""
+def assigned(weights: list[Tensor], world: int) -> list[int]:
+    """The rank that moves each weight: the largest first, to the rank with the least to do."""
     movers, load = [0] * len(weights), [0] * world
     for i in sorted(range(len(weights)), key=lambda i: -weights[i].numel()):
         movers[i] = load.index(min(load))
@@ -160,27 +159,21 @@ def matrices(x: Tensor, split: Split) -> list[Tensor]:
 
 
 def add_orthogonal(parts: list[tuple[Tensor, Tensor]], lr: float) -> None:
-    """Adds to the first of each pair [M, R, C] the steps whose directions the second holds."""
+    """For each pair (weights, directions) [M, R, C]: adds the steps to the weights."""
     by_shape = defaultdict(list)
     for part in parts:
         by_shape[part[0].shape[1:]].append(part)
     for shape, alike in by_shape.items():
-        for some in together(alike):
-            steps_MRC = orthogonalize(
-                torch.cat([direction for _, direction in some]).to(worked_in(some[0][1]))
-            )
+        at_once = AT_ONCE["cuda" if alike[0][0].is_cuda else "cpu"]
+        size = max(1, at_once // max(weights.numel() for weights, _ in alike))
+        for some in (alike[start : start + size] for start in range(0, len(alike), size)):
+            directions_MRC = torch.cat([direction for _, direction in some])
+            steps_MRC = orthogonalize(directions_MRC.to(worked_in(directions_MRC)))
             steps = steps_MRC.split([len(weights) for weights, _ in some])
             for (weights, _), step in zip(some, steps, strict=True):
                 weights.add_(step, alpha=-0.2 * lr * math.sqrt(max(shape)))
 
 
 def worked_in(x: Tensor) -> torch.dtype:
-    """What Newton-Schulz runs in."""
+    """The dtype of Newton-Schulz."""
     return torch.bfloat16 if x.is_cuda else x.dtype
-
-
-def together(parts: list[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:
-    """In order, as many at once as AT_ONCE says, one at least."""
-    at_once = AT_ONCE["cuda" if parts[0][0].is_cuda else "cpu"]
-    each = max(1, at_once // max(weights.numel() for weights, _ in parts))
-    return [parts[start : start + each] for start in range(0, len(parts), each)]

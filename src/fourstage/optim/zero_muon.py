@@ -1,11 +1,11 @@
-"""Muon where DeepSpeed's ZeRO (parallel/strategies.py) gives it a flat share of the weights.
+"""Muon under DeepSpeed's ZeRO (parallel/strategies.py): each rank has a flat shard of the weights.
 
-Momentum and weight decay are elementwise: each rank keeps those of its share. Only an orthogonal
-step needs whole matrices. So the directions of some weights at a time are put together by a sum
-over the ranks, to which each adds its share and zeros elsewhere; each rank then works out the
-matrices that its share touches and keeps its part of their steps. Which numbers a share holds is
-DeepSpeed's own bookkeeping (0.19, runtime/zero/stage_1_and_2.py and stage3.py), checked at the
-start against the weights themselves.
+Momentum and weight decay are elementwise: each rank keeps those of its shard. Only an orthogonal
+step needs whole matrices. So the directions of some weights at a time are gathered by a sum over
+the ranks, to which each adds its shard and zeros elsewhere; each rank then computes the matrices
+that its shard touches and keeps its part of their steps. Which numbers a shard holds is DeepSpeed's
+own bookkeeping (0.19, runtime/zero/stage_1_and_2.py and stage3.py), checked at the start against
+the weights themselves.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from fourstage.optim.muon import AT_ONCE, Muon, Split, add_orthogonal, matrices,
 
 @dataclass(frozen=True)
 class Piece:
-    """What a rank's flat share holds of one weight, which may be nothing."""
+    """What a rank's flat shard holds of one weight; may be empty."""
 
     shape: torch.Size  # of the weight
     split: Split
     of: slice  # of the flattened weight
-    at: slice  # of the share
+    at: slice  # of the shard
     touched: list[slice]  # the matrices that `of` touches, in each part [M, R, C] of the weight
 
 
 class ZeroMuon(Muon):
-    """Muon whose weights are shares. Every rank has to take the same steps: they are collective."""
+    """Muon whose weights are shards. Steps are collective: every rank has to take the same ones."""
 
-    device: torch.device  # where matrices are put together and worked on
-    pieces: dict[Tensor, list[list[Piece]]]  # of a share; those of an inner list at once
+    device: torch.device  # where matrices are gathered and processed
+    pieces: dict[Tensor, list[list[Piece]]]  # of each shard; those of an inner list at once
 
     def add_steps(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        for share in weights:
-            for some in self.pieces[share]:
-                self.add_steps_of(some, share, group["lr"])
+        for shard in weights:
+            for some in self.pieces[shard]:
+                self.add_steps_of(some, shard, group["lr"])
 
-    def add_steps_of(self, some: list[Piece], share: Tensor, lr: float) -> None:
+    def add_steps_of(self, some: list[Piece], shard: Tensor, lr: float) -> None:
         sizes = [piece.shape.numel() for piece in some]
-        steps = torch.zeros(sum(sizes), dtype=share.dtype, device=self.device)
+        steps = torch.zeros(sum(sizes), dtype=shard.dtype, device=self.device)
         directions = torch.zeros_like(steps, dtype=worked_in(steps))
         whole = list(zip(some, steps.split(sizes), directions.split(sizes), strict=True))
         for piece, _, direction in whole:
-            direction[piece.of].copy_(share.grad[piece.at])
+            direction[piece.of].copy_(shard.grad[piece.at])
         dist.all_reduce(directions)  # adds zeros
         parts: list[tuple[Tensor, Tensor]] = []
         for piece, *both in whole:
@@ -59,11 +59,11 @@ class ZeroMuon(Muon):
                     parts.append((step[m], direction[m]))
         add_orthogonal(parts, lr)
         for piece, step, _ in whole:
-            share[piece.at].add_(step[piece.of].to(share.device))
+            shard[piece.at].add_(step[piece.of].to(shard.device))
 
 
 def splits_of(optimizer: Muon) -> dict[nn.Parameter, Split]:
-    """To be called before DeepSpeed puts shares in the place of the weights."""
+    """Must be called before DeepSpeed replaces the weights by shards."""
     found: dict[nn.Parameter, Split] = {}
     for group in optimizer.param_groups:
         if group["splits"] is not None:
@@ -76,7 +76,7 @@ def splits_of(optimizer: Muon) -> dict[nn.Parameter, Split]:
 
 @dataclass(frozen=True)
 class Held:
-    """Where `here`, the numbers of a weight that lie on this rank, are in it and in a share."""
+    """Where `here`, this rank's numbers of a weight, are in the weight and in a shard."""
 
     weight: nn.Parameter
     shape: torch.Size
@@ -89,22 +89,22 @@ class Held:
 def layout(
     zero: Any, stage: int, splits: dict[nn.Parameter, Split], device: torch.device
 ) -> dict[Tensor, list[list[Piece]]]:
-    """The pieces in each of DeepSpeed's shares of the weights that have splits; collective.
+    """The pieces in each of DeepSpeed's shards of weights that have splits; collective.
 
-    zero: DeepSpeed's optimizer of a ZeRO stage. Raises AssertionError where its shares are not laid
+    zero: DeepSpeed's optimizer of a ZeRO stage. Raises AssertionError if its shards are not laid
     out as expected.
     """
     pieces: dict[Tensor, list[list[Piece]]] = {}
     missing = dict(splits)
-    for share, held in (of_weights if stage == 3 else of_groups)(zero):
+    for shard, held in (of_weights if stage == 3 else of_groups)(zero):
         if held[0].weight not in splits:
             continue  # AdamW's
-        assert all(share[x.at].equal(x.here) for x in held)
+        assert all(shard[x.at].equal(x.here) for x in held)
         counts = torch.tensor([len(x.here) for x in held], device=device)
         dist.all_reduce(counts)
         assert counts.tolist() == [x.shape.numel() for x in held]
         own = [(x, missing.pop(x.weight)) for x in held]
-        pieces[share] = at_once(
+        pieces[shard] = at_once(
             [Piece(x.shape, split, x.of, x.at, touched(x, split)) for x, split in own], device
         )
     assert not missing
@@ -112,15 +112,15 @@ def layout(
 
 
 def of_groups(zero: Any) -> Iterator[tuple[Tensor, list[Held]]]:
-    """ZeRO-1 and 2: a group's weights, one after the other, in as many parts as there are ranks."""
-    for share, size, weights, offsets in zip(
+    """ZeRO-1 and 2: a group's weights, concatenated, in as many parts as there are ranks."""
+    for shard, size, weights, offsets in zip(
         zero.single_partition_of_fp32_groups,
         zero.partition_size,
         zero.round_robin_bit16_groups,
         zero.round_robin_bit16_offsets,
         strict=True,
     ):
-        assert share.shape == (size,)
+        assert shard.shape == (size,)
         start = dist.get_rank() * size
         held: list[Held] = []
         for weight, offset in zip(weights, offsets, strict=True):
@@ -128,12 +128,12 @@ def of_groups(zero: Any) -> Iterator[tuple[Tensor, list[Held]]]:
             last = max(first, min(start + size, offset + weight.numel()))
             of, at = slice(first - offset, last - offset), slice(first - start, last - start)
             held.append(Held(weight, weight.shape, weight.flatten()[of], of, at))
-        yield share, held
+        yield shard, held
 
 
 def of_weights(zero: Any) -> Iterator[tuple[Tensor, list[Held]]]:
-    """ZeRO-3: each weight in as many parts as there are ranks, and a rank's parts in a row."""
-    for share, weights in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+    """ZeRO-3: each weight in as many parts as there are ranks; a rank's parts are concatenated."""
+    for shard, weights in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
         end = 0
         held: list[Held] = []
         for weight in weights:
@@ -143,12 +143,12 @@ def of_weights(zero: Any) -> Iterator[tuple[Tensor, list[Held]]]:
             at = slice(end, end + of.stop - of.start)
             held.append(Held(weight, shape, weight.ds_tensor.flatten()[: at.stop - end], of, at))
             end += size
-        assert share.shape == (end,)
-        yield share, held
+        assert shard.shape == (end,)
+        yield shard, held
 
 
 def touched(x: Held, split: Split) -> list[slice]:
-    """See Piece. They are neighbours: the last two dimensions of a weight are a matrix."""
+    """See Piece. The matrices are contiguous, as a weight's last two dimensions are a matrix."""
     is_here = torch.zeros(x.shape, dtype=torch.bool)
     is_here.view(-1)[x.of] = True
     found = (part.any(dim=2).any(dim=1).nonzero() for part in matrices(is_here, split))
@@ -156,7 +156,7 @@ def touched(x: Held, split: Split) -> list[slice]:
 
 
 def at_once(pieces: list[Piece], device: torch.device) -> list[list[Piece]]:
-    """In order, as many weights at once as AT_ONCE says, one at least."""
+    """In order, as many weights at once as AT_ONCE allows, at least one."""
     found: list[list[Piece]] = []
     room = 0
     for piece in pieces:

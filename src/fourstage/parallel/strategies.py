@@ -1,11 +1,11 @@
-"""Lightning's strategies by our names, and all that a stage has to know of DeepSpeed's ZeRO.
+"""Lightning's strategies by our names, and everything a stage needs for DeepSpeed's ZeRO.
 
-ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) keeps each rank's share only: of the optimizer's
-state (zero1), of the gradients too (zero2), of the weights too (zero3). A stage says `backward`,
-`step` and `whole`, and these do what its strategy needs; for all but ZeRO that is plain Lightning.
+ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) shards over the ranks: the optimizer's state
+(zero1), the gradients too (zero2), the weights too (zero3). A stage calls `backward`, `step` and
+`gathered`, which do what its strategy needs; without ZeRO that is plain Lightning.
 
-Weights stay fp32 and forwards run under autocast, as they do without ZeRO: DeepSpeed's own bf16
-mode would keep bf16 weights, and "bf16-mixed" in a run's id would mean two things.
+Weights stay fp32 and forwards run under autocast, with and without ZeRO: DeepSpeed's own bf16 mode
+would keep bf16 weights, and "bf16-mixed" in a run's id would mean two things.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ ZERO = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}  # our name -> Z
 
 
 class ZeroPrecision(DeepSpeedPrecision):
-    """fp32 weights; with bf16-mixed forwards are under autocast, as Lightning's own plugin does."""
+    """fp32 weights, and forwards under autocast in bf16-mixed, as in Lightning's own plugin."""
 
     device = "cuda"
 
     def forward_context(self) -> AbstractContextManager[Any]:
         is_mixed = self.precision == "bf16-mixed"
-        # a cache would hold a step's first weights for all updates of that step
+        # a cache would keep a step's first weights for all updates of that step
         return torch.autocast(self.device, torch.bfloat16, is_mixed, cache_enabled=False)
 
     def convert_input(self, data: Any) -> Any:
@@ -52,10 +52,10 @@ class ZeroPrecision(DeepSpeedPrecision):
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """Lightning's own strategy, where a share of a step's loss is one forward of the engine.
+    """Lightning's own strategy, except that one piece of a step's loss is one engine forward.
 
     Lightning would wrap a whole training_step in the engine's forward: rollouts, several backward
-    passes and optimizer steps, of which ZeRO-3's bookkeeping makes nothing.
+    passes and optimizer steps, which ZeRO-3's bookkeeping can't handle.
     """
 
     def __init__(self, stage: int, clip_norm: float, offload: bool = False) -> None:
@@ -63,14 +63,14 @@ class ZeroStrategy(DeepSpeedStrategy):
             stage=stage,
             offload_optimizer=offload,
             offload_parameters=offload,
-            logging_batch_size_per_gpu=1,  # it would look for one in the loader, which has none
-            logging_level=logging.ERROR,  # it warns of outputs that are dataclasses
+            logging_batch_size_per_gpu=1,  # the loader, where it would look, has none
+            logging_level=logging.ERROR,  # no warnings about outputs that are dataclasses
         )
         assert isinstance(self.config, dict)
         self.config |= {
             "gradient_clipping": clip_norm,
             "bf16": {"enabled": False},
-            "zero_force_ds_cpu_optimizer": False,  # offload with PyTorch's AdamW, as everywhere
+            "zero_force_ds_cpu_optimizer": False,  # offload with PyTorch's AdamW
         }
         self.config["zero_optimization"]["leaf_module"] = {
             "classes": [f"{MoE.__module__}.{MoE.__qualname__}"]
@@ -80,7 +80,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         if self.zero_stage_3 and trainer.training:
             import deepspeed
 
-            # one parameter after the other: the engine would put all of them on the GPU first
+            # one parameter at a time: the engine would first put all of them on the GPU
             self._init_config_if_needed()
             deepspeed.zero.Init(module=self.model, config_dict_or_path=self.config)
             self.model.to(self.root_device)  # the buffers
@@ -112,17 +112,17 @@ class ZeroStrategy(DeepSpeedStrategy):
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """DeepSpeed's own way, but with weights_only: it would execute what a file holds."""
+        """DeepSpeed's own way, but with weights_only, as a pickle can execute code."""
         from deepspeed.runtime.fp16.loss_scaler import LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils.tensor_fragment import fragment_address
 
-        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # whatever a torch.load asks for
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # for every torch.load
         with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
             return super().load_checkpoint(checkpoint_path, weights_only=True)
 
     def teardown(self) -> None:
-        """Lets go of the engine, which would keep its networks through the next stages."""
+        """Frees the engine, which would keep its networks during the next stages."""
         super().teardown()
         if self.model is not self.lightning_module:
             self.deepspeed_engine.destroy()
@@ -130,15 +130,15 @@ class ZeroStrategy(DeepSpeedStrategy):
             self.model, self.optimizers = self.lightning_module, []
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
-        """After training the networks are plain ones (see `make_plain`)."""
+        """Nothing to set up: after training the networks are plain (see `make_plain`)."""
         self.model = model.to(self.root_device)
 
 
 def reduce_at_last_use(leaf: nn.Module) -> None:
-    """Lets ZeRO-3 take the gradients of a leaf module that one backward passes several times.
+    """Lets ZeRO-3 reduce a leaf module's gradients only when the backward leaves it for good.
 
-    DeepSpeed takes them whenever the backward leaves the module; the reward stage's loss has two
-    forwards, of chosen and rejected answers. To be called before the engine adds its own hooks.
+    DeepSpeed reduces them each time; but the reward stage's loss has two forwards, of chosen and
+    rejected answers. Must be called before the engine adds its own hooks.
     """
     waiting = 0
 
@@ -157,7 +157,7 @@ def reduce_at_last_use(leaf: nn.Module) -> None:
 
 
 def forget_networks() -> None:
-    """Empties what DeepSpeed keeps for the whole process: networks, and caches that hold them."""
+    """Empties DeepSpeed's process-wide references to networks, some of which are in caches."""
     from deepspeed.runtime.zero import parameter_offload
 
     parameter_offload.FWD_MODULE_STACK.clear()
@@ -167,12 +167,9 @@ def forget_networks() -> None:
 
 
 def trainer_options(where: TrainerConfig, clip_norm: float) -> dict[str, Any]:
-    """What Lightning's Trainer has to know of a trainer config; clip_norm 0 is no clipping."""
-    options: dict[str, Any] = {
-        "accelerator": where.accelerator,
-        "devices": where.devices,
-        "num_nodes": where.num_nodes,
-    }
+    """Arguments of Lightning's Trainer for a trainer config; clip_norm 0 is no clipping."""
+    names = ("accelerator", "devices", "num_nodes")
+    options: dict[str, Any] = {name: getattr(where, name) for name in names}
     if where.strategy not in ZERO:
         return {**options, "strategy": where.strategy, "precision": where.precision}
     strategy = ZeroStrategy(ZERO[where.strategy], clip_norm, where.strategy.endswith("_offload"))
@@ -181,9 +178,9 @@ def trainer_options(where: TrainerConfig, clip_norm: float) -> dict[str, Any]:
 
 @contextmanager
 def others_wait() -> Iterator[None]:
-    """What the first process does inside may take as long as it likes; every process has to enter.
+    """Lets rank zero take as long as it likes inside; every rank has to enter.
 
-    A collective of the usual group, on which the others would wait, gives up after 30 minutes.
+    A collective of the default group, on which the others would wait, gives up after 30 minutes.
     """
     if not dist.is_initialized():
         yield
@@ -198,11 +195,11 @@ def others_wait() -> Iterator[None]:
 
 
 def backward(module: L.LightningModule, loss: Callable[[], Tensor], is_last: bool) -> None:
-    """Adds the gradient of `loss()`, of which the ranks' mean is taken; `is_last` of its step."""
+    """Adds the gradient of `loss()`, averaged over ranks; `is_last`: the last one of its step."""
     strategy = module.trainer.strategy
     if not isinstance(strategy, ZeroStrategy):
         share = loss()
-        with full_precision(share):  # else what was computed in float32 goes back in half
+        with full_precision(share):  # else gradients of float32 operations would be in half
             module.manual_backward(share)
         return
     engine = strategy.deepspeed_engine
@@ -210,11 +207,11 @@ def backward(module: L.LightningModule, loss: Callable[[], Tensor], is_last: boo
     def under_autocast() -> Tensor:
         with strategy.precision_plugin.forward_context():
             share = loss()
-        # then the gradient is not finite either, which is what the engine looks at
+        # the engine looks at the gradient, so a loss that is not finite must show there
         return share * torch.where(share.isfinite(), 1.0, torch.nan)
 
     engine.set_gradient_accumulation_boundary(is_last)
-    # with autocast around it the engine would warn, and turn it off
+    # inside autocast the engine would warn and turn it off
     with torch.autocast(strategy.precision_plugin.device, enabled=False):
         engine.backward(engine(under_autocast))
 
@@ -222,11 +219,10 @@ def backward(module: L.LightningModule, loss: Callable[[], Tensor], is_last: boo
 def step(
     module: L.LightningModule, clip_norm: float, is_finite: Callable[[Tensor], bool]
 ) -> tuple[Tensor, bool]:
-    """Clips the gradient to `clip_norm` (0: not) and takes the optimizer's step where it is finite.
+    """Clips the gradient to `clip_norm` (0: not) and takes the optimizer's step if it is finite.
 
-    Returns the norm before clipping, of all ranks' shares together, and whether the step was taken.
-    `is_finite(norm)` is asked of the loss too. ZeRO clips, steps and skips by itself (see
-    `backward`), with the clipping of its config.
+    Returns the norm before clipping, over all ranks, and whether the step was taken.
+    `is_finite(norm)` checks the loss too. ZeRO clips, steps and skips by itself (see `backward`).
     """
     optimizer, strategy = module.optimizers(), module.trainer.strategy
     if isinstance(strategy, ZeroStrategy):
@@ -242,26 +238,26 @@ def step(
     if taken:
         optimizer.step()
     elif scaler is not None:
-        scaler.update()  # to a lower scale; a step would have done it
+        scaler.update()  # lowers the scale, as a step would have done
     return norm, taken
 
 
-# --- networks whose weights are spread over the ranks
+# --- networks whose weights are sharded over the ranks
 
 
-def is_spread(network: nn.Module) -> bool:
-    """Whether ZeRO-3 keeps a share of each weight on each rank."""
+def is_sharded(network: nn.Module) -> bool:
+    """Whether ZeRO-3 keeps a shard of each weight on each rank."""
     return hasattr(next(network.parameters()), "ds_id")
 
 
 @contextmanager
-def whole(network: Transformer | ScalarModel) -> Iterator[Transformer | ScalarModel]:
+def gathered(network: Transformer | ScalarModel) -> Iterator[Transformer | ScalarModel]:
     """The network with all of its weights here, to be read; every rank has to enter.
 
-    Under ZeRO-3 that is a copy without ZeRO's hooks, so that inside ranks may run different numbers
-    of forwards: answers of different lengths. Elsewhere it is the network itself.
+    Under ZeRO-3 it is a copy without ZeRO's hooks, so that ranks may run different numbers of
+    forwards inside, as for answers of different lengths. Otherwise it is the network itself.
     """
-    if not is_spread(network):
+    if not is_sharded(network):
         yield network
         return
     copy = plain_copy(network).eval()
@@ -276,13 +272,13 @@ def transformers(network: nn.Module) -> list[Transformer]:
 
 @torch.no_grad()
 def plain_copy(network: Transformer | ScalarModel) -> Transformer | ScalarModel:
-    """A copy whose weights are gathered one after the other; every rank has to call it."""
+    """A copy whose weights are gathered one at a time; every rank has to call it."""
     import deepspeed
 
-    shape = transformers(network)[0]
+    original = transformers(network)[0]
     with torch.device("meta"):
-        copy = Transformer(shape.config, shape.vocab_size)
-        if shape.head is None:  # tied, or a scalar model's backbone
+        copy = Transformer(original.config, original.vocab_size)
+        if original.head is None:  # tied, or a scalar model's backbone
             copy.head = None
         if isinstance(network, ScalarModel):
             copy = ScalarModel(copy)
@@ -296,7 +292,7 @@ def plain_copy(network: Transformer | ScalarModel) -> Transformer | ScalarModel:
 
 
 def make_plain(module: L.LightningModule) -> None:
-    """After the last step: the module's own networks, whole on every rank; all have to call it."""
+    """Gathers the module's networks on every rank, after the last step; all ranks have to call it."""
     for name, network in list(module.named_children()):
-        if isinstance(network, Transformer | ScalarModel) and is_spread(network):
+        if isinstance(network, Transformer | ScalarModel) and is_sharded(network):
             setattr(module, name, plain_copy(network).cpu())  # two would fill a GPU

@@ -23,7 +23,7 @@ from fourstage.data.verify import Verifiable
 from fourstage.errors import UserError
 from fourstage.job import StageJob
 from fourstage.model import Transformer
-from fourstage.parallel.strategies import whole
+from fourstage.parallel.strategies import gathered
 from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k3
 from fourstage.rl.rewards import ReasoningReward, reasoning_rewards
 from fourstage.sampling.generate import Generation
@@ -207,7 +207,7 @@ class GRPOModule(OnPolicyModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         s = self.settings
         prompts = [ids for ids in batch.prompt_ids for _ in range(s.group_size)]
-        with whole(self.policy) as policy:
+        with gathered(self.policy) as policy:
             answers = self.collect(policy, prompts, batch.records)
             rollout = self.rollout(policy, prompts, answers.said)
         rewards_GK = answers.total_B.view(-1, s.group_size)

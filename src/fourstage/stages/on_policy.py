@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fourstage.batch import Rollout, moved
 from fourstage.model import Transformer
-from fourstage.parallel.strategies import is_spread
+from fourstage.parallel.strategies import is_sharded
 from fourstage.rl.ops import ratio_stats
 from fourstage.rl.rollout import answer_logprobs, pack
 from fourstage.sampling.generate import (
@@ -99,7 +99,7 @@ class OnPolicyModule(StageModule):
         """A frozen network on the device: from then on, but under ZeRO-3 only for this long."""
         network = self.frozen[name].to(self.device)
         yield network
-        if is_spread(self.policy):  # where a model is large, whole ones have to take turns
+        if is_sharded(self.policy):  # where a model is large, whole ones have to take turns
             network.cpu()
 
     def answers(
@@ -107,8 +107,8 @@ class OnPolicyModule(StageModule):
     ) -> Generation:
         """An answer to each prompt from the whole distribution (no top-k, no top-p: on-policy).
 
-        The draw is a function of seed, rank, step and attempt. policy: the stage's own, whole
-        (strategies.whole).
+        The draw is a function of seed, rank, step and attempt. policy: the stage's own, gathered
+        (strategies.gathered).
         """
         ranks = self.trainer.world_size
         draw = (self.steps_done * ranks + self.global_rank) * 16 + attempt

@@ -23,7 +23,7 @@ from fourstage.errors import UserError
 from fourstage.job import StageJob
 from fourstage.model import ScalarModel, Transformer
 from fourstage.model.weights import load_scalar
-from fourstage.parallel.strategies import whole
+from fourstage.parallel.strategies import gathered
 from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k1, moments, whiten
 from fourstage.rl.rewards import true_score
 from fourstage.rl.rollout import answer_texts, answer_values, final_scores
@@ -192,9 +192,9 @@ class PPOModule(OnPolicyModule):
     def collect(self, prompts: list[list[int]]) -> Experience:
         """Answers of the policy, their score, and the advantage of every token."""
         s = self.settings
-        with whole(self.policy) as policy:
+        with gathered(self.policy) as policy:
             rollout = self.rollout(policy, prompts, self.answers(policy, prompts))
-        with whole(self.value) as value:
+        with gathered(self.value) as value:
             values_BA = self.in_pieces(partial(answer_values, value), rollout)
         with self.frozen_network("reference") as reference:
             ref_logp_BA = self.logprobs(reference, rollout)

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fourstage.files import read_jsonl, write_jsonl
 from fourstage.model import Transformer
 from fourstage.model.health import bias_spread, drift, load_health
-from fourstage.parallel.strategies import whole
+from fourstage.parallel.strategies import gathered
 from fourstage.stages.base import steps_done
 
 LINE_EVERY = 30.0  # seconds between lines of progress if the output is not a terminal
@@ -123,7 +123,7 @@ class RouterHealth(Callback):
         """
         was_training = network.training
         network.eval()
-        with whole(network) as here, trainer.precision_plugin.forward_context():
+        with gathered(network) as here, trainer.precision_plugin.forward_context():
             device = here.embedding.weight.device
             ids_BT, valid_BT = self.ids_BT.to(device), self.valid_BT.to(device)
             router = here(ids_BT, valid_BT=valid_BT).router
