@@ -4,11 +4,10 @@ import os
 import re
 import signal
 import sys
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # nothing can be lost before there is a plan: Ctrl-C just ends it
+if __name__ == "__main__":  # nothing can be lost before there is a plan: Ctrl-C just ends train.py
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
@@ -19,6 +18,8 @@ from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from fourstage.errors import did_you_mean
 
 CONF = str(Path(__file__).resolve().parent / "conf")
 GROUPS = {path.name for path in Path(CONF).iterdir() if path.is_dir()}
@@ -42,13 +43,13 @@ def main(config: DictConfig) -> None:
     except Stopped as stopped:
         print(stopped.line, file=sys.stderr)
         sys.exit(stopped.code)
-    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, which Lightning turns into an exit
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
         print("stopped: the same command resumes", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         wrong_config = isinstance(error, OmegaConfBaseException)
         line = str(error).splitlines()[0] if wrong_config else one_line(error)
-        if hydra_config.mode == RunMode.MULTIRUN:  # goes on; Hydra shows the first error at the end
+        if hydra_config.mode == RunMode.MULTIRUN:  # the next jobs run; Hydra shows the first error
             print(f"job {hydra_config.job.num} failed: {line or repr(error)}", file=sys.stderr)
             raise CompactHydraException(line) if line else error from error
         if line is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -57,7 +58,7 @@ def main(config: DictConfig) -> None:
 
 
 def make_folder(outputs: Any) -> str:
-    """Hydra makes its folder before main() runs; where it cannot, one line says why."""
+    """Make Hydra's folder before Hydra does, so that a failure is one line."""
     if not isinstance(outputs, str) or not outputs:
         sys.exit(f"outputs: expected a folder, got {outputs!r}")
     path = Path(outputs, "hydra")
@@ -69,7 +70,7 @@ def make_folder(outputs: Any) -> str:
 
 
 def refuse_nameless_groups(arguments: list[str]) -> None:
-    """One line for a group such as model=null, where Hydra would show a traceback."""
+    """One line for a group such as model=null, for which Hydra would show a traceback."""
     for argument in arguments:
         key, is_override, value = argument.lstrip("+").partition("=")
         group = key.partition("@")[0]
@@ -79,8 +80,8 @@ def refuse_nameless_groups(arguments: list[str]) -> None:
 
 
 def run() -> None:
-    """main(), whose errors are one line each; Hydra's own report has several, and advises a plus
-    sign for a misspelt setting."""
+    """main() with one line per error; Hydra's own report has several, and advises a plus sign for a
+    misspelt setting."""
     refuse_nameless_groups(sys.argv[1:])
     reported.run_and_report = lambda call: call()
     try:
@@ -92,7 +93,7 @@ def run() -> None:
 
 
 def line_of(error: Exception) -> str:
-    """What was wrong with the words of a command."""
+    """What is wrong with the words of a command."""
     text = str(error)
     if found := re.search(r"Could not override '([^']+)'", text):
         return no_such_setting(found[1])
@@ -111,7 +112,7 @@ def line_of(error: Exception) -> str:
 
 
 def no_such_setting(key: str) -> str:
-    """With the settings beside it that are spelt alike, or all of them."""
+    """The first part of the key that doesn't exist, with the settings beside it."""
     if key.startswith("data.reasoning.tasks."):
         task = key.split(".")[3]
         return f"{key}: data.reasoning.only={{{task}: {{ARGUMENT: VALUE}}}} replaces the tasks"
@@ -128,11 +129,6 @@ def no_such_setting(key: str) -> str:
             return f"{where}: no such setting" + (f": {did_you_mean(name, names)}" if names else "")
         beside, known = beside[name], f"{known}.{name}".strip(".")
     return f"{key}: no such setting here"
-
-
-def did_you_mean(name: str, names: list[str]) -> str:
-    near = get_close_matches(name, names, n=3)
-    return f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(names)}"
 
 
 OmegaConf.register_new_resolver("make_folder", make_folder, replace=True)

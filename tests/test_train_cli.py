@@ -162,14 +162,14 @@ def test_help_begins_with_what_it_is_and_commands_that_compose() -> None:
     [
         (["stages.sft.lrr=3"], "stages.sft.lrr: no such setting: did you mean lr?"),
         (["stagee=sft"], "stagee: no such setting: did you mean stage or stages or seed?"),
-        (["foo.bar=1"], "foo: no such setting: there is ancestors, data, debug, evaluation, "),
+        (["foo.bar=1"], "foo: no such setting: known are ancestors, data, debug, evaluation, "),
         (["model=moe_nan"], "model=moe_nan: no such model: did you mean moe_nano or moe_tiny or "),
         (["debug=fastt"], "debug=fastt: no such debug: did you mean fast?"),
-        (["stages@stages.grpo=nope"], "stages=nope: no such stages: there is grpo, grpo_dapo, "),
+        (["stages@stages.grpo=nope"], "stages=nope: no such stages: known are grpo, grpo_dapo, "),
         (["data.reasoning.tasks.gcd={}"], "data.reasoning.tasks.gcd: data.reasoning.only={gcd: "),
         (["stages.sft.lr"], "Error parsing override 'stages.sft.lr': missing EQUAL at"),
         (["+experiment=no_preferences"], "experiment is given already: leave out the plus sign"),
-        (["-m", "seed=1,2", "dry=1"], "dry: no such setting: there is "),
+        (["-m", "seed=1,2", "dry=1"], "dry: no such setting: known are "),
         (["model=null"], "model=null: expected one of dense_small, "),
     ],
 )

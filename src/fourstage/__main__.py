@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from difflib import get_close_matches
 from importlib import import_module
 
-from fourstage.errors import UserError
+from fourstage.errors import UserError, did_you_mean
 from fourstage.interruptions import run_command
 
 COMMANDS = {  # name -> where its main() is, and what it does
@@ -40,10 +39,9 @@ def main() -> None:
 def list_commands(arguments: list[str]) -> None:
     """Print them. Raises UserError for an unknown command."""
     if arguments and arguments != ["help"]:
-        near = get_close_matches(arguments[0], COMMANDS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(COMMANDS)}"
-        hint = "to train: python train.py" if arguments[0] == "train" else hint
-        raise UserError(f"unknown command {arguments[0][:40]!r}: {hint}")
+        word = arguments[0][:40]
+        hint = "to train: python train.py" if word == "train" else did_you_mean(word, COMMANDS)
+        raise UserError(f"unknown command {word!r}: {hint}")
     print(HELP)
 
 

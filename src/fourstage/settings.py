@@ -10,10 +10,9 @@ import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
-from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fourstage.errors import UserError
+from fourstage.errors import UserError, did_you_mean
 
 # PyTorch counts in 64 bits and computes in float32
 LARGEST = {int: 2**63 - 1, float: (2 - 2**-23) * 2.0**127}
@@ -39,8 +38,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     known = {f.name: f for f in fields(cls) if f.init}
     for key in values:
         if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            hint = did_you_mean(str(key), known)
             raise UserError(f"{_join(where, key)}: unknown key, {hint}")
     ready = {}
     for name, field in known.items():

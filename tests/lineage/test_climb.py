@@ -44,7 +44,7 @@ def test_a_whole_ladder(base, tmp_path) -> None:
     train = run(base)
     store = RunStore(tmp_path / "outputs")
     assert train.stages == list(LADDER)
-    folders = {f.name.split("-")[0]: f for f in store.folders()}
+    folders = {f.name.split("-")[0]: f for f in store.records()}
     records = {stage: read_record(folder) for stage, folder in folders.items()}
     of = {stage: record["id"] for stage, record in records.items()}
     assert of == ids(base)
@@ -82,7 +82,7 @@ def test_finished_runs_are_reused_and_a_changed_setting_is_a_new_run(base, tmp_p
     assert run(base).stages == []
     assert run([*base, "stages.grpo.lr=3e-4"]).stages == ["grpo"]
     assert run([*base, "stages.reward.lr=1e-4"], "ppo").stages == ["reward", "ppo"]
-    assert len(RunStore(tmp_path / "outputs").folders()) == 8
+    assert len(RunStore(tmp_path / "outputs").records()) == 8
 
 
 def test_a_found_target_needs_no_ancestors(base, tmp_path) -> None:

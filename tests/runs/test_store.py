@@ -78,17 +78,17 @@ def test_no_such_run_in_one_line(store, tmp_path) -> None:
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"id": "a", "stage": "sft"}'])
 def test_a_broken_record_is_named_and_can_be_removed(store, text, capsys) -> None:
-    whole = store.folders()
+    whole = list(store.records())
     broken = add(store, "sft", "b")
     (broken / "run.json").write_text(text)
     with pytest.raises(UserError, match=r"sft-bbbbbbbbbb/run\.json: broken \(.*remove the folder"):
         find_run(store.outputs, broken.name)
-    assert store.folders() == whole and find_run(store.outputs, "sft") in whole
+    assert list(store.records()) == whole and find_run(store.outputs, "sft") in whole
     main(["list", f"outputs={store.outputs}"])
     shown = capsys.readouterr()
     assert "sft-bbbbbbbbbb/run.json: broken" in shown.err and whole[0].name in shown.out
     main(["rm", broken.name, f"outputs={store.outputs}"])
-    assert store.folders() == whole and store.broken() == []
+    assert list(store.records()) == whole and store.broken() == []
 
 
 def test_where_two_lines_meet_the_policys_counts(store) -> None:
@@ -131,7 +131,7 @@ def test_every_name_is_whole_in_a_narrow_terminal(store, capsys, monkeypatch) ->
     monkeypatch.setenv("COLUMNS", "80")
     main([f"outputs={store.outputs}"])
     out = capsys.readouterr().out
-    assert all(folder.name in out for folder in store.folders())
+    assert all(folder.name in out for folder in store.records())
 
 
 def test_list_of_nothing(tmp_path, capsys) -> None:
@@ -157,7 +157,7 @@ def test_rm(store, capsys) -> None:
     main(["rm", ppo.name, "reward", outputs])
     assert not ppo.exists() and f"removed {ppo.name}" in capsys.readouterr().out
     main(["rm", "pretrain", "force=true", outputs])
-    assert [f.name for f in store.folders()] == [sft.name]
+    assert [f.name for f in store.records()] == [sft.name]
     assert {path.name for path in store.outputs.iterdir()} == {"runs", "locks"}
     with store.locked(sft.name, sft.name.split("-")[1]), pytest.raises(UserError, match="training"):
         main(["rm", sft.name, outputs])
@@ -165,14 +165,14 @@ def test_rm(store, capsys) -> None:
 
 def test_rm_takes_no_run_but_the_one_that_is_named(store, tmp_path, monkeypatch) -> None:
     outputs = f"outputs={store.outputs}"
-    runs = store.folders()
+    runs = list(store.records())
     with pytest.raises(UserError, match=r"unknown run '\*'"):
         main(["rm", "*", "force=true", outputs])
     sft = store.find("sft")
     other = f"outputs={tmp_path / 'other'}"
     with pytest.raises(UserError, match=f"{sft}: not a run of .*other: give its own outputs="):
         main(["rm", str(sft), "force=true", other])
-    assert store.folders() == runs
+    assert list(store.records()) == runs
     renamed = sft.rename(sft.with_name("sft-mine"))  # those that descend from it know its id
     with pytest.raises(UserError, match="sft-mine: reward-.*, ppo-.* descend from it"):
         main(["rm", "sft-mine", outputs])

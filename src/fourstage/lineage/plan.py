@@ -123,18 +123,16 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
 
 def needed_stages(command: Command) -> list[str]:
     """The stage that was asked for and those it descends from."""
-    waiting, needed = [command.stage], set()
-    while waiting:
-        stage = waiting.pop()
-        needed.add(stage)
+    needed = {command.stage}
+    for stage in reversed(stages()):
+        if stage not in needed:
+            continue
         for role, parent in named_parents(stage, command.stages[stage]).items():
-            if parent not in LADDER:
-                continue  # a run
-            if place(parent) >= place(stage):
+            if parent in LADDER and place(parent) >= place(stage):
                 raise UserError(
                     f"{parent_key(stage, role)}: {stage} cannot descend from {parent}: name a run"
                 )
-            waiting.append(parent)
+            needed.add(parent)
     return [stage for stage in stages() if stage in needed]
 
 

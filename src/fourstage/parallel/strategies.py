@@ -292,7 +292,7 @@ def plain_copy(network: Transformer | ScalarModel) -> Transformer | ScalarModel:
 
 
 def make_plain(module: L.LightningModule) -> None:
-    """Gathers the module's networks on every rank, after the last step; all ranks have to call it."""
+    """Gathers the module's networks on every rank after the last step; collective."""
     for name, network in list(module.named_children()):
         if isinstance(network, Transformer | ScalarModel) and is_sharded(network):
             setattr(module, name, plain_copy(network).cpu())  # two would fill a GPU

@@ -45,9 +45,6 @@ class RunStore:
         readable = {f: record for f, record in found.items() if not isinstance(record, str)}
         return dict(sorted(readable.items(), key=lambda x: (place(x[1]["stage"]), x[1]["started"])))
 
-    def folders(self) -> list[Path]:
-        return list(self.records())
-
     def status(self, record: Record) -> str:
         """What run.json says, or "interrupted" if no process is training the run any more."""
         is_left = record["status"] == "running" and not self.is_busy(record["id"])

@@ -39,8 +39,7 @@ class StepAxis(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self.log("step", float(steps_done(trainer)))
 
-    def on_validation_epoch_end(self, trainer: Trainer, *_: Any) -> None:
-        self.log("step", float(steps_done(trainer)))
+    on_validation_epoch_end = on_train_batch_end
 
 
 class StepSeed(Callback):
