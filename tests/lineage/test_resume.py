@@ -103,7 +103,7 @@ def test_a_signal_saves_after_the_step_and_stops(tmp_path, whole, handlers, sent
     by = {signal.SIGINT: "Ctrl-C"}.get(sent.signum, signal.Signals(sent.signum).name)
     assert caught.value.line == (
         f"{tmp_path.name}, step {done}: stopped by {by}: "
-        f"run the same command again: it goes on from step {done}"
+        f"run the same command again: it resumes from step {done}"
     )
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] == done
@@ -129,7 +129,7 @@ def test_the_last_state_is_that_before_the_first_skipped_step(tmp_path) -> None:
 
     with pytest.raises(Stopped) as caught:
         fit(tmp_path, Skip(), Signal(signal.SIGTERM, step=9), every=1)
-    assert caught.value.line.endswith("it goes on from step 4")
+    assert caught.value.line.endswith("it resumes from step 4")
 
 
 def test_the_end_of_training_is_saved_too(tmp_path) -> None:

@@ -114,8 +114,8 @@ def test_a_killed_stage_resumes_to_the_same_bits(ladder, tmp_path):
             [*command, f"outputs={killed}"], cwd=REPO, env=ENV, capture_output=True, text=True
         )
         assert done.returncode == 1
-        assert f"{found.name}: begun with {kind}, from which " in done.stderr
-        assert f" cannot go on: take the former, or train it from the start: rm -r {found}" in (
+        assert f"{found.name}: begun with {kind}, which " in done.stderr
+        assert f" can't resume: use the former, or train it from the start: rm -r {found}" in (
             done.stderr
         )
     evil = Path(shutil.copytree(killed, tmp_path / "evil"))

@@ -1,1 +1,1 @@
-"""make for stages: what is there is reused, what is missing trained, what was stopped resumed."""
+"""make for stages: finished runs are reused, missing ones trained, interrupted ones resumed."""

@@ -154,26 +154,19 @@ def stage_job(plan: Plan, run: PlannedRun) -> StageJob:
     later = plan.runs[plan.runs.index(run) + 1 :]
     config = json.loads(json.dumps(asdict(command)))  # as it is read back: tuples are lists
     config |= {"stage": run.stage, "stages": {run.stage: config["stages"][run.stage]}}
+    same = ("model", "tokenizer", "data", "trainer", "logger", "evaluation", "seed", "debug")
     return StageJob(
+        **{name: getattr(command, name) for name in (*same, "keep_checkpoints")},
         stage=run.stage,
         run_id=run.id,
         folder=run.folder,
         outputs=store.outputs,
         settings=run.settings,
-        model=command.model,
-        tokenizer=command.tokenizer,
-        data=command.data,
         digest=run.data["digest"],
-        trainer=command.trainer,
-        logger=command.logger,
-        evaluation=command.evaluation,
-        seed=command.seed,
         parents=run.parent_folders,
         ancestors=ancestors,
         group=run.group,
-        debug=command.debug,
         resume=run.status == "resume",
-        keep_checkpoints=command.keep_checkpoints,
         config=config,
         plan_left=[(r.stage, r.estimate) for r in later if r.to_do],
     )

@@ -93,7 +93,7 @@ class Checkpointer(Checkpoint):
             self.save(trainer)
         if signum:
             where = f"{self.run}, step {steps_done(trainer)}"
-            self.stopped = Stopped(signum, where, f"it goes on from step {self.saved_at}")
+            self.stopped = Stopped(signum, where, f"it resumes from step {self.saved_at}")
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         # only now: Lightning logs a step after on_train_batch_end, and no row may be lost

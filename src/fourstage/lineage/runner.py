@@ -125,8 +125,8 @@ def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
         began, resumes = began_with(job.checkpoint), kind_of(job.trainer.strategy, world_size(job))
         if began not in (None, resumes):
             raise UserError(
-                f"begun with {began}, from which {resumes} cannot go on: take the former, or train "
-                f"it from the start: rm -r {shlex.quote(str(job.folder))}"
+                f"begun with {began}, which {resumes} can't resume: use the former, or train it "
+                f"from the start: rm -r {shlex.quote(str(job.folder))}"
             )
     during = loaders.val if job.settings.val_every else None
     try:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -260,7 +261,7 @@ class PlanProgress(Callback):
 
 
 def time_left(seconds: float, later: list[tuple[str, float | None]]) -> str:
-    """ "0:02:10 left before the evaluation, 0:09:00 with sft, then ppo": `then` has no estimate."""
+    """Such as "0:02:10 left before the evaluation, 0:09:00 with sft, then ppo" (no estimate)."""
     text = f"{clock(seconds)} left before the evaluation"
     known = {stage: estimate for stage, estimate in later if estimate is not None}
     if known:
@@ -271,7 +272,5 @@ def time_left(seconds: float, later: list[tuple[str, float | None]]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """H:MM:SS"""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+    """H:MM:SS; from a day on "1 day, 2:03:04"."""
+    return str(timedelta(seconds=round(seconds)))
