@@ -18,10 +18,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """One JSON object per line. Only newlines end a line: texts may hold other separators.
-
-    Raises OSError, or ValueError for a line that is not an object.
-    """
+    """One JSON object per line, ended by newlines only. Raises OSError, ValueError."""
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = [parse_json(line) for line in lines if line]
     if not all(isinstance(row, dict) for row in rows):

@@ -102,8 +102,7 @@ def heed_ctrl_c() -> None:
 
 
 def leave_the_terminal() -> None:
-    """Print to nowhere, as the terminal is gone: a write error would keep the state from being
-    saved."""
+    """Print to nowhere: without a terminal, a write error would keep the state from being saved."""
     null = os.open(os.devnull, os.O_RDWR)
     for file in (1, 2):
         if stat.S_ISCHR(os.fstat(file).st_mode):
@@ -118,11 +117,8 @@ def explained(
     steps: Callable[[], int],
     sees_pieces: bool = False,
 ) -> Iterator[None]:
-    """Say which run an error ended, after how many `steps`, and what to do.
-
-    `sees_pieces`: whether the run's weights depend on micro_batch_size. Raises UserError for
-    anything that is not a bug.
-    """
+    """Raise UserError for anything that is not a bug: which run ended, after how many `steps`, and
+    what to do. `sees_pieces`: whether the run's weights depend on micro_batch_size."""
     try:
         yield
     except Stopped as stopped:
@@ -193,10 +189,8 @@ def escape_output() -> None:
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:
-    """Run main() with the arguments of the command line; --help prints its module's docstring.
-
-    Errors that are not bugs end in one line, and a closed pipe (`| head`) in none.
-    """
+    """Run main() with the command line's arguments; --help prints its module's docstring. Errors
+    that are not bugs end in one line, and a closed pipe (`| head`) in none."""
     escape_output()
     code: int | str | None
     try:

@@ -41,11 +41,8 @@ class TrainerConfig:
         return self.devices * self.num_nodes
 
     def resolved(self) -> TrainerConfig:
-        """The same without "auto" in accelerator and precision or -1 in devices.
-
-        Raises UserError for a device that isn't there, a precision that the device doesn't support,
-        and `compile` on a CPU without a C++ compiler.
-        """
+        """The same without "auto" in accelerator and precision or -1 in devices. Raises UserError
+        for what this machine or the chosen strategy doesn't support."""
         import torch
 
         has_gpu = torch.cuda.is_available()

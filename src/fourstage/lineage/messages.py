@@ -64,8 +64,7 @@ def show(plan: Plan, console: Console, commit: str | None) -> None:
 
 
 def evaluated_otherwise(plan: Plan) -> str:
-    """How to evaluate finished runs again if their stored evaluation has other settings or other
-    held-out data than this command."""
+    """How to repeat stored evaluations with other settings or held-out data than this command."""
     settings = asdict(plan.command.evaluation)
     changes: dict[str, int] = {}
     names: dict[str, list[str]] = {"with other settings": [], "on other held-out data": []}

@@ -93,10 +93,7 @@ class Plan:
 
 
 def make_plan(config: Mapping[str, Any]) -> Plan:
-    """Check a config and find out which of its runs exist.
-
-    Raises UserError, one line, for any mistake in any stage that the command needs.
-    """
+    """Check a config and find out which of its runs exist. Raises UserError for any mistake."""
     if "stages" in config:
         kinds = [(name, row.code.Settings) for name, row in LADDER.items()]
         typed = build(make_dataclass("Stages", kinds, kw_only=True), config["stages"], "stages")
@@ -307,10 +304,8 @@ def check_role(where: str, name: str, stage: str, role: str) -> None:
 
 
 def named_run(plan: Plan, where: str, stage: str, name: str, role: str) -> tuple[Path, Record]:
-    """The finished run that a config names as a parent, and its record.
-
-    Raises UserError if the stage needs the command's model and this run has another.
-    """
+    """The finished run that a config names as a parent, and its record. Raises UserError if there
+    is none, or if the stage needs the command's model and the run has another."""
     command = plan.command
     try:
         folder = plan.store.find(name)

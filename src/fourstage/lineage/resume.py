@@ -137,11 +137,8 @@ def kind_of(strategy: str, ranks: int) -> str:
 
 
 class ResumeIO(TorchCheckpointIO):
-    """Writes a resume state directly to its path.
-
-    Lightning's own way goes through memory and the system's temporary folder, which may be on
-    another, smaller disk, and where a kill would leave the file.
-    """
+    """Writes a resume state directly to its path. Lightning goes through memory and the system's
+    temporary folder: perhaps another, smaller disk, where a kill would leave the file."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None

@@ -43,11 +43,8 @@ from fourstage.tracking.loggers import build_loggers, finish_wandb
 
 
 def train_stage(job: StageJob) -> dict[str, Any]:
-    """Train, save and evaluate one stage in `job.folder`; returns its cost.
-
-    Resumes from the job's checkpoint if `job.resume`. Raises UserError, one line that names the run
-    and the step, for anything that ends it and is not a bug.
-    """
+    """Train (or resume), save and evaluate one stage in `job.folder`; returns its cost. Raises
+    UserError, one line with the run and the step, for anything that is not a bug."""
     meter = CostMeter()
     trainer = None
     sees_pieces = job.settings.pieces(job.model, world_size(job)) is not None

@@ -52,10 +52,7 @@ def machine_memory() -> int:
 
 
 def main(arguments: list[str]) -> None:
-    """Print a table per model, moe_small to moe_large, counted on the meta device.
-
-    Raises UserError if an argument is not vocab_size=NUMBER, or conf/model is not beside src.
-    """
+    """Print a table per model. Raises UserError for an unknown argument or without conf/model."""
     from rich.console import Console
     from rich.table import Table
 

@@ -42,10 +42,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def read_record(folder: Path) -> Record:
-    """The run.json of a run's folder.
-
-    Raises UserError when it is missing, broken, or of a stage that this version doesn't know.
-    """
+    """A run's run.json. Raises UserError if it is missing, broken, or of an unknown stage."""
     record = _stored(folder)
     if wrong := what_is_wrong(record):
         path = folder / "run.json"

@@ -56,7 +56,8 @@ class RunStore:
         return [record for record in found if isinstance(record, str)]
 
     def find(self, name: str, *, finished: bool = True) -> Path:
-        """The folder of the run that `name` means. Raises UserError if there is none."""
+        """The folder of a run: by id, <stage>-<id>, folder, or stage (its latest finished run; a
+        debug run only if there is no other). Raises UserError if there is none."""
         if name in LADDER:
             return self._latest(name)
         for folder in (self.root / name, *self.root.glob(f"*-{escape(name)}"), Path(name)):
@@ -102,8 +103,7 @@ class RunStore:
 
     @contextmanager
     def locked(self, name: str, run_id: str) -> Iterator[None]:
-        """Hold a run's lock while training it. The lock ends with its process, so a crash leaves
-        none behind."""
+        """Hold a run's lock while training it. A crash leaves none behind."""
         lock = self._lock(run_id)
         try:
             lock.acquire(timeout=0)
@@ -148,8 +148,7 @@ class RunStore:
 
 
 def find_run(outputs: Path, name: str) -> Path:
-    """The folder of a finished run: by id, <stage>-<id>, folder, or stage (its latest run; a debug
-    run only if there is no other). Raises UserError if there is none."""
+    """The folder of a finished run; see RunStore.find."""
     return RunStore(outputs).find(name)
 
 

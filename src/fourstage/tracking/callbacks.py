@@ -217,9 +217,7 @@ def telling(name: str, console: Console | None = None) -> Iterator[Callable[[str
 
 class PlanProgress(Callback):
     """A progress bar with the time left in training and in the plan; plain lines in a log file.
-
-    `later`: the stages still to train after this one, with their estimates in seconds.
-    """
+    `later`: the stages still to train after this one, with their estimates in seconds."""
 
     shown = ("train/loss", "train/accuracy", "train/score", "train/reward", "train/pass_at_1")
     line_every = LINE_EVERY

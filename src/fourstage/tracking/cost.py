@@ -87,11 +87,9 @@ class Spent:
 
 
 class CostMeter(Callback):
-    """Adds up what a stage costs, and logs the speed of its steps.
-
-    speed/step_s (seconds a step), speed/tokens_per_s (as in cost), speed/tflops (achieved by all
-    devices together) and, where `peak` FLOP/s of one device is known, speed/mfu.
-    """
+    """Adds up what a stage costs, and logs the speed of its steps: speed/step_s (seconds per step),
+    speed/tokens_per_s, speed/tflops (of all devices together) and, if one device's `peak` FLOP/s is
+    known, speed/mfu."""
 
     def __init__(self, peak: float | None = None) -> None:
         self.peak = peak
