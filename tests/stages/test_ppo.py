@@ -266,7 +266,7 @@ def test_one_piece_of_four_answers_equals_four_of_one(monkeypatch):
 def test_minibatches_take_every_answer_once_a_pass():
     """In an order drawn from the seed; within a step from the shortest to the longest."""
     module = make(minibatch_size=3)
-    total = SimpleNamespace(completed=5)
+    total = SimpleNamespace(processed=5)
     epoch_loop = SimpleNamespace(batch_progress=SimpleNamespace(total=total))
     module.trainer = SimpleNamespace(world_size=1, fit_loop=SimpleNamespace(epoch_loop=epoch_loop))
     lengths = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -279,7 +279,7 @@ def test_minibatches_take_every_answer_once_a_pass():
     for rows in passes[0]:
         found = [lengths[row] for row in rows]
         assert found == sorted(found)
-    total.completed = 6
+    total.processed = 6
     assert passes[0] != [rows.tolist() for rows in module.minibatches(rollout, 0)]
 
 
