@@ -228,6 +228,14 @@ def test_a_bug_and_full_error_show_a_traceback(call, capsys, monkeypatch) -> Non
         call("seed=abc")
 
 
+@pytest.mark.parametrize("command", ["dashboard", "scaling"])
+def test_a_command_that_was_a_module_says_how_it_is_typed_now(command) -> None:
+    typed = [sys.executable, "-m", f"fourstage.{command}"]
+    done = subprocess.run(typed, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"it is now: python -m fourstage {command}" in done.stderr
+
+
 def test_command_lines_answer_without_pytorch(tmp_path) -> None:
     """One process each: help and the list of runs come at once."""
     help_of_dashboard = ["-m", "fourstage", "dashboard", "--help"]

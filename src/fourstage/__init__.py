@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 
 __version__ = "0.1.0"
 
@@ -26,3 +27,16 @@ def _keep_freed_memory() -> None:
 
 
 _keep_freed_memory()
+
+
+class _Moved:
+    """The last finder: says how to type a command that used to be a module."""
+
+    @staticmethod
+    def find_spec(name: str, *_: object) -> None:
+        command = name.removeprefix("fourstage.")
+        if command in ("dashboard", "scaling"):
+            raise ImportError(f"it is now: python -m fourstage {command}")
+
+
+sys.meta_path.append(_Moved)  # type: ignore[arg-type]

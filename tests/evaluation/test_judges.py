@@ -8,6 +8,7 @@ import torch
 from fourstage.batch import PairBatch
 from fourstage.evaluation.items import chat_items
 from fourstage.evaluation.judges import Judges, judged, pair_items, win
+from fourstage.model import ScalarModel
 from fourstage.rl.rollout import answer_logprobs, final_scores, pack
 from fourstage.sampling.generate import Generation
 from tests.heldout import CONFIG, HELDOUT
@@ -90,15 +91,11 @@ def ramp(*scores: float):
     """A reward model that reads a row's score off its last token."""
     table = torch.tensor(scores)
 
-    class Ramp(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.unused = torch.nn.Parameter(torch.zeros(()))
-
+    class Ramp(ScalarModel):
         def forward(self, ids_BT, *, valid_BT):
             return table[ids_BT] * valid_BT - 100.0 * ~valid_BT
 
-    return Ramp()
+    return Ramp(make_policy())
 
 
 def test_pairs_are_scored_at_their_last_tokens():
