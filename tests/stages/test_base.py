@@ -195,7 +195,8 @@ class Rates(PretrainModule):
     """Keeps the learning rate of every step."""
 
     def training_step(self, batch, batch_idx):
-        self.rates = [*getattr(self, "rates", []), self.learning_rate()]
+        lr = self.optimizers().param_groups[0]["lr"]
+        self.rates = [*getattr(self, "rates", []), lr]
         super().training_step(batch, batch_idx)
 
 
@@ -339,8 +340,8 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_in_one_line():
     module = Poisoned(make_policy(), s, bad)
     message = (
         "step 7: 3 optimizer steps in a row had no finite loss and gradient: "
-        "a lower lr than 0.01 makes a new run; the same command goes on from the checkpoint before "
-        "them, with a higher max_skipped past them"
+        "lower lr (0.01), which starts a new run; or run the same command again, which resumes "
+        "from the last checkpoint, with a higher max_skipped"
     )
     with pytest.raises(UserError) as error:
         fit(module, token_batches(9))

@@ -19,7 +19,6 @@ from fourstage.stages.grpo import (
     REDUCTIONS,
     SCALES,
     Answers,
-    Recipe,
     choose,
     overlong_penalty,
     policy_loss,
@@ -197,10 +196,10 @@ def test_a_loss_is_its_whole_recipe_and_each_part_can_be_set(loss, numbers):
     assert tuple(getattr(s, name) for name in RECIPE) == numbers
     for name in RECIPE:
         assert getattr(settings("grpo", loss=loss, **{name: 1}), name) == 1
-    module = make(loss)
-    assert [module.choice(name) for name in Recipe._fields[:3]] == list(RECIPES[loss][:3])
-    module = make(loss, advantages="mean", ratio="sequence", reduce="token")
-    assert [module.choice(name) for name in Recipe._fields[:3]] == ["mean", "sequence", "token"]
+    assert s.recipe == RECIPES[loss]
+    assert s.advantages is s.ratio is s.reduce is None, "set, they would rename existing runs"
+    choices = {"advantages": "mean", "ratio": "sequence", "reduce": "token"}
+    assert settings("grpo", loss=loss, **choices).recipe == RECIPES[loss]._replace(**choices)
     if loss == "dapo":
         assert s == settings("grpo_dapo")
         assert settings("grpo", loss=loss, max_new_tokens=9).overlong_window == 9
@@ -212,8 +211,8 @@ def test_a_loss_is_its_whole_recipe_and_each_part_can_be_set(loss, numbers):
 def some_answers(texts: list[str], totals: list[float], seed: float = 0.0) -> Answers:
     ids = [TOKENIZER.encode(text) for text in texts]
     logprobs = [[-1.0 - seed] * len(i) for i in ids]
-    said = Generation(ids, logprobs, [len(i) < 4 for i in ids])
-    return Answers(said, [ReasoningReward(t, 0.0) for t in totals], T(totals))
+    generation = Generation(ids, logprobs, [len(i) < 4 for i in ids])
+    return Answers(generation, [ReasoningReward(t, 0.0) for t in totals], T(totals))
 
 
 def test_choose_takes_answer_by_answer():
@@ -221,12 +220,12 @@ def test_choose_takes_answer_by_answer():
     second = some_answers(["long one", "e", "f", "even longer"], [1.0, 0.5, 0.0, 0.0], seed=1.0)
     takes_second = torch.tensor([True, True, False, False])
     got = choose(first, second, takes_second)
-    assert list(map(TOKENIZER.decode, got.said.answer_ids)) == ["long one", "e", "c", "d"]
-    assert got.said.logprobs == [[-2.0] * 8, [-2.0], [-1.0], [-1.0]]
-    assert got.said.stopped == [False, True, True, True]
+    assert list(map(TOKENIZER.decode, got.generation.answer_ids)) == ["long one", "e", "c", "d"]
+    assert got.generation.logprobs == [[-2.0] * 8, [-2.0], [-1.0], [-1.0]]
+    assert got.generation.stopped == [False, True, True, True]
     assert got.total_B.tolist() == [1.0, 0.5, 1.0, 0.0]
     assert [r.correct for r in got.rewards] == [1.0, 0.5, 1.0, 0.0]
-    assert choose(second, first, ~takes_second).said == got.said
+    assert choose(second, first, ~takes_second).generation == got.generation
 
 
 def test_equal_rewards_are_a_tie_whatever_their_rounding():
@@ -264,7 +263,7 @@ def test_dynamic_sampling_answers_tied_groups_again(totals, rounds, texts):
     batch = prompt_batches(1)[0]
     got = module.collect(policy, batch.prompt_ids, batch.records)
     assert module.rounds == rounds
-    assert "".join(map(TOKENIZER.decode, got.said.answer_ids)) == texts
+    assert "".join(map(TOKENIZER.decode, got.generation.answer_ids)) == texts
 
 
 # --- the stage

@@ -294,7 +294,7 @@ def test_scoring_in_pieces_keeps_the_order_of_the_rows():
 
 def test_the_frozen_networks_do_not_change_and_are_not_saved():
     module = make(epochs=2)
-    frozen = module.frozen.networks
+    frozen = module.frozen
     before = {name: weights(network) for name, network in frozen.items()}
     policy, value = weights(module.policy), weights(module.value)
     fit(module, prompt_batches(1))

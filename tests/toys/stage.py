@@ -23,7 +23,8 @@ from fourstage.stages.prepare import (
     loader_options,
     parent_policy,
 )
-from fourstage.stages.sft import SFTModule, SFTSettings
+from fourstage.stages.sft import Settings as SFTSettings
+from fourstage.stages.sft import SFTModule
 from fourstage.tokenizer import Tokenizer
 
 

@@ -1,23 +1,18 @@
 """The stages of ladder.py: one file, one formula set, one LightningModule each."""
 
 from fourstage.stages.base import StageModule, StageSettings
-from fourstage.stages.grpo import GRPOModule, GRPOSettings
-from fourstage.stages.ppo import PPOModule, PPOSettings
-from fourstage.stages.pretrain import PretrainModule, PretrainSettings
-from fourstage.stages.reward import RewardModule, RewardSettings
-from fourstage.stages.sft import SFTModule, SFTSettings
+from fourstage.stages.grpo import GRPOModule
+from fourstage.stages.ppo import PPOModule
+from fourstage.stages.pretrain import PretrainModule
+from fourstage.stages.reward import RewardModule
+from fourstage.stages.sft import SFTModule
 
 __all__ = [
     "GRPOModule",
-    "GRPOSettings",
     "PPOModule",
-    "PPOSettings",
     "PretrainModule",
-    "PretrainSettings",
     "RewardModule",
-    "RewardSettings",
     "SFTModule",
-    "SFTSettings",
     "StageModule",
     "StageSettings",
 ]

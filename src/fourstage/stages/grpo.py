@@ -1,16 +1,20 @@
 """Stage 4, reasoning fine-tuning by GRPO on problems whose answers a program can check.
 
-Shao et al. 2024, arXiv 2402.03300. No value network: the advantage of an answer is its reward
-against the other answers to the same problem. Recipes: dr_grpo (Liu et al. 2025, arXiv 2503.20783),
-dapo (Yu et al. 2025, arXiv 2503.14476), gspo (Zheng et al. 2025, arXiv 2507.18071). It departs from
-the papers in one exact saving: answers whose advantage is 0 have no gradient without a KL term, and
-are then left out of the update.
+    A    = (r - mean) / std of the rewards of a group's answers      SCALES
+    loss = mean max(-A ratio_t, -A clip(ratio_t)) + kl_coef KL_t     policy_loss, REDUCTIONS
+
+Shao et al. 2024, arXiv 2402.03300. No value network: an answer's advantage is its reward relative
+to the other answers to the same problem. Recipes: dr_grpo (Liu et al. 2025, arXiv 2503.20783),
+dapo (Yu et al. 2025, arXiv 2503.14476), gspo (Zheng et al. 2025, arXiv 2507.18071). Unlike the
+papers, answers with advantage 0 are left out of the update if there is no KL term: they have no
+gradient, so this is exact.
 """
 
 from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,21 +32,15 @@ from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k3
 from fourstage.rl.rewards import ReasoningReward, reasoning_rewards
 from fourstage.sampling.generate import Generation
 from fourstage.stages.base import Numbers, check_range
-from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings, Totals
-from fourstage.stages.prepare import (
-    Prepared,
-    as_planned,
-    heldout_prompts,
-    parent_policy,
-    prompt_loaders,
-)
+from fourstage.stages.on_policy import OnPolicyModule, OnPolicySettings, Totals
+from fourstage.stages.prepare import Prepared, as_planned, parent_policy, prepare_prompts
 from fourstage.tokenizer import Tokenizer
 
 
 class Recipe(NamedTuple):
     """A published loss: three choices, and the numbers that go with them."""
 
-    advantages: str  # of SCALES: how an answer's reward is held against its group's
+    advantages: str  # of SCALES: how an answer's reward is compared with its group's
     ratio: str  # token, or sequence: the geometric mean of an answer's ratios
     reduce: str  # of REDUCTIONS
     clip_low: float = 0.2
@@ -60,8 +58,8 @@ RECIPES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOSettings(OnPolicySettings):
-    """`stages.grpo`; what is None is as the recipe of the loss has it."""
+class Settings(OnPolicySettings):
+    """`stages.grpo`; None: the recipe's value."""
 
     loss: str  # of RECIPES
     clip_low: float | None
@@ -69,8 +67,7 @@ class GRPOSettings(OnPolicySettings):
     group_size: int  # answers to each problem
     kl_coef: float  # beta, on the KL to the policy that the stage started from
     form_weight: float  # reward of an answer that stops and marks one final answer
-    # dynamic sampling: groups with equal rewards are answered again, so many times
-    resample_rounds: int | None
+    resample_rounds: int | None  # dynamic sampling: times that tied groups are answered again
     overlong_window: int | None  # last tokens before the limit that cost up to 1; 0: none
     advantages: str | None = None
     ratio: Literal["token", "sequence"] | None = None
@@ -81,23 +78,28 @@ class GRPOSettings(OnPolicySettings):
             value = getattr(self, name)
             if value is not None and value not in table:
                 raise UserError(f"{name}: expected one of {', '.join(table)}, got {value!r}")
-        recipe = RECIPES[self.loss]
-        window = min(recipe.overlong_window, self.max_new_tokens)
-        for name, value in {**recipe._asdict(), "overlong_window": window}.items():
-            # the three choices stay as they were given: they are younger than runs that exist
-            if name not in ("advantages", "ratio", "reduce") and getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        recipe = self.recipe
+        for name in ("clip_low", "clip_high", "resample_rounds", "overlong_window"):
+            object.__setattr__(self, name, getattr(recipe, name))
         super().__post_init__()
         check_range(self, 2, "group_size")
         check_range(self, 0, "kl_coef", "form_weight", "resample_rounds")
         check_range(self, 0, "overlong_window", most=self.max_new_tokens)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The loss's recipe, with the parts that were set replaced."""
+        recipe = RECIPES[self.loss]
+        recipe = recipe._replace(overlong_window=min(recipe.overlong_window, self.max_new_tokens))
+        own = {name: getattr(self, name) for name in Recipe._fields}
+        return recipe._replace(**{name: x for name, x in own.items() if x is not None})
 
 
 # --- the formulas; G groups of K answers, B = G K answers, A answer tokens
 
 
 def tied_groups(rewards_GK: Tensor) -> Tensor:
-    """bool [G]: all answers earned the same; by rounding their standard deviation may not be 0."""
+    """bool [G]: all rewards are equal; rounding may still give a non-zero standard deviation."""
     return (rewards_GK == rewards_GK[:, :1]).all(1)
 
 
@@ -122,6 +124,36 @@ def overlong_penalty(length_B: Tensor, max_length: int, window: int) -> Tensor:
     return ((max_length - window) - length_B.float()).div(window).clamp(-1, 0)
 
 
+def sequence_logprobs(logp_BA: Tensor, logp_old_BA: Tensor, mask_BA: Tensor) -> Tensor:
+    """log-probs for which each token's ratio is the geometric mean of its answer's, [B, A]
+    (GSPO eq. 7)."""
+    ratio_BA = (logp_BA - logp_old_BA) * mask_BA
+    mean_B1 = ratio_BA.sum(1, keepdim=True) / mask_BA.sum(1, keepdim=True).clamp(min=1)
+    return (logp_old_BA + mean_B1) * mask_BA
+
+
+def policy_loss(
+    logp_BA: Tensor,
+    logp_old_BA: Tensor,
+    ref_logp_BA: Tensor | None,
+    advantage_B: Tensor,
+    settings: Settings,
+    compared_BA: Tensor | None = None,
+) -> Tensor:
+    """The clipped surrogate plus beta KL per token, [B, A].
+
+    compared_BA: the new log-probs in the ratio, if they are not logp_BA.
+    """
+    compared_BA = logp_BA if compared_BA is None else compared_BA
+    loss_BA = clipped_surrogate(
+        compared_BA, logp_old_BA, advantage_B[:, None], settings.clip_low, settings.clip_high
+    )
+    if ref_logp_BA is None:
+        return loss_BA
+    kl_BA = KL_ESTIMATORS[settings.kl_estimator](logp_BA, ref_logp_BA)
+    return loss_BA + settings.kl_coef * kl_BA
+
+
 def by_answer(loss_BA: Tensor, mask_BA: Tensor, totals: Totals) -> Tensor:
     """Mean over the tokens of an answer, then over answers: a long answer's tokens weigh less."""
     per_answer_B = (loss_BA * mask_BA).sum(1) / mask_BA.sum(1).clamp(min=1)
@@ -141,36 +173,6 @@ def by_token(loss_BA: Tensor, mask_BA: Tensor, totals: Totals) -> Tensor:
 REDUCTIONS = {"answer": by_answer, "constant": by_constant, "token": by_token}
 
 
-def sequence_logprobs(logp_BA: Tensor, logp_old_BA: Tensor, mask_BA: Tensor) -> Tensor:
-    """log-probs for which each token's ratio is the geometric mean of its answer's, [B, A]
-    (GSPO eq. 7)."""
-    ratio_BA = (logp_BA - logp_old_BA) * mask_BA
-    mean_B1 = ratio_BA.sum(1, keepdim=True) / mask_BA.sum(1, keepdim=True).clamp(min=1)
-    return (logp_old_BA + mean_B1) * mask_BA
-
-
-def policy_loss(
-    logp_BA: Tensor,
-    logp_old_BA: Tensor,
-    ref_logp_BA: Tensor | None,
-    advantage_B: Tensor,
-    settings: GRPOSettings,
-    compared_BA: Tensor | None = None,
-) -> Tensor:
-    """The clipped surrogate plus beta KL per token, [B, A].
-
-    compared: the log-probs that stand over the old ones in the ratio, where it is not logp.
-    """
-    compared_BA = logp_BA if compared_BA is None else compared_BA
-    loss_BA = clipped_surrogate(
-        compared_BA, logp_old_BA, advantage_B[:, None], settings.clip_low, settings.clip_high
-    )
-    if ref_logp_BA is None:
-        return loss_BA
-    kl_BA = KL_ESTIMATORS[settings.kl_estimator](logp_BA, ref_logp_BA)
-    return loss_BA + settings.kl_coef * kl_BA
-
-
 # --- the stage
 
 
@@ -178,7 +180,7 @@ def policy_loss(
 class Answers:
     """Groups of answers with what they earned; entry g * K + k is answer k to problem g."""
 
-    said: Generation
+    generation: Generation
     rewards: list[ReasoningReward]
     total_B: Tensor
 
@@ -186,45 +188,31 @@ class Answers:
 class GRPOModule(OnPolicyModule):
     """Trains the policy on groups of its own answers; the starting policy is the KL's reference."""
 
-    settings: GRPOSettings
+    settings: Settings
 
     def __init__(
         self,
         policy: Transformer,
         reference: Transformer,
         tokenizer: Tokenizer,
-        settings: GRPOSettings,
+        settings: Settings,
         seed: int,
         **more: Any,
     ) -> None:
-        """more: as OnPolicyModule takes it."""
-        super().__init__(policy, tokenizer, settings, seed, **more)
-        self.frozen = Frozen(reference=reference)
-
-    def transformers(self) -> list[Transformer]:
-        return [self.policy]
+        """more: OnPolicyModule's."""
+        super().__init__(policy, {"reference": reference}, tokenizer, settings, seed, **more)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         s = self.settings
         prompts = [ids for ids in batch.prompt_ids for _ in range(s.group_size)]
         with gathered(self.policy) as policy:
             answers = self.collect(policy, prompts, batch.records)
-            rollout = self.rollout(policy, prompts, answers.said)
-        rewards_GK = answers.total_B.view(-1, s.group_size)
-        advantage_B = SCALES[self.choice("advantages")](rewards_GK).flatten()
-        moves_B, advantage_B = self.moves(advantage_B), self.here(advantage_B)
+            rollout = self.rollout(policy, prompts, answers.generation)
+        scale = SCALES[s.recipe.advantages]
+        advantage_B = scale(answers.total_B.view(-1, s.group_size)).flatten()
         ref_logp_BA = self.reference_logprobs(rollout) if s.kl_coef else None
-
-        def share(
-            part: Rollout, at: Tensor, logp: Tensor, totals: Totals
-        ) -> tuple[Tensor, Numbers]:
-            reference = None if ref_logp_BA is None else ref_logp_BA[at]
-            old_logp, mask = self.here(part.logprobs), self.here(part.mask)
-            compared = self.compared(logp, old_logp, mask)
-            loss = policy_loss(logp, old_logp, reference, advantage_B[at], s, compared)
-            return REDUCTIONS[self.choice("reduce")](loss, mask, totals), {}
-
-        losses = self.learn(rollout, share, moves_B)
+        loss = partial(self.loss, self.here(advantage_B), ref_logp_BA)
+        losses = self.learn(rollout, loss, self.moves(advantage_B))
         self.log_answers(rollout, answers, losses)
 
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
@@ -246,61 +234,64 @@ class GRPOModule(OnPolicyModule):
             answers = choose(answers, again, tied_B)
         return answers
 
-    def judged(self, problems: list[Verifiable], said: Generation) -> Answers:
+    def judged(self, problems: list[Verifiable], generation: Generation) -> Answers:
         s = self.settings
-        texts = [self.tokenizer.decode(ids) for ids in said.answer_ids]
-        rewards = reasoning_rewards(problems, texts, said.stopped)
+        texts = [self.tokenizer.decode(ids) for ids in generation.answer_ids]
+        rewards = reasoning_rewards(problems, texts, generation.stopped)
         total_B = torch.tensor([r.total(s.form_weight) for r in rewards])
-        length_B = torch.tensor([len(ids) for ids in said.answer_ids])
+        length_B = torch.tensor([len(ids) for ids in generation.answer_ids])
         total_B += overlong_penalty(length_B, s.max_new_tokens, s.overlong_window)
-        return Answers(said, rewards, total_B)
+        return Answers(generation, rewards, total_B)
 
-    def choice(self, name: str) -> str:
-        """One of the loss' three choices."""
-        return getattr(self.settings, name) or getattr(RECIPES[self.settings.loss], name)
+    def loss(
+        self,
+        advantage_B: Tensor,
+        ref_logp_BA: Tensor | None,
+        part: Rollout,
+        at: Tensor,
+        logp: Tensor,
+        totals: Totals,
+    ) -> tuple[Tensor, Numbers]:
+        """Some rows' share of the loss."""
+        s, old_logp, mask = self.settings, self.here(part.logprobs), self.here(part.mask)
+        reference = None if ref_logp_BA is None else ref_logp_BA[at]
+        compared = self.compared(logp, old_logp, mask)
+        loss = policy_loss(logp, old_logp, reference, advantage_B[at], s, compared)
+        return REDUCTIONS[s.recipe.reduce](loss, mask, totals), {}
 
     def compared(self, logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
-        is_of_answers = self.choice("ratio") == "sequence"
-        return sequence_logprobs(logp, old_logp, mask) if is_of_answers else logp
+        is_sequence = self.settings.recipe.ratio == "sequence"
+        return sequence_logprobs(logp, old_logp, mask) if is_sequence else logp
 
     def moves(self, advantage_B: Tensor) -> Tensor:
         """bool [B]: the answers whose loss has a gradient."""
         return (advantage_B != 0) | (self.settings.kl_coef > 0)
 
     def neighbours(self, rows: Tensor, rollout: Rollout) -> Tensor:
-        """A group's answers side by side: their prompt is then computed once (model/packing.py)."""
+        """A group's answers side by side, so that their prompt is computed once (packing.py)."""
         return rows.sort().values
 
     def log_answers(
         self, rollout: Rollout, answers: Answers, losses: dict[str, Tensor | float]
     ) -> None:
-        s = self.settings
-        first_G = torch.arange(0, len(rollout.ids), s.group_size)
-        firsts = rollout.rows(first_G)  # an answer a group is enough for the logged KL
-        ref_logp_GA = self.reference_logprobs(firsts)
-        kl_GA = kl_k3(self.here(firsts.logprobs), ref_logp_GA)
-        kl = self.masked_mean(kl_GA, self.here(firsts.mask))
-        total_GK = answers.total_B.view(-1, s.group_size)
-        correct_GK = torch.tensor([r.correct for r in answers.rewards]).view(-1, s.group_size)
-        form = sum(r.form for r in answers.rewards) / len(answers.rewards)
-        self.record(
-            "train",
-            {
-                **losses,
-                "reward": total_GK.mean(),
-                "reward_std": total_GK.std(1).mean(),
-                "reward_correct": correct_GK.mean(),
-                "reward_form": form,
-                "zero_spread": tied_groups(total_GK).float().mean(),
-                "pass_at_1": (correct_GK == 1).float().mean(),
-                f"pass_at_{s.group_size}": (correct_GK == 1).any(1).float().mean(),
-                "kl": kl,  # nats a token, to the policy that the stage started from
-                "entropy": self.sampled_entropy(rollout),
-                "answer_length": rollout.length.float().mean(),
-                "stop_rate": rollout.stopped.float().mean(),
-                "lr": self.learning_rate(),
-            },
-        )
+        k = self.settings.group_size
+        firsts = rollout.rows(torch.arange(0, len(rollout.ids), k))  # enough for the logged KL
+        kl_GA = kl_k3(self.here(firsts.logprobs), self.reference_logprobs(firsts))
+        total_GK = answers.total_B.view(-1, k)
+        correct_GK = torch.tensor([r.correct for r in answers.rewards]).view(-1, k)
+        metrics = {
+            **losses,
+            "reward": total_GK.mean(),
+            "reward_std": total_GK.std(1).mean(),
+            "reward_correct": correct_GK.mean(),
+            "reward_form": sum(r.form for r in answers.rewards) / len(answers.rewards),
+            "zero_spread": tied_groups(total_GK).float().mean(),
+            "pass_at_1": (correct_GK == 1).float().mean(),
+            f"pass_at_{k}": (correct_GK == 1).any(1).float().mean(),
+            "kl": self.masked_mean(kl_GA, self.here(firsts.mask)),  # nats per token, to the start
+            **self.rollout_stats(rollout),
+        }
+        self.log_step(metrics)
 
 
 def choose(first: Answers, second: Answers, takes_second_B: Tensor) -> Answers:
@@ -309,30 +300,28 @@ def choose(first: Answers, second: Answers, takes_second_B: Tensor) -> Answers:
     def merged(one: list[Any], two: list[Any]) -> list[Any]:
         return [b if t else a for a, b, t in zip(one, two, takes_second_B.tolist(), strict=True)]
 
-    a, b = first.said, second.said
-    logprobs = None if a.logprobs is None else merged(a.logprobs, b.logprobs)
-    said = Generation(merged(a.answer_ids, b.answer_ids), logprobs, merged(a.stopped, b.stopped))
+    a, b = first.generation, second.generation
+    generation = Generation(
+        merged(a.answer_ids, b.answer_ids),
+        None if a.logprobs is None else merged(a.logprobs, b.logprobs),
+        merged(a.stopped, b.stopped),
+    )
     total_B = torch.where(takes_second_B, second.total_B, first.total_B)
-    return Answers(said, merged(first.rewards, second.rewards), total_B)
+    return Answers(generation, merged(first.rewards, second.rewards), total_B)
 
 
-# --- what it needs, by the names that ladder.py knows
-
-Settings = GRPOSettings
+# --- what ladder.py asks for
 
 
 def prepare(job: StageJob) -> Prepared:
     policy, tokenizer = parent_policy(job)
     problems = as_planned(job, data.load_reasoning(job.data))
     module = GRPOModule(policy, deepcopy(policy), tokenizer, job.settings, job.seed)
-    loaders = prompt_loaders(job, problems.train, tokenizer)
-    rows = heldout_prompts(job, problems.heldout, tokenizer)
-    return Prepared(module, loaders, rows, tokenizer)
+    return prepare_prompts(job, module, problems)
 
 
 def check_data(
-    config: data.DataConfig, settings: GRPOSettings, tokenizer: Tokenizer, max_seq_len: int
+    config: data.DataConfig, settings: Settings, tokenizer: Tokenizer, max_seq_len: int
 ) -> list[str]:
-    """Warnings; UserError where no data would be left."""
     problems = data.load_reasoning(config).train
     return check_questions("grpo", problems, settings, tokenizer, max_seq_len)

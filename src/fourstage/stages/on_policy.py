@@ -38,13 +38,13 @@ class OnPolicySettings(StageSettings):
 
     max_prompt_tokens: int  # longer prompts are left out
     max_new_tokens: int
-    temperature: float  # of the sampler; log-probabilities are taken at it too
+    temperature: float  # of the sampler and of the log-probabilities
     epochs: int  # passes over a rollout
-    minibatch_size: int  # answers an optimizer step, over all ranks
+    minibatch_size: int  # answers per optimizer step, over all ranks
     clip_low: float
     clip_high: float
     kl_estimator: Literal["k1", "k2", "k3"]
-    max_approx_kl: float  # leave a rollout early once the policy moved so far; 0: never
+    max_approx_kl: float  # stop training on a rollout once the policy moved this far; 0: never
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,70 +62,68 @@ class Totals(NamedTuple):
     max_length: int
 
 
-# (some rows of a rollout, their indices, the policy's log-probs [b, A], totals) -> what they add to
-# the loss of the optimizer step, and losses of each token [b, A] whose means are logged
+# (some rows of a rollout, their indices, the policy's log-probs [b, A], totals) -> their share of
+# the optimizer step's loss, and per-token losses [b, A] whose means are logged
 Share = Callable[[Rollout, Tensor, Tensor, Totals], tuple[Tensor, Numbers]]
 
 
 class OnPolicyModule(StageModule):
-    """A policy that learns from its own answers; frozen networks are neither trained nor saved."""
+    """A policy that learns from its own answers."""
 
     settings: OnPolicySettings
-    frozen: Frozen
     uses_dropout = False  # the sampler has none, and the ratio compares with the sampler
 
     def __init__(
         self,
         policy: Transformer,
+        frozen: dict[str, nn.Module],
         tokenizer: Tokenizer,
         settings: OnPolicySettings,
         seed: int,
         sampler_of: Callable[[Transformer], Sampler] = sampler_of,
     ) -> None:
-        """sampler_of: what answers with the policy's present weights."""
+        """frozen: networks that are only read. sampler_of: makes the current policy a sampler."""
         super().__init__(settings, seed)
         self.policy = policy
+        self.frozen = {name: n.requires_grad_(False).eval() for name, n in frozen.items()}
         self.tokenizer = tokenizer
         self.sampler_of = sampler_of
 
-    def result(self) -> Transformer:
-        return self.policy
-
-    def networks(self) -> list[nn.Module]:
-        return [*super().networks(), *self.frozen.networks.values()]
-
     @contextmanager
     def frozen_network(self, name: str) -> Iterator[Any]:
-        """A frozen network on the device: from then on, but under ZeRO-3 only for this long."""
+        """A frozen network, moved to the device to stay there; under ZeRO-3 only inside."""
         network = self.frozen[name].to(self.device)
         yield network
-        if is_sharded(self.policy):  # where a model is large, whole ones have to take turns
+        if is_sharded(self.policy):  # a large model: whole networks have to take turns
             network.cpu()
+
+    # --- a rollout
 
     def answers(
         self, policy: Transformer, prompts: list[list[int]], attempt: int = 0
     ) -> Generation:
-        """An answer to each prompt from the whole distribution (no top-k, no top-p: on-policy).
+        """An answer to each prompt, sampled on-policy: without top-k or top-p.
 
         The draw is a function of seed, rank, step and attempt. policy: the stage's own, gathered
         (strategies.gathered).
         """
-        ranks = self.trainer.world_size
-        draw = (self.steps_done * ranks + self.global_rank) * 16 + attempt
+        draw = self.steps_done * self.trainer.world_size + self.global_rank
         sampling = Sampling(
             max_new_tokens=self.settings.max_new_tokens,
             stop_id=self.tokenizer.eot_id,
             temperature=self.settings.temperature,
-            seed=self.seed * 1_000_003 + draw,
+            seed=self.seed * 1_000_003 + draw * 16 + attempt,
         )
-        said = self.sampler_of(policy)(prompts, sampling)
-        self.tokens_generated += sum(map(len, said.answer_ids))
-        return said
+        generation = self.sampler_of(policy)(prompts, sampling)
+        self.tokens_generated += sum(map(len, generation.answer_ids))
+        return generation
 
-    def rollout(self, policy: Transformer, prompts: list[list[int]], said: Generation) -> Rollout:
-        """The answers as rows; where the sampler has no log-probs, the policy computes them."""
-        rollout = pack(prompts, said, self.tokenizer.pad_id)
-        if said.logprobs is None:
+    def rollout(
+        self, policy: Transformer, prompts: list[list[int]], generation: Generation
+    ) -> Rollout:
+        """The answers as rows. Log-probs that the sampler doesn't know are computed here."""
+        rollout = pack(prompts, generation, self.tokenizer.pad_id)
+        if generation.logprobs is None:
             rollout.logprobs = self.logprobs(policy, rollout).cpu()
         return rollout
 
@@ -142,15 +140,21 @@ class OnPolicyModule(StageModule):
         found = torch.cat([function(rollout.rows(piece)) for piece in pieces])
         return torch.empty_like(found).index_copy_(0, moved(order, found.device), found)
 
-    def minibatches(self, rollout: Rollout, epoch: int) -> Iterator[Tensor]:
-        """The rows of each optimizer step of one pass, int64, drawn from the seed."""
-        generator = torch.Generator().manual_seed(
-            (self.seed * 1_000_003 + self.steps_done) * 64 + epoch
-        )
-        order = torch.randperm(len(rollout.ids), generator=generator)
-        size = max(1, self.settings.minibatch_size // self.trainer.world_size)
-        for rows in order.split(size):
-            yield self.neighbours(rows, rollout)
+    def neighbours(self, rows: Tensor, rollout: Rollout) -> Tensor:
+        """The rows in the order in which pieces of them are cheapest: with little padding."""
+        length_B = rollout.start + rollout.length
+        return rows[length_B[rows].argsort(stable=True)]
+
+    def rollout_stats(self, rollout: Rollout) -> dict[str, Tensor | float]:
+        """What is logged of the answers; entropy is estimated from the tokens drawn, in nats."""
+        logp_BA, mask_BA = self.here(rollout.logprobs), self.here(rollout.mask)
+        return {
+            "entropy": -self.masked_mean(logp_BA, mask_BA),
+            "answer_length": rollout.length.float().mean(),
+            "stop_rate": rollout.stopped.float().mean(),
+        }
+
+    # --- the updates
 
     def learn(self, rollout: Rollout, share: Share, moves_B: Tensor) -> dict[str, Tensor | float]:
         """Clipped updates on the rollout; returns what the last pass saw of the rows it trained.
@@ -175,12 +179,11 @@ class OnPolicyModule(StageModule):
                 if "sampler_gap" not in stats:  # the weights had not moved yet
                     gap_BA = (seen_BA["logp"] - old_logp_BA).abs() * mask_BA
                     stats["sampler_gap"] = self.max_over_ranks(gap_BA[at].max())
-            logp_BA = seen_BA.pop("logp")
             # the other rows have no new log-probs: their ratio of 1 would dilute the means
             trained_BA = mask_BA & self.here(trained_B)[:, None]
-            compared_BA = self.compared(logp_BA, old_logp_BA, mask_BA)
+            logp_BA = self.compared(seen_BA.pop("logp"), old_logp_BA, mask_BA)
             stats |= ratio_stats(
-                compared_BA, old_logp_BA, trained_BA, s.clip_low, s.clip_high, self.masked_mean
+                logp_BA, old_logp_BA, trained_BA, s.clip_low, s.clip_high, self.masked_mean
             )
             self.tokens_seen += int(rollout.valid[trained_B].sum())
             if s.max_approx_kl and stats["approx_kl"] > s.max_approx_kl:
@@ -189,51 +192,38 @@ class OnPolicyModule(StageModule):
         losses = {name: self.masked_mean(x_BA, mask_BA) for name, x_BA in seen_BA.items()}
         return {**stats, **losses, "epochs": epoch + 1}
 
-    def piece(
-        self, rollout: Rollout, rows: Tensor, share: Share, totals: Totals, some: slice
-    ) -> tuple[Tensor, Numbers]:
-        """The share of some of these rows in the loss of an optimizer step; and numbers of each
-        answer token, [b, A]."""
-        part, at = rollout.rows(rows[some]), self.here(rows[some])
-        logp = answer_logprobs(self.policy, part, self.settings.temperature)
-        loss, by_token = share(part, at, logp, totals)
-        return loss, {"logp": logp, **by_token}
-
-    def compared(self, logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
-        """The log-probs that are compared with the sampler's."""
-        return logp
-
-    def sampled_entropy(self, rollout: Rollout) -> Tensor:
-        """Nats a token of the policy that answered, estimated from what it drew."""
-        return -self.masked_mean(self.here(rollout.logprobs), self.here(rollout.mask))
-
-    def totals(self, rollout: Rollout, rows: Tensor) -> Totals:
-        n = torch.stack([rollout.mask[rows].sum(), torch.tensor(len(rows))])
-        n_tokens, n_answers = self.sum_over_ranks(self.here(n))
-        return Totals(n_answers, n_tokens, self.settings.max_new_tokens)
+    def minibatches(self, rollout: Rollout, epoch: int) -> Iterator[Tensor]:
+        """The rows of each optimizer step of one pass, int64, shuffled by the seed."""
+        seed = (self.seed * 1_000_003 + self.steps_done) * 64 + epoch
+        order = torch.randperm(len(rollout.ids), generator=torch.Generator().manual_seed(seed))
+        for rows in order.split(max(1, self.settings.minibatch_size // self.trainer.world_size)):
+            yield self.neighbours(rows, rollout)
 
     def rows_with_gradient(self, index: Tensor, moves_B: Tensor) -> Tensor:
-        """The rows of a minibatch that move the policy, one at least for the optimizer's step.
+        """The rows of a minibatch that move the policy; at least one, so that a step is taken.
 
-        All of them where more than the gradient counts: the router's load, or other ranks, which
-        must take as many backward passes.
+        All of them if more than the gradient counts: the router's load, or other ranks, which must
+        run the same number of backward passes.
         """
         if self.settings.balance_router or self.trainer.world_size > 1:
             return index
         moving = index[moves_B[index]]
         return moving if len(moving) else index[:1]
 
-    def neighbours(self, rows: Tensor, rollout: Rollout) -> Tensor:
-        """The rows in an order in which a piece of them costs little: with little padding."""
-        length_B = rollout.start + rollout.length
-        return rows[length_B[rows].argsort(stable=True)]
+    def totals(self, rollout: Rollout, rows: Tensor) -> Totals:
+        n = torch.stack([rollout.mask[rows].sum(), torch.tensor(len(rows))])
+        n_tokens, n_answers = self.sum_over_ranks(self.here(n))
+        return Totals(n_answers, n_tokens, self.settings.max_new_tokens)
 
+    def piece(
+        self, rollout: Rollout, rows: Tensor, share: Share, totals: Totals, some: slice
+    ) -> tuple[Tensor, Numbers]:
+        """Some rows' share of the loss; and numbers of each answer token, [b, A]."""
+        part, at = rollout.rows(rows[some]), self.here(rows[some])
+        logp = answer_logprobs(self.policy, part, self.settings.temperature)
+        loss, by_token = share(part, at, logp, totals)
+        return loss, {"logp": logp, **by_token}
 
-class Frozen:
-    """Networks that a stage only reads: plain attributes, so that no state_dict holds them."""
-
-    def __init__(self, **networks: nn.Module) -> None:
-        self.networks = {name: n.requires_grad_(False).eval() for name, n in networks.items()}
-
-    def __getitem__(self, name: str) -> Any:
-        return self.networks[name]
+    def compared(self, logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
+        """The log-probs whose ratio to the sampler's is clipped."""
+        return logp

@@ -1,8 +1,13 @@
 """Stage 3b, preference fine-tuning by PPO against the learned reward model.
 
+    r_t  = -kl_coef KL_t, plus the reward model's score at the last token   token_rewards
+    A_t  = sum_l (gamma lambda)^l delta_{t+l}, whitened                     gae, whiten
+    loss = mean_t max(-A_t ratio_t, -A_t clip(ratio_t))                     clipped_surrogate
+         + value_coef mean_t 0.5 max((V_t - R_t)^2, (clipped V_t - R_t)^2)  clipped_value_loss
+
 Schulman et al. 2017, arXiv 1707.06347; the details follow Huang et al. 2024, arXiv 2403.17031.
-It departs from them where the mask is concerned: every mean is over answer tokens only, and the
-advantages are whitened over the rollouts of all ranks.
+Unlike theirs, every mean is over answer tokens only, and the advantages are whitened over the
+rollouts of all ranks. What ppo and grpo share is in rl/ops.py and on_policy.py.
 """
 
 from __future__ import annotations
@@ -28,21 +33,15 @@ from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k1, moments, w
 from fourstage.rl.rewards import true_score
 from fourstage.rl.rollout import answer_texts, answer_values, final_scores
 from fourstage.stages.base import Numbers, check_positive, check_range
-from fourstage.stages.on_policy import Frozen, OnPolicyModule, OnPolicySettings, Totals
-from fourstage.stages.prepare import (
-    Prepared,
-    as_planned,
-    heldout_prompts,
-    parent_policy,
-    prompt_loaders,
-)
+from fourstage.stages.on_policy import OnPolicyModule, OnPolicySettings, Totals
+from fourstage.stages.prepare import Prepared, as_planned, parent_policy, prepare_prompts
 from fourstage.tokenizer import Tokenizer
 
-MOST_ERROR = 0.2  # of the KL from its target that a step corrects
+MOST_ERROR = 0.2  # largest relative error of the KL that one step corrects
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOSettings(OnPolicySettings):
+class Settings(OnPolicySettings):
     """`stages.ppo`"""
 
     reward_parent: str | None  # a reward run; null: the reward model of the sft parent
@@ -60,11 +59,11 @@ class PPOSettings(OnPolicySettings):
         check_range(self, 0, "kl_coef", "kl_target", "missing_eos_penalty", "value_coef")
         check_range(self, 0, "gamma", "gae_lambda", most=1)
         check_positive(self, "value_clip", "kl_horizon")
-        if self.kl_target and self.kl_horizon <= MOST_ERROR * self.batch_size:
+        least = MOST_ERROR * self.batch_size
+        if self.kl_target and self.kl_horizon <= least:
             raise UserError(
-                f"kl_horizon: must be above {MOST_ERROR} x batch_size = "
-                f"{MOST_ERROR * self.batch_size:g}, got {self.kl_horizon}: "
-                "a single step could make kl_coef negative"
+                f"kl_horizon: must be above {MOST_ERROR} x batch_size = {least:g}, "
+                f"got {self.kl_horizon}: a single step could make kl_coef negative"
             )
 
 
@@ -118,7 +117,7 @@ def explained_variance(error_moments: Tensor, return_moments: Tensor) -> Tensor:
 
 
 def variance(moments: Tensor) -> Tensor:
-    """Of all entries (not an estimate from a sample), from their `moments`."""
+    """The population variance, from `moments`."""
     count, total, squares = moments
     return (squares / count - (total / count).square()).clamp(min=0)
 
@@ -126,7 +125,7 @@ def variance(moments: Tensor) -> Tensor:
 def adapted_kl_coef(coef: Tensor, kl: Tensor, target: float, n: int, horizon: int) -> Tensor:
     """coef (1 + clip(kl / target - 1, +-MOST_ERROR) n / horizon) (arXiv 1909.08593, eq. in 2.2).
 
-    A KL that is no number leaves it: its updates are skipped too.
+    A NaN KL leaves it unchanged: the updates of its rollout are skipped too.
     """
     error = (kl / target - 1).nan_to_num(0.0).clamp(-MOST_ERROR, MOST_ERROR)
     return coef * (1 + error * n / horizon)
@@ -137,7 +136,7 @@ def adapted_kl_coef(coef: Tensor, kl: Tensor, target: float, n: int, horizon: in
 
 @dataclass
 class Experience:
-    """A rollout with all that PPO keeps of it; fixed while the policy learns from it."""
+    """A rollout with everything that PPO derives from it, fixed while the policy learns."""
 
     rollout: Rollout
     score_B: Tensor  # the reward model's, before the penalty
@@ -151,10 +150,10 @@ class PPOModule(OnPolicyModule):
     """Trains the policy and a value network; the reward model and the sft reference are frozen.
 
     The value network starts from the reward model (Ouyang et al. 2022, arXiv 2203.02155).
-    `true_score` is the hidden rule, where the data has one: it is logged and never trained on.
+    `true_score` is the hidden rule, if the data has one: it is logged and never trained on.
     """
 
-    settings: PPOSettings
+    settings: Settings
 
     def __init__(
         self,
@@ -163,34 +162,30 @@ class PPOModule(OnPolicyModule):
         reference: Transformer,
         reward: ScalarModel,
         tokenizer: Tokenizer,
-        settings: PPOSettings,
+        settings: Settings,
         seed: int,
         true_score: Callable[[str, bool], float] | None = None,
         **more: Any,
     ) -> None:
-        """more: as OnPolicyModule takes it."""
-        super().__init__(policy, tokenizer, settings, seed, **more)
+        """more: OnPolicyModule's."""
+        frozen = {"reference": reference, "reward": reward}
+        super().__init__(policy, frozen, tokenizer, settings, seed, **more)
         self.value = value
-        self.frozen = Frozen(reference=reference, reward=reward)
         self.true_score = true_score
         self.register_buffer("kl_coef", torch.tensor(settings.kl_coef))
 
-    def transformers(self) -> list[Transformer]:
-        return [self.policy, self.value.backbone]
-
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        experience = self.collect(batch.prompt_ids)
-        rollout, share = experience.rollout, partial(self.share, experience)
-        losses = self.learn(rollout, share, torch.ones_like(rollout.stopped))
-        self.log_experience(experience, losses)
-        if self.settings.kl_target > 0:
-            kl = self.mean_over_ranks(experience.kl_BA.sum(1).mean())
+        s = self.settings
+        x = self.collect(batch.prompt_ids)
+        losses = self.learn(x.rollout, partial(self.loss, x), torch.ones_like(x.rollout.stopped))
+        self.log_experience(x, losses)
+        if s.kl_target > 0:
+            kl = self.sum_over_ranks(x.kl_BA.sum(1).mean()) / self.trainer.world_size
             n = len(batch.prompt_ids) * self.trainer.world_size
-            s = self.settings
             self.kl_coef = adapted_kl_coef(self.kl_coef, kl, s.kl_target, n, s.kl_horizon)
 
     def collect(self, prompts: list[list[int]]) -> Experience:
-        """Answers of the policy, their score, and the advantage of every token."""
+        """The policy's answers, their scores, and the advantage of every token."""
         s = self.settings
         with gathered(self.policy) as policy:
             rollout = self.rollout(policy, prompts, self.answers(policy, prompts))
@@ -206,24 +201,23 @@ class PPOModule(OnPolicyModule):
         kl_BA = KL_ESTIMATORS[s.kl_estimator](logp_BA, ref_logp_BA) * mask_BA
         rewards_BA = token_rewards(penalised_B, kl_BA, self.here(rollout.length), self.kl_coef)
         advantages_BA, returns_BA = gae(rewards_BA, values_BA, mask_BA, s.gamma, s.gae_lambda)
-        answers = self.moments(advantages_BA, rollout)
         return Experience(
             rollout=rollout,
             score_B=score_B,
             kl_BA=kl_k1(logp_BA, ref_logp_BA) * mask_BA,
             values_BA=values_BA,
-            advantages_BA=whiten(advantages_BA, answers) * mask_BA,
+            advantages_BA=whiten(advantages_BA, self.moments(advantages_BA, rollout)) * mask_BA,
             returns_BA=returns_BA,
         )
 
     def moments(self, x_BA: Tensor, rollout: Rollout) -> Tensor:
-        """Of the answer tokens of all ranks."""
+        """Over the answer tokens of all ranks."""
         return self.sum_over_ranks(moments(x_BA.flatten()[self.here(rollout.places)]))
 
-    def share(
+    def loss(
         self, x: Experience, part: Rollout, at: Tensor, logp: Tensor, totals: Totals
     ) -> tuple[Tensor, Numbers]:
-        """What some rows add to the loss of both networks, and the two losses of each token."""
+        """Some rows' share of both networks' loss, and the two losses of each token."""
         s, old_logp = self.settings, self.here(part.logprobs)
         values = answer_values(self.value, part)
         policy_loss = clipped_surrogate(
@@ -240,49 +234,32 @@ class PPOModule(OnPolicyModule):
         metrics: dict[str, Tensor | float] = {
             **losses,
             "score": x.score_B.mean(),
-            "kl": x.kl_BA.sum(1).mean(),  # nats an answer
+            "kl": x.kl_BA.sum(1).mean(),  # nats per answer
             "kl_coef": self.kl_coef,
-            "entropy": self.sampled_entropy(x.rollout),
             "explained_variance": explained_variance(*both),
-            "answer_length": x.rollout.length.float().mean(),
-            "stop_rate": x.rollout.stopped.float().mean(),
-            "lr": self.learning_rate(),
+            **self.rollout_stats(x.rollout),
         }
         if self.true_score is not None:
-            texts = answer_texts(x.rollout, self.tokenizer)
-            stopped = x.rollout.stopped.tolist()
-            scores = [self.true_score(text, end) for text, end in zip(texts, stopped, strict=True)]
-            metrics["true_score"] = sum(scores) / len(scores)
-        self.record("train", metrics)
+            texts, stopped = answer_texts(x.rollout, self.tokenizer), x.rollout.stopped.tolist()
+            metrics["true_score"] = sum(map(self.true_score, texts, stopped)) / len(texts)
+        self.log_step(metrics)
 
 
-# --- what it needs, by the names that ladder.py knows
-
-Settings = PPOSettings
+# --- what ladder.py asks for
 
 
 def prepare(job: StageJob) -> Prepared:
     policy, tokenizer = parent_policy(job)
     reward, _ = load_scalar(job.parents["reward"])
-    module = PPOModule(
-        policy,
-        value=deepcopy(reward).train(),
-        reference=deepcopy(policy),
-        reward=reward,
-        tokenizer=tokenizer,
-        settings=job.settings,
-        seed=job.seed,
-        true_score=true_score if job.data.has_hidden_rule else None,
-    )
-    prompts = as_planned(job, data.load_prompts(job.data))
-    loaders = prompt_loaders(job, prompts.train, tokenizer)
-    rows = heldout_prompts(job, prompts.heldout, tokenizer)
-    return Prepared(module, loaders, rows, tokenizer)
+    value, reference = deepcopy(reward).train(), deepcopy(policy)
+    judge = true_score if job.data.has_hidden_rule else None
+    networks = policy, value, reference, reward
+    module = PPOModule(*networks, tokenizer, job.settings, job.seed, judge)
+    return prepare_prompts(job, module, as_planned(job, data.load_prompts(job.data)))
 
 
 def check_data(
-    config: data.DataConfig, settings: PPOSettings, tokenizer: Tokenizer, max_seq_len: int
+    config: data.DataConfig, settings: Settings, tokenizer: Tokenizer, max_seq_len: int
 ) -> list[str]:
-    """Warnings; UserError where no data would be left."""
     prompts = data.load_prompts(config).train
     return check_questions("ppo", prompts, settings, tokenizer, max_seq_len)

@@ -1,8 +1,7 @@
-"""What the stages share of what they need to train: networks of their parents, and batches."""
+"""What the stages share of getting ready to train: their parents' networks, and batches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,10 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from fourstage import data
 from fourstage.batch import PairBatch, TokenBatch
-from fourstage.data.datamodule import (
-    LoaderPair,
-    prompt_data,
-)
+from fourstage.data.datamodule import LoaderPair, prompt_data
 from fourstage.data.fits import lost_on_reading
 from fourstage.errors import UserError
 from fourstage.job import StageJob
@@ -23,12 +19,13 @@ from fourstage.model import ScalarModel, Transformer
 from fourstage.model.weights import load_policy
 from fourstage.rl.rollout import fitted_prompt
 from fourstage.stages.base import StageModule
+from fourstage.stages.on_policy import OnPolicyModule
 from fourstage.tokenizer import Tokenizer
 
 Source = TypeVar("Source", data.Corpus, data.Chats, data.Pairs, data.Problems)
 
 ENDLESS = 10**9  # batches of a run whose budget is a time
-PROBE_TOKENS = 512  # on which the router's drift is measured: a step has many more
+PROBE_TOKENS = 512  # for measuring the router's drift: far fewer than in a step
 
 
 @dataclass
@@ -37,7 +34,7 @@ class Prepared:
 
     module: StageModule
     loaders: LoaderPair
-    heldout_rows: list[list[int]]  # a few, as token ids: the text on which routers are compared
+    heldout_rows: list[list[int]]  # a few, as token ids, for measuring the router's drift
     tokenizer: Tokenizer
 
     @property
@@ -48,9 +45,9 @@ class Prepared:
 def check_records(
     config: data.DataConfig, stage: str, settings: Any, tokenizer: Tokenizer, max_seq_len: int
 ) -> list[str]:
-    """Warnings of what a stage will not read of its data.
+    """Warnings about the data that a stage will not use.
 
-    Raises UserError, as the stage itself would, where that leaves it no record.
+    Raises UserError, as the stage itself would, if that leaves it no record.
     """
     lost = lost_on_reading(config, stage)
     return lost + LADDER[stage].code.check_data(config, settings, tokenizer, max_seq_len)
@@ -69,12 +66,12 @@ def loader_options(job: StageJob) -> dict[str, Any]:
 
 
 def rank() -> int:
-    """This process' rank; 0 before the processes have met."""
+    """This process's rank; 0 before the processes have met."""
     return getattr(rank_zero_only, "rank", 0) or 0
 
 
 def say(text: str) -> None:
-    """Print on the first rank only."""
+    """Print on rank 0 only."""
     if rank() == 0:
         print(text, flush=True)
 
@@ -85,59 +82,52 @@ def world_size(job: StageJob) -> int:
 
 
 def device_of(job: StageJob) -> torch.device:
-    """The kind of device that the run trains on, where it is here; on another one the last digits
-    of what is computed may differ."""
+    """The kind of device that the run trains on, if this machine has one, else the CPU.
+
+    Results on another kind may differ in the last digits.
+    """
     kind = "cuda" if job.trainer.accelerator == "gpu" else job.trainer.accelerator
     return torch.device(kind if torch.get_device_module(kind).is_available() else "cpu")
 
 
 def as_planned(job: StageJob, source: Source) -> Source:
-    """A source of the run's data, as it was read; UserError where it is not what the plan read, on
-    which the run's id depends."""
+    """The run's data; UserError if it is not what the plan read, on which the run's id depends."""
     if source.digest != job.digest:
         raise UserError(
             f"data.{LADDER[job.stage].source} has changed since the plan was made: run the "
-            "same command again: it plans anew"
+            "same command again to make a new plan"
         )
     return source
 
 
 def parent_policy(job: StageJob) -> tuple[Transformer, Tokenizer]:
     policy, tokenizer = load_policy(job.parents["policy"])
-    policy.train()
-    return policy, tokenizer
+    return policy.train(), tokenizer
 
 
-def prompt_loaders(job: StageJob, records: Sequence[Any], tokenizer: Tokenizer) -> LoaderPair:
-    return prompt_data(
-        records,
-        tokenizer,
-        max_prompt_tokens=job.settings.max_prompt_tokens,
-        **loader_options(job),
-    )
+def prepare_prompts(job: StageJob, module: OnPolicyModule, source: Source) -> Prepared:
+    """A stage that answers prompts; its held-out rows are prompts, truncated on the left."""
+    tokenizer, room = module.tokenizer, job.settings.max_prompt_tokens
+    loaders = prompt_data(source.train, tokenizer, max_prompt_tokens=room, **loader_options(job))
+    few = source.heldout[:PROBE_TOKENS]  # a prompt has at least one token
+    rows = [fitted_prompt(tokenizer, record.prompt_messages, room) for record in few]
+    return Prepared(module, loaders, some_rows(rows), tokenizer)
 
 
 def heldout_rows(loaders: LoaderPair) -> list[list[int]]:
-    """Rows of the middle validation batch, which are of a usual length: some PROBE_TOKENS."""
+    """PROBE_TOKENS tokens of the middle validation batch, whose rows are of a usual length."""
     batches = loaders.val.dataset
     batch: TokenBatch | PairBatch = batches[len(batches) // 2]
     if isinstance(batch, PairBatch):
         ids_BT, length_B = batch.chosen_ids, batch.chosen_len
     else:
         ids_BT, length_B = batch.ids, batch.valid.sum(1)
-    lengths = length_B.tolist()
-    return some_rows([ids[:n] for ids, n in zip(ids_BT.tolist(), lengths, strict=True)])
-
-
-def heldout_prompts(job: StageJob, records: Sequence[Any], tokenizer: Tokenizer) -> list[list[int]]:
-    """The first held-out prompts, the beginning of long ones cut off: some PROBE_TOKENS."""
-    room = job.settings.max_prompt_tokens
-    few = records[:PROBE_TOKENS]  # a prompt has one token at least
-    return some_rows([fitted_prompt(tokenizer, record.prompt_messages, room) for record in few])
+    rows = zip(ids_BT.tolist(), length_B.tolist(), strict=True)
+    return some_rows([ids[:length] for ids, length in rows])
 
 
 def some_rows(rows: list[list[int]]) -> list[list[int]]:
-    """The first rows that hold PROBE_TOKENS together; the last one is cut."""
+    """The first rows that hold PROBE_TOKENS together; the last one is truncated."""
     taken, left = [], PROBE_TOKENS
     for row in rows:
         if left > 0:

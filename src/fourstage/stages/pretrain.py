@@ -23,10 +23,10 @@ from fourstage.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings(NextTokenSettings):
+class Settings(NextTokenSettings):
     """`stages.pretrain`"""
 
-    block_size: int  # tokens a row
+    block_size: int  # tokens per row
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,7 +34,7 @@ class PretrainSettings(NextTokenSettings):
 
 
 def bits_per_char(nll: Tensor, chars: int) -> Tensor:
-    """Summed -log p in nats over a text of so many characters, as bits per character."""
+    """Bits per character, from the summed -log p in nats of a text of `chars` characters."""
     return nll / (chars * math.log(2))
 
 
@@ -42,7 +42,7 @@ class PretrainModule(NextTokenModule):
     """Trains a fresh Transformer on the fixed blocks of the corpus."""
 
     def __init__(
-        self, policy: Transformer, settings: PretrainSettings, seed: int, heldout_chars: int
+        self, policy: Transformer, settings: Settings, seed: int, heldout_chars: int
     ) -> None:
         super().__init__(policy, settings, seed)
         self.heldout_chars = heldout_chars
@@ -53,18 +53,14 @@ class PretrainModule(NextTokenModule):
         return {**super().validation_metrics(nll, tokens), "val/bits_per_char": bits}
 
 
-# --- what it needs, by the names that ladder.py knows
-
-Settings = PretrainSettings
+# --- what ladder.py asks for
 
 
 def prepare(job: StageJob) -> Prepared:
     tokenizer = Tokenizer.from_config(job.tokenizer)
     policy = Transformer(job.model, tokenizer.vocab_size)
-    corpus = as_planned(job, data.load_corpus(job.data))
-    loaders = pretrain_data(
-        corpus, tokenizer, block_size=job.settings.block_size, **loader_options(job)
-    )
+    corpus, length = as_planned(job, data.load_corpus(job.data)), job.settings.block_size
+    loaders = pretrain_data(corpus, tokenizer, block_size=length, **loader_options(job))
     notes = loaders.notes
     known = notes["heldout_characters"] - notes["heldout_unknown_characters"]
     module = PretrainModule(policy, job.settings, job.seed, known)
@@ -72,7 +68,6 @@ def prepare(job: StageJob) -> Prepared:
 
 
 def check_data(
-    config: data.DataConfig, settings: PretrainSettings, tokenizer: Tokenizer, max_seq_len: int
+    config: data.DataConfig, settings: Settings, tokenizer: Tokenizer, max_seq_len: int
 ) -> list[str]:
-    """Warnings; UserError where no data would be left."""
     return check_corpus(config, tokenizer, settings.block_size)

@@ -1,7 +1,10 @@
 """Stage 3a, the reward model: learn which of two answers a human prefers.
 
-Bradley-Terry (Stiennon et al. 2020, arXiv 2009.01325): p(chosen > rejected) =
-sigmoid(r_chosen - r_rejected), r read at the last real token of prompt + answer.
+    p(chosen > rejected) = sigmoid(r_chosen - r_rejected)
+    loss = -mean log p(chosen > rejected)                    bradley_terry_loss
+
+Bradley-Terry (Stiennon et al. 2020, arXiv 2009.01325), r read at the last real token of prompt +
+answer.
 """
 
 from __future__ import annotations
@@ -44,13 +47,13 @@ from fourstage.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardSettings(StageSettings):
+class Settings(StageSettings):
     """`stages.reward`"""
 
-    max_tokens: int  # longer pairs are cut
+    max_tokens: int  # of prompt and answer; longer prompts lose their beginning
     margin: float
     centre_coef: float
-    # data=embedded samples its pairs from the sft parent:
+    # for data=embedded, which samples its pairs from the sft parent:
     pairs_per_prompt: int
     max_new_tokens: int
     temperature: float
@@ -79,16 +82,13 @@ class RewardModule(StageModule):
 
     uses_dropout = False  # two scores are compared (Stiennon et al. 2020)
 
-    def __init__(self, reward: ScalarModel, settings: RewardSettings, seed: int) -> None:
+    def __init__(self, reward: ScalarModel, settings: Settings, seed: int) -> None:
         super().__init__(settings, seed)
         self.reward = reward
         self.val_accuracy, self.val_nll = MeanMetric(), MeanMetric()
 
     def result(self) -> ScalarModel:
         return self.reward
-
-    def transformers(self) -> list[Transformer]:
-        return [self.reward.backbone]
 
     def score_pairs(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """Scores of the chosen and of the rejected answers, each [B]."""
@@ -106,20 +106,16 @@ class RewardModule(StageModule):
 
         norm, seen = self.update(piece, len(batch.chosen_len))
         chosen_B, rejected_B = seen["chosen"], seen["rejected"]
-        self.record(
-            "train",
-            {
-                "loss": bradley_terry_loss(chosen_B, rejected_B, s.margin, s.centre_coef).mean(),
-                "accuracy": (chosen_B > rejected_B).float().mean(),
-                "margin": (chosen_B - rejected_B).mean(),
-                "reward_min": -self.max_over_ranks(-torch.minimum(chosen_B, rejected_B).min()),
-                "reward_mean": (chosen_B + rejected_B).mean() / 2,
-                "reward_max": self.max_over_ranks(torch.maximum(chosen_B, rejected_B).max()),
-                "grad_norm": norm,
-                "lr": self.learning_rate(),
-            },
-            tokens=batch.chosen_len.sum() + batch.rejected_len.sum(),
-        )
+        metrics = {
+            "loss": bradley_terry_loss(chosen_B, rejected_B, s.margin, s.centre_coef).mean(),
+            "accuracy": (chosen_B > rejected_B).float().mean(),
+            "margin": (chosen_B - rejected_B).mean(),
+            "reward_min": -self.max_over_ranks(-torch.minimum(chosen_B, rejected_B).min()),
+            "reward_mean": (chosen_B + rejected_B).mean() / 2,
+            "reward_max": self.max_over_ranks(torch.maximum(chosen_B, rejected_B).max()),
+            "grad_norm": norm,
+        }
+        self.log_step(metrics, tokens=batch.chosen_len.sum() + batch.rejected_len.sum())
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         chosen_B, rejected_B = self.score_pairs(batch)
@@ -134,7 +130,11 @@ class RewardModule(StageModule):
             metric.reset()
 
 
-PAIRS_VERSION = 2  # of how pairs are sampled and stored; 1 forgot which answers were cut off
+# --- pairs of the policy's own answers, labelled by the hidden rule
+
+PAIRS_VERSION = 2  # of how pairs are sampled and stored; 1 didn't keep which answers were truncated
+PAIR_FILES = ("pairs.jsonl", "pairs_heldout.jsonl")  # train and held-out side
+WAIT = 0.2  # seconds between the other ranks' looks at what rank 0 writes
 
 
 def sample_pairs(
@@ -142,14 +142,14 @@ def sample_pairs(
     tokenizer: Tokenizer,
     prompts: list[list[int]],
     score: Callable[[str, bool], float],
-    settings: RewardSettings,
+    settings: Settings,
     seed: int,
 ) -> tuple[list[dict[str, Any]], int]:
     """Make preference pairs as a human labeller would see them: two answers, one preferred.
 
     Each prompt is answered twice, `pairs_per_prompt` times over; a pair of equal score is sampled
     once more, then skipped. Returns rows {"prompt": index, "chosen", "rejected"}, with
-    "unfinished": [side, ...] where an answer was cut off, and the number that was skipped.
+    "unfinished": [side, ...] if an answer was truncated, and the number of skipped pairs.
     """
     wanted = [index for index in range(len(prompts)) for _ in range(settings.pairs_per_prompt)]
     rows: list[dict[str, Any]] = []
@@ -162,20 +162,20 @@ def sample_pairs(
             temperature=settings.temperature,
             seed=2 * seed + attempt,
         )
-        said = sampler([prompts[index] for index in wanted for _ in range(2)], sampling)
-        texts = map(tokenizer.decode, said.answer_ids)
-        scored = [
+        generation = sampler([prompts[index] for index in wanted for _ in range(2)], sampling)
+        texts = map(tokenizer.decode, generation.answer_ids)
+        answers = [
             (score(text, stopped), text, stopped)
-            for text, stopped in zip(texts, said.stopped, strict=True)
+            for text, stopped in zip(texts, generation.stopped, strict=True)
         ]
         tied = []
-        for index, first, second in zip(wanted, scored[::2], scored[1::2], strict=True):
-            if first[0] == second[0]:
+        for index, *pair in zip(wanted, answers[::2], answers[1::2], strict=True):
+            (low, rejected, rejected_stopped), (high, chosen, chosen_stopped) = sorted(pair)
+            if low == high:
                 tied.append(index)
                 continue
-            worse, better = sorted([first, second])
-            row = {"prompt": index, "chosen": better[1], "rejected": worse[1]}
-            sides = {"chosen": better[2], "rejected": worse[2]}
+            row = {"prompt": index, "chosen": chosen, "rejected": rejected}
+            sides = {"chosen": chosen_stopped, "rejected": rejected_stopped}
             if unfinished := [side for side, stopped in sides.items() if not stopped]:
                 row["unfinished"] = unfinished
             rows.append(row)
@@ -183,54 +183,25 @@ def sample_pairs(
     return rows, len(wanted)
 
 
-# --- what it needs, by the names that ladder.py knows
-
-Settings = RewardSettings
-
-
-PAIR_FILES = ("pairs.jsonl", "pairs_heldout.jsonl")  # train and held-out side
-WAIT = 0.2  # seconds between two looks for what the first process writes
-
-
-def prepare(job: StageJob) -> Prepared:
-    policy, tokenizer = parent_policy(job)
-    stored = data.load_preference(job.data)
-    pairs = as_planned(job, stored) if stored else sampled_pairs(job, policy, tokenizer)
-    loaders = reward_data(
-        pairs.train,
-        pairs.heldout,
-        tokenizer,
-        max_tokens=job.settings.max_tokens,
-        **loader_options(job),
-    )
-    reward = ScalarModel(policy)
-    module = RewardModule(reward, job.settings, job.seed)
-    return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
-
-
 def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> data.Pairs:
     """The pairs of data=embedded: two answers of the sft policy, one preferred by the hidden rule.
 
-    Sampled once and kept as pairs.jsonl and pairs_heldout.jsonl, which a resumed run reads.
+    Rank 0 samples them, before the processes meet, into PAIR_FILES: the other ranks read these, and
+    so does a resumed run.
     """
-    prompts = as_planned(job, data.load_prompts(job.data))
-    if rank() > 0:  # the first one samples, before the processes meet
-        for name in PAIR_FILES:
-            while not (job.folder / name).exists():  # it ends with it: lineage/ranks.py
-                time.sleep(WAIT)
-        return stored_pairs(job.folder)
-    policy.to(device_of(job))
-    for draw, (name, records) in enumerate(
-        zip(PAIR_FILES, (prompts.train, prompts.heldout), strict=True)
-    ):
+    s, prompts = job.settings, as_planned(job, data.load_prompts(job.data))
+    sides = zip(PAIR_FILES, (prompts.train, prompts.heldout), strict=True)
+    for draw, (name, records) in enumerate(sides):
         path = job.folder / name
+        while rank() > 0 and not path.exists():  # if rank 0 ends, so does this: lineage/ranks.py
+            time.sleep(WAIT)
         if path.exists():
             continue
         say(f"  sampling two answers to each of {len(records):,} prompts for {name}")
-        room = job.settings.max_tokens - job.settings.max_new_tokens
+        room = s.max_tokens - s.max_new_tokens
         ids = [fitted_prompt(tokenizer, record.prompt_messages, room) for record in records]
-        sampler, seed = sampler_of(policy), 2 * job.seed + draw
-        rows, skipped = sample_pairs(sampler, tokenizer, ids, true_score, job.settings, seed)
+        sampler, seed = sampler_of(policy.to(device_of(job))), 2 * job.seed + draw
+        rows, skipped = sample_pairs(sampler, tokenizer, ids, true_score, s, seed)
         say(f"  {len(rows):,} pairs; skipped because both answers score the same: {skipped:,}")
         if not rows:
             raise UserError(
@@ -246,26 +217,36 @@ def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> d
 
 def stored_pairs(folder: Path) -> data.Pairs:
     """The pairs that a reward run sampled."""
-    sides = []
-    for name in PAIR_FILES:
-        rows = read_jsonl(folder / name)
-        sides.append(
-            [
-                data.Pair(r["prompt"], r["chosen"], r["rejected"], tuple(r.get("unfinished", ())))
-                for r in rows
-            ]
-        )
-    return data.Pairs(*sides, digest="", notes={})
+    train, heldout = (
+        [
+            data.Pair(r["prompt"], r["chosen"], r["rejected"], tuple(r.get("unfinished", ())))
+            for r in read_jsonl(folder / name)
+        ]
+        for name in PAIR_FILES
+    )
+    return data.Pairs(train, heldout, digest="", notes={})
 
 
-def identity(config: data.DataConfig) -> dict[str, Any]:
-    """What decides over sampled pairs besides the settings."""
-    return {"pairs": [PAIRS_VERSION, RULE_VERSION]} if config.has_hidden_rule else {}
+# --- what ladder.py asks for
+
+
+def prepare(job: StageJob) -> Prepared:
+    policy, tokenizer = parent_policy(job)
+    stored = data.load_preference(job.data)
+    pairs = as_planned(job, stored) if stored else sampled_pairs(job, policy, tokenizer)
+    options = {"max_tokens": job.settings.max_tokens, **loader_options(job)}
+    loaders = reward_data(pairs.train, pairs.heldout, tokenizer, **options)
+    module = RewardModule(ScalarModel(policy), job.settings, job.seed)
+    return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
 
 
 def check_data(
-    config: data.DataConfig, settings: RewardSettings, tokenizer: Tokenizer, max_seq_len: int
+    config: data.DataConfig, settings: Settings, tokenizer: Tokenizer, max_seq_len: int
 ) -> list[str]:
-    """Warnings; UserError where no data would be left."""
     lengths = settings.max_tokens, settings.max_new_tokens
     return check_preferences(config, tokenizer, *lengths, max_seq_len)
+
+
+def identity(config: data.DataConfig) -> dict[str, Any]:
+    """What else decides the sampled pairs, as part of the run's id."""
+    return {"pairs": [PAIRS_VERSION, RULE_VERSION]} if config.has_hidden_rule else {}

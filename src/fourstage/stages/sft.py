@@ -1,7 +1,8 @@
 """Stage 2, instruction fine-tuning: predict the assistant's turns and where they end.
 
-loss = -mean log p(x_t | x_<t) over the assistant's tokens and their end-of-turn tokens only:
-the tokenizer's mask makes every other target IGNORE (see Tokenizer.chat, and the golden test).
+    loss = -mean log p(x_t | x_<t) over the assistant's tokens and their end-of-turn tokens only
+
+The tokenizer's mask makes every other target IGNORE (see Tokenizer.chat, and the golden test).
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from fourstage.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTSettings(NextTokenSettings):
+class Settings(NextTokenSettings):
     """`stages.sft`"""
 
-    max_tokens: int  # of a conversation; longer ones are left out, or lose their beginning
+    max_tokens: int  # of a conversation; longer ones lose their beginning, or are left out
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,27 +40,19 @@ class SFTModule(NextTokenModule):
     """Trains the pre-trained Transformer on conversations."""
 
 
-# --- what it needs, by the names that ladder.py knows
-
-Settings = SFTSettings
+# --- what ladder.py asks for
 
 
 def prepare(job: StageJob) -> Prepared:
     policy, tokenizer = parent_policy(job)
     chats = as_planned(job, data.load_chat(job.data))
-    loaders = sft_data(
-        chats.train,
-        chats.heldout,
-        tokenizer,
-        max_tokens=job.settings.max_tokens,
-        **loader_options(job),
-    )
+    options = {"max_tokens": job.settings.max_tokens, **loader_options(job)}
+    loaders = sft_data(chats.train, chats.heldout, tokenizer, **options)
     module = SFTModule(policy, job.settings, job.seed)
     return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
 
 
 def check_data(
-    config: data.DataConfig, settings: SFTSettings, tokenizer: Tokenizer, max_seq_len: int
+    config: data.DataConfig, settings: Settings, tokenizer: Tokenizer, max_seq_len: int
 ) -> list[str]:
-    """Warnings; UserError where no data would be left."""
     return check_chats(config, tokenizer, settings.max_tokens, max_seq_len)

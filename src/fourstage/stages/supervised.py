@@ -20,12 +20,8 @@ LOGITS_AT_ONCE = 8192  # tokens
 
 def next_token_nll(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Sum of -log p(target) in nats over the targets that are not IGNORE, float32 []."""
-    return F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(),
-        targets_BT.flatten(),
-        ignore_index=IGNORE,
-        reduction="sum",
-    )
+    logits_NV, targets_N = logits_BTV.flatten(0, 1).float(), targets_BT.flatten()
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE, reduction="sum")
 
 
 def summed_nll(policy: Transformer, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
@@ -68,12 +64,6 @@ class NextTokenModule(StageModule):
         self.policy = policy
         self.val_nll, self.val_tokens = SumMetric(), SumMetric()
 
-    def result(self) -> Transformer:
-        return self.policy
-
-    def transformers(self) -> list[Transformer]:
-        return [self.policy]
-
     def piece_loss(
         self, batch: TokenBatch, n_targets: Tensor, n_tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -100,8 +90,7 @@ class NextTokenModule(StageModule):
 
         norm, seen = self.update(piece, len(batch.ids))
         loss = self.sum_over_ranks(seen["nll"].sum()) / n_targets
-        metrics = {"loss": loss, "grad_norm": norm, "lr": self.learning_rate()}
-        self.record("train", metrics, tokens=n_tokens)
+        self.log_step({"loss": loss, "grad_norm": norm}, tokens=n_tokens)
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         output = self.policy(batch.ids, valid_BT=batch.valid)
