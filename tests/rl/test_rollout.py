@@ -55,7 +55,7 @@ def wider(r: Rollout, tokens: int, fill: int) -> Rollout:
 def test_pack_by_hand():
     r = pack(
         prompts=[[10, 11, 12], [13]],
-        said=Generation(
+        generation=Generation(
             answer_ids=[[20, 1], [30, 31, 32]],
             logprobs=[[-0.5, -0.25], [-1.0, -2.0, -3.0]],
             stopped=[True, False],

@@ -18,13 +18,8 @@ def token_logprobs(logits_BAV: Tensor, ids_BA: Tensor, temperature: float = 1.0)
     return picked_BA - logits_BAV.logsumexp(-1)
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the True entries; 0 where there is none."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
-
-
 def moments(x_M: Tensor) -> Tensor:
-    """[count, sum, sum of squares], float64 [3]: these add over ranks."""
+    """[count, sum, sum of squares], float64 [3]: they add up over ranks."""
     x_M = x_M.double()
     return torch.stack([x_M.new_full((), len(x_M)), x_M.sum(), x_M.square().sum()])
 
@@ -37,8 +32,8 @@ def whiten(x: Tensor, moments: Tensor, eps: float = 1e-8) -> Tensor:
     return ((x - mean) * (variance.clamp(min=0) + eps).rsqrt()).to(x.dtype)
 
 
-# KL(policy || reference) estimated from samples of the policy, d = logp - ref (Schulman 2020,
-# joschu.net/blog/kl-approx.html). k1 is unbiased, k2 and k3 are never negative, k3 is unbiased too.
+# KL(policy || reference) estimated from samples of the policy (Schulman 2020,
+# joschu.net/blog/kl-approx.html). k1 and k3 are unbiased, k2 and k3 are never negative.
 
 
 def kl_k1(logp: Tensor, ref: Tensor) -> Tensor:
@@ -61,7 +56,7 @@ def clipped_surrogate(
 ) -> Tensor:
     """Per-token policy loss max(-A r, -A clip(r, 1 - low, 1 + high)), r = exp(logp - logp_old).
 
-    Schulman et al. 2017, arXiv 1707.06347, eq. 7 with its sign turned. All tensors [B, A];
+    Schulman et al. 2017, arXiv 1707.06347, eq. 7 with its sign flipped. All tensors [B, A];
     `advantage` may be [B, 1].
     """
     ratio = torch.exp(logp - logp_old)
@@ -75,11 +70,11 @@ def ratio_stats(
     mask: Tensor,
     clip_low: float,
     clip_high: float,
-    mean: Callable[[Tensor, Tensor], Tensor] = masked_mean,
+    mean: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """How far the policy moved from the sampler: what makes a run believable, all masked.
+    """How far the policy moved from the sampler, over the True entries of mask.
 
-    approx_kl is the k3 estimate of KL(old || new) from samples of old. `mean(x, mask)` may take in
+    approx_kl is the k3 estimate of KL(old || new) from samples of old. `mean(x, mask)` may include
     the other ranks' rows.
     """
     log_ratio = (logp - logp_old).detach()

@@ -2,8 +2,8 @@
 
 A rollout is on the CPU; scores are on the device of the network that gives them.
 
-Our own sampler and the trainer agree on log-probabilities (a test holds them to 1e-4 in float32,
-and the stages log the difference).
+Our own sampler and the trainer agree on log-probabilities to 1e-4 in float32 (there is a test, and
+the stages log the difference).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fourstage.rl.ops import token_logprobs
 from fourstage.sampling.generate import Generation
 from fourstage.tokenizer import Tokenizer
 
-MOST_PACKED = 0.9  # distinct tokens per place: above it packing saves less than it costs
+MOST_PACKED = 0.9  # packed tokens per unpacked one: above this, packing costs more than it saves
 
 
 def fitted_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]], room: int) -> list[int]:
-    """The prompt's ids, which lose their beginning where they exceed `room` tokens."""
+    """The prompt's ids, truncated on the left to `room` tokens."""
     ids = tokenizer.prompt(messages)
     if len(ids) <= room:
         return ids
@@ -33,19 +33,19 @@ def fitted_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]], room: in
     return shorter
 
 
-def pack(prompts: list[list[int]], said: Generation, pad_id: int) -> Rollout:
-    """Right-padded rows prompt + answer; without log-probs of the sampler's they are 0."""
-    answers = said.answer_ids
+def pack(prompts: list[list[int]], generation: Generation, pad_id: int) -> Rollout:
+    """Right-padded rows prompt + answer; log-probs that the sampler doesn't know are 0."""
+    answers = generation.answer_ids
     longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     ids_BT = torch.full((len(prompts), longest), pad_id)
     logp_BA = torch.zeros(len(prompts), max(map(len, answers)))
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         ids_BT[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        if said.logprobs is not None:
-            logp_BA[row, : len(answer)] = torch.tensor(said.logprobs[row])
+        if generation.logprobs is not None:
+            logp_BA[row, : len(answer)] = torch.tensor(generation.logprobs[row])
     start_B = torch.tensor([len(p) for p in prompts])
     length_B = torch.tensor([len(a) for a in answers])
-    inputs_B = start_B + length_B - 1  # tokens that are read: the last one predicts nothing
+    inputs_B = start_B + length_B - 1  # the last token predicts nothing
     rank_B = ranks(ids_BT, inputs_B)
     packs = len(Packing(ids_BT, inputs_B, rank_B)) <= MOST_PACKED * ids_BT.numel()
     return Rollout(
@@ -53,7 +53,7 @@ def pack(prompts: list[list[int]], said: Generation, pad_id: int) -> Rollout:
         start=start_B,
         length=length_B,
         logprobs=logp_BA,
-        stopped=torch.tensor(said.stopped),
+        stopped=torch.tensor(generation.stopped),
         rank=rank_B if packs else None,
     )
 
@@ -86,19 +86,12 @@ def answer_logits(policy: Transformer, rollout: Rollout) -> Tensor:
 
 
 def answer_logprobs(policy: Transformer, rollout: Rollout, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each answer token, float32 [B, A], 0 where mask is False.
-
-    With gradient where that is enabled.
-    """
-    ids_M = moved(rollout.answer_ids.flatten()[rollout.places], device_of(policy))
-    return _as_rows(token_logprobs(answer_logits(policy, rollout), ids_M, temperature), rollout)
-
-
-def _as_rows(x_M: Tensor, rollout: Rollout) -> Tensor:
-    """One number an answer token -> [B, A], 0 where mask is False."""
-    places_M = moved(rollout.places, x_M.device)
-    flat = x_M.new_zeros(rollout.logprobs.numel()).index_copy(0, places_M, x_M)
-    return flat.view(rollout.logprobs.shape)
+    """Log-probability of each answer token, float32 [B, A], 0 where mask is False."""
+    device, places_M = device_of(policy), rollout.places
+    ids_M = moved(rollout.answer_ids.flatten()[places_M], device)
+    logp_M = token_logprobs(answer_logits(policy, rollout), ids_M, temperature)
+    flat = logp_M.new_zeros(rollout.logprobs.numel())
+    return flat.index_copy(0, moved(places_M, device), logp_M).view(rollout.logprobs.shape)
 
 
 def answer_values(network: ScalarModel, rollout: Rollout) -> Tensor:

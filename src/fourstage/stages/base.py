@@ -359,14 +359,10 @@ class StageModule(L.LightningModule):
         """Log train/<name> for this training step, averaged over ranks, and count its tokens."""
         lr = self.optimizers().param_groups[0]["lr"]
         metrics = {**metrics, "lr": lr, "skipped_steps": self.skipped_steps}
-        numbers = self.read({**metrics, "tokens": tokens})
-        self.tokens_seen += int(numbers.pop("tokens"))
-        named = {f"train/{name}": value for name, value in numbers.items()}
-        self.log_dict(named, on_step=True, on_epoch=False, batch_size=1, sync_dist=True)
-
-    def read(self, metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
-        """One-element tensors as numbers, in a single wait for the device."""
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        cells = [torch.as_tensor(x, dtype=dtype).detach().reshape(()) for x in metrics.values()]
-        values = torch.stack([self.here(cell) for cell in cells]).tolist()
-        return dict(zip(metrics, values, strict=True))
+        cells = [torch.as_tensor(x, dtype=dtype).detach() for x in (*metrics.values(), tokens)]
+        # a single wait for the device
+        *numbers, n_tokens = torch.stack([self.here(x).reshape(()) for x in cells]).tolist()
+        self.tokens_seen += int(n_tokens)
+        named = {f"train/{name}": x for name, x in zip(metrics, numbers, strict=True)}
+        self.log_dict(named, on_step=True, on_epoch=False, batch_size=1, sync_dist=True)

@@ -32,7 +32,7 @@ from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k3
 from fourstage.rl.rewards import ReasoningReward, reasoning_rewards
 from fourstage.sampling.generate import Generation
 from fourstage.stages.base import Numbers, check_range
-from fourstage.stages.on_policy import OnPolicyModule, OnPolicySettings, Totals
+from fourstage.stages.on_policy import OnPolicyModule, OnPolicySettings, Part, Totals
 from fourstage.stages.prepare import Prepared, as_planned, parent_policy, prepare_prompts
 from fourstage.tokenizer import Tokenizer
 
@@ -190,18 +190,6 @@ class GRPOModule(OnPolicyModule):
 
     settings: Settings
 
-    def __init__(
-        self,
-        policy: Transformer,
-        reference: Transformer,
-        tokenizer: Tokenizer,
-        settings: Settings,
-        seed: int,
-        **more: Any,
-    ) -> None:
-        """more: OnPolicyModule's."""
-        super().__init__(policy, {"reference": reference}, tokenizer, settings, seed, **more)
-
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         s = self.settings
         prompts = [ids for ids in batch.prompt_ids for _ in range(s.group_size)]
@@ -214,10 +202,6 @@ class GRPOModule(OnPolicyModule):
         loss = partial(self.loss, self.here(advantage_B), ref_logp_BA)
         losses = self.learn(rollout, loss, self.moves(advantage_B))
         self.log_answers(rollout, answers, losses)
-
-    def reference_logprobs(self, rollout: Rollout) -> Tensor:
-        with self.frozen_network("reference") as reference:
-            return self.logprobs(reference, rollout)
 
     def collect(
         self, policy: Transformer, prompts: list[list[int]], problems: list[Verifiable]
@@ -244,20 +228,14 @@ class GRPOModule(OnPolicyModule):
         return Answers(generation, rewards, total_B)
 
     def loss(
-        self,
-        advantage_B: Tensor,
-        ref_logp_BA: Tensor | None,
-        part: Rollout,
-        at: Tensor,
-        logp: Tensor,
-        totals: Totals,
+        self, advantage_B: Tensor, ref_logp_BA: Tensor | None, part: Part
     ) -> tuple[Tensor, Numbers]:
-        """Some rows' share of the loss."""
-        s, old_logp, mask = self.settings, self.here(part.logprobs), self.here(part.mask)
+        """A part's share of the loss."""
+        s, at = self.settings, part.at
         reference = None if ref_logp_BA is None else ref_logp_BA[at]
-        compared = self.compared(logp, old_logp, mask)
-        loss = policy_loss(logp, old_logp, reference, advantage_B[at], s, compared)
-        return REDUCTIONS[s.recipe.reduce](loss, mask, totals), {}
+        compared = self.compared(part.logp, part.old_logp, part.mask)
+        loss = policy_loss(part.logp, part.old_logp, reference, advantage_B[at], s, compared)
+        return REDUCTIONS[s.recipe.reduce](loss, part.mask, part.totals), {}
 
     def compared(self, logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
         is_sequence = self.settings.recipe.ratio == "sequence"

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fourstage.batch import Rollout, moved
 from fourstage.model import Transformer
@@ -62,13 +62,23 @@ class Totals(NamedTuple):
     max_length: int
 
 
-# (some rows of a rollout, their indices, the policy's log-probs [b, A], totals) -> their share of
-# the optimizer step's loss, and per-token losses [b, A] whose means are logged
-Share = Callable[[Rollout, Tensor, Tensor, Totals], tuple[Tensor, Numbers]]
+class Part(NamedTuple):
+    """What a loss sees of some rows of a rollout; all but the rollout are on the device."""
+
+    rollout: Rollout
+    at: Tensor  # int64 [b], where the rows are in the whole rollout
+    logp: Tensor  # float [b, A], the policy's, with gradient
+    old_logp: Tensor  # float [b, A], the sampler's
+    mask: Tensor  # bool [b, A]
+    totals: Totals
+
+
+# -> a part's share of the optimizer step's loss, and per-token losses [b, A] whose means are logged
+Loss = Callable[[Part], tuple[Tensor, Numbers]]
 
 
 class OnPolicyModule(StageModule):
-    """A policy that learns from its own answers."""
+    """A policy that learns from its own answers; `reference` is the KL's, and frozen."""
 
     settings: OnPolicySettings
     uses_dropout = False  # the sampler has none, and the ratio compares with the sampler
@@ -76,16 +86,16 @@ class OnPolicyModule(StageModule):
     def __init__(
         self,
         policy: Transformer,
-        frozen: dict[str, nn.Module],
+        reference: Transformer,
         tokenizer: Tokenizer,
         settings: OnPolicySettings,
         seed: int,
         sampler_of: Callable[[Transformer], Sampler] = sampler_of,
     ) -> None:
-        """frozen: networks that are only read. sampler_of: makes the current policy a sampler."""
+        """sampler_of: makes the current policy a sampler."""
         super().__init__(settings, seed)
         self.policy = policy
-        self.frozen = {name: n.requires_grad_(False).eval() for name, n in frozen.items()}
+        self.frozen["reference"] = reference.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.sampler_of = sampler_of
 
@@ -132,6 +142,10 @@ class OnPolicyModule(StageModule):
         score = partial(answer_logprobs, policy, temperature=self.settings.temperature)
         return self.in_pieces(score, rollout)
 
+    def reference_logprobs(self, rollout: Rollout) -> Tensor:
+        with self.frozen_network("reference") as reference:
+            return self.logprobs(reference, rollout)
+
     @torch.no_grad()
     def in_pieces(self, function: Callable[[Rollout], Tensor], rollout: Rollout) -> Tensor:
         """function(rollout) without gradients, at most micro_batch_size rows at a time."""
@@ -156,10 +170,10 @@ class OnPolicyModule(StageModule):
 
     # --- the updates
 
-    def learn(self, rollout: Rollout, share: Share, moves_B: Tensor) -> dict[str, Tensor | float]:
+    def learn(self, rollout: Rollout, loss: Loss, moves_B: Tensor) -> dict[str, Tensor | float]:
         """Clipped updates on the rollout; returns what the last pass saw of the rows it trained.
 
-        moves_B: bool, the rows whose share has a gradient.
+        moves_B: bool, the rows whose loss has a gradient.
         """
         s = self.settings
         mask_BA, old_logp_BA = self.here(rollout.mask), self.here(rollout.logprobs)
@@ -170,7 +184,7 @@ class OnPolicyModule(StageModule):
             seen_BA["logp"] = old_logp_BA.clone()
             for index in self.minibatches(rollout, epoch):
                 rows = self.rows_with_gradient(index, moves_B)
-                piece = partial(self.piece, rollout, rows, share, self.totals(rollout, index))
+                piece = partial(self.piece, rollout, rows, loss, self.totals(rollout, index))
                 stats["grad_norm"], seen = self.update(piece, len(rows))
                 trained_B[rows] = True
                 at = self.here(rows)
@@ -216,13 +230,14 @@ class OnPolicyModule(StageModule):
         return Totals(n_answers, n_tokens, self.settings.max_new_tokens)
 
     def piece(
-        self, rollout: Rollout, rows: Tensor, share: Share, totals: Totals, some: slice
+        self, rollout: Rollout, rows: Tensor, loss: Loss, totals: Totals, some: slice
     ) -> tuple[Tensor, Numbers]:
         """Some rows' share of the loss; and numbers of each answer token, [b, A]."""
         part, at = rollout.rows(rows[some]), self.here(rows[some])
         logp = answer_logprobs(self.policy, part, self.settings.temperature)
-        loss, by_token = share(part, at, logp, totals)
-        return loss, {"logp": logp, **by_token}
+        old_logp, mask = self.here(part.logprobs), self.here(part.mask)
+        share, by_token = loss(Part(part, at, logp, old_logp, mask, totals))
+        return share, {"logp": logp, **by_token}
 
     def compared(self, logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
         """The log-probs whose ratio to the sampler's is clipped."""

@@ -33,7 +33,7 @@ from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k1, moments, w
 from fourstage.rl.rewards import true_score
 from fourstage.rl.rollout import answer_texts, answer_values, final_scores
 from fourstage.stages.base import Numbers, check_positive, check_range
-from fourstage.stages.on_policy import OnPolicyModule, OnPolicySettings, Totals
+from fourstage.stages.on_policy import OnPolicyModule, OnPolicySettings, Part
 from fourstage.stages.prepare import Prepared, as_planned, parent_policy, prepare_prompts
 from fourstage.tokenizer import Tokenizer
 
@@ -168,9 +168,9 @@ class PPOModule(OnPolicyModule):
         **more: Any,
     ) -> None:
         """more: OnPolicyModule's."""
-        frozen = {"reference": reference, "reward": reward}
-        super().__init__(policy, frozen, tokenizer, settings, seed, **more)
+        super().__init__(policy, reference, tokenizer, settings, seed, **more)
         self.value = value
+        self.frozen["reward"] = reward.requires_grad_(False).eval()
         self.true_score = true_score
         self.register_buffer("kl_coef", torch.tensor(settings.kl_coef))
 
@@ -191,8 +191,7 @@ class PPOModule(OnPolicyModule):
             rollout = self.rollout(policy, prompts, self.answers(policy, prompts))
         with gathered(self.value) as value:
             values_BA = self.in_pieces(partial(answer_values, value), rollout)
-        with self.frozen_network("reference") as reference:
-            ref_logp_BA = self.logprobs(reference, rollout)
+        ref_logp_BA = self.reference_logprobs(rollout)
         with self.frozen_network("reward") as reward:
             score_B = self.in_pieces(partial(final_scores, reward), rollout)
         mask_BA, logp_BA = self.here(rollout.mask), self.here(rollout.logprobs)
@@ -214,19 +213,17 @@ class PPOModule(OnPolicyModule):
         """Over the answer tokens of all ranks."""
         return self.sum_over_ranks(moments(x_BA.flatten()[self.here(rollout.places)]))
 
-    def loss(
-        self, x: Experience, part: Rollout, at: Tensor, logp: Tensor, totals: Totals
-    ) -> tuple[Tensor, Numbers]:
-        """Some rows' share of both networks' loss, and the two losses of each token."""
-        s, old_logp = self.settings, self.here(part.logprobs)
-        values = answer_values(self.value, part)
+    def loss(self, x: Experience, part: Part) -> tuple[Tensor, Numbers]:
+        """A part's share of both networks' loss, and the two losses of each token."""
+        s, at = self.settings, part.at
         policy_loss = clipped_surrogate(
-            logp, old_logp, x.advantages_BA[at], s.clip_low, s.clip_high
+            part.logp, part.old_logp, x.advantages_BA[at], s.clip_low, s.clip_high
         )
+        values = answer_values(self.value, part.rollout)
         value_loss = clipped_value_loss(values, x.values_BA[at], x.returns_BA[at], s.value_clip)
-        loss = (policy_loss + s.value_coef * value_loss) * self.here(part.mask)
+        loss = (policy_loss + s.value_coef * value_loss) * part.mask
         by_token = {"policy_loss": policy_loss, "value_loss": value_loss}
-        return loss.sum() / totals.tokens, by_token
+        return loss.sum() / part.totals.tokens, by_token
 
     def log_experience(self, x: Experience, losses: dict[str, Tensor | float]) -> None:
         error_BA = x.returns_BA - x.values_BA

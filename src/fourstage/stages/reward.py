@@ -121,13 +121,8 @@ class RewardModule(StageModule):
         chosen_B, rejected_B = self.score_pairs(batch)
         self.val_accuracy.update((chosen_B > rejected_B).float())
         self.val_nll.update(bradley_terry_loss(chosen_B, rejected_B))
-
-    def on_validation_epoch_end(self) -> None:
         # not "val/loss", which is nats per token everywhere
-        metrics = {"val/accuracy": self.val_accuracy, "val/pair_nll": self.val_nll}
-        self.log_dict({name: metric.compute() for name, metric in metrics.items()})
-        for metric in metrics.values():
-            metric.reset()
+        self.log_dict({"val/accuracy": self.val_accuracy, "val/pair_nll": self.val_nll})
 
 
 # --- pairs of the policy's own answers, labelled by the hidden rule
