@@ -141,10 +141,9 @@ def test_one_advantage_for_all_tokens_of_an_answer():
 
 
 def test_ratio_stats_leave_padding_out():
-    old = torch.zeros(2, 3)
-    logp = T([[log(1.5), log(0.5), 50.0], [0.0, -50.0, 50.0]]).requires_grad_()
+    log_ratio = T([[log(1.5), log(0.5), 50.0], [0.0, -50.0, 50.0]])
     mask = T([[True, True, False], [True, False, False]])
-    stats = ratio_stats(logp, old, mask, 0.2, 0.28, mean)
+    stats = ratio_stats(log_ratio, mask, 0.2, 0.28, mean)
     # ratios 1.5, 0.5, 1: r - 1 - ln r is 0.5 - ln 1.5, ln 2 - 0.5 and 0, ln(4/3) in all
     want = {
         "approx_kl": log(4 / 3) / 3,
@@ -154,14 +153,13 @@ def test_ratio_stats_leave_padding_out():
         "clip_high": 1 / 3,
     }
     assert {name: x.item() for name, x in stats.items()} == pytest.approx(want, abs=1e-6)
-    assert not any(x.requires_grad for x in stats.values())
 
 
 def test_ratio_stats_use_both_ends_of_the_range():
-    logp, mask = T([[log(1.25), log(0.75)]]), torch.ones(1, 2, dtype=torch.bool)
-    wide = ratio_stats(logp, torch.zeros(1, 2), mask, 0.3, 0.28, mean)
+    log_ratio, mask = T([[log(1.25), log(0.75)]]), torch.ones(1, 2, dtype=torch.bool)
+    wide = ratio_stats(log_ratio, mask, 0.3, 0.28, mean)
     assert (wide["clip_low"], wide["clip_high"]) == (0.0, 0.0)
-    narrow = ratio_stats(logp, torch.zeros(1, 2), mask, 0.2, 0.2, mean)
+    narrow = ratio_stats(log_ratio, mask, 0.2, 0.2, mean)
     assert (narrow["clip_low"], narrow["clip_high"]) == (0.5, 0.5)
-    moved = ratio_stats(T([[1.0, 1.0]]), torch.zeros(1, 2), mask, 0.2, 0.2, mean)
+    moved = ratio_stats(T([[1.0, 1.0]]), mask, 0.2, 0.2, mean)
     assert moved["approx_kl"].item() == pytest.approx(e - 2)  # e - 1 - 1

@@ -388,9 +388,9 @@ def test_how_far_the_policy_moved_is_measured_on_the_answers_it_was_trained_on(m
     monkeypatch.setattr(stage, "reasoning_rewards", one_by_one(half_tied))
     masks, stats = [], on_policy.ratio_stats
 
-    def keep(logp, logp_old, mask, *clips):
+    def keep(log_ratio, mask, *clips):
         masks.append(mask)
-        return stats(logp, logp_old, mask, *clips)
+        return stats(log_ratio, mask, *clips)
 
     monkeypatch.setattr(on_policy, "ratio_stats", keep)
     module = make(epochs=2, minibatch_size=16, seed=2)

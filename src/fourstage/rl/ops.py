@@ -65,8 +65,7 @@ def clipped_surrogate(
 
 
 def ratio_stats(
-    logp: Tensor,
-    logp_old: Tensor,
+    log_ratio: Tensor,
     mask: Tensor,
     clip_low: float,
     clip_high: float,
@@ -74,10 +73,9 @@ def ratio_stats(
 ) -> dict[str, Tensor]:
     """How far the policy moved from the sampler, over the True entries of mask.
 
-    approx_kl is the k3 estimate of KL(old || new) from samples of old. `mean(x, mask)` may include
-    the other ranks' rows.
+    log_ratio [B, A] is logp - logp_old. approx_kl is the k3 estimate of KL(old || new) from samples
+    of old. `mean(x, mask)` may include the other ranks' rows.
     """
-    log_ratio = (logp - logp_old).detach()
     ratio = log_ratio.exp()
     return {
         "approx_kl": mean(ratio - 1 - log_ratio, mask),

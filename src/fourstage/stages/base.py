@@ -58,9 +58,6 @@ class StageSettings:
     max_skipped: int = 5  # skipped optimizer steps in a row that end the run
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of attention and experts
 
-    # whether the loss or the networks use anything that depends on a piece as a whole: see `pieces`
-    sees_pieces: ClassVar[bool] = False
-
     HASHED_UP_TO: ClassVar[str] = "optimizer"  # see settings.hashed
     # fmt: off
     NOT_HASHED: ClassVar[frozenset[str]] = frozenset((
@@ -98,15 +95,8 @@ class StageSettings:
         return values
 
     def pieces(self, model: ModelConfig, processes: int) -> list[int] | None:
-        """[processes, rows at once] if the weights depend on how a batch is split, else None.
-
-        They do with dropout, which is drawn per piece, and with the switch loss, a product of two
-        means over the tokens of a piece. All other terms add up over any pieces.
-        """
-        has_switch_loss = model.balance == "switch" and not model.dense
-        if not self.sees_pieces or not (model.dropout or has_switch_loss):
-            return None
-        return [processes, min(self.micro_batch_size, self.batch_size // processes)]
+        """[processes, rows at once] if the weights depend on how a batch is split, else None."""
+        return None
 
     @property
     def seconds(self) -> float | None:

@@ -233,8 +233,9 @@ class GRPOModule(OnPolicyModule):
         """A part's share of the loss."""
         s, at = self.settings, part.at
         reference = None if ref_logp_BA is None else ref_logp_BA[at]
-        compared = self.compared(part.logp, part.old_logp, part.mask)
-        loss = policy_loss(part.logp, part.old_logp, reference, advantage_B[at], s, compared)
+        loss = policy_loss(
+            part.logp, part.old_logp, reference, advantage_B[at], s, part.compared
+        )
         return REDUCTIONS[s.recipe.reduce](loss, part.mask, part.totals), {}
 
     def compared(self, logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ class Part(NamedTuple):
     rollout: Rollout
     at: Tensor  # int64 [b], where the rows are in the whole rollout
     logp: Tensor  # float [b, A], the policy's, with gradient
+    compared: Tensor  # float [b, A], the log-probs in the clipped ratio to old_logp
     old_logp: Tensor  # float [b, A], the sampler's
     mask: Tensor  # bool [b, A]
     totals: Totals
@@ -176,29 +177,26 @@ class OnPolicyModule(StageModule):
         moves_B: bool, the rows whose loss has a gradient.
         """
         s = self.settings
-        mask_BA, old_logp_BA = self.here(rollout.mask), self.here(rollout.logprobs)
+        mask_BA = self.here(rollout.mask)
+        zeros_BA = torch.zeros_like(self.here(rollout.logprobs))
         stats: dict[str, Tensor | float] = {}
         for epoch in range(s.epochs):
             trained_B = torch.zeros_like(rollout.stopped)
-            seen_BA: dict[str, Tensor] = defaultdict(partial(torch.zeros_like, old_logp_BA))
-            seen_BA["logp"] = old_logp_BA.clone()
+            seen_BA: dict[str, Tensor] = defaultdict(zeros_BA.clone)
             for index in self.minibatches(rollout, epoch):
                 rows = self.rows_with_gradient(index, moves_B)
                 piece = partial(self.piece, rollout, rows, loss, self.totals(rollout, index))
                 stats["grad_norm"], seen = self.update(piece, len(rows))
                 trained_B[rows] = True
-                at = self.here(rows)
                 for name, x in seen.items():
-                    seen_BA[name][at] = x
+                    seen_BA[name][self.here(rows)] = x
+                gap_BA = seen_BA.pop("gap")
                 if "sampler_gap" not in stats:  # the weights had not moved yet
-                    gap_BA = (seen_BA["logp"] - old_logp_BA).abs() * mask_BA
-                    stats["sampler_gap"] = self.max_over_ranks(gap_BA[at].max())
+                    stats["sampler_gap"] = self.max_over_ranks((gap_BA * mask_BA).max())
             # the other rows have no new log-probs: their ratio of 1 would dilute the means
             trained_BA = mask_BA & self.here(trained_B)[:, None]
-            logp_BA = self.compared(seen_BA.pop("logp"), old_logp_BA, mask_BA)
-            stats |= ratio_stats(
-                logp_BA, old_logp_BA, trained_BA, s.clip_low, s.clip_high, self.masked_mean
-            )
+            log_ratio_BA, clips = seen_BA.pop("log_ratio"), (s.clip_low, s.clip_high)
+            stats |= ratio_stats(log_ratio_BA, trained_BA, *clips, self.masked_mean)
             self.tokens_seen += int(rollout.valid[trained_B].sum())
             if s.max_approx_kl and stats["approx_kl"] > s.max_approx_kl:
                 break
@@ -236,8 +234,10 @@ class OnPolicyModule(StageModule):
         part, at = rollout.rows(rows[some]), self.here(rows[some])
         logp = answer_logprobs(self.policy, part, self.settings.temperature)
         old_logp, mask = self.here(part.logprobs), self.here(part.mask)
-        share, by_token = loss(Part(part, at, logp, old_logp, mask, totals))
-        return share, {"logp": logp, **by_token}
+        compared = self.compared(logp, old_logp, mask)
+        share, by_token = loss(Part(part, at, logp, compared, old_logp, mask, totals))
+        gap, log_ratio = (logp - old_logp).abs(), compared - old_logp
+        return share, {"gap": gap, "log_ratio": log_ratio, **by_token}
 
     def compared(self, logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
         """The log-probs whose ratio to the sampler's is clipped."""

@@ -217,7 +217,7 @@ class PPOModule(OnPolicyModule):
         """A part's share of both networks' loss, and the two losses of each token."""
         s, at = self.settings, part.at
         policy_loss = clipped_surrogate(
-            part.logp, part.old_logp, x.advantages_BA[at], s.clip_low, s.clip_high
+            part.compared, part.old_logp, x.advantages_BA[at], s.clip_low, s.clip_high
         )
         values = answer_values(self.value, part.rollout)
         value_loss = clipped_value_loss(values, x.values_BA[at], x.returns_BA[at], s.value_clip)

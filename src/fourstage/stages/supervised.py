@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import SumMetric
 
 from fourstage.batch import IGNORE, TokenBatch
-from fourstage.model import Transformer
+from fourstage.model import ModelConfig, Transformer
 from fourstage.model.precision import LARGE_VOCABULARY
 from fourstage.stages.base import Numbers, StageModule, StageSettings
 
@@ -53,7 +53,13 @@ def summed_nll(policy: Transformer, hidden_BTD: Tensor, targets_BT: Tensor) -> T
 class NextTokenSettings(StageSettings):
     """Settings of a stage whose loss has the routers' terms, and whose networks have dropout."""
 
-    sees_pieces = True
+    def pieces(self, model: ModelConfig, processes: int) -> list[int] | None:
+        """Dropout is drawn per piece, and the switch loss is a product of two means over the
+        tokens of a piece. All other terms add up over any pieces."""
+        has_switch_loss = model.balance == "switch" and not model.dense
+        if not (model.dropout or has_switch_loss):
+            return None
+        return [processes, min(self.micro_batch_size, self.batch_size // processes)]
 
 
 class NextTokenModule(StageModule):
