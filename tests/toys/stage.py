@@ -15,7 +15,7 @@ from fourstage.batch import IGNORE, TokenBatch
 from fourstage.data.datamodule import sft_data
 from fourstage.data.fits import check_chats
 from fourstage.job import StageJob
-from fourstage.stages.base import check_range
+from fourstage.stages.base import between
 from fourstage.stages.prepare import (
     Prepared,
     as_planned,
@@ -30,11 +30,7 @@ from fourstage.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(SFTSettings):
-    smoothing: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, 0, "smoothing", most=1)
+    smoothing: float = between(0, 1)
 
 
 class SmoothModule(SFTModule):

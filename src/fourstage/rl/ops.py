@@ -34,21 +34,11 @@ def whiten(x: Tensor, moments: Tensor, eps: float = 1e-8) -> Tensor:
 
 # KL(policy || reference) estimated from samples of the policy (Schulman 2020,
 # joschu.net/blog/kl-approx.html). k1 and k3 are unbiased, k2 and k3 are never negative.
-
-
-def kl_k1(logp: Tensor, ref: Tensor) -> Tensor:
-    return logp - ref
-
-
-def kl_k2(logp: Tensor, ref: Tensor) -> Tensor:
-    return 0.5 * (logp - ref).square()
-
-
-def kl_k3(logp: Tensor, ref: Tensor) -> Tensor:
-    return torch.exp(ref - logp) - (ref - logp) - 1
-
-
-KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "k1": lambda logp, ref: logp - ref,
+    "k2": lambda logp, ref: 0.5 * (logp - ref).square(),
+    "k3": lambda logp, ref: torch.exp(ref - logp) - (ref - logp) - 1,
+}
 
 
 def clipped_surrogate(

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -28,7 +28,24 @@ from fourstage.parallel import strategies
 from fourstage.settings import hashed
 
 Numbers = dict[str, Tensor]  # one entry per row in the first dimension
+Metrics = dict[str, Tensor | float]  # single numbers
 _TIME = re.compile(r"\d{1,3}:\d{1,2}:\d{1,2}:\d{1,2}")  # Lightning's DD:HH:MM:SS
+
+
+# Fields of settings with bounds, which StageSettings checks
+
+
+def at_least(least: float, **options: Any) -> Any:
+    return field(metadata={"bound": f"at least {least}", "holds": lambda x: x >= least}, **options)
+
+
+def between(least: float, most: float) -> Any:
+    bound = f"between {least} and {most}"
+    return field(metadata={"bound": bound, "holds": lambda x: least <= x <= most})
+
+
+def positive() -> Any:
+    return field(metadata={"bound": "above 0", "holds": lambda x: x > 0})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,21 +58,21 @@ class StageSettings:
     parent: str | None  # a stage or a run; null: the stage's usual parent
     max_steps: int  # -1: only max_time counts
     max_time: str | None  # DD:HH:MM:SS, replaces max_steps
-    batch_size: int  # rows (prompts in ppo and grpo) per step, over all ranks
-    micro_batch_size: int  # most rows in one forward and backward
-    lr: float
-    min_lr: float  # fraction of lr at the end of the cosine; 1: constant after the warm-up
-    warmup: float  # fraction of the budget with a linear warm-up
-    weight_decay: float
-    beta1: float
-    beta2: float
-    clip_norm: float  # 0: no clipping
+    batch_size: int = at_least(1)  # rows (prompts in ppo and grpo) per step, over all ranks
+    micro_batch_size: int = at_least(1)  # most rows in one forward and backward
+    lr: float = positive()
+    min_lr: float = between(0, 1)  # fraction of lr at the end of the cosine; 1: constant
+    warmup: float = between(0, 1)  # fraction of the budget with a linear warm-up
+    weight_decay: float = at_least(0)
+    beta1: float = between(0, 1)
+    beta2: float = between(0, 1)
+    clip_norm: float = at_least(0)  # 0: no clipping
     balance_router: bool  # whether the auxiliary-loss-free bias moves
-    val_every: int  # steps between validations; 0: only after the last
-    log_every: int
-    sample_every: int  # steps between logged sample answers; 0: only after the last
-    checkpoint_every: int
-    max_skipped: int = 5  # skipped optimizer steps in a row that end the run
+    val_every: int = at_least(0)  # steps between validations; 0: only after the last
+    log_every: int = at_least(1)
+    sample_every: int = at_least(0)  # steps between logged sample answers; 0: only after the last
+    checkpoint_every: int = at_least(1)
+    max_skipped: int = at_least(1, default=5)  # skipped optimizer steps in a row that end the run
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of attention and experts
 
     HASHED_UP_TO: ClassVar[str] = "optimizer"  # see settings.hashed
@@ -67,11 +84,10 @@ class StageSettings:
     # fmt: on
 
     def __post_init__(self) -> None:
-        check_range(self, 1, "batch_size", "micro_batch_size", "log_every", "checkpoint_every")
-        check_range(self, 1, "max_skipped")
-        check_range(self, 0, "val_every", "sample_every", "clip_norm", "weight_decay")
-        check_range(self, 0, "min_lr", "warmup", "beta1", "beta2", most=1)
-        check_positive(self, "lr")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.metadata and not f.metadata["holds"](value):
+                raise UserError(f"{f.name}: must be {f.metadata['bound']}, got {value}")
         for name in ("beta1", "beta2"):
             if getattr(self, name) == 1:
                 raise UserError(f"{name}: must be below 1, got 1.0")
@@ -105,22 +121,6 @@ class StageSettings:
             return None
         days, hours, minutes, seconds = map(int, self.max_time.split(":"))
         return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
-
-
-def check_range(settings: Any, least: float, *names: str, most: float = math.inf) -> None:
-    """Raise UserError unless each named setting lies in [least, most]."""
-    for name in names:
-        value = getattr(settings, name)
-        if not least <= value <= most:
-            bound = f"at least {least}" if most == math.inf else f"between {least} and {most}"
-            raise UserError(f"{name}: must be {bound}, got {value}")
-
-
-def check_positive(settings: Any, *names: str) -> None:
-    """Raise UserError unless each named setting is above 0."""
-    for name in names:
-        if not getattr(settings, name) > 0:
-            raise UserError(f"{name}: must be above 0, got {getattr(settings, name)}")
 
 
 def learning_rate_factor(progress: float, warmup: float, min_lr: float) -> float:
@@ -345,7 +345,7 @@ class StageModule(L.LightningModule):
 
     # --- logs
 
-    def log_step(self, metrics: Mapping[str, Tensor | float], tokens: Tensor | int = 0) -> None:
+    def log_step(self, metrics: Metrics, tokens: Tensor | int = 0) -> None:
         """Log train/<name> for this training step, averaged over ranks, and count its tokens."""
         lr = self.optimizers().param_groups[0]["lr"]
         metrics = {**metrics, "lr": lr, "skipped_steps": self.skipped_steps}

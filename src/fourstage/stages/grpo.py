@@ -28,10 +28,10 @@ from fourstage.errors import UserError
 from fourstage.job import StageJob
 from fourstage.model import Transformer
 from fourstage.parallel.strategies import gathered
-from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k3
+from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate
 from fourstage.rl.rewards import ReasoningReward, reasoning_rewards
 from fourstage.sampling.generate import Generation
-from fourstage.stages.base import Numbers, check_range
+from fourstage.stages.base import Metrics, Numbers, at_least, between
 from fourstage.stages.on_policy import OnPolicyModule, OnPolicySettings, Part, Totals
 from fourstage.stages.prepare import Prepared, as_planned, parent_policy, prepare_prompts
 from fourstage.tokenizer import Tokenizer
@@ -62,12 +62,12 @@ class Settings(OnPolicySettings):
     """`stages.grpo`; None: the recipe's value."""
 
     loss: str  # of RECIPES
-    clip_low: float | None
-    clip_high: float | None
-    group_size: int  # answers to each problem
-    kl_coef: float  # beta, on the KL to the policy that the stage started from
-    form_weight: float  # reward of an answer that stops and marks one final answer
-    resample_rounds: int | None  # dynamic sampling: times that tied groups are answered again
+    clip_low: float | None = between(0, 1)
+    clip_high: float | None = at_least(0)
+    group_size: int = at_least(2)  # answers to each problem
+    kl_coef: float = at_least(0)  # beta, on the KL to the policy that the stage started from
+    form_weight: float = at_least(0)  # reward of an answer that stops and marks one final answer
+    resample_rounds: int | None = at_least(0)  # times that tied groups are answered again
     overlong_window: int | None  # last tokens before the limit that cost up to 1; 0: none
     advantages: str | None = None
     ratio: Literal["token", "sequence"] | None = None
@@ -82,9 +82,11 @@ class Settings(OnPolicySettings):
         for name in ("clip_low", "clip_high", "resample_rounds", "overlong_window"):
             object.__setattr__(self, name, getattr(recipe, name))
         super().__post_init__()
-        check_range(self, 2, "group_size")
-        check_range(self, 0, "kl_coef", "form_weight", "resample_rounds")
-        check_range(self, 0, "overlong_window", most=self.max_new_tokens)
+        if not 0 <= self.overlong_window <= self.max_new_tokens:
+            raise UserError(
+                f"overlong_window: must be between 0 and {self.max_new_tokens}, "
+                f"got {self.overlong_window}"
+            )
 
     @property
     def recipe(self) -> Recipe:
@@ -200,7 +202,8 @@ class GRPOModule(OnPolicyModule):
         advantage_B = scale(answers.total_B.view(-1, s.group_size)).flatten()
         ref_logp_BA = self.reference_logprobs(rollout) if s.kl_coef else None
         loss = partial(self.loss, self.here(advantage_B), ref_logp_BA)
-        losses = self.learn(rollout, loss, self.moves(advantage_B))
+        has_gradient_B = (advantage_B != 0) | (s.kl_coef > 0)
+        losses = self.learn(rollout, loss, has_gradient_B)
         self.log_answers(rollout, answers, losses)
 
     def collect(
@@ -231,31 +234,22 @@ class GRPOModule(OnPolicyModule):
         self, advantage_B: Tensor, ref_logp_BA: Tensor | None, part: Part
     ) -> tuple[Tensor, Numbers]:
         """A part's share of the loss."""
-        s, at = self.settings, part.at
+        s, at, compared = self.settings, part.at, part.logp
+        if s.recipe.ratio == "sequence":
+            compared = sequence_logprobs(part.logp, part.old_logp, part.mask)
         reference = None if ref_logp_BA is None else ref_logp_BA[at]
-        loss = policy_loss(
-            part.logp, part.old_logp, reference, advantage_B[at], s, part.compared
-        )
-        return REDUCTIONS[s.recipe.reduce](loss, part.mask, part.totals), {}
-
-    def compared(self, logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
-        is_sequence = self.settings.recipe.ratio == "sequence"
-        return sequence_logprobs(logp, old_logp, mask) if is_sequence else logp
-
-    def moves(self, advantage_B: Tensor) -> Tensor:
-        """bool [B]: the answers whose loss has a gradient."""
-        return (advantage_B != 0) | (self.settings.kl_coef > 0)
+        loss = policy_loss(part.logp, part.old_logp, reference, advantage_B[at], s, compared)
+        by_token = {"log_ratio": compared - part.old_logp}
+        return REDUCTIONS[s.recipe.reduce](loss, part.mask, part.totals), by_token
 
     def neighbours(self, rows: Tensor, rollout: Rollout) -> Tensor:
         """A group's answers side by side, so that their prompt is computed once (packing.py)."""
         return rows.sort().values
 
-    def log_answers(
-        self, rollout: Rollout, answers: Answers, losses: dict[str, Tensor | float]
-    ) -> None:
+    def log_answers(self, rollout: Rollout, answers: Answers, losses: Metrics) -> None:
         k = self.settings.group_size
         firsts = rollout.rows(torch.arange(0, len(rollout.ids), k))  # enough for the logged KL
-        kl_GA = kl_k3(self.here(firsts.logprobs), self.reference_logprobs(firsts))
+        kl_GA = KL_ESTIMATORS["k3"](self.here(firsts.logprobs), self.reference_logprobs(firsts))
         total_GK = answers.total_B.view(-1, k)
         correct_GK = torch.tensor([r.correct for r in answers.rewards]).view(-1, k)
         metrics = {

@@ -21,14 +21,8 @@ from fourstage.model import Transformer
 from fourstage.parallel.strategies import is_sharded
 from fourstage.rl.ops import ratio_stats
 from fourstage.rl.rollout import answer_logprobs, pack
-from fourstage.sampling.generate import (
-    LEAST_TEMPERATURE,
-    Generation,
-    Sampler,
-    Sampling,
-    sampler_of,
-)
-from fourstage.stages.base import Numbers, StageModule, StageSettings, check_range
+from fourstage.sampling.generate import LEAST_TEMPERATURE, Generation, Sampler, Sampling, sampler_of
+from fourstage.stages.base import Metrics, Numbers, StageModule, StageSettings, at_least, between
 from fourstage.tokenizer import Tokenizer
 
 
@@ -36,22 +30,15 @@ from fourstage.tokenizer import Tokenizer
 class OnPolicySettings(StageSettings):
     """The settings of a stage that trains on its own answers; a step is a rollout."""
 
-    max_prompt_tokens: int  # longer prompts are left out
-    max_new_tokens: int
-    temperature: float  # of the sampler and of the log-probabilities
-    epochs: int  # passes over a rollout
-    minibatch_size: int  # answers per optimizer step, over all ranks
-    clip_low: float
-    clip_high: float
+    max_prompt_tokens: int = at_least(1)  # longer prompts are left out
+    max_new_tokens: int = at_least(1)
+    temperature: float = at_least(LEAST_TEMPERATURE)  # of the sampler and the log-probabilities
+    epochs: int = at_least(1)  # passes over a rollout
+    minibatch_size: int = at_least(1)  # answers per optimizer step, over all ranks
+    clip_low: float = between(0, 1)
+    clip_high: float = at_least(0)
     kl_estimator: Literal["k1", "k2", "k3"]
-    max_approx_kl: float  # stop training on a rollout once the policy moved this far; 0: never
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, 1, "max_prompt_tokens", "max_new_tokens", "epochs", "minibatch_size")
-        check_range(self, 0, "max_approx_kl", "clip_high")
-        check_range(self, 0, "clip_low", most=1)
-        check_range(self, LEAST_TEMPERATURE, "temperature")
+    max_approx_kl: float = at_least(0)  # drop a rollout once the policy moved this far; 0: never
 
 
 class Totals(NamedTuple):
@@ -68,13 +55,13 @@ class Part(NamedTuple):
     rollout: Rollout
     at: Tensor  # int64 [b], where the rows are in the whole rollout
     logp: Tensor  # float [b, A], the policy's, with gradient
-    compared: Tensor  # float [b, A], the log-probs in the clipped ratio to old_logp
     old_logp: Tensor  # float [b, A], the sampler's
     mask: Tensor  # bool [b, A]
     totals: Totals
 
 
-# -> a part's share of the optimizer step's loss, and per-token losses [b, A] whose means are logged
+# -> a part's share of the optimizer step's loss; and, [b, A], the log_ratio that is clipped and
+# per-token losses whose means are logged
 Loss = Callable[[Part], tuple[Tensor, Numbers]]
 
 
@@ -160,7 +147,7 @@ class OnPolicyModule(StageModule):
         length_B = rollout.start + rollout.length
         return rows[length_B[rows].argsort(stable=True)]
 
-    def rollout_stats(self, rollout: Rollout) -> dict[str, Tensor | float]:
+    def rollout_stats(self, rollout: Rollout) -> Metrics:
         """What is logged of the answers; entropy is estimated from the tokens drawn, in nats."""
         logp_BA, mask_BA = self.here(rollout.logprobs), self.here(rollout.mask)
         return {
@@ -171,20 +158,20 @@ class OnPolicyModule(StageModule):
 
     # --- the updates
 
-    def learn(self, rollout: Rollout, loss: Loss, moves_B: Tensor) -> dict[str, Tensor | float]:
+    def learn(self, rollout: Rollout, loss: Loss, has_gradient_B: Tensor) -> Metrics:
         """Clipped updates on the rollout; returns what the last pass saw of the rows it trained.
 
-        moves_B: bool, the rows whose loss has a gradient.
+        has_gradient_B: bool, the rows whose loss has a gradient.
         """
         s = self.settings
         mask_BA = self.here(rollout.mask)
         zeros_BA = torch.zeros_like(self.here(rollout.logprobs))
-        stats: dict[str, Tensor | float] = {}
+        stats: Metrics = {}
         for epoch in range(s.epochs):
             trained_B = torch.zeros_like(rollout.stopped)
             seen_BA: dict[str, Tensor] = defaultdict(zeros_BA.clone)
             for index in self.minibatches(rollout, epoch):
-                rows = self.rows_with_gradient(index, moves_B)
+                rows = self.rows_with_gradient(index, has_gradient_B)
                 piece = partial(self.piece, rollout, rows, loss, self.totals(rollout, index))
                 stats["grad_norm"], seen = self.update(piece, len(rows))
                 trained_B[rows] = True
@@ -211,7 +198,7 @@ class OnPolicyModule(StageModule):
         for rows in order.split(max(1, self.settings.minibatch_size // self.trainer.world_size)):
             yield self.neighbours(rows, rollout)
 
-    def rows_with_gradient(self, index: Tensor, moves_B: Tensor) -> Tensor:
+    def rows_with_gradient(self, index: Tensor, has_gradient_B: Tensor) -> Tensor:
         """The rows of a minibatch that move the policy; at least one, so that a step is taken.
 
         All of them if more than the gradient counts: the router's load, or other ranks, which must
@@ -219,7 +206,7 @@ class OnPolicyModule(StageModule):
         """
         if self.settings.balance_router or self.trainer.world_size > 1:
             return index
-        moving = index[moves_B[index]]
+        moving = index[has_gradient_B[index]]
         return moving if len(moving) else index[:1]
 
     def totals(self, rollout: Rollout, rows: Tensor) -> Totals:
@@ -234,11 +221,5 @@ class OnPolicyModule(StageModule):
         part, at = rollout.rows(rows[some]), self.here(rows[some])
         logp = answer_logprobs(self.policy, part, self.settings.temperature)
         old_logp, mask = self.here(part.logprobs), self.here(part.mask)
-        compared = self.compared(logp, old_logp, mask)
-        share, by_token = loss(Part(part, at, logp, compared, old_logp, mask, totals))
-        gap, log_ratio = (logp - old_logp).abs(), compared - old_logp
-        return share, {"gap": gap, "log_ratio": log_ratio, **by_token}
-
-    def compared(self, logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
-        """The log-probs whose ratio to the sampler's is clipped."""
-        return logp
+        share, by_token = loss(Part(part, at, logp, old_logp, mask, totals))
+        return share, {"gap": (logp - old_logp).abs(), **by_token}

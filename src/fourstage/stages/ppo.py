@@ -29,10 +29,10 @@ from fourstage.job import StageJob
 from fourstage.model import ScalarModel, Transformer
 from fourstage.model.weights import load_scalar
 from fourstage.parallel.strategies import gathered
-from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, kl_k1, moments, whiten
+from fourstage.rl.ops import KL_ESTIMATORS, clipped_surrogate, moments, whiten
 from fourstage.rl.rewards import true_score
 from fourstage.rl.rollout import answer_texts, answer_values, final_scores
-from fourstage.stages.base import Numbers, check_positive, check_range
+from fourstage.stages.base import Metrics, Numbers, at_least, between, positive
 from fourstage.stages.on_policy import OnPolicyModule, OnPolicySettings, Part
 from fourstage.stages.prepare import Prepared, as_planned, parent_policy, prepare_prompts
 from fourstage.tokenizer import Tokenizer
@@ -45,20 +45,17 @@ class Settings(OnPolicySettings):
     """`stages.ppo`"""
 
     reward_parent: str | None  # a reward run; null: the reward model of the sft parent
-    kl_coef: float
-    kl_target: float  # above 0: the coefficient adapts towards this KL per answer
-    kl_horizon: int  # answers over which it adapts
-    missing_eos_penalty: float
-    gamma: float
-    gae_lambda: float
-    value_clip: float
-    value_coef: float
+    kl_coef: float = at_least(0)
+    kl_target: float = at_least(0)  # above 0: kl_coef adapts towards this KL per answer
+    kl_horizon: int = positive()  # answers over which it adapts
+    missing_eos_penalty: float = at_least(0)
+    gamma: float = between(0, 1)
+    gae_lambda: float = between(0, 1)
+    value_clip: float = positive()
+    value_coef: float = at_least(0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, 0, "kl_coef", "kl_target", "missing_eos_penalty", "value_coef")
-        check_range(self, 0, "gamma", "gae_lambda", most=1)
-        check_positive(self, "value_clip", "kl_horizon")
         least = MOST_ERROR * self.batch_size
         if self.kl_target and self.kl_horizon <= least:
             raise UserError(
@@ -113,13 +110,11 @@ def explained_variance(error_moments: Tensor, return_moments: Tensor) -> Tensor:
 
     From the `moments` of R - V and of R, summed over ranks.
     """
-    return 1 - variance(error_moments) / variance(return_moments).clamp(min=1e-8)
-
-
-def variance(moments: Tensor) -> Tensor:
-    """The population variance, from `moments`."""
-    count, total, squares = moments
-    return (squares / count - (total / count).square()).clamp(min=0)
+    error, of_returns = (
+        (squares / count - (total / count).square()).clamp(min=0)
+        for count, total, squares in (error_moments, return_moments)
+    )
+    return 1 - error / of_returns.clamp(min=1e-8)
 
 
 def adapted_kl_coef(coef: Tensor, kl: Tensor, target: float, n: int, horizon: int) -> Tensor:
@@ -203,7 +198,7 @@ class PPOModule(OnPolicyModule):
         return Experience(
             rollout=rollout,
             score_B=score_B,
-            kl_BA=kl_k1(logp_BA, ref_logp_BA) * mask_BA,
+            kl_BA=KL_ESTIMATORS["k1"](logp_BA, ref_logp_BA) * mask_BA,
             values_BA=values_BA,
             advantages_BA=whiten(advantages_BA, self.moments(advantages_BA, rollout)) * mask_BA,
             returns_BA=returns_BA,
@@ -214,21 +209,22 @@ class PPOModule(OnPolicyModule):
         return self.sum_over_ranks(moments(x_BA.flatten()[self.here(rollout.places)]))
 
     def loss(self, x: Experience, part: Part) -> tuple[Tensor, Numbers]:
-        """A part's share of both networks' loss, and the two losses of each token."""
+        """A part's share of both networks' loss, and what is logged of each token."""
         s, at = self.settings, part.at
         policy_loss = clipped_surrogate(
-            part.compared, part.old_logp, x.advantages_BA[at], s.clip_low, s.clip_high
+            part.logp, part.old_logp, x.advantages_BA[at], s.clip_low, s.clip_high
         )
         values = answer_values(self.value, part.rollout)
         value_loss = clipped_value_loss(values, x.values_BA[at], x.returns_BA[at], s.value_clip)
         loss = (policy_loss + s.value_coef * value_loss) * part.mask
-        by_token = {"policy_loss": policy_loss, "value_loss": value_loss}
+        log_ratio = part.logp - part.old_logp
+        by_token = {"log_ratio": log_ratio, "policy_loss": policy_loss, "value_loss": value_loss}
         return loss.sum() / part.totals.tokens, by_token
 
-    def log_experience(self, x: Experience, losses: dict[str, Tensor | float]) -> None:
+    def log_experience(self, x: Experience, losses: Metrics) -> None:
         error_BA = x.returns_BA - x.values_BA
         both = (self.moments(what, x.rollout) for what in (error_BA, x.returns_BA))
-        metrics: dict[str, Tensor | float] = {
+        metrics: Metrics = {
             **losses,
             "score": x.score_B.mean(),
             "kl": x.kl_BA.sum(1).mean(),  # nats per answer

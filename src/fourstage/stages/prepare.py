@@ -67,7 +67,7 @@ def loader_options(job: StageJob) -> dict[str, Any]:
 
 def rank() -> int:
     """This process's rank; 0 before the processes have met."""
-    return getattr(rank_zero_only, "rank", 0) or 0
+    return rank_zero_only.rank
 
 
 def say(text: str) -> None:

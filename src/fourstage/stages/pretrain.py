@@ -16,7 +16,7 @@ from fourstage.data.datamodule import pretrain_data
 from fourstage.data.fits import check_corpus
 from fourstage.job import StageJob
 from fourstage.model import Transformer
-from fourstage.stages.base import check_range
+from fourstage.stages.base import at_least
 from fourstage.stages.prepare import Prepared, as_planned, heldout_rows, loader_options
 from fourstage.stages.supervised import NextTokenModule, NextTokenSettings
 from fourstage.tokenizer import Tokenizer
@@ -26,11 +26,7 @@ from fourstage.tokenizer import Tokenizer
 class Settings(NextTokenSettings):
     """`stages.pretrain`"""
 
-    block_size: int  # tokens per row
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, 2, "block_size")
+    block_size: int = at_least(2)  # tokens per row
 
 
 def bits_per_char(nll: Tensor, chars: int) -> Tensor:

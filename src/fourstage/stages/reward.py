@@ -32,7 +32,7 @@ from fourstage.rl.rewards import RULE_VERSION, true_score
 from fourstage.rl.rollout import fitted_prompt
 from fourstage.runs.records import write_record
 from fourstage.sampling.generate import LEAST_TEMPERATURE, Sampler, Sampling, sampler_of
-from fourstage.stages.base import Numbers, StageModule, StageSettings, check_range
+from fourstage.stages.base import Numbers, StageModule, StageSettings, at_least
 from fourstage.stages.prepare import (
     Prepared,
     as_planned,
@@ -50,20 +50,13 @@ from fourstage.tokenizer import Tokenizer
 class Settings(StageSettings):
     """`stages.reward`"""
 
-    max_tokens: int  # of prompt and answer; longer prompts lose their beginning
-    margin: float
-    centre_coef: float
+    max_tokens: int = at_least(8)  # of prompt and answer; longer prompts lose their beginning
+    margin: float = at_least(0)
+    centre_coef: float = at_least(0)
     # for data=embedded, which samples its pairs from the sft parent:
-    pairs_per_prompt: int
-    max_new_tokens: int
-    temperature: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, 8, "max_tokens")
-        check_range(self, 1, "pairs_per_prompt", "max_new_tokens")
-        check_range(self, 0, "margin", "centre_coef")
-        check_range(self, LEAST_TEMPERATURE, "temperature")
+    pairs_per_prompt: int = at_least(1)
+    max_new_tokens: int = at_least(1)
+    temperature: float = at_least(LEAST_TEMPERATURE)
 
 
 def bradley_terry_loss(

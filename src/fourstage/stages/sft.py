@@ -13,7 +13,7 @@ from fourstage import data
 from fourstage.data.datamodule import sft_data
 from fourstage.data.fits import check_chats
 from fourstage.job import StageJob
-from fourstage.stages.base import check_range
+from fourstage.stages.base import at_least
 from fourstage.stages.prepare import (
     Prepared,
     as_planned,
@@ -29,11 +29,7 @@ from fourstage.tokenizer import Tokenizer
 class Settings(NextTokenSettings):
     """`stages.sft`"""
 
-    max_tokens: int  # of a conversation; longer ones lose their beginning, or are left out
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, 8, "max_tokens")
+    max_tokens: int = at_least(8)  # longer conversations lose their beginning, or are left out
 
 
 class SFTModule(NextTokenModule):
