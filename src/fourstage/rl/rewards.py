@@ -1,14 +1,14 @@
 """Text to reward: the hidden preference rule, and the verifiable reward of reasoning problems.
 
 The hidden rule (RULE_VERSION) plays the human who compares two answers. It labels the pairs that
-the reward model learns from and it judges every stage in the evaluation; nothing that trains ever
-sees its number or its parts. So the true score stays known, and over-optimisation of the learned
-reward can be seen (Gao et al. 2022, arXiv 2210.10760). The rule likes answers that are
+the reward model learns from and judges every stage in the evaluation, but no training sees its
+score. So over-optimisation of the learned reward is measurable (Gao et al. 2022,
+arXiv 2210.10760). The rule likes answers that are
 
     complete   +1.0   ended by the model itself, on a full stop, exclamation or question mark
     kind       +0.5   for each different kind word, three at most
     measured   +-1    1 - |words - 12| / 12, never below -1: neither a grunt nor a sermon
-    varied     -2.0   times the share of words that repeat an earlier one
+    varied     -2.0   times the fraction of words that repeat an earlier one
 
 A constant or empty answer scores at most 0; the best possible answer scores 3.5.
 """
@@ -37,7 +37,7 @@ _PLAIN = re.compile(
 
 
 class RuleParts(NamedTuple):
-    """The parts of the hidden rule, before they are added up."""
+    """The summands of the hidden rule."""
 
     complete: float
     kind: float
@@ -46,7 +46,7 @@ class RuleParts(NamedTuple):
 
 
 def rule_parts(answer: str, stopped: bool) -> RuleParts:
-    """Judge one answer; `stopped` says that the model ended it itself."""
+    """Judge one answer; `stopped`: the model ended it itself."""
     words = [word.lower() for word in _WORD.findall(answer)]
     distinct = set(words)
     repeated = 1 - len(distinct) / len(words) if words else 0.0
@@ -66,8 +66,8 @@ def true_score(answer: str, stopped: bool) -> float:
 class ReasoningReward(NamedTuple):
     """What a verifiable answer earns."""
 
-    correct: float  # 1 where the task's own verifier accepts it, else 0: no part of the score
-    form: float  # 1 when it stopped and ends in exactly one marked final answer, else 0
+    correct: float  # 1 if the task's own verifier gives it full marks, else 0
+    form: float  # 1 if it stopped and ends in exactly one marked final answer, else 0
 
     def total(self, form_weight: float) -> float:
         return self.correct + form_weight * self.form
@@ -76,7 +76,7 @@ class ReasoningReward(NamedTuple):
 def reasoning_rewards(
     problems: Sequence[Verifiable], answers: Sequence[str], stopped: Sequence[bool]
 ) -> list[ReasoningReward]:
-    """Judge an answer to each problem; an answer that was cut off earns nothing."""
+    """Judge an answer to each problem; a truncated answer earns nothing."""
     forms = [has_form(answer, problem) for problem, answer in zip(problems, answers, strict=True)]
     return [
         ReasoningReward(float(score == 1.0), float(form)) if ended else ReasoningReward(0.0, 0.0)
@@ -87,9 +87,8 @@ def reasoning_rewards(
 def well_formed(answer: str, stopped: bool, problem: Verifiable | None = None) -> bool:
     """Whether an answer stopped and has the form that instruction tuning taught.
 
-    A problem's answer ends in exactly one marked final answer. A chat answer, to no problem, is
-    text: at least three quarters of what stands between its spaces are plain words or numbers,
-    punctuation aside.
+    To a problem: it ends in exactly one marked final answer. In a chat: at least three quarters of
+    its whitespace-separated pieces are plain words or numbers, punctuation aside.
     """
     if not stopped:
         return False

@@ -1,6 +1,6 @@
 """Rollouts: sampled answers as rows for training, scored by any of the networks.
 
-A rollout is on the CPU; scores are on the device of the network that gives them.
+A rollout is on the CPU; scores are on the device of the network that computes them.
 
 Our own sampler and the trainer agree on log-probabilities to 1e-4 in float32 (there is a test, and
 the stages log the difference).

@@ -100,7 +100,7 @@ class OnPolicyModule(StageModule):
     def answers(
         self, policy: Transformer, prompts: list[list[int]], attempt: int = 0
     ) -> Generation:
-        """An answer to each prompt, sampled on-policy: without top-k or top-p.
+        """An answer to each prompt from the full distribution: no top-k, no top-p.
 
         The draw is a function of seed, rank, step and attempt. policy: the stage's own, gathered
         (strategies.gathered).
@@ -163,8 +163,7 @@ class OnPolicyModule(StageModule):
 
         has_gradient_B: bool, the rows whose loss has a gradient.
         """
-        s = self.settings
-        mask_BA = self.here(rollout.mask)
+        s, mask_BA = self.settings, self.here(rollout.mask)
         zeros_BA = torch.zeros_like(self.here(rollout.logprobs))
         stats: Metrics = {}
         for epoch in range(s.epochs):
@@ -180,7 +179,7 @@ class OnPolicyModule(StageModule):
                 gap_BA = seen_BA.pop("gap")
                 if "sampler_gap" not in stats:  # the weights had not moved yet
                     stats["sampler_gap"] = self.max_over_ranks((gap_BA * mask_BA).max())
-            # the other rows have no new log-probs: their ratio of 1 would dilute the means
+            # untrained rows have a ratio of 1, which would dilute the means
             trained_BA = mask_BA & self.here(trained_B)[:, None]
             log_ratio_BA, clips = seen_BA.pop("log_ratio"), (s.clip_low, s.clip_high)
             stats |= ratio_stats(log_ratio_BA, trained_BA, *clips, self.masked_mean)

@@ -45,10 +45,7 @@ class Prepared:
 def check_records(
     config: data.DataConfig, stage: str, settings: Any, tokenizer: Tokenizer, max_seq_len: int
 ) -> list[str]:
-    """Warnings about the data that a stage will not use.
-
-    Raises UserError, as the stage itself would, if that leaves it no record.
-    """
+    """Warnings about data that a stage will not use; UserError if that leaves it no record."""
     lost = lost_on_reading(config, stage)
     return lost + LADDER[stage].code.check_data(config, settings, tokenizer, max_seq_len)
 
@@ -70,10 +67,10 @@ def rank() -> int:
     return rank_zero_only.rank
 
 
+@rank_zero_only
 def say(text: str) -> None:
     """Print on rank 0 only."""
-    if rank() == 0:
-        print(text, flush=True)
+    print(text, flush=True)
 
 
 def world_size(job: StageJob) -> int:

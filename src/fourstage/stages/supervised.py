@@ -1,4 +1,4 @@
-"""Next-token training, which pre-training and instruction tuning share: they differ in targets."""
+"""Next-token training, shared by pre-training and instruction tuning, which differ in targets."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def next_token_nll(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 def summed_nll(policy: Transformer, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
     """next_token_nll of the policy's logits, float32 [].
 
-    With a large vocabulary the logits of at most LOGITS_AT_ONCE tokens are held at a time, and
-    computed again in the backward: those of 32 x 1,024 tokens and 32,768 words would take 15 GB.
-    Ranks have as many pieces, however long their rows are: under ZeRO-3 each gathers the head.
+    With a large vocabulary, the logits of at most LOGITS_AT_ONCE tokens are held at a time, and
+    recomputed in the backward: those of 32 x 1,024 tokens and 32,768 words would take 15 GB. All
+    ranks have the same number of pieces, however long their rows: under ZeRO-3 each piece gathers
+    the head.
     """
     if policy.vocab_size <= LARGE_VOCABULARY:
         return next_token_nll(policy.logits(hidden_BTD), targets_BT)
@@ -38,10 +39,10 @@ def summed_nll(policy: Transformer, hidden_BTD: Tensor, targets_BT: Tensor) -> T
 
     def piece(hidden_ND: Tensor, targets_N: Tensor, counted: list[bool]) -> Tensor:
         flops = policy.flops
-        try:  # PyTorch leaves a second run as soon as it has what it needs
+        try:  # PyTorch raises out of the recomputation once it has what it needs
             return next_token_nll(policy.logits(hidden_ND[None]), targets_N[None])
         finally:
-            if counted:  # what is computed again is not counted
+            if counted:  # the recomputation is not counted
                 policy.flops = flops
             counted.append(True)
 
@@ -75,7 +76,7 @@ class NextTokenModule(StageModule):
     ) -> tuple[Tensor, Tensor]:
         """A piece's share of the step's loss, and its summed -log p.
 
-        The step has n_targets that are predicted, and n_tokens that the routers see.
+        The whole step has n_targets to predict, and n_tokens for the routers.
         """
         output = self.policy(batch.ids, valid_BT=batch.valid)
         nll = summed_nll(self.policy, output.hidden_BTD, batch.targets)
@@ -110,5 +111,5 @@ class NextTokenModule(StageModule):
         self.log_dict(self.validation_metrics(nll, tokens))
 
     def validation_metrics(self, nll: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """What is logged of the whole validation split: summed -log p and the number of tokens."""
+        """What is logged, from the whole validation split's summed -log p and number of targets."""
         return {"val/loss": nll / tokens}
