@@ -1,7 +1,7 @@
 """Stage 3b, preference fine-tuning by PPO against the learned reward model.
 
     r_t  = -kl_coef KL_t, plus the reward model's score at the last token   token_rewards
-    A_t  = sum_l (gamma lambda)^l delta_{t+l}, whitened                     gae, whiten
+    A_t  = sum_l (gamma lambda)^l delta_{t+l}, then whitened; R = A + V     gae, whiten
     loss = mean_t max(-A_t ratio_t, -A_t clip(ratio_t))                     clipped_surrogate
          + value_coef mean_t 0.5 max((V_t - R_t)^2, (clipped V_t - R_t)^2)  clipped_value_loss
 
