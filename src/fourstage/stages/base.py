@@ -214,7 +214,7 @@ class StageModule(L.LightningModule):
         return steps_done(self.trainer)
 
     def progress(self, ahead: int = 0) -> float:
-        """Fraction of the budget that is spent, 0 to 1; of a step budget, after `ahead` more steps."""
+        """Fraction of the budget spent, 0 to 1; of a step budget, after `ahead` more steps."""
         if self.settings.seconds is None:
             return (self.steps_done + ahead) / self.settings.max_steps
         timer = next(c for c in self.trainer.callbacks if isinstance(c, Timer))
