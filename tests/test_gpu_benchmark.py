@@ -121,7 +121,7 @@ def test_a_task_that_writes_garbage_is_followed_by_the_next(steps, tmp_path, mon
     assert good["ok"] and good["figures"] == {"loss": "NaN", "step_ms": 2}  # JSON has no NaN
 
 
-def test_a_ladder_trains_again(steps, tmp_path, monkeypatch):
+def test_a_ladder_trains_again(steps, tmp_path):
     """One that has finished, or was killed, would say how fast it was then."""
     before = tmp_path / "ladders" / "again" / "runs"
     before.mkdir(parents=True)

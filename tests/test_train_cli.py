@@ -261,7 +261,7 @@ def test_command_lines_answer_without_pytorch(tmp_path) -> None:
 # --- the config tree
 
 
-def test_command_line_over_debug_over_experiment_over_base(tmp_path, monkeypatch) -> None:
+def test_command_line_over_debug_over_experiment_over_base(tmp_path) -> None:
     plain = composed("debug=fast", "experiment=no_preferences")
     assert (plain.stage, plain.stages.grpo.parent) == ("grpo", "sft")  # experiment over base
     assert plain.stages.grpo.max_steps == 2 and plain.debug == "fast"  # debug over base

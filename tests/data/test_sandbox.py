@@ -140,7 +140,7 @@ def test_the_current_folder_is_not_imported_from(tmp_path, monkeypatch):
     judges.close()
 
 
-def test_no_zombies_and_no_folders_stay(evaluator, tmp_path, monkeypatch):
+def test_no_zombies_and_no_folders_stay(evaluator, tmp_path):
     children = Path(f"/proc/{evaluator._server.pid}/task/{evaluator._server.pid}/children")
     evaluator.map(["exit()", "1", "exit()"])
     if children.exists():

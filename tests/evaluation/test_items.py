@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from math import log2
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from fourstage.evaluation import items as module
 from fourstage.evaluation.items import (
     Block,
+    answers,
     askable,
     batches,
     changed_sets,
@@ -32,9 +34,9 @@ from fourstage.evaluation.items import (
 )
 from fourstage.rl.rewards import true_score, well_formed
 from fourstage.rl.rollout import answer_logprobs, pack
-from fourstage.sampling.generate import Generation, generate
+from fourstage.sampling.generate import Generation, generate, sampler_of
 from tests.heldout import CHATS, CONFIG, HELDOUT, NOTHING, changed, chat, problem
-from tests.stages.tiny import TINY, TOKENIZER, make_policy
+from tests.stages.tiny import TINY, TOKENIZER, make_policy, without_logprobs
 
 DENSE = replace(TINY, num_experts=1, top_k=1)
 
@@ -191,9 +193,22 @@ def test_nothing_held_out_is_nothing_asked():
 # --- chat
 
 
+def ask(sampler=None, policy=None):
+    """Puts records to the policy, or to a stand-in for its sampler."""
+    policy = policy or make_policy()
+    return partial(answers, policy, TOKENIZER, CONFIG, sampler or sampler_of(policy))
+
+
+def test_a_sampler_without_log_probs_gives_the_same_items(chats):
+    policy = make_policy()
+    found = chat_items(ask(without_logprobs(policy), policy), TOKENIZER, HELDOUT, CONFIG)
+    for one, other in zip(found, chats, strict=True):
+        assert one == {**other, "logprob": pytest.approx(other["logprob"], abs=1e-3)}
+
+
 @pytest.fixture(scope="module")
 def chats():
-    return chat_items(make_policy(), TOKENIZER, HELDOUT, CONFIG)
+    return chat_items(ask(), TOKENIZER, HELDOUT, CONFIG)
 
 
 def test_chat_items_are_what_was_said_and_how_it_is_judged(chats):
@@ -223,8 +238,8 @@ def test_the_stored_log_probability_is_the_policys(chats):
 def test_an_answer_does_not_depend_on_what_is_asked_beside(chats, monkeypatch):
     monkeypatch.setattr(module, "TOKENS_AT_ONCE", 1)  # one prompt a batch
     turned = replace(HELDOUT, chats=CHATS[::-1])
-    alone = chat_items(make_policy(), TOKENIZER, turned, CONFIG)[::-1]
-    few = chat_items(make_policy(), TOKENIZER, HELDOUT, changed(max_prompts=2))
+    alone = chat_items(ask(), TOKENIZER, turned, CONFIG)[::-1]
+    few = chat_items(ask(), TOKENIZER, HELDOUT, changed(max_prompts=2))
     for other in (alone, few):
         assert [c["answer"] for c in other] == [c["answer"] for c in chats][: len(other)]
 
@@ -263,12 +278,12 @@ def test_normalised_text():
     assert plain(" Don't_stop -- it's\n2,000\t\u00c9t\u00e9! ") == "dontstop its 2000 \u00e9t\u00e9"
 
 
-def test_any_reference_of_a_prompt_counts(monkeypatch):
-    monkeypatch.setattr(module, "generate", answers_of("I am well", "so it is then", "no"))
+def test_any_reference_of_a_prompt_counts():
+    said = ask(answers_of("I am well", "so it is then", "no"))
     records = [chat("a"), chat("b"), chat("c")]
     known = {records[0].id: ["Fine.", "I am well."], records[1].id: ["It is.", "no"]}
     heldout = replace(HELDOUT, chats=records, references=known)
-    items = greedy_chat_items(make_policy(), TOKENIZER, heldout, CONFIG)
+    items = greedy_chat_items(said, heldout, CONFIG)
     assert [(i["exact"], i["contained"]) for i in items] == [
         (True, True),
         (False, True),
@@ -290,7 +305,7 @@ def test_distinct_n_by_hand():
 def answers_of(*texts, stopped=None):
     """Stands in for decoding: the listed answers, whatever the prompt (all of equal length)."""
 
-    def fake(policy, prompts, sampling):
+    def fake(prompts, sampling):
         assert (sampling.temperature == 0.0) == (sampling.row_seeds is None)
         ids = [TOKENIZER.encode(text) for text in texts]
         return Generation(ids, [[0.0] * len(i) for i in ids], list(stopped or [True] * len(ids)))
@@ -298,11 +313,11 @@ def answers_of(*texts, stopped=None):
     return fake
 
 
-def test_a_problem_is_right_when_it_stopped_and_the_verifier_accepts(monkeypatch):
+def test_a_problem_is_right_when_it_stopped_and_the_verifier_accepts():
     problems = [problem(f"{i} + 1 = ?", str(i + 1)) for i in range(4)]
     given = ("1 it is\n#### 1", "#### 3", "#### 3", "4")
-    monkeypatch.setattr(module, "generate", answers_of(*given, stopped=(True, True, False, True)))
-    items = problem_items(make_policy(), TOKENIZER, problems, CONFIG)
+    said = ask(answers_of(*given, stopped=(True, True, False, True)))
+    items = problem_items(said, problems, CONFIG)
     assert [item["correct"] for item in items] == [True, False, False, False]
     assert [item["well_formed"] for item in items] == [True, True, False, False]
     assert [item["answer"] for item in items] == list(given)
@@ -310,34 +325,33 @@ def test_a_problem_is_right_when_it_stopped_and_the_verifier_accepts(monkeypatch
 
 
 def test_part_of_a_score_is_not_right(monkeypatch):
-    monkeypatch.setattr(module, "generate", answers_of("#### 1", "#### 2"))
+    said = ask(answers_of("#### 1", "#### 2"))
     monkeypatch.setattr(module, "verify_all", lambda problems, texts: [0.99, 1.0])
     problems = [problem("a", "1"), problem("b", "2")]
-    items = problem_items(make_policy(), TOKENIZER, problems, CONFIG)
+    items = problem_items(said, problems, CONFIG)
     assert [item["correct"] for item in items] == [False, True]
 
 
-def test_the_samples_of_a_problem_are_counted(monkeypatch):
+def test_the_samples_of_a_problem_are_counted():
     given = ("#### 1", "#### 2", "#### 1", "#### 2", "#### 2", "#### 9")
-    monkeypatch.setattr(module, "generate", answers_of(*given, stopped=[True] * 3 + [False] * 3))
+    said = ask(answers_of(*given, stopped=[True] * 3 + [False] * 3))
     problems = [problem("a", "1"), problem("b", "2"), problem("c", "9")]
     config = changed(samples=3, max_sampled_problems=2)
-    items = sampled_problem_items(make_policy(), TOKENIZER, problems, config)
+    items = sampled_problem_items(said, problems, config)
     assert [(i["id"], i["samples"], i["correct"]) for i in items] == [
         (problems[0].id, 3, 2),
         (problems[1].id, 3, 0),  # both right ones were cut off
     ]
 
 
-def test_each_sample_is_drawn_anew(monkeypatch):
+def test_each_sample_is_drawn_anew():
     asked = []
 
-    def note(policy, prompts, sampling):
+    def note(prompts, sampling):
         asked.append((prompts, sampling.row_seeds))
-        return generate(policy, prompts, sampling)
+        return generate(make_policy(), prompts, sampling)
 
-    monkeypatch.setattr(module, "generate", note)
-    sampled_problem_items(make_policy(), TOKENIZER, HELDOUT.problems, CONFIG)
+    sampled_problem_items(ask(note), HELDOUT.problems, CONFIG)
     ((prompts, seeds),) = asked
     assert len(prompts) == 6 == len(set(seeds))
     assert prompts[0] == prompts[1] != prompts[2]
@@ -347,10 +361,10 @@ def test_difficulty_is_a_property_of_the_whole_held_out_set():
     """Terciles of the worked solutions' length, of the questions' where there are none."""
     lengths = {"a": 5, "b": 1, "c": 9, "d": 3, "e": 7, "f": 11}
     problems = [problem(name, "1", worked="x" * n) for name, n in lengths.items()]
-    items = problem_items(make_policy(), TOKENIZER, problems, changed(max_problems=3))
+    items = problem_items(ask(), problems, changed(max_problems=3))
     assert [item["difficulty"] for item in items] == ["medium", "easy", "hard"]
     unworked = [problem("y" * n, "1") for n in lengths.values()]
-    items = problem_items(make_policy(), TOKENIZER, unworked, CONFIG)
+    items = problem_items(ask(), unworked, CONFIG)
     assert [item["difficulty"] for item in items] == [
         "medium",
         "easy",
@@ -363,7 +377,7 @@ def test_difficulty_is_a_property_of_the_whole_held_out_set():
 
 def test_a_question_that_comes_twice_is_asked_once():
     problems = [problem("a", "1"), problem("b", "1"), problem("a", "1")]
-    items = problem_items(make_policy(), TOKENIZER, problems, CONFIG)
+    items = problem_items(ask(), problems, CONFIG)
     assert [item["prompt"] for item in items] == ["a", "b"]
 
 

@@ -11,6 +11,7 @@ from fourstage.evaluation.judges import Judges, judged, pair_items, win
 from fourstage.model import ScalarModel
 from fourstage.rl.rollout import answer_logprobs, final_scores, pack
 from fourstage.sampling.generate import Generation
+from tests.evaluation.test_items import ask
 from tests.heldout import CONFIG, HELDOUT
 from tests.stages.tiny import TOKENIZER, make_policy, make_scalar
 
@@ -18,7 +19,7 @@ from tests.stages.tiny import TOKENIZER, make_policy, make_scalar
 @pytest.fixture(scope="module")
 def chats():
     """A policy's answers, and those of another one that stands for sft."""
-    return [chat_items(make_policy(s), TOKENIZER, HELDOUT, CONFIG) for s in (1, 7)]
+    return [chat_items(ask(policy=make_policy(s)), TOKENIZER, HELDOUT, CONFIG) for s in (1, 7)]
 
 
 def rollout(items):

@@ -70,7 +70,7 @@ def test_resampling_against_an_explicit_loop(monkeypatch):
     assert suite.resampled_sums(vectors, seed=3) == pytest.approx(np.array(expected))
 
 
-def test_resampling_in_parts_is_the_same(monkeypatch):
+def test_resampling_in_parts_is_the_same():
     """The text of a large corpus has too many blocks for one draw of all."""
     vectors = np.random.default_rng(0).normal(size=(1500, 2))
     sums = suite.resampled_sums(vectors, seed=1)

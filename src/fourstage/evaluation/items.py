@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ from fourstage.model import Transformer
 from fourstage.model.moe import Router
 from fourstage.rl.ops import token_logprobs
 from fourstage.rl.rewards import true_score, well_formed
-from fourstage.sampling.generate import Sampling, generate
+from fourstage.rl.rollout import answer_logprobs, pack
+from fourstage.sampling.generate import Sampler, Sampling, sampler_of
 from fourstage.tokenizer import Tokenizer
 
 BLOCK = 256  # tokens of text that are predicted together
@@ -56,9 +58,11 @@ def policy_items(
     config: EvaluationConfig,
     parent: Transformer | None,
     tell: Callable[[str], None] = lambda what: None,
+    sampler: Sampler | None = None,
 ) -> list[Item]:
-    """Every item of a language model; `parent` is the policy that it started from, and `tell` is
-    called with the name of each part."""
+    """Every item of a language model; `parent` is the policy that it started from, `tell` is called
+    with the name of each part, and `sampler` answers for the policy, by default itself."""
+    ask = partial(answers, policy, tokenizer, config, sampler or sampler_of(policy))
     items: list[Item] = []
     tell("held-out text")
     device = next(policy.parameters()).device
@@ -72,14 +76,14 @@ def policy_items(
             items += [item for item in read if item["set"] == "router"]
     if not isinstance(heldout.chats, str):
         tell("sampled chat answers")
-        items += chat_items(policy, tokenizer, heldout, config)
+        items += chat_items(ask, tokenizer, heldout, config)
         tell("greedy chat answers")
-        items += greedy_chat_items(policy, tokenizer, heldout, config)
+        items += greedy_chat_items(ask, heldout, config)
     if not isinstance(heldout.problems, str):
         tell("answers to problems")
-        items += problem_items(policy, tokenizer, heldout.problems, config)
+        items += problem_items(ask, heldout.problems, config)
         tell(f"{config.samples} answers to each problem")
-        items += sampled_problem_items(policy, tokenizer, heldout.problems, config)
+        items += sampled_problem_items(ask, heldout.problems, config)
     return items
 
 
@@ -236,15 +240,21 @@ class Answer:
     stopped: bool
 
 
+Ask = Callable[..., list[Answer]]  # answers(), given everything but the records and seeds
+
+
+@torch.no_grad()
 def answers(
     policy: Transformer,
     tokenizer: Tokenizer,
-    records: Sequence[Any],
     config: EvaluationConfig,
+    sampler: Sampler,
+    records: Sequence[Any],
     row_seeds: list[int] | None = None,
 ) -> list[Answer]:
     """An answer to each record's prompt: sampled if there are seeds, else greedy. Prompts of
-    similar length share a batch, to keep the padding short."""
+    similar length share a batch, to keep the padding short. The policy computes log-probs that the
+    sampler doesn't know."""
     prompts = [tokenizer.prompt(record.prompt_messages) for record in records]
     found: dict[int, Answer] = {}
     for rows in batches([len(prompt) + config.max_new_tokens for prompt in prompts]):
@@ -254,9 +264,14 @@ def answers(
             temperature=0.0 if row_seeds is None else 1.0,
             row_seeds=None if row_seeds is None else [row_seeds[row] for row in rows],
         )
-        part = generate(policy, [prompts[row] for row in rows], sampling)
+        asked_ids = [prompts[row] for row in rows]
+        part = sampler(asked_ids, sampling)
+        logprobs_of = part.logprobs
+        if logprobs_of is None:
+            rollout = pack(asked_ids, part, tokenizer.pad_id)
+            logprobs_of = answer_logprobs(policy, rollout).tolist()
         for row, ids, logprobs, stopped in zip(
-            rows, part.answer_ids, part.logprobs, part.stopped, strict=True
+            rows, part.answer_ids, logprobs_of, part.stopped, strict=True
         ):
             found[row] = Answer(tokenizer.decode(ids), ids, sum(logprobs), stopped)
     return [found[row] for row in range(len(prompts))]
@@ -281,12 +296,12 @@ def draw_seed(seed: int, set_name: str, item_id: str, sample: int = 0) -> int:
 
 
 def chat_items(
-    policy: Transformer, tokenizer: Tokenizer, heldout: HeldOut, config: EvaluationConfig
+    ask: Ask, tokenizer: Tokenizer, heldout: HeldOut, config: EvaluationConfig
 ) -> list[Item]:
     """Sampled answers to the chat prompts, with all that needs no other model to judge."""
     records = heldout.chats[: config.max_prompts]
     seeds = [draw_seed(config.seed, "chat", record.id) for record in records]
-    said = answers(policy, tokenizer, records, config, seeds)
+    said = ask(records, seeds)
     known = heldout.has_true_score
     return [
         {
@@ -307,13 +322,11 @@ def chat_items(
     ]
 
 
-def greedy_chat_items(
-    policy: Transformer, tokenizer: Tokenizer, heldout: HeldOut, config: EvaluationConfig
-) -> list[Item]:
+def greedy_chat_items(ask: Ask, heldout: HeldOut, config: EvaluationConfig) -> list[Item]:
     """Greedy answers to the chat prompts: do they say what a reference answer says?"""
     records = heldout.chats[: config.max_prompts]
     items = []
-    for record, answer in zip(records, answers(policy, tokenizer, records, config), strict=True):
+    for record, answer in zip(records, ask(records), strict=True):
         references = heldout.references.get(record.id, ())
         items.append(
             {
@@ -362,13 +375,11 @@ def asked(problems: Sequence[Any], at_most: int) -> list[tuple[Any, str]]:
     return list(zip(distinct_ones, levels, strict=True))[:at_most]
 
 
-def problem_items(
-    policy: Transformer, tokenizer: Tokenizer, problems: Sequence[Any], config: EvaluationConfig
-) -> list[Item]:
+def problem_items(ask: Ask, problems: Sequence[Any], config: EvaluationConfig) -> list[Item]:
     """Greedy answers to the problems."""
     some = asked(problems, config.max_problems)
     problems = [problem for problem, _ in some]
-    said = answers(policy, tokenizer, problems, config)
+    said = ask(problems)
     return [
         {
             "set": "reasoning",
@@ -388,7 +399,7 @@ def problem_items(
 
 
 def sampled_problem_items(
-    policy: Transformer, tokenizer: Tokenizer, problems: Sequence[Any], config: EvaluationConfig
+    ask: Ask, problems: Sequence[Any], config: EvaluationConfig
 ) -> list[Item]:
     """How many of `samples` answers to each problem are right."""
     some = asked(problems, config.max_sampled_problems)
@@ -397,7 +408,7 @@ def sampled_problem_items(
     seeds = [
         draw_seed(config.seed, "reasoning", p.id, sample) for p, _ in some for sample in range(n)
     ]
-    right = are_correct(rows, answers(policy, tokenizer, rows, config, seeds))
+    right = are_correct(rows, ask(rows, seeds))
     return [
         {
             "set": "reasoning_sampled",

@@ -21,6 +21,7 @@ from fourstage.evaluation.suite import SUITE, Item, Metric, joined, metrics
 from fourstage.files import read_json, read_jsonl, write_json, write_jsonl
 from fourstage.job import EvaluationConfig
 from fourstage.model import ScalarModel, Transformer
+from fourstage.sampling.generate import Sampler
 from fourstage.tokenizer import Tokenizer
 
 NO_TRUE_SCORE = "the true score is known for data=embedded only"
@@ -40,12 +41,13 @@ def evaluate_policy(
     judges: Judges | None = None,
     parent: Transformer | str = "random weights have no parent",
     tell: Callable[[str], None] = lambda what: None,
+    sampler: Sampler | None = None,
 ) -> tuple[Table, list[Item]]:
     """All metrics of a language model, and the items they are computed from.
 
     `judges` are the ladder's other models so far; for the sft policy the reference is the policy
     itself. `parent` is the policy that this one started from, or why there is none. `tell` is
-    called with the name of each part.
+    called with the name of each part. `sampler` answers for the policy, by default itself.
     """
     judges = judges or Judges()
     heldout = askable(heldout, tokenizer, policy.config.max_seq_len - config.max_new_tokens)
@@ -55,7 +57,7 @@ def evaluate_policy(
     if len({(config.n_layers, config.num_experts) for config in both}) > 1:
         parent = "the parent has other routers"
     start = None if isinstance(parent, str) else parent.eval()
-    items = policy_items(policy, tokenizer, heldout, config, start, tell)
+    items = policy_items(policy, tokenizer, heldout, config, start, tell, sampler)
     tell("what other stages say of the answers")
     chats = [item for item in items if item["set"] == "chat"]
     if judges.reference is policy:
