@@ -132,13 +132,13 @@ def run(name: str, *arguments: Tensor | ctypes.Structure | int | float | None) -
         ValueError: it refuses what a tensor holds.
     """
     if (kernels := library()) is None:
-        raise RuntimeError(f"{name}: there are no kernels here")
+        raise RuntimeError(f"fourstage::{name}: there are no kernels here")
     kernel = getattr(kernels, name)
     kernel.restype = ctypes.c_char_p
     reason = kernel(torch.get_num_threads(), *map(_in_c, arguments))
     if reason is not None:
         error = MemoryError if reason == b"no memory" else ValueError
-        raise error(f"{name}: {reason.decode()}")
+        raise error(f"fourstage::{name}: {reason.decode()}")
 
 
 def _in_c(argument: Tensor | ctypes.Structure | int | float | None) -> object:

@@ -1,29 +1,28 @@
-// Generation: T new tokens for each of n rows, whose keys and values are kept, through all layers.
+// Generation: T new tokens for each of n rows with cached keys and values, through all layers.
 //
-// A chunk of rows passes all layers on one thread: its activations stay in that core's cache, and no
-// thread waits for another. What a row gets depends on no other row.
+// A chunk of rows passes through all layers on one thread: its activations stay in that core's
+// cache, and no thread waits for another. A row's results don't depend on the other rows.
 //
-// B rows of a chunk, T new tokens of each, N = B T, D d_model, H query heads, G key/value heads,
-// J = H + 2 G, C head_dim, S places of a row (a multiple of 16), E experts, K chosen ones,
-// F an expert's hidden width, V vocabulary; *_16 rounded up to a multiple of 16.
-#include <algorithm>
+// Shape legend: B rows of a chunk, T new tokens of each, N = B T, D d_model, H query heads,
+// G key/value heads, J = H + 2 G, C head_dim, S places of a row (a multiple of 16), E experts,
+// K of them chosen per token, F d_expert, V vocabulary; *_16 rounded up to a multiple of 16.
 #include <vector>
 
 #include "kernels.h"
 
 namespace {
 
-constexpr int CHUNK = 256;  // tokens: few enough for the cache, enough to read weights seldom
-constexpr int PANEL = 32;  // columns of a weight
-constexpr long LARGE = 1 << 17;  // numbers of a weight, above which it leaves a core's cache
+constexpr int CHUNK = 256;       // tokens: they fit in the cache, and are many per read of a weight
+constexpr int PANEL = 32;        // columns of a weight
+constexpr long LARGE = 1 << 17;  // elements of a weight that doesn't fit in a core's cache
 
-struct Layer {  // the same as in kernel_steps.py, as is Model
+struct Layer {  // laid out as in kernel_steps.py, as is Model
   const float* attention_gain;  // [D]
   const float* qkv;             // [D, J C]
-  const float* head_gain;       // [H + G, C]; of the queries with the 1 / sqrt(C) of attention
+  const float* head_gain;       // [H + G, C]; includes attention's 1 / sqrt(C) for queries
   const float* out;             // [H C, D]
   const float* mlp_gain;        // [D]
-  const float* router;          // [D, E_16], null in a dense model
+  const float* router;          // [D, E_16]; null in a dense model
   const float* bias;            // [E]
   const float* gate_up;         // [E, D, 2 F]
   const float* down;            // [E, F, D]
@@ -32,15 +31,14 @@ struct Layer {  // the same as in kernel_steps.py, as is Model
 };
 
 struct Model {
-  int32_t n_layers, D, H, G, C, E, K, F, d_shared, V_16, S, has_norm;
+  int32_t n_layers, D, H, G, C, E, K, F, d_shared, has_norm, V_16, S;
   float eps, route_scale;
   const Layer* layers;
   const float *gain, *head;  // [D], [D, V_16]
-  const float *cos, *sin;    // [S, C / 2]
+  const float *cos, *sin;    // [S, C]
 };
 
 struct Scratch {
-  using Floats = decltype(floats(0));
   Floats h, qkv, y, weights, scores, gates, x, gate_up, act, panel;
   std::vector<int> chosen, copies, rows;
 
@@ -60,8 +58,8 @@ struct Scratch {
         rows(B + 1) {}
 };
 
-// y [n, N] = x [n, K] w [K, N], or y += for ADD. For many rows the part of a large w that is read
-// again and again is first brought together: lines far apart crowd each other out of the cache.
+// y [n, N] = x [n, K] w [K, N], or y += for ADD. With many rows, each panel of a large w is copied
+// to one place before it is read again and again: cache lines far apart would evict each other.
 template <bool ADD = false>
 void multiply(const float* x, int n, int K, const float* w, long w_row, int N, float* y, long y_row,
               Scratch& s) {
@@ -77,42 +75,8 @@ void multiply(const float* x, int n, int K, const float* w, long w_row, int N, f
 
 // ---- attention
 
-// J heads of one token: normalised where the model does so, times their gains, rotated.
-void turn(float* x, int J, int C, const float* gain, const float* cos, const float* sin,
-          bool has_norm, float eps) {
-  const int half = C / 2;
-  for (; J--; x += C, gain += C) {
-    const float scale = has_norm ? inverse_rms(x, C, eps) : 1.0f;
-    float *__restrict left = x, *__restrict right = x + half;
-    for (int i = 0; i < half; i++) {
-      float a = left[i] * scale * gain[i], b = right[i] * scale * gain[half + i];
-      left[i] = a * cos[i] - b * sin[i];
-      right[i] = b * cos[i] + a * sin[i];
-    }
-  }
-}
-
-// Softmax over p[from, to), 0 elsewhere in p[0, n); n is a multiple of W.
-void softmax(float* p, int n, int from, int to) {
-  std::fill(p, p + from, -INFINITY);
-  std::fill(p + to, p + n, -INFINITY);
-  vec most = load(p), total{};
-  for (int i = W; i < n; i += W) most = load(p + i) > most ? load(p + i) : most;
-  float top = most[0];
-  for (int i = 1; i < W; i++) top = std::max(top, most[i]);
-  for (int i = 0; i < n; i += W) {
-    vec e = exp(load(p + i) - top);
-    total += e;
-    store(p + i, e);
-  }
-  const float scale = 1.0f / sum(total);
-  for (int i = 0; i < n; i += W) store(p + i, load(p + i) * scale);
-  std::fill(p, p + from, 0.0f);
-  std::fill(p + to, p + n, 0.0f);
-}
-
-// What n queries of one head see, the i-th at place + i * step: k [C, S], v [S, C], p [n, S] free.
-// Places before `first` are padding, which only padding sees: itself.
+// Attention of n queries of one head, the i-th at place + i * step; k [C, S], v [S, C], p [n, S]
+// scratch. Places before `first` are padding, which sees only itself.
 void attend(const float* q, long q_row, int n, int place, int step, int first, const float* k,
             const float* v, int C, long S, float* p, float* y, long y_row) {
   const int last = place + (n - 1) * step, from = std::min(first, place);
@@ -120,7 +84,7 @@ void attend(const float* q, long q_row, int n, int place, int step, int first, c
   product(q, q_row, n, C, k + begin, S, end - begin, p, S);
   for (int i = 0; i < n; i++) {
     const int at = place + i * step;
-    softmax(p + i * S, end - begin, std::min(first, at) - begin, at + 1 - begin);
+    softmax(p + i * S, std::min(first, at) - begin, at + 1 - begin, end - begin);
   }
   product(p + from - begin, S, n, last + 1 - from, v + (long)from * C, C, C, y, y_row);
 }
@@ -136,8 +100,8 @@ void store_values(const Model& m, const float* qkv, int T, int at, float* k, flo
   }
 }
 
-// y [T, H C] for one row. A step's queries that share keys read them together; of many tokens some
-// at a time do.
+// y [T, H C] for one row. In a step of one token, the queries that share keys read them together;
+// in a prompt, some tokens of one head do.
 void attend_all(const Model& m, const float* qkv, int T, int at, int first, const float* k,
                 const float* v, float* p, float* y) {
   const int C = m.C, R = m.H / m.G;
@@ -156,8 +120,8 @@ void attend_all(const Model& m, const float* qkv, int T, int at, int first, cons
 
 // ---- experts
 
-// K of the scores [E] with the greatest score + bias, the lower of equal ones first, and their
-// gates. NaN counts as the greatest, so that it is seen.
+// The K experts with the greatest score + bias (the lower index among equals) and their gates. NaN
+// counts as the greatest, so that it shows up in the result.
 void route(const Model& m, const float* bias, const float* scores, int* chosen, float* gates) {
   float total = 0;
   for (int k = 0; k < m.K; k++) {
@@ -165,9 +129,8 @@ void route(const Model& m, const float* bias, const float* scores, int* chosen, 
     float most = 0;
     for (int e = 0; e < m.E; e++) {
       const float choice = scores[e] + bias[e];
-      if (best >= 0 && !(choice > most || std::isnan(choice))) continue;
-      if (std::find(chosen, chosen + k, e) != chosen + k) continue;
-      best = e, most = choice;
+      const bool is_better = best < 0 || choice > most || std::isnan(choice);
+      if (is_better && std::find(chosen, chosen + k, e) == chosen + k) best = e, most = choice;
     }
     chosen[k] = best;
     total += gates[k] = scores[best];
@@ -185,7 +148,7 @@ void mlp(const float* x, int n, int D, int F, const float* gate_up, const float*
   multiply<ADD>(s.act.get(), n, F, down, D, D, y, D, s);
 }
 
-// x [N, D] += experts of h
+// x [N, D] += the experts of h
 void experts(const Model& m, const Layer& l, int N, Scratch& s, float* x) {
   const int D = m.D, E_16 = padded(m.E), K = m.K;
   float* scores = s.scores.get();
@@ -213,9 +176,9 @@ void experts(const Model& m, const Layer& l, int N, Scratch& s, float* x) {
 
 // ---- the network
 
-// Leaves the padding out of x [B, T, D] from place `at` on: row b's tokens are then rows[b] to
-// rows[b + 1] - 1 of x, up to place at + T - 1.
-void leave_padding(float* x, int D, int B, int T, int at, const int32_t* first, int* rows) {
+// Drops the padding from x [B, T, D], which begins at place `at`: row b's tokens are then rows[b]
+// to rows[b + 1] - 1 of x and end at place at + T - 1.
+void drop_padding(float* x, int D, int B, int T, int at, const int32_t* first, int* rows) {
   rows[0] = 0;
   for (int b = 0; b < B; b++) {
     const int padding = first ? std::clamp(first[b] - at, 0, T) : 0;
@@ -225,29 +188,32 @@ void leave_padding(float* x, int D, int B, int T, int at, const int32_t* first, 
   }
 }
 
-// x [B, T, D] from place `at` on; k and v of the chunk's first row, which `layer` floats part from
-// those of the next layer. Without logits [B T, V_16] the last layer only makes keys and values, and
-// padding is left out.
+// x [B, T, D] begins at place `at`; k and v are those of the chunk's first row, `layer` floats
+// before the next layer's. Without logits [B T, V_16] the last layer only computes keys and values,
+// and padding is dropped.
 void run(const Model& m, float* x, int B, int T, int at, const int32_t* first, float* k, float* v,
          long layer, Scratch& s, float* logits) {
   const int D = m.D, H = m.H, G = m.G, C = m.C, J = H + 2 * G;
-  leave_padding(x, D, B, T, at, logits ? nullptr : first, s.rows.data());
+  drop_padding(x, D, B, T, at, logits ? nullptr : first, s.rows.data());
   const int N = s.rows[B];
   const long row = (long)G * C * m.S;
   float *h = s.h.get(), *qkv = s.qkv.get();
   for (int i = 0; i < m.n_layers; i++, k += layer, v += layer) {
     const Layer& l = m.layers[i];
     const bool is_end = !logits && i + 1 == m.n_layers;
-    const int skip = is_end ? H : 0;  // heads that nobody needs
+    const int skip = is_end ? H : 0;  // heads: no queries are needed
     rms_norm(x, N, D, l.attention_gain, m.eps, h);
     multiply(h, N, D, l.qkv + skip * C, J * C, (J - skip) * C, qkv + skip * C, J * C, s);
     for (int b = 0; b < B; b++) {
       const int begin = s.rows[b], n = s.rows[b + 1] - begin, place = at + T - n;
       float *new_b = qkv + (long)begin * J * C, *k_b = k + b * row, *v_b = v + b * row;
       for (int t = 0; t < n; t++) {
-        const long angles = (long)(place + t) * (C / 2);
-        turn(new_b + (long)(t * J + skip) * C, H + G - skip, C, l.head_gain + skip * C,
-             m.cos + angles, m.sin + angles, m.has_norm, m.eps);
+        const long angles = (long)(place + t) * C;
+        for (int j = skip; j < H + G; j++) {
+          float* head = new_b + (long)(t * J + j) * C;
+          const float scale = m.has_norm ? inverse_rms(head, C, m.eps) : 1.0f;
+          rotate(head, scale, l.head_gain + j * C, m.cos + angles, m.sin + angles, C, head);
+        }
       }
       store_values(m, new_b, n, place, k_b, v_b);
       if (!is_end)
@@ -267,26 +233,25 @@ void run(const Model& m, float* x, int B, int T, int at, const int32_t* first, f
 
 }  // namespace
 
-// x [n, T, D]: the embedded tokens, which are overwritten. k [layers, n, G, C, S] and
-// v [layers, n, G, S, C] hold `at` places already. first [n], or null: where a row's padding ends.
+// x [n, T, D]: the embedded tokens, overwritten. k [layers, n, G, C, S] and v [layers, n, G, S, C]
+// already hold `at` places. first [n], or null: where each row's padding ends.
 extern "C" Error decode(int threads, const Model* m, float* x, int n, int T, int at,
-                        const int32_t* first, float* k, float* v, float* logits) try {
-  const int most = std::max(1, CHUNK / T);  // rows of a chunk
-  const int rounds = (n + threads * most - 1) / (threads * most);
-  const int rows = (n + threads * rounds - 1) / (threads * rounds);
-  const int tokens = std::min(T, CHUNK);  // a long row takes its tokens in pieces
-  const long row = (long)m->G * m->C * m->S;
-  in_parallel((n + rows - 1) / rows, threads, [&](int chunk) {
-    const int b = chunk * rows, B = std::min(rows, n - b);
-    Scratch scratch(*m, B, (long)B * tokens);
-    for (int t = 0; t < T; t += tokens) {
-      const long token = (long)b * T + t;
-      run(*m, x + token * m->D, B, std::min(tokens, T - t), at + t, first ? first + b : nullptr,
-          k + b * row, v + b * row, n * row, scratch,
-          logits ? logits + token * m->V_16 : nullptr);
-    }
+                        const int32_t* first, float* k, float* v, float* logits) {
+  return guarded([&] {
+    const int most = std::max(1, CHUNK / T);  // rows of a chunk
+    const int rounds = (n + threads * most - 1) / (threads * most);
+    const int rows = (n + threads * rounds - 1) / (threads * rounds);
+    const int tokens = std::min(T, CHUNK);  // a long row takes its tokens in pieces
+    const long row = (long)m->G * m->C * m->S;
+    in_parallel((n + rows - 1) / rows, threads, [&](int chunk) {
+      const int b = chunk * rows, B = std::min(rows, n - b);
+      Scratch scratch(*m, B, (long)B * tokens);
+      for (int t = 0; t < T; t += tokens) {
+        const long token = (long)b * T + t;
+        run(*m, x + token * m->D, B, std::min(tokens, T - t), at + t, first ? first + b : nullptr,
+            k + b * row, v + b * row, n * row, scratch,
+            logits ? logits + token * m->V_16 : nullptr);
+      }
+    });
   });
-  return nullptr;
-} catch (...) {
-  return reason();
 }

@@ -1,8 +1,8 @@
-// What the kernels are made of: vectors of floats, a matrix product, RMSNorm and SwiGLU.
+// The kernels' building blocks: vectors of floats, a matrix product, RMSNorm, SwiGLU, threads.
 //
-// Matrices are rows of floats, one after the other. Every width (a row's number of floats) is a
-// multiple of 16; numbers of rows are free. Nothing needs to be aligned.
-// One thread works on a call, in one order of additions: results do not depend on the threads.
+// Matrices are row-major float32. Every width (floats in a row) is a multiple of 16; any number of
+// rows will do. Nothing needs to be aligned. Each block of work is done by one thread and sums have
+// a fixed order, so results don't depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -45,11 +45,12 @@ inline float dot(const float* a, const float* b, int n) {
   return sum(total);
 }
 
-// e^x to 2e-7 of its value, as in Cephes: 2^n e^r with |r| < ln(2) / 2. Below -87 it is e^-87.
+// e^x to a relative error of 2e-7, as in Cephes: 2^n e^r with |r| < ln(2) / 2. x is clamped to
+// [-87, 88].
 inline vec exp(vec x) {
   x = x < all(-87.0f) ? all(-87.0f) : x;
   x = x > all(88.0f) ? all(88.0f) : x;
-  const float round = 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction
+  const float round = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
   vec n = (x * 1.44269504f + round) - round;
   vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
   vec p = all(1.9875691500e-4f);
@@ -66,10 +67,10 @@ inline vec sigmoid(vec x) { return 1.0f / (1.0f + exp(-x)); }
 
 // ---- matrix product
 
-constexpr int ROWS = W == 8 ? 6 : 8;  // of a tile: ROWS x 2 registers hold its sums (AVX has 16)
+constexpr int ROWS = W == 8 ? 6 : 8;  // of a tile, whose sums take ROWS x 2 registers (AVX has 16)
 
-// M rows and V registers of a product: y = x w, or y += x w. TURNED: x is [K, M].
-template <int M, int V, bool TURNED, bool ADD>
+// M rows and V registers of a product: y = x w, or y += x w for ADD. TRANSPOSED: x is [K, M].
+template <int M, int V, bool TRANSPOSED, bool ADD>
 inline void tile(const float* x, long x_row, int K, const float* w, long w_row, float* y,
                  long y_row) {
   vec sums[M][V];
@@ -79,7 +80,7 @@ inline void tile(const float* x, long x_row, int K, const float* w, long w_row, 
     vec row[V];
     UNROLL for (int v = 0; v < V; v++) row[v] = load(w + k * w_row + v * W);
     UNROLL for (int m = 0; m < M; m++) {
-      float a = TURNED ? x[k * x_row + m] : x[m * x_row + k];
+      float a = TRANSPOSED ? x[k * x_row + m] : x[m * x_row + k];
       UNROLL for (int v = 0; v < V; v++) sums[m][v] += a * row[v];
     }
   }
@@ -87,35 +88,37 @@ inline void tile(const float* x, long x_row, int K, const float* w, long w_row, 
     UNROLL for (int v = 0; v < V; v++) store(y + m * y_row + v * W, sums[m][v]);
 }
 
-// The last rows, fewer than M.
-template <int M, int V, bool TURNED, bool ADD, class... Rest>
+// The last n <= M rows.
+template <int M, int V, bool TRANSPOSED, bool ADD, class... Rest>
 inline void rest(int n, Rest... arguments) {
   if constexpr (M > 1) {
-    if (n < M) rest<M - 1, V, TURNED, ADD>(n, arguments...);
-    else tile<M, V, TURNED, ADD>(arguments...);
+    if (n < M) rest<M - 1, V, TRANSPOSED, ADD>(n, arguments...);
+    else tile<M, V, TRANSPOSED, ADD>(arguments...);
   } else if (n == 1) {
-    tile<1, V, TURNED, ADD>(arguments...);
+    tile<1, V, TRANSPOSED, ADD>(arguments...);
   }
 }
 
-template <int V, bool TURNED, bool ADD>
+// V registers of columns.
+template <int V, bool TRANSPOSED, bool ADD>
 void columns(const float* x, long x_row, int n, int K, const float* w, long w_row, float* y,
              long y_row) {
-  const long step = TURNED ? 1 : x_row;
+  const long step = TRANSPOSED ? 1 : x_row;
   int m = 0;
   for (; m + ROWS <= n; m += ROWS)
-    tile<ROWS, V, TURNED, ADD>(x + m * step, x_row, K, w, w_row, y + m * y_row, y_row);
-  rest<ROWS - 1, V, TURNED, ADD>(n - m, x + m * step, x_row, K, w, w_row, y + m * y_row, y_row);
+    tile<ROWS, V, TRANSPOSED, ADD>(x + m * step, x_row, K, w, w_row, y + m * y_row, y_row);
+  rest<ROWS - 1, V, TRANSPOSED, ADD>(n - m, x + m * step, x_row, K, w, w_row, y + m * y_row, y_row);
 }
 
-// y [n, N] = x [n, K] w [K, N], or y += x w. TURNED: x is [K, n]. *_row: from one row to the next.
-template <bool ADD = false, bool TURNED = false>
+// y [n, N] = x [n, K] w [K, N], or y += x w for ADD. TRANSPOSED: x is [K, n]. *_row: the stride
+// between rows.
+template <bool ADD = false, bool TRANSPOSED = false>
 void product(const float* x, long x_row, int n, int K, const float* w, long w_row, int N, float* y,
              long y_row) {
   int j = 0;
   for (; j + 2 * W <= N; j += 2 * W)
-    columns<2, TURNED, ADD>(x, x_row, n, K, w + j, w_row, y + j, y_row);
-  if (j < N) columns<1, TURNED, ADD>(x, x_row, n, K, w + j, w_row, y + j, y_row);
+    columns<2, TRANSPOSED, ADD>(x, x_row, n, K, w + j, w_row, y + j, y_row);
+  if (j < N) columns<1, TRANSPOSED, ADD>(x, x_row, n, K, w + j, w_row, y + j, y_row);
 }
 
 // ---- rows
@@ -132,6 +135,19 @@ inline void rms_norm(const float* x, int n, int D, const float* gain, float eps,
   }
 }
 
+// y = one head x, times scale and gain, rotated; all [C]. The first half of sin has its minus sign
+// already (model/attention.py). y may be x.
+inline void rotate(const float* x, float scale, const float* gain, const float* cos,
+                   const float* sin, int C, float* y) {
+  const int half = C / 2;
+#pragma GCC ivdep
+  for (int i = 0; i < half; i++) {
+    const float a = x[i] * scale * gain[i], b = x[i + half] * scale * gain[i + half];
+    y[i] = a * cos[i] + b * sin[i];
+    y[i + half] = b * cos[i + half] + a * sin[i + half];
+  }
+}
+
 // y [n, F] = silu(gate) * up, for gate_up [n, 2 F]
 inline void swiglu(const float* gate_up, int n, int F, float* y) {
   for (; n--; gate_up += 2 * F, y += F)
@@ -141,7 +157,8 @@ inline void swiglu(const float* gate_up, int n, int F, float* y) {
     }
 }
 
-// Of one row: grad_gate_up [2 F], and active [F] = silu(gate) * up, from grad [F] * factor
+// For one row: active [F] = silu(gate) * up, and grad_gate_up [2 F] from its gradient, grad [F] *
+// factor.
 inline void swiglu_backward(const float* gate_up, const float* grad, float factor, int F,
                             float* grad_gate_up, float* active) {
   for (int i = 0; i < F; i += W) {
@@ -153,50 +170,59 @@ inline void swiglu_backward(const float* gate_up, const float* grad, float facto
   }
 }
 
-// In place: softmax of the first `seen` scores, 0 in the others. Returns log(sum(exp(scores))).
-inline float softmax(float* x, int seen, int end) {
-  const int past = (seen + W - 1) / W * W;
-  std::fill(x + seen, x + past, -INFINITY);
-  vec most = load(x), total{};
-  for (int i = W; i < past; i += W) most = load(x + i) > most ? load(x + i) : most;
+// In place: softmax of x[from, to), 0 elsewhere in x[0, end). Returns log(sum(exp(scores))).
+inline float softmax(float* x, int from, int to, int end) {
+  const int first = from / W * W, past = (to + W - 1) / W * W;
+  std::fill(x, x + from, -INFINITY);
+  std::fill(x + to, x + past, -INFINITY);
+  vec most = load(x + first), total{};
+  for (int i = first + W; i < past; i += W) most = load(x + i) > most ? load(x + i) : most;
   float top = most[0];
   for (int i = 1; i < W; i++) top = std::max(top, most[i]);
-  for (int i = 0; i < past; i += W) {
+  for (int i = first; i < past; i += W) {
     vec e = exp(load(x + i) - top);
-    if (i + W > seen)
-      for (int j = seen - i; j < W; j++) e[j] = 0;
     total += e;
     store(x + i, e);
   }
   const float whole = sum(total), share = 1.0f / whole;
-  for (int i = 0; i < past; i += W) store(x + i, load(x + i) * share);
-  std::fill(x + past, x + end, 0.0f);
+  for (int i = first; i < past; i += W) store(x + i, load(x + i) * share);
+  std::fill(x, x + from, 0.0f);
+  std::fill(x + to, x + end, 0.0f);
   return top + std::log(whole);
 }
 
-// y [n, m] = x [m, n] turned
-inline void turn(const float* x, long x_row, int m, int n, float* y, long y_row) {
+// total [width] = the sum of n parts in their order, which lie part_step floats apart
+inline void add_up(const float* parts, long part_step, int n, long width, float* total) {
+  std::fill(total, total + width, 0.0f);
+  for (; n--; parts += part_step)
+    for (long i = 0; i < width; i += W) store(total + i, load(total + i) + load(parts + i));
+}
+
+// y [n, m] = x [m, n] transposed
+inline void transpose(const float* x, long x_row, int m, int n, float* y, long y_row) {
   for (int i0 = 0; i0 < m; i0 += 16)
     for (int j0 = 0; j0 < n; j0 += 16)
       for (int j = j0; j < std::min(n, j0 + 16); j++)
         for (int i = i0; i < std::min(m, i0 + 16); i++) y[j * y_row + i] = x[i * x_row + j];
 }
 
-// ---- memory, where no vector lies in two cache lines
+// ---- memory, aligned so that no vector crosses a cache line
 
 struct Free {
   void operator()(float* x) const { std::free(x); }
 };
 
-inline std::unique_ptr<float[], Free> floats(long n) {
+using Floats = std::unique_ptr<float[], Free>;
+
+inline Floats floats(long n) {
   void* memory = std::aligned_alloc(64, (n * 4 + 63) / 64 * 64);
   if (!memory && n) throw std::bad_alloc();
-  return std::unique_ptr<float[], Free>((float*)memory);
+  return Floats((float*)memory);
 }
 
 // ---- threads
 
-// Calls body(0), .., body(n - 1), each by one thread; throws what one of them threw.
+// Calls body(0), .., body(n - 1), each on one thread; rethrows an exception of one of them.
 template <class Body>
 void in_parallel(int n, int threads, Body body) {
   std::exception_ptr thrown;
@@ -212,22 +238,37 @@ void in_parallel(int n, int threads, Body body) {
   if (thrown) std::rethrow_exception(thrown);
 }
 
+constexpr int BLOCK = 64;  // tokens, a thread's piece of work
+
+inline int blocks(int N) { return (N + BLOCK - 1) / BLOCK; }
+
+// Calls body(block, first, last) for all blocks of N tokens, first to last - 1.
+template <class Body>
+void in_blocks(int N, int threads, Body body) {
+  in_parallel(blocks(N), threads, [&](int block) {
+    body(block, (long)block * BLOCK, std::min<long>(N, (block + 1L) * BLOCK));
+  });
+}
+
 // ---- errors
 
 // What every kernel returns: null, or the reason of a failure, which Python raises.
 typedef const char* Error;
 
-// Of the exception that is caught.
-inline Error reason() {
+template <class Body>
+Error guarded(Body body) {
   static thread_local char text[200];
   try {
-    throw;
+    body();
+    return nullptr;
   } catch (const std::bad_alloc&) {
-    return "no memory";  // as build.py knows it
+    return "no memory";  // build.py knows these words
   } catch (const std::exception& error) {
     std::snprintf(text, sizeof text, "%s", error.what());
     return text;
-  } catch (...) {
-    return "an unknown exception";
   }
+}
+
+inline void require(bool condition, const char* otherwise) {
+  if (!condition) throw std::invalid_argument(otherwise);
 }

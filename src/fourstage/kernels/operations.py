@@ -1,18 +1,21 @@
-"""The kernels as operations of PyTorch: what each takes, and once what holds for all of them.
+"""The kernels as operations of PyTorch (torch.ops.fourstage), with their gradients.
 
-A plan says what a kernel reads and writes; its gradient's plan follows from it. Arguments are
-checked and made contiguous, results are allocated, and a fake tensor gets their shapes alone.
+A signature names a kernel's arguments and results. A tensor's name ends in its shape: x_ND is
+[N, D], and a letter is the same size throughout. A single letter is an int, any other word a float.
+Tensors are checked against the signature and made contiguous; results are allocated, which is all
+that fake tensors need. The C++ function takes each letter's size, in order of first appearance,
+then tensors and floats, then results.
 
 Shape legend: N tokens, B rows, T tokens of a row, D d_model, H query heads, G key/value heads,
-J = H + 2 G, C head_dim, Q heads with a norm, E experts, K of them a token, M = N K choices,
-F_ d_expert or the width of a Linear's result, R and C rows and columns of a matrix.
+J = H + 2 G, C head_dim, Q heads with a norm, E experts, K of them chosen per token, M = N K
+choices, F d_expert or the width of a Linear's result, U = 2 F, R and C rows and columns of a
+matrix, I iterations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,228 +25,140 @@ from torch.library import Library, register_fake
 
 from fourstage.kernels.build import WIDTH, check, run
 
-DTYPES = {"order_M": torch.int64, "ends_E": torch.int32}  # of what is not float32
+DTYPES = {"order_M": torch.int64, "ends_E": torch.int32}  # the others are float32
+WIDTHS = frozenset("DFCR")  # must be multiples of WIDTH
 LIBRARY = Library("fourstage", "FRAGMENT")
-Shape = tuple[int, ...]
 
 
-class Plan(NamedTuple):
-    """A kernel's arguments in its order: sizes, inputs, outputs."""
-
-    sizes: tuple[int, ...]
-    widths: tuple[int, ...]  # those that WIDTH must divide
-    inputs: dict[str, tuple[Tensor, Shape] | float]  # with the shape that each must have
-    outputs: dict[str, Shape]
-
-    def checked(self) -> list[Tensor | float]:
-        """The inputs, contiguous.
-
-        Raises:
-            TypeError: one has another dtype or device.
-            ValueError: one has another shape.
-        """
-        for width in self.widths:
-            if width <= 0 or width % WIDTH:
-                raise ValueError(f"the widths {self.widths} must be multiples of {WIDTH}")
-        for size in self.sizes:
-            if size >= 2**31:
-                raise ValueError(f"a kernel counts up to 2^31, not to {size}")
-        found: list[Tensor | float] = []
-        for name, given in self.inputs.items():
-            if isinstance(given, tuple):
-                check(name, *given, DTYPES.get(name, torch.float32))
-                found.append(given[0].contiguous())
-            else:
-                found.append(given)
-        return found
-
-    def results(self) -> list[Tensor]:
-        shapes = self.outputs.values()
-        return [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes]
+def _type(name: str) -> str:
+    return "Tensor" if "_" in name else "int" if name.isupper() else "float"
 
 
-PlanOf = Callable[..., Plan]
+def _shape(name: str, sizes: dict[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[letter] for letter in name.rpartition("_")[2])
 
 
-def _registered(name: str, kernel: str, schema: str, plan_of: PlanOf) -> OpOverload:
-    """The kernel as torch.ops.fourstage.<name>, for real and for fake tensors."""
+def _sizes(names: list[str], arguments: tuple[Any, ...]) -> dict[str, int]:
+    """The size of each letter.
 
-    def start(arguments: tuple[Any, ...]) -> tuple[Plan, list[Tensor | float], list[Tensor]]:
+    Raises:
+        TypeError: a tensor has another dtype or device.
+        ValueError: a tensor doesn't fit the others, or there is no kernel for a size.
+    """
+    sizes: dict[str, int] = {}
+    for name, x in zip(names, arguments, strict=True):
+        if isinstance(x, int):
+            sizes[name] = x
+        elif isinstance(x, Tensor):
+            letters = name.rpartition("_")[2]
+            if x.dim() != len(letters):
+                raise ValueError(f"{name} must have {len(letters)} dimensions, not {x.dim()}")
+            for letter, n in zip(letters, x.shape, strict=True):
+                sizes.setdefault(letter, n)
+            check(name, x, _shape(name, sizes), DTYPES.get(name, torch.float32))
+    for letter, n in sizes.items():
+        if letter in WIDTHS and (n <= 0 or n % WIDTH):
+            raise ValueError(f"{letter} = {n}: widths must be multiples of {WIDTH}")
+        if n >= 2**31:
+            raise ValueError(f"{letter} = {n}: kernels count up to 2^31")
+    return sizes
+
+
+def _registered(name: str, kernel: str, inputs: list[str], outputs: list[str]) -> OpOverload:
+    """The C++ function `kernel` as torch.ops.fourstage.<name>, for real and for fake tensors."""
+
+    def allocated(*arguments: Any) -> tuple[dict[str, int], list[Tensor]]:
         try:
-            plan = plan_of(*arguments)
-            return plan, plan.checked(), plan.results()
+            sizes = _sizes(inputs, arguments)
         except (TypeError, ValueError) as error:
             raise type(error)(f"fourstage::{name}: {error}") from None
+        return sizes, [torch.empty(_shape(x, sizes), device="cpu") for x in outputs]
+
+    def result(found: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        return found[0] if len(found) == 1 else tuple(found)
 
     def real(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
-        plan, inputs, outputs = start(arguments)
-        run(kernel, *plan.sizes, *inputs, *outputs)
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        sizes, found = allocated(*arguments)
+        others = (x for x in arguments if not isinstance(x, int))
+        given = (x.contiguous() if isinstance(x, Tensor) else x for x in others)
+        run(kernel, *sizes.values(), *given, *found)
+        return result(found)
 
-    def fake(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
-        _, _, outputs = start(arguments)
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    LIBRARY.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
+    arguments = ", ".join(f"{_type(x)} {x}" for x in inputs)
+    results = ", ".join(["Tensor"] * len(outputs))
+    schema = f"{name}({arguments}) -> ({results})"
+    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, real, "CPU")
-    register_fake(f"fourstage::{name}", fake, lib=LIBRARY)
+    register_fake(f"fourstage::{name}", lambda *x: result(allocated(*x)[1]), lib=LIBRARY)
     return getattr(torch.ops.fourstage, name).default
 
 
-def _operation(
-    arguments: str, outputs: int = 1, gradients: int = 0, kept: int = 0
-) -> Callable[[PlanOf], Callable[..., Any]]:
-    """The kernel of a plan, and that of its gradient.
+def _operation(name: str, signature: str, gradients: int = 0, kept: int = 0) -> Callable[..., Any]:
+    """The operation of a kernel, and that of its gradient.
 
-    arguments: as in a schema. gradients: so many of the first inputs have one, all from that of the
-    first output. kept: so many of the last outputs the gradient needs; its kernel takes the inputs,
-    them and the gradient.
+    gradients: how many of the first arguments have one, from the gradient of the first result.
+    kept: how many of the last results the gradient needs. Its arguments are the tensors, what is
+    kept, the gradient, and then the numbers.
     """
+    inputs, outputs = (side.split() for side in signature.split("->"))
+    if not gradients:
+        return _registered(name, name, inputs, outputs)
 
-    def register(plan_of: PlanOf) -> Callable[..., Any]:
-        name = plan_of.__name__
-        schema = f"({arguments}) -> {_tensors(outputs)}"
-        if not gradients:
-            return _registered(name, name, schema, plan_of)
+    n_tensors = sum(_type(x) == "Tensor" for x in inputs)  # which come first
+    tensors, numbers = inputs[:n_tensors], inputs[n_tensors:]
+    saved = [*tensors, *outputs[len(outputs) - kept :]]
+    grad = f"grad_{outputs[0].rpartition('_')[2]}"
+    forward = _registered(name, f"{name}_forward", inputs, outputs)
+    backward = _registered(
+        f"{name}_backward", f"{name}_backward", [*saved, grad, *numbers], inputs[:gradients]
+    )
 
-        all_kept = "".join(f", Tensor kept_{i}" for i in range(kept))
-        backward_schema = f"({arguments}{all_kept}, Tensor grad) -> {_tensors(gradients)}"
-        forward = _registered(name, f"{name}_forward", schema, plan_of)
-        backward = _registered(
-            f"{name}_backward",
-            f"{name}_backward",
-            backward_schema,
-            lambda *given: _gradient_plan(plan_of, gradients, kept, *given),
-        )
+    def run_and_save(ctx, *arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            found = forward(*arguments)
+        results = found if len(outputs) > 1 else (found,)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arguments[:n_tensors], *results[len(outputs) - kept :])
+        ctx.numbers = arguments[n_tensors:]
+        return found
 
-        def run_and_keep(ctx, *inputs: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = forward(*inputs)
-            found = output if outputs > 1 else (output,)
-            ctx.mark_non_differentiable(*found[1:])
-            ctx.set_materialize_grads(False)
-            ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
-            tensors = [x for x in inputs if isinstance(x, Tensor)]
-            ctx.save_for_backward(*tensors, *found[outputs - kept :])
-            return output
+    @once_differentiable
+    def gradient(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        none = [None] * (len(inputs) - gradients)
+        if grad is None:
+            return *[None] * gradients, *none
+        found = backward(*ctx.saved_tensors, grad, *ctx.numbers)
+        return *(found if gradients > 1 else (found,)), *none
 
-        @once_differentiable
-        def gradient(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-            if grad is None:
-                return (None,) * len(ctx.others)
-            saved = iter(ctx.saved_tensors)
-            inputs = [next(saved) if x is None else x for x in ctx.others]
-            found = backward(*inputs, *saved, grad)
-            grads = found if gradients > 1 else (found,)
-            return *grads, *[None] * (len(inputs) - gradients)
-
-        # a custom_op's own autograd takes 20 us more for each call
-        methods = {"forward": staticmethod(run_and_keep), "backward": staticmethod(gradient)}
-        function = type(name, (torch.autograd.Function,), methods)
-        LIBRARY.impl(name, function.apply, "Autograd")
-        return function.apply
-
-    return register
+    # a custom_op's own autograd takes 20 us more per call
+    methods = {"forward": staticmethod(run_and_save), "backward": staticmethod(gradient)}
+    function = type(name, (torch.autograd.Function,), methods)
+    LIBRARY.impl(name, function.apply, "Autograd")
+    return function.apply
 
 
-def _gradient_plan(plan_of: PlanOf, gradients: int, kept: int, *given: Any) -> Plan:
-    """The gradients of a plan's first inputs, from its inputs, kept outputs and the gradient."""
-    n = len(given) - kept - 1
-    plan = plan_of(*given[:n])
-    inputs, shapes = dict(plan.inputs), list(plan.outputs.items())
-    for (name, shape), x in zip(shapes[len(shapes) - kept :], given[n:-1], strict=True):
-        inputs[name] = x, shape
-    inputs["grad"] = given[-1], shapes[0][1]
-    grads = {name: shape for name, (_, shape) in list(plan.inputs.items())[:gradients]}
-    return Plan(plan.sizes, plan.widths, inputs, grads)
+# x times the transposed weight
+linear = _operation("linear", "x_ND weight_FD -> y_NF", gradients=2)
 
+# x / sqrt(mean(x^2) + eps) * weight, by rows
+rms_norm = _operation("rms_norm", "x_ND weight_D eps -> y_ND", gradients=2)
 
-def _tensors(n: int) -> str:
-    return "Tensor" if n == 1 else f"({', '.join(['Tensor'] * n)})"
+# RMSNorm and rotation of the first Q heads; the others are copied
+heads = _operation("heads", "qkv_BTJC weight_QC cos_TC sin_TC eps -> y_BTJC", gradients=2)
 
+# causal, of queries already divided by sqrt(C); and log(sum(exp)) of each query's scores
+attention = _operation("attention", "qkv_BTJC H -> y_BTHC log_sums_BHT", gradients=1, kept=2)
 
-@_operation("Tensor x, Tensor weight", gradients=2)
-def linear(x: Tensor, weight: Tensor) -> Plan:
-    """x times the transposed weight [F_, D]."""
-    (*rows, D), (F_, _) = x.shape, weight.shape
-    inputs = {"x": (x, (*rows, D)), "weight": (weight, (F_, D))}
-    return Plan((prod(rows), D, F_), (D, F_), inputs, {"y": (*rows, F_)})
-
-
-@_operation("Tensor x, Tensor weight, float eps", gradients=2)
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Plan:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
-    *rows, D = x.shape
-    inputs = {"x": (x, (*rows, D)), "weight": (weight, (D,)), "eps": eps}
-    return Plan((prod(rows), D), (D,), inputs, {"y": (*rows, D)})
-
-
-@_operation(
-    "Tensor qkv_BTJC, Tensor weight_QC, Tensor cos_TC, Tensor sin_TC, float eps", gradients=2
-)
-def heads(qkv_BTJC: Tensor, weight_QC: Tensor, cos_TC: Tensor, sin_TC: Tensor, eps: float) -> Plan:
-    """RMSNorm and rotation of the first heads, which are those that have a weight."""
-    (B, T, J, C), (Q, _) = qkv_BTJC.shape, weight_QC.shape
-    if Q > J:
-        raise ValueError(f"weights of {Q} heads, of which there are {J}")
-    inputs = {
-        "qkv_BTJC": (qkv_BTJC, (B, T, J, C)),
-        "weight_QC": (weight_QC, (Q, C)),
-        "cos_TC": (cos_TC, (T, C)),
-        "sin_TC": (sin_TC, (T, C)),
-        "eps": eps,
-    }
-    return Plan((B * T, T, J, Q, C), (C,), inputs, {"y_BTJC": (B, T, J, C)})
-
-
-@_operation("Tensor qkv_BTJC, int n_heads", outputs=2, gradients=1, kept=2)
-def attention(qkv_BTJC: Tensor, n_heads: int) -> Plan:
-    """Causal, [B, T, J, C], queries divided by sqrt(C) -> [B, T, H, C]; and of each query's scores
-    log(sum(exp))."""
-    (B, T, J, C), H = qkv_BTJC.shape, n_heads
-    G = (J - H) // 2
-    if H < 1 or G < 1 or J != H + 2 * G or H % G:
-        raise ValueError(f"{H} query heads and {J - H} others have no groups")
-    inputs = {"qkv_BTJC": (qkv_BTJC, (B, T, J, C))}
-    outputs = {"y_BTHC": (B, T, H, C), "log_sums_BHT": (B, H, T)}
-    return Plan((B, T, H, G, C), (C,), inputs, outputs)
-
-
-@_operation(
-    "Tensor x_ND, Tensor gate_up_EDF, Tensor down_EFD, Tensor gates_NK, Tensor order_M, "
-    "Tensor ends_E",
-    outputs=2,
+# the sum of each token's experts times their gates; and their activations before SwiGLU.
+# order_M: the choices sorted by expert, where those of expert e end at ends_E[e]
+experts = _operation(
+    "experts",
+    "x_ND gate_up_EDU down_EFD gates_NK order_M ends_E -> y_ND hidden_MU",
     gradients=4,
     kept=1,
 )
-def experts(
-    x_ND: Tensor,
-    gate_up_EDF: Tensor,
-    down_EFD: Tensor,
-    gates_NK: Tensor,
-    order_M: Tensor,
-    ends_E: Tensor,
-) -> Plan:
-    """The sum of each token's experts, each times its gate; and what they have before SwiGLU.
 
-    order_M: the choices by expert, of which e's end at ends_E[e].
-    """
-    (N, K), (E, F_, D) = gates_NK.shape, down_EFD.shape
-    inputs = {
-        "x_ND": (x_ND, (N, D)),
-        "gate_up_EDF": (gate_up_EDF, (E, D, 2 * F_)),
-        "down_EFD": (down_EFD, (E, F_, D)),
-        "gates_NK": (gates_NK, (N, K)),
-        "order_M": (order_M, (N * K,)),
-        "ends_E": (ends_E, (E,)),
-    }
-    outputs = {"y_ND": (N, D), "hidden_MF": (N * K, 2 * F_)}
-    return Plan((N, K, E, D, F_), (D, F_), inputs, outputs)
-
-
-@_operation("Tensor x_MRC, Tensor coefficients_I3")
-def newton_schulz(x_MRC: Tensor, coefficients_I3: Tensor) -> Plan:
-    """I iterations on matrices of norm 1, R >= C: about U V^T of each U S V^T."""
-    (M, R, C), (n, _) = x_MRC.shape, coefficients_I3.shape
-    inputs = {"x_MRC": (x_MRC, (M, R, C)), "coefficients_I3": (coefficients_I3, (n, 3))}
-    return Plan((M, R, C, n), (R, C), inputs, {"y_MRC": (M, R, C)})
+# Newton-Schulz iterations on matrices of norm 1, R >= C: about U V^T of each U S V^T.
+# coefficients_IL: a, b and c of each iteration
+newton_schulz = _operation("newton_schulz", "x_MRC coefficients_IL -> y_MRC")

@@ -1,7 +1,7 @@
-"""The network's half of generation through the kernel: keys and values, weights as it reads them.
+"""Decode steps by the CPU's kernel (kernels/decode.cpp): its cache, and its layout of the weights.
 
-Shape legend: B rows, T tokens, L layers, D d_model, G key/value heads, C head_dim, S places of a
-row, E experts, F d_expert, V vocabulary; *_16 rounded up to a multiple of 16.
+Shape legend: B rows, T tokens, L layers, G key/value heads, C head_dim, S places of a row,
+V vocabulary; *_16 rounded up to a multiple of 16.
 """
 
 from __future__ import annotations
@@ -18,44 +18,48 @@ from fourstage.model.moe import Router
 from fourstage.model.transformer import Block, BlockWeights, Transformer
 from fourstage.sampling.steps import KNOWN
 
-
-def _fields(names: str, kind: type) -> list[tuple[str, type]]:
-    return [(name, kind) for name in names.split()]
+INTS = (  # of ModelConfig
+    *("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim"),
+    *("num_experts", "top_k", "d_expert", "d_shared", "qk_norm"),
+)
+FLOATS = ("norm_eps", "route_scale")
 
 
 class _Layer(Structure):
-    """The same as in decode.cpp, as is _Model."""
+    """Laid out as in decode.cpp, as is _Model."""
 
-    _fields_ = _fields(" ".join(BlockWeights._fields), c_void_p)
+    _fields_ = [(name, c_void_p) for name in BlockWeights._fields]
 
 
 class _Model(Structure):
     _fields_ = [
-        *_fields("n_layers D H G C E K F d_shared V_16 S has_norm", c_int32),
-        *_fields("eps route_scale", c_float),
+        *((name, c_int32) for name in (*INTS, "V_16", "S")),
+        *((name, c_float) for name in FLOATS),
         ("layers", POINTER(_Layer)),
-        *_fields("gain head cos sin", c_void_p),
+        *((name, c_void_p) for name in ("gain", "head", "cos", "sin")),
     ]
 
 
 class KernelSteps:
-    """What Decoder runs on a CPU in float32. It reads the weights once, when it is made."""
+    """What Decoder runs on a CPU in float32. It reads the weights once, when it is created."""
 
     @staticmethod
     def supports(model: Transformer) -> bool:
-        """Whether the kernel computes what this network's modules compute, in its widths."""
+        """Whether the kernel computes what this network's modules compute, and has its widths."""
         c = model.config
-        if any(type(module) not in {*KNOWN, Router} for module in model.modules()):
-            return False
-        if c.expert_path != "grouped" or torch.is_autocast_enabled("cpu"):
-            return False
-        if any(w.device.type != "cpu" or w.dtype != torch.float32 for w in model.parameters()):
-            return False
-        return ops.has_kernels(c.d_model, c.head_dim, c.d_expert, c.d_shared)
+        return (
+            all(type(module) in {*KNOWN, Router} for module in model.modules())
+            and c.expert_path == "grouped"
+            and not torch.is_autocast_enabled("cpu")
+            and all(w.is_cpu and w.dtype == torch.float32 for w in model.parameters())
+            and ops.has_kernels(c.d_model, c.head_dim, c.d_expert, c.d_shared)
+        )
 
     def __init__(self, model: Transformer, capacity: int, real_BS: Tensor | None):
-        """real_BS: bool [B, capacity], padding at the left."""
+        """real_BS: bool [B, capacity], False on the padding at the left."""
         c = self.config = model.config
+        n_weights = sum(weight.numel() for weight in model.parameters())
+        assert n_weights == c.count_params(model.vocab_size)[0], "a weight has another shape"
         self.vocab_size = model.vocab_size
         self.embedding = model.embedding.weight.detach()
         self.first_B = None if real_BS is None else _ends_of_padding(real_BS)
@@ -63,61 +67,34 @@ class KernelSteps:
         self.k_LBGCS: Tensor | None = None
         self.v_LBGSC: Tensor | None = None
         self.held: list[Tensor] = []  # what the structures point to
-        rope = rope_angles(torch.arange(capacity)[None], c.head_dim, c.rope_theta)
-        cos_SC, sin_SC = (F.pad(x[0, :, 0], (0, 0, 0, self.capacity - capacity)) for x in rope)
-        half = c.head_dim // 2  # the other half of cos is equal, that of sin negative
-        head = (model.head or model.embedding).weight
-        self.layers = (_Layer * c.n_layers)(*map(self._layer, model.blocks))
+        places_1S = torch.arange(self.capacity)[None]
         self.model = _Model(
-            c.n_layers,
-            c.d_model,
-            c.n_heads,
-            c.n_kv_heads,
-            c.head_dim,
-            c.num_experts,
-            c.top_k,
-            c.d_expert,
-            c.d_shared,
+            *(getattr(c, name) for name in INTS),
             _up(self.vocab_size),
             self.capacity,
-            c.qk_norm,
-            c.norm_eps,
-            c.route_scale,
-            self.layers,
-            self._hold("gain", model.norm.weight, (c.d_model,)),
-            self._hold("head", head, (self.vocab_size, c.d_model), is_product=True),
-            self._hold("cos", cos_SC[:, half:], (self.capacity, half)),
-            self._hold("sin", sin_SC[:, half:], (self.capacity, half)),
+            *(getattr(c, name) for name in FLOATS),
+            (_Layer * c.n_layers)(*map(self._layer, model.blocks)),
+            self._hold(model.norm.weight),
+            self._hold((model.head or model.embedding).weight, is_product=True),
+            *map(self._hold, rope_angles(places_1S, c.head_dim, c.rope_theta)),
         )
 
     def _layer(self, block: Block) -> _Layer:
-        c, C = self.config, self.config.head_dim
-        D, E, F_, n_qk = c.d_model, c.num_experts, c.d_expert, c.n_heads + c.n_kv_heads
-        shapes = {
-            "attention_gain": (D,),
-            "qkv": ((n_qk + c.n_kv_heads) * C, D),
-            "head_gain": (n_qk, C),
-            "out": (D, c.n_heads * C),
-            "mlp_gain": (D,),
-            "router": (E, D),
-            "bias": (E,),
-            "gate_up": (2 * F_, D) if c.dense else (E, D, 2 * F_),
-            "down": (D, F_) if c.dense else (E, F_, D),
-            "shared_gate_up": (2 * c.d_shared, D),
-            "shared_down": (D, c.d_shared),
-        }
-        layer = _Layer()
-        for name, x in block.weights()._asdict().items():
-            if x is not None:
-                is_product = x.dim() == 2 and name != "head_gain"
-                setattr(layer, name, self._hold(name, x, shapes[name], is_product))
-        return layer
+        weights = {name: x for name, x in block.weights()._asdict().items() if x is not None}
+        return _Layer(
+            **{
+                name: self._hold(x, is_product=x.dim() == 2 and name != "head_gain")
+                for name, x in weights.items()
+            }
+        )
 
-    def _hold(self, name: str, x: Tensor, shape: tuple[int, ...], is_product: bool = False) -> int:
-        """The address of x's numbers, which stay there; a product's [out, in] as [in, out_16]."""
-        ops.kernels.check(name, x, shape)
+    def _hold(self, x: Tensor, is_product: bool = False) -> int:
+        """The address of x's numbers, which stay there; those of a product's [out, in] weight are
+        [in, out_16], so that it reads them in order."""
         x = x.detach()
-        self.held.append(_packed(x) if is_product else x.contiguous())
+        if is_product:
+            x = F.pad(x.t(), (0, _up(len(x)) - len(x)))
+        self.held.append(x.contiguous())
         return self.held[-1].data_ptr()
 
     def prefill(self, ids_BT: Tensor) -> None:
@@ -131,24 +108,18 @@ class KernelSteps:
 
     def _decode(self, ids_BT: Tensor, at: int, logits_BV: Tensor | None) -> None:
         (B, T), c, S = ids_BT.shape, self.config, self.capacity
-        if not B * T:
-            return
         if self.k_LBGCS is None or self.v_LBGSC is None:
             self.k_LBGCS = torch.empty(c.n_layers, B, c.n_kv_heads, c.head_dim, S)
             self.v_LBGSC = torch.empty(c.n_layers, B, c.n_kv_heads, S, c.head_dim)
-        assert at >= 0 and at + T <= S
-        x_BTD = F.embedding(ids_BT, self.embedding)  # refuses tokens that are not in the table
-        L, G, C = c.n_layers, c.n_kv_heads, c.head_dim
-        ops.kernels.check("keys", self.k_LBGCS, (L, B, G, C, S))
-        ops.kernels.check("values", self.v_LBGSC, (L, B, G, S, C))
-        if self.first_B is not None:
-            ops.kernels.check("ends of padding", self.first_B, (B,), torch.int32)
+        n_rows = B if self.first_B is None else len(self.first_B)
+        assert B == n_rows == self.k_LBGCS.shape[1] > 0 and T > 0 and 0 <= at <= S - T
+        x_BTD = F.embedding(ids_BT, self.embedding)  # raises for tokens outside the vocabulary
         caches = self.k_LBGCS, self.v_LBGSC
         ops.kernels.run("decode", self.model, x_BTD, B, T, at, self.first_B, *caches, logits_BV)
 
     def keep(self, rows: Tensor) -> None:
-        """Row i is then what row rows[i] was, int64 [b]: some rows less, or a row several times."""
-        assert self.k_LBGCS is not None and self.v_LBGSC is not None, "the rows have not begun"
+        """Row i becomes what row rows[i] was, int64 [b]: rows may be dropped or repeated."""
+        assert self.k_LBGCS is not None and self.v_LBGSC is not None, "no tokens yet"
         self.k_LBGCS = self.k_LBGCS.index_select(1, rows)
         self.v_LBGSC = self.v_LBGSC.index_select(1, rows)
         self.first_B = None if self.first_B is None else self.first_B[rows]
@@ -158,14 +129,8 @@ def _up(n: int) -> int:
     return -(-n // ops.kernels.WIDTH) * ops.kernels.WIDTH
 
 
-def _packed(weight: Tensor) -> Tensor:
-    """[out, in] -> [in, out_16]: a product reads its rows one after the other."""
-    missing = -weight.shape[0] % ops.kernels.WIDTH
-    return F.pad(weight.t(), (0, missing)) if missing else weight.t().contiguous()
-
-
 def _ends_of_padding(real_BS: Tensor) -> Tensor:
-    """int32 [B]: the first place of each row that is no padding."""
+    """int32 [B]: the first place of each row that isn't padding."""
     first_B = real_BS.int().argmax(-1)
     places_S = torch.arange(real_BS.shape[1])
     assert torch.equal(real_BS, places_S >= first_B[:, None]), "padding must be at the left"
