@@ -2,8 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fourstage.model.attention import Attention, RMSNorm, rope_angles
-from fourstage.model.ops import rotate
+from fourstage.model.attention import Attention, RMSNorm, rope_angles, rotate
 from tests.device import close
 
 THETA = 10000.0

@@ -1,30 +1,32 @@
 """Grouped-query attention with rotary positions and QK-norm.
 
-Shape legend: B rows, T tokens, S keys, D d_model, H query heads, G key/value heads,
-C head_dim.
+Shape legend: B rows, T tokens, N distinct tokens, D d_model, H query heads, G key/value heads,
+J = H + 2 G, C head_dim.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourstage.model import ops
 from fourstage.model.cache import LayerCache
 from fourstage.model.config import ModelConfig
-from fourstage.model.ops import Rope
 from fourstage.model.packing import Packing
 
-# cuDNN's attention makes a plan for each new shape, half a second for each: of a decoded token,
-# of a batch, of a piece of a rollout. Flash and memory-efficient attention take any shape.
+Rope = tuple[Tensor, Tensor]  # cos and sin [B or 1, T, 1, C], as rope_angles gives them
+
+# cuDNN's attention spends half a second planning for each new shape: of a decoded token, a batch, a
+# piece of a rollout. Flash and memory-efficient attention take any shape.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class Linear(nn.Linear):
-    """A projection without bias, drawn from N(0, std^2) where it is made.
+    """A projection without bias whose own __init__ draws the weight from N(0, std^2).
 
-    ZeRO-3 partitions a layer as soon as its own __init__ ends: what a parent writes into it later
-    would be lost.
+    ZeRO-3 partitions a layer as soon as its __init__ ends: what a parent wrote into it later would
+    be lost.
     """
 
     def __init__(self, d_in: int, d_out: int, std: float):
@@ -61,12 +63,18 @@ def rope_angles(positions_BT: Tensor, head_dim: int, theta: float) -> Rope:
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
+def rotate(x_BTHC: Tensor, rope: Rope) -> Tensor:
+    """(a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of C, as transformers does."""
+    cos, sin = rope
+    return torch.addcmul(x_BTHC * cos, x_BTHC.roll(x_BTHC.shape[-1] // 2, -1), sin).to(x_BTHC.dtype)
+
+
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245), queries and keys normalised per head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+        self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)  # queries, keys, values
         self.head_dim = config.head_dim
         out_std = config.init_std / (2 * config.n_layers) ** 0.5
         self.qkv = Linear(config.d_model, sum(self.heads) * config.head_dim, config.init_std)
@@ -83,37 +91,88 @@ class Attention(nn.Module):
         packing: Packing | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D]; mask: bool [B or 1, 1, T, T], True where T may look; else causal.
+        """[B, T, D] -> [B, T, D].
 
+        mask: bool [B or 1, 1, T, T], True where attention is allowed; causal by default.
         packing: x is [1, N, D], the distinct tokens of the rows that attend.
         cache: gets the keys and values.
         """
-        return self.out(ops.attention(self.project(x_BTD), rope, mask, packing, cache))
+        B, T, _ = x_BTD.shape
+        qkv_BTJC = self.project(x_BTD)
+        fits = mask is None and cache is None and self.has_norms() and len(rope[0]) == 1
+        if fits and ops.applies(
+            (qkv_BTJC, self.q_norm.weight, self.k_norm.weight, *rope), self.head_dim
+        ):
+            y = self._by_kernels(qkv_BTJC, rope, packing)
+        else:
+            y = self._plain(qkv_BTJC, rope, mask, packing, cache)
+        return self.out(y.reshape(B, T, -1))
+
+    def _by_kernels(self, qkv_BTJC: Tensor, rope: Rope, packing: Packing | None) -> Tensor:
+        """[B, T, H, C], or [N, 1, H C] of distinct tokens."""
+        (_, T, J, C), H = qkv_BTJC.shape, self.heads[0]
+        cos_TC, sin_TC = (angles[0, :, 0] for angles in rope)
+        gain_QC = self.head_gains(query_scale=C**-0.5)
+        qkv_BTJC = ops.kernels.heads(qkv_BTJC, gain_QC, cos_TC, sin_TC, self.q_norm.eps)
+        if packing is None:
+            return ops.kernels.attention(qkv_BTJC, H)[0]
+        rows_BTX = packing.spread(qkv_BTJC.view(1, T, J * C))[0]
+        y_BTHC, _ = ops.kernels.attention(rows_BTX.view(*packing.shape, J, C), H)
+        return packing.collect(y_BTHC.flatten(2)[None])
+
+    def _plain(
+        self,
+        qkv_BTJC: Tensor,
+        rope: Rope,
+        mask: Tensor | None,
+        packing: Packing | None,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """[B, T, H, C], or [N, H, C] of distinct tokens."""
+        q, k, v = self.split(qkv_BTJC, rope)
+        if cache is not None:
+            cache.store(k, v)
+        if packing is not None:  # [1, H, N, C] -> [B, H, T, C]
+            q, k, v = (packing.spread(x[0]).transpose(0, 1) for x in (q, k, v))
+        y_BHTC = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
+        if packing is not None:
+            return packing.collect(y_BHTC.transpose(0, 1))
+        return y_BHTC.transpose(1, 2)
 
     def store(self, x_BTD: Tensor, rope: Rope, cache: LayerCache) -> None:
         """Only what forward would store in the cache."""
-        cache.store(*ops.heads(self.project(x_BTD), rope)[1:])
+        cache.store(*self.split(self.project(x_BTD), rope)[1:])
 
-    def project(self, x_BTD: Tensor) -> ops.Heads:
-        B, T, _ = x_BTD.shape
-        qkv_BTJC = self.qkv(x_BTD).view(B, T, -1, self.head_dim)
+    def project(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, J, C]."""
+        return self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
+
+    def split(self, qkv_BTJC: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normalised and rotated, and values; [B, H or G, T, C] each."""
+        H, G, _ = self.heads
+        qk_BTJC, v_BTGC = qkv_BTJC.split((H + G, G), dim=2)
         if self.has_norms():
-            gains = self.q_norm.weight, self.k_norm.weight
-            return ops.Heads(qkv_BTJC, self.heads, gains, self.q_norm.eps)
-        q, k, _ = qkv_BTJC.split(self.heads, dim=2)
-        normed = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
-        return ops.Heads(qkv_BTJC, self.heads, normed_BTJC=normed)
+            gain_JC = self.head_gains()
+            qk_BTJC = F.rms_norm(qk_BTJC, gain_JC.shape[-1:], None, self.q_norm.eps)
+            qk_BTJC = qk_BTJC * gain_JC.to(qk_BTJC.dtype)
+        else:
+            q_BTHC, k_BTGC = qk_BTJC.split((H, G), dim=2)
+            qk_BTJC = torch.cat((self.q_norm(q_BTHC), self.k_norm(k_BTGC)), dim=2)
+        qk_BTJC = rotate(qk_BTJC, rope).to(v_BTGC.dtype)  # CUDA's autocast has norms in float32
+        q_BTHC, k_BTGC = qk_BTJC.split((H, G), dim=2)
+        return q_BTHC.transpose(1, 2), k_BTGC.transpose(1, 2), v_BTGC.transpose(1, 2)
 
-    def head_gains(self) -> Tensor:
-        """float [H + G, C]: what a head, normalised or not, is multiplied with; queries are divided
-        by sqrt(C) too."""
+    def head_gains(self, query_scale: float = 1.0) -> Tensor:
+        """[H + G, C]: what heads are multiplied by after their norms, queries also by the scale."""
         (H, G, _), C = self.heads, self.head_dim
-        gain_JC = torch.ones(H + G, C, device=self.qkv.weight.device)
+        q_C = k_C = torch.ones(C, device=self.qkv.weight.device)
         if self.has_norms():
-            gain_JC[:H], gain_JC[H:] = self.q_norm.weight, self.k_norm.weight
-        gain_JC[:H] *= C**-0.5
-        return gain_JC
+            q_C, k_C = self.q_norm.weight, self.k_norm.weight
+        return torch.cat(((q_C * query_scale).expand(H, C), k_C.expand(G, C)))
 
     def has_norms(self) -> bool:
-        """Whether both norms can be applied as one; under ZeRO-3 their weights are elsewhere."""
+        """Whether both norms can be applied as one: under ZeRO-3 they need their own forwards,
+        which gather the weights."""
         return isinstance(self.q_norm, RMSNorm) and self.q_norm.weight.numel() > 0

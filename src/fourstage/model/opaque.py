@@ -1,7 +1,7 @@
-"""A product that torch.compile takes as one operation in float32, and does not look into.
+"""Workarounds for F.grouped_mm: under torch.compile, and on Blackwell.
 
-It has no grouped product in float32 at all. Uncompiled code calls what is wrapped here directly: an
-operation of one's own costs some 10 us.
+torch.compile supports it in bfloat16 only, so in other precisions it gets an opaque operation.
+Uncompiled code calls F.grouped_mm directly: a custom operation costs some 10 us.
 
 Shape legend: M token copies sorted by expert, E experts, D and F_ the widths of a weight.
 """
@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class _ZeroWhereEmpty(torch.autograd.Function):
-    """A weight [E, D, F_] as it is, whose gradient is 0 for experts without tokens.
+class ZeroWhereEmpty(torch.autograd.Function):
+    """The identity on a weight [E, D, F_]; its gradient is set to 0 for experts without tokens.
 
-    On compute capability 10 grouped_mm's backward leaves memory there as it was (pytorch issues
-    172439 and 193633).
+    On compute capability 10 grouped_mm's backward leaves those uninitialized (pytorch issues 172439
+    and 193633).
     """
 
     @staticmethod
@@ -35,16 +35,6 @@ class _ZeroWhereEmpty(torch.autograd.Function):
 def leaves_gaps(x: Tensor) -> bool:
     """Whether grouped_mm's backward may leave the gradients of some experts unwritten."""
     return x.device.type == "cuda" and torch.cuda.get_device_capability(x.device)[0] == 10
-
-
-def without_gaps(w_EDF: Tensor, ends_E: Tensor) -> Tensor:
-    """The weight of a grouped product, with whole gradients."""
-    return _ZeroWhereEmpty.apply(w_EDF, ends_E) if leaves_gaps(w_EDF) else w_EDF
-
-
-def is_needed(x: Tensor) -> bool:
-    """Whether x is being compiled into something that has no grouped product of its own."""
-    return torch.compiler.is_compiling() and x.dtype != torch.bfloat16
 
 
 @torch.library.custom_op("fourstage::grouped_mm", mutates_args=())

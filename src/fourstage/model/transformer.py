@@ -97,7 +97,7 @@ class Block(nn.Module):
         return BlockWeights(
             attention_gain=self.attention_norm.weight,
             qkv=attention.qkv.weight,
-            head_gain=attention.head_gains(),
+            head_gain=attention.head_gains(query_scale=attention.head_dim**-0.5),
             out=attention.out.weight,
             mlp_gain=self.mlp_norm.weight,
             router=router and router.proj.weight,
