@@ -254,8 +254,8 @@ def test_half_precision_is_that_of_a_forward(bent, device):
 def test_weights_are_made_half_once_and_routers_never(bent, device, shape, monkeypatch):
     model, ids, found = bent(**SHAPES[shape]).to(device), IDS.to(device), []
     copies = copy.deepcopy(model.state_dict())
-    for casts in (module.compute_dtype, lambda model: torch.float32):
-        monkeypatch.setattr(module, "compute_dtype", casts)
+    for casts in (module.autocast_dtype, lambda weight: torch.float32):
+        monkeypatch.setattr(module, "autocast_dtype", casts)
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             decoder = Decoder(model, 12)
             decoder.prefill(ids[:, :5])

@@ -4,11 +4,4 @@ from fourstage.model.config import ModelConfig
 from fourstage.model.heads import ScalarHead, ScalarModel
 from fourstage.model.transformer import ModelOutput, RouterStats, Transformer
 
-__all__ = [
-    "ModelConfig",
-    "ModelOutput",
-    "RouterStats",
-    "ScalarHead",
-    "ScalarModel",
-    "Transformer",
-]
+__all__ = ["ModelConfig", "ModelOutput", "RouterStats", "ScalarHead", "ScalarModel", "Transformer"]

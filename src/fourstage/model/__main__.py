@@ -1,4 +1,4 @@
-"""A table of all model configs and their sizes; by default characters are the vocabulary.
+"""A table of all model configs and their sizes; the vocabulary is that of characters by default.
 
     python -m fourstage model [vocab_size=NUMBER]
 
@@ -9,31 +9,32 @@ For example:
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fourstage.model import ModelConfig
 
-MOST_TOKENS = 2**32  # ten digits
+MOST_TOKENS = 2**32
 CONFIGS = Path(__file__).parents[3] / "conf" / "model"
 
 
 def vocab_size_of(arguments: list[str]) -> int:
-    """The number in vocab_size=NUMBER; without an argument characters are the vocabulary."""
+    """NUMBER of vocab_size=NUMBER; without arguments the size of the character vocabulary."""
     from fourstage.errors import UserError
     from fourstage.tokenizer import Tokenizer
 
-    match [argument.split("=", 1) for argument in arguments]:
-        case []:
-            return Tokenizer.char().vocab_size
-        case [["vocab_size", number]] if number.isdecimal() and 0 < int(number[:11]) < MOST_TOKENS:
-            return int(number)
+    if not arguments:
+        return Tokenizer.char().vocab_size
+    match = re.fullmatch(r"vocab_size=(\d{1,10})", " ".join(arguments))
+    if match and 0 < (number := int(match[1])) < MOST_TOKENS:
+        return number
     raise UserError(f"expected vocab_size=NUMBER below 2^32, got {' '.join(arguments)!r}")
 
 
 def counted(path: Path, vocab_size: int) -> tuple[int, int, ModelConfig]:
-    """(parameters, those that a token uses, config) of a config file, on the meta device."""
+    """(all parameters, those that one token uses, config) of a config file."""
     import torch
     import yaml
 
@@ -49,11 +50,7 @@ def counted(path: Path, vocab_size: int) -> tuple[int, int, ModelConfig]:
 
 
 def main(arguments: list[str]) -> None:
-    """Builds each config on the meta device and counts; by default characters are the vocabulary.
-
-    Raises:
-        UserError: an argument is not vocab_size=NUMBER, or conf/model is not beside src.
-    """
+    """Raises UserError for other arguments than vocab_size=NUMBER, or without conf/model."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""The keys and values that a layer has computed, and one more token's attention to them.
+"""A layer's cached keys and values, and one more token's attention to them.
 
 Shape legend: B rows, T tokens, S stored tokens, G key/value heads, R queries of each, C head_dim.
 """
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class LayerCache:
-    """One layer's keys and values, [rows, G, capacity, C], of which the first ones are filled.
+    """One layer's keys and values, [rows, G, capacity, C], filled from the left.
 
-    rows: the most there will be, whose place in memory is kept; 0: as many as there are.
+    rows: the maximum number, which then stay in place in memory; 0: as many as there are.
     """
 
     def __init__(self, capacity: int, rows: int = 0):
@@ -22,10 +22,11 @@ class LayerCache:
         self.v: Tensor | None = None
 
     def store(self, k_BGTC: Tensor, v_BGTC: Tensor, at: int | Tensor = 0) -> None:
-        """T new tokens, from place `at` on; int64 [1], which only a GPU may know, for one token."""
+        """T new tokens from place `at` on; for one token it may be int64 [1], known to a GPU
+        only."""
         b, g, t, c = k_BGTC.shape
         if self.k is None or self.v is None:
-            # zeros, as a recorded step multiplies places by 0 that are not filled yet
+            # zeros, as a recorded step multiplies places that are not filled yet by 0
             self.k = k_BGTC.new_zeros(self.rows or b, g, self.capacity, c)
             self.v = torch.zeros_like(self.k)
         if isinstance(at, Tensor):
@@ -37,7 +38,7 @@ class LayerCache:
         self.v[:b, :, at : at + t] = v_BGTC
 
     def keep(self, rows: Tensor) -> None:
-        """Row i is then what row rows[i] was, int64 [b]: some rows less, or a row several times."""
+        """Row i becomes what row rows[i] was, int64 [b]: rows may be dropped or repeated."""
         assert self.k is not None and self.v is not None, "the cache is empty"
         k, v = self.k.index_select(0, rows), self.v.index_select(0, rows)
         if self.rows:
@@ -46,13 +47,14 @@ class LayerCache:
             self.k, self.v = k, v
 
     def clear(self) -> None:
-        """For other rows: what is not filled yet is multiplied by 0, so it has to be finite."""
+        """For new rows: places that are not filled yet are multiplied by 0, so must be finite."""
         if self.k is not None and self.v is not None:
             self.k.zero_()
             self.v.zero_()
 
     def attend(self, q_BGRC: Tensor, S: int, mask: Tensor | None = None) -> Tensor:
-        """What R queries of one token, divided by sqrt(C), see of the first S, [B, G, R, C].
+        """Attention of one token's queries, divided by sqrt(C), to the first S tokens, [B, G, R,
+        C].
 
         mask: bool [B or 1, 1, 1, S].
         """

@@ -1,4 +1,4 @@
-"""The shape of a model as plain values, checked when built, and how many parameters it has."""
+"""The shape of a model as plain values, and how many parameters it has."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ class ModelConfig:
     `balance` keeps the experts equally busy: "bias" moves a selection bias by bias_step after each
     optimizer step (DeepSeek-V3, arXiv 2412.19437), "switch" adds a loss (arXiv 2101.03961).
 
-    Raises:
-        UserError: a value is impossible, alone or next to another.
+    Raises UserError for an impossible value or combination.
     """
 
     name: str
@@ -30,7 +29,7 @@ class ModelConfig:
     num_experts: int
     top_k: int
     d_expert: int  # hidden width of one routed expert (of the whole MLP in a dense model)
-    d_shared: int = 0  # hidden width of the expert that every token passes; 0: there is none
+    d_shared: int = 0  # hidden width of the expert that every token uses; 0: none
     max_seq_len: int = 512
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
@@ -52,41 +51,31 @@ class ModelConfig:
         for key in (*sizes, "max_seq_len"):
             if (value := getattr(self, key)) < 1:
                 raise UserError(f"{key}: must be at least 1, got {value}")
-        if self.num_experts < 1:
-            raise UserError(
-                f"num_experts: must be at least 1, got {self.num_experts} "
-                "(a dense model is one expert: model=dense_tiny)"
-            )
-        if self.top_k > self.num_experts:
-            raise UserError(
-                f"top_k: cannot choose {self.top_k} of {self.num_experts} experts; "
-                "lower top_k or raise num_experts"
-            )
-        if self.n_heads % self.n_kv_heads:
-            raise UserError(
-                f"n_kv_heads: must divide n_heads ({self.n_heads}), got {self.n_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise UserError(
-                f"head_dim: must be even (rotary embeddings turn pairs), got {self.head_dim}"
-            )
-        if self.dense and self.d_shared:
-            raise UserError(
-                f"d_shared: must be 0 when num_experts is 1, got {self.d_shared} "
-                "(widen d_expert instead)"
-            )
         for key in ("rope_theta", "norm_eps", "init_std", "route_scale"):
             if (value := getattr(self, key)) <= 0:
                 raise UserError(f"{key}: must be above 0, got {value}")
         for key in ("d_shared", "bias_step", "switch_coef", "z_loss_coef"):
             if (value := getattr(self, key)) < 0:
                 raise UserError(f"{key}: must not be negative, got {value}")
+        if (n := self.num_experts) < 1:
+            hint = "a dense model is one expert: model=dense_tiny"
+            raise UserError(f"num_experts: must be at least 1, got {n} ({hint})")
+        if (k := self.top_k) > n:
+            hint = "lower top_k or raise num_experts"
+            raise UserError(f"top_k: cannot choose {k} of {n} experts; {hint}")
+        if self.n_heads % (kv := self.n_kv_heads):
+            raise UserError(f"n_kv_heads: must divide n_heads ({self.n_heads}), got {kv}")
+        if (width := self.head_dim) % 2:
+            raise UserError(f"head_dim: must be even (rotary embeddings turn pairs), got {width}")
+        if self.dense and (width := self.d_shared):
+            hint = "widen d_expert instead"
+            raise UserError(f"d_shared: must be 0 when num_experts is 1, got {width} ({hint})")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout: must be from 0 to below 1, got {self.dropout}")
 
     def check_widths(self, precision: str) -> None:
-        """Raise UserError for a width that the grouped product of the experts has no kernel for:
-        its rows must be a multiple of 16 bytes."""
+        """Raises UserError for a width that the experts' grouped product doesn't support: its rows
+        must be a multiple of 16 bytes."""
         if self.dense or self.expert_path == "loop":
             return
         step = 4 if precision == "32-true" else 8
@@ -104,7 +93,7 @@ class ModelConfig:
         return self.num_experts == 1
 
     def count_params(self, vocab_size: int) -> tuple[int, int]:
-        """(all parameters, those that one token uses), embedding and head among both."""
+        """(all parameters, those that one token uses), both with embedding and head."""
         heads = 2 * self.n_heads + 2 * self.n_kv_heads
         attention = self.d_model * self.head_dim * heads + 2 * self.head_dim * self.qk_norm
         expert = 3 * self.d_model * self.d_expert

@@ -23,7 +23,7 @@ class ScalarHead(Linear):
 
 
 class ScalarModel(nn.Module):
-    """A Transformer, whose token head is dropped (it would get no gradient), with a scalar head."""
+    """A Transformer with a scalar head; its token head, which would get no gradient, is dropped."""
 
     def __init__(self, backbone: Transformer):
         super().__init__()
@@ -39,7 +39,7 @@ class ScalarModel(nn.Module):
         return self.head(hidden_BTD)
 
     def last(self, ids_BT: Tensor, length_B: Tensor) -> Tensor:
-        """The number at the last real token of each row of length_B tokens, float32 [B]."""
+        """The number at each row's last real token, float32 [B]; length_B: tokens per row."""
         valid_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < length_B[:, None]
         values_BT = self(ids_BT, valid_BT=valid_BT).float()
         return values_BT.gather(1, length_B[:, None] - 1).squeeze(1)

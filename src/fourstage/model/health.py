@@ -1,4 +1,4 @@
-"""Whether the routers of a model are healthy: how evenly they share the tokens, what has changed.
+"""Router health: how evenly the experts share the tokens, and how the routing changes.
 
 Shape legend: L layers, E experts, N tokens, K experts chosen per token.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 def load_health(load_LE: Tensor) -> dict[str, Tensor]:
-    """Per layer [L], from the tokens that each expert got:
+    """Per layer [L], from the number of tokens of each expert:
 
-    load_entropy: of the load, over log E: 1 where all experts are equally busy
-    max_over_mean: load of the busiest expert over the mean load, from 1 to E
-    dead_experts: experts that got no token
+    load_entropy: entropy of the load / log E; 1 where all experts are equally busy
+    max_over_mean: load of the busiest expert / mean load, from 1 to E
+    dead_experts: experts without tokens
     """
     share_LE = load_LE / load_LE.sum(-1, keepdim=True).clamp(min=1)
     return {
@@ -32,6 +32,6 @@ def bias_spread(bias_LE: Tensor) -> Tensor:
 
 
 def drift(before_LNK: Tensor, after_LNK: Tensor) -> Tensor:
-    """Share of the tokens whose set of experts is another one, float [L]; order means nothing."""
+    """Share of the tokens whose set of experts has changed, float [L]."""
     changed_LNK = before_LNK.sort(-1).values != after_LNK.sort(-1).values
     return changed_LNK.any(-1).float().mean(-1)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fourstage.model import opaque
+from fourstage.model.precision import autocast_dtype
 
 try:
     from fourstage import kernels
@@ -123,9 +124,7 @@ def experts(
     place_NK = torch.empty_like(order_M)
     place_NK[order_M] = torch.arange(len(order_M), device=order_M.device)
     place_NK = place_NK.view_as(experts_NK)
-    dtype = x_ND.dtype
-    if torch.is_autocast_enabled(x_ND.device.type):
-        dtype = torch.get_autocast_dtype(x_ND.device.type)
+    dtype = autocast_dtype(x_ND)
     x_MD = _Dispatch.apply(x_ND.to(dtype), order_M, place_NK)
     h_MF = swiglu(grouped_mm(x_MD, gate_up_EDF.to(dtype), ends_E))
     y_MD = grouped_mm(h_MF, down_EFD.to(dtype), ends_E)

@@ -1,7 +1,7 @@
-"""What stays in float32 where the rest of a network runs under autocast, in half precision.
+"""What stays in float32 while autocast runs the rest of a network in half precision.
 
-Near-ties of a router would flip, scores of a reward model would tie, and the log-probabilities of
-the sampler and the trainer would differ by more than a policy moves in a step.
+In half precision a router's near-ties would flip, a reward model's scores would tie, and the
+sampler's log-probabilities would differ from the trainer's by more than a step changes the policy.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGE_VOCABULARY = 4096  # tokens above which logits are worth the rounding: their product is large
+LARGE_VOCABULARY = 4096  # above it the logits are computed in half precision too: it saves too much
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """Without autocast, where it is on for x's device."""
+    """Turns autocast off on x's device."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What autocast computes in on x's device; x's own dtype where autocast is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -1,9 +1,8 @@
 """Plain weights in and out, whatever trained them: model.safetensors, config.json, tokenizer.json.
 
-`config.json` is {"model": {...}, "vocab_size": n, "kind": "policy" | "scalar", "weights_sha256",
-"tokenizer_sha256"}: enough to build the network again with none of the project's configuration, and
-to tell whether the other two files are whole. Files are written under a temporary name, synced and
-renamed, so that a kill leaves the old file or the new one, never half of one.
+config.json (`Shape`) is enough to build the network without the project's configuration, and to
+tell whether the other two files are intact. Files are written under a temporary name, synced and
+renamed, so that a kill never leaves half a file.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -30,15 +29,15 @@ WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
 
 
 def save_weights(folder: Path, network: Transformer | ScalarModel, tokenizer: Tokenizer) -> None:
-    """Write the network's weights (any dtype, any device), its own shape and the tokenizer."""
+    """Writes the network's weights (any dtype, any device), its shape and the tokenizer."""
     tokenizer.save(folder)
     weights = network.state_dict()
-    # clones: tied or expanded tensors share memory, which safetensors refuses
+    # clones, as safetensors refuses tied or expanded tensors, which share memory
     plain = {name: w.detach().cpu().clone().contiguous() for name, w in weights.items()}
     partial = folder / f".{WEIGHTS}.{os.getpid()}"
     try:
         save_file(plain, partial)
-        shutil.copymode(folder / TOKENIZER, partial)  # safetensors lets nobody else read it
+        shutil.copymode(folder / TOKENIZER, partial)  # safetensors' is readable by the owner only
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         digest = sha256(partial)
@@ -53,7 +52,7 @@ def save_weights(folder: Path, network: Transformer | ScalarModel, tokenizer: To
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal digits."""
+    """The hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -61,18 +60,14 @@ def sha256(path: Path) -> str:
 def load_policy(folder: Path) -> tuple[Transformer, Tokenizer]:
     """The language model of a finished run, on the CPU, and its tokenizer.
 
-    Raises UserError where the folder holds no language model or a broken one.
+    Raises UserError where the folder holds no language model, or a broken one.
     """
-    network, tokenizer = _load(folder, "policy")
-    assert isinstance(network, Transformer)
-    return network, tokenizer
+    return _load(folder, "policy")
 
 
 def load_scalar(folder: Path) -> tuple[ScalarModel, Tokenizer]:
-    """The reward model of a finished reward run, on the CPU, and its tokenizer."""
-    network, tokenizer = _load(folder, "scalar")
-    assert isinstance(network, ScalarModel)
-    return network, tokenizer
+    """The reward model of a finished reward run, likewise."""
+    return _load(folder, "scalar")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,25 +77,24 @@ class Shape:
     kind: Kind
     vocab_size: int
     model: ModelConfig
-    weights_sha256: str | None = None  # of model.safetensors; older runs have none
-    tokenizer_sha256: str | None = None  # of tokenizer.json, likewise
+    weights_sha256: str | None = None  # of model.safetensors; None in older runs
+    tokenizer_sha256: str | None = None  # of tokenizer.json
 
     def __post_init__(self) -> None:
         if self.vocab_size < 1:
             raise UserError(f"vocab_size: must be at least 1, got {self.vocab_size}")
 
 
-def _load(folder: Path, kind: Kind) -> tuple[Transformer | ScalarModel, Tokenizer]:
+def _load(folder: Path, kind: Kind) -> tuple[Any, Tokenizer]:
     try:
-        values = read_json(folder / "config.json")
-        shape = build(Shape, values, f"{folder}/config.json")
+        shape = build(Shape, read_json(folder / "config.json"), f"{folder}/config.json")
         tokenizer = Tokenizer.load(folder)
         sums = {WEIGHTS: shape.weights_sha256, TOKENIZER: shape.tokenizer_sha256}
         for name, digest in sums.items():
             if digest not in (None, sha256(folder / name)):
                 raise UserError(
                     f"{folder / name}: damaged, its bytes are not those that training wrote: copy "
-                    "it anew, or train it again"
+                    "it again, or train it again"
                 )
         weights = load_file(folder / WEIGHTS)
     except (FileNotFoundError, NotADirectoryError) as error:

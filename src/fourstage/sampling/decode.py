@@ -1,11 +1,11 @@
 """The network in generation: the prompts at once, then one more token per row at a time.
 
-A step of one token has so little arithmetic that the number of operations decides its time. On a
-CPU in float32 the whole step is one operation (kernels/decode.cpp). Elsewhere it is a few
-(steps.py), which a GPU may replay as one graph (recording.py). A network with modules that none of
-these knows is read as it trains (plain_steps.py).
+A step of one token does so little arithmetic that its time depends on the number of operations. On
+a CPU in float32 the whole step is one operation (kernels/decode.cpp). Elsewhere it is a short list
+of them (steps.py), which a GPU may replay as one graph (recording.py). A network with modules that
+these don't know runs its own forward (plain_steps.py).
 
-Shape legend: B rows, T tokens, S positions, V vocabulary.
+Shape legend: B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fourstage.sampling.steps import TorchSteps
 
 
 class Decoder:
-    """Continues rows of tokens and holds their keys and values; the network is in eval mode.
+    """Continues rows of tokens and caches their keys and values; the network is in eval mode.
 
-    capacity: the most tokens of a row, for which memory is allocated at the first.
+    capacity: the maximum number of tokens of a row; memory for them is allocated at once.
     real_BS: bool [B, capacity], False on the padding at the left of a row, which is masked.
-    rows: the most rows there will be; where that is known, a GPU may record steps.
+    rows: the maximum number of rows; where it is known, a GPU may record steps.
     """
 
     @torch.no_grad()
@@ -48,10 +48,8 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, ids_BT: Tensor) -> None:
-        """The first tokens of each row, int64 [B, T].
-
-        The next token needs only keys and values: the last block computes nothing else.
-        """
+        """The first tokens of each row, int64 [B, T]; the last block only computes keys and values,
+        which is all that the next token needs."""
         c, (B, T) = self.model.config, ids_BT.shape
         assert self.length == 0, "prefill must come first"
         assert self.capacity >= T, f"a row holds {self.capacity} tokens"
@@ -64,7 +62,7 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(self, ids_B: Tensor) -> Tensor:
-        """int64 [B], one more token per row -> logits [B, V] of the token after it."""
+        """int64 [B], one more token per row -> logits [B, V] of the next."""
         c, B, at = self.model.config, len(ids_B), self.length
         assert at < self.capacity, f"a row holds {self.capacity} tokens"
         logits_BV = self.steps.step(ids_B, at)
@@ -74,7 +72,7 @@ class Decoder:
         return logits_BV
 
     def count_flops(self, flops: int) -> None:
-        if not isinstance(self.steps, PlainSteps):  # which run forwards that count themselves
+        if not isinstance(self.steps, PlainSteps):  # whose forwards count themselves
             self.model.count_flops(flops, has_backward=False)
 
     def keep(self, rows: Tensor) -> None:

@@ -1,9 +1,9 @@
-"""Batched sampling with a KV cache: rollouts, sample tables, evaluation and chat all use this.
+"""Batched sampling with a KV cache, used by rollouts, sample tables, evaluation and chat.
 
-Prompts are padded at the left. Each row draws from its own random numbers, so its answer depends
-neither on the rows beside it nor on when they end.
+Prompts are padded at the left. Each answer has its own random numbers, so it doesn't depend on the
+rest of the batch.
 
-Shape legend: B unfinished answers, U rows of the decoder, N its next rows, P prompt tokens,
+Shape legend: B unfinished answers, K those that go on, U rows of the decoder, N its next rows,
 A answer tokens, S positions, V vocabulary.
 """
 
@@ -20,9 +20,9 @@ from fourstage.errors import UserError
 from fourstage.model import Transformer
 from fourstage.sampling.decode import Decoder
 
-ROWS_AT_ONCE = 512  # the KV cache of more rows would not fit a laptop's memory
-COMPACT_BELOW = 0.75  # drop finished rows once fewer than this share are unfinished
-LEAST_TEMPERATURE = 0.01  # dividing by much less makes logits overflow
+ROWS_AT_ONCE = 512  # more rows' KV cache would not fit in a laptop's memory
+COMPACT_BELOW = 0.75  # drop finished rows once less than this share is unfinished
+LEAST_TEMPERATURE = 0.01  # logits overflow when divided by much less
 MOST_SHARED = 0.5  # rows per answer above which every answer gets a row of its own
 
 
@@ -30,9 +30,9 @@ MOST_SHARED = 0.5  # rows per answer above which every answer gets a row of its 
 class Generation:
     """One entry per prompt, in the order of the prompts."""
 
-    answer_ids: list[list[int]]  # with the stop token where one was sampled
-    # of each answer token, under the distribution it was drawn from; None: the sampler doesn't know
-    # those of our own network, which then computes them
+    answer_ids: list[list[int]]  # including the stop token where one was sampled
+    # of each answer token, under the distribution it was drawn from; None where the sampler doesn't
+    # know our network's, which is then asked for them
     logprobs: list[list[float]] | None
     stopped: list[bool]  # ended by the stop token, not by max_new_tokens
 
@@ -41,10 +41,10 @@ class Generation:
 class Sampling:
     """How answers are drawn: at most max_new_tokens tokens, up to and including stop_id.
 
-    Temperature 0 takes the likeliest token. top_k keeps the k likeliest (0: all), then top_p the
-    smallest set of the likeliest whose probability reaches p (Holtzman et al. 2019,
-    arXiv 1904.09751); `forbid` ids are never drawn. Row i draws with row_seeds[i], by default made
-    of seed and i.
+    Temperature 0 takes the most likely token. top_k keeps the k most likely (0: all), then top_p
+    the smallest set of the most likely whose probability reaches p (Holtzman et al. 2019, arXiv
+    1904.09751); `forbid` ids are never drawn. Row i draws with row_seeds[i], by default derived
+    from seed and i.
 
     Raises:
         UserError: a value is out of range.
@@ -97,7 +97,7 @@ class Sampling:
         return logits_BV.log_softmax(-1)
 
     def draw(self, log_probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
-        """int64 [B]: the token where the cumulated probability passes the row's uniform number."""
+        """int64 [B]: the token where the cumulative probability passes the row's uniform number."""
         if self.temperature == 0:
             return log_probs_BV.argmax(-1)
         cdf_BV = log_probs_BV.exp().cumsum(-1)
@@ -112,8 +112,8 @@ Sampler = Callable[[list[list[int]], Sampling], Generation]
 def generate(model: Transformer, prompts: list[list[int]], sampling: Sampling) -> Generation:
     """Answers every prompt.
 
-    With top_k 0, top_p 1 and nothing forbidden, logprobs are those that a training forward gives
-    for logits / temperature.
+    With top_k 0, top_p 1 and nothing forbidden, logprobs are those of a training forward's
+    logits / temperature.
 
     Raises:
         UserError: a prompt leaves no room for the answer in max_seq_len.
@@ -137,7 +137,7 @@ def sampler_of(model: Transformer) -> Sampler:
 
 
 def stream(model: Transformer, prompt: list[int], sampling: Sampling) -> Iterator[int]:
-    """The answer that generate gives to this prompt alone, token by token; raises as it does."""
+    """What generate answers to this prompt alone, token by token; raises as it does."""
     for _, token, _ in _steps(model, [prompt], sampling):
         yield token.item()
 
@@ -146,7 +146,7 @@ def stream(model: Transformer, prompt: list[int], sampling: Sampling) -> Iterato
 def _steps(
     model: Transformer, prompts: list[list[int]], sampling: Sampling
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Per step: the unfinished answers' prompt numbers, new tokens and log-probs, each [B]."""
+    """Per step: the unfinished answers' numbers, new tokens and log-probs, each [B]."""
     max_new_tokens = sampling.max_new_tokens
     longest = max(map(len, prompts), default=0)
     if longest + max_new_tokens > model.config.max_seq_len:
@@ -169,7 +169,7 @@ def _steps(
             token_B = sampling.draw(log_probs_BV, uniform_BA[:, step])
             logprob_B = log_probs_BV.gather(1, token_B[:, None]).squeeze(1)
             yield row_B, token_B, logprob_B
-            alive_K = (token_B != sampling.stop_id).nonzero().squeeze(1)  # a GPU is waited for here
+            alive_K = (token_B != sampling.stop_id).nonzero().squeeze(1)  # waits for the GPU
             if len(alive_K) < len(token_B):
                 row_B, uniform_BA, token_B = (x[alive_K] for x in (row_B, uniform_BA, token_B))
                 rows.leave(alive_K)
@@ -181,21 +181,23 @@ def _steps(
 
 
 class _Rows:
-    """The decoder's rows; answers to one prompt share a row until they differ.
+    """The decoder's rows; answers to the same prompt share a row until they differ.
 
-    place_B: int64, the row of each unfinished answer; is_in_order: answer i is in row i. A row that
-    no answer needs stays until copying the others pays. With prompts of one length nothing is
-    masked, and attention takes its faster path. Padding shifts a row's positions, which changes
-    nothing: rotary attention depends on distances only.
+    place_B: int64, the row of each unfinished answer; None where answer i is in row i. A row that
+    no answer needs stays until copying the others pays off. Prompts of equal length need no mask,
+    which makes attention faster. Padding shifts a row's positions, which changes nothing: rotary
+    attention depends on distances only.
     """
 
     def __init__(self, model: Transformer, prompts: list[list[int]], capacity: int):
-        """Prefills all but the last token of each prompt, which is the first to be appended."""
+        """Prefills all but the last token of each prompt, which the first step takes."""
         device = model.embedding.weight.device
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        self.place_B = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=device)
         self.is_shared = len(number) < len(prompts)
-        self.is_in_order = not self.is_shared
+        self.place_B: Tensor | None = None
+        if self.is_shared:
+            places = [number[tuple(prompt)] for prompt in prompts]
+            self.place_B = torch.tensor(places, device=device)
         self.ids_U = torch.tensor([prompt[-1] for prompt in number], device=device)
         longest = max(map(len, number))
         pads = [longest - len(prompt) for prompt in number]
@@ -209,23 +211,23 @@ class _Rows:
             self.decoder.prefill(torch.tensor(ids, device=device))
 
     def logits(self) -> Tensor:
-        """[U, V] after the token that was appended last."""
+        """[U, V], after the last appended token."""
         return self.decoder(self.ids_U)
 
     def spread(self, x_UV: Tensor) -> Tensor:
         """From rows [U, V] to unfinished answers [B, V]."""
-        return x_UV if self.is_in_order else x_UV[self.place_B]
+        return x_UV if self.place_B is None else x_UV[self.place_B]
 
     def leave(self, alive_K: Tensor) -> None:
-        """Drop the answers that have finished: alive_K are the others."""
-        self.place_B, self.is_in_order = self.place_B[alive_K], False
+        """Keep only these answers; the others have finished."""
+        self.place_B = alive_K if self.place_B is None else self.place_B[alive_K]
 
     def append(self, token_B: Tensor) -> None:
         """One more token per unfinished answer; answers that now differ get rows of their own."""
-        if self.is_in_order:
+        if self.place_B is None:
             self.ids_U = token_B
             return
-        rows_N, ids_N, place_B = self.place_B, token_B, None  # the next rows: a row and its token
+        rows_N, ids_N, place_B = self.place_B, token_B, None  # the next rows: old row, new token
         have_parted = False
         if self.is_shared:
             n_ids = self.decoder.model.vocab_size
@@ -233,21 +235,17 @@ class _Rows:
             rows_N, ids_N = next_N // n_ids, next_N % n_ids
             have_parted = bool((rows_N[1:] == rows_N[:-1]).any())
             self.is_shared = len(next_N) < len(token_B)
-            if have_parted and len(next_N) > MOST_SHARED * len(token_B):  # copied once, not often
+            if have_parted and len(next_N) > MOST_SHARED * len(token_B):  # one copy, not several
                 rows_N, ids_N, place_B = self.place_B, token_B, None
                 self.is_shared = False
         if not have_parted and len(rows_N) >= COMPACT_BELOW * len(self.ids_U):
             self.ids_U = self.ids_U.index_copy(0, rows_N, ids_N)
             return
         self.decoder.keep(rows_N)
-        self.ids_U = ids_N
-        self.is_in_order = place_B is None
-        self.place_B = (
-            torch.arange(len(rows_N), device=rows_N.device) if place_B is None else place_B
-        )
+        self.ids_U, self.place_B = ids_N, place_B
 
 
 def _uniforms(row_seeds: Sequence[int], n: int) -> Tensor:
-    """float [B, n] in [0, 1), row i from row_seeds[i] alone; the same on every device."""
+    """float [B, n] in [0, 1): row i from row_seeds[i] alone, the same on every device."""
     generator = torch.Generator()
     return torch.stack([torch.rand(n, generator=generator.manual_seed(seed)) for seed in row_seeds])

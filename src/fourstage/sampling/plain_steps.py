@@ -1,7 +1,6 @@
-"""A decode step of any network: its own forward, of whole right-padded rows, for each new token.
+"""A decode step of any network: its own forward over whole right-padded rows, for each new token.
 
-Slow, but never another model than the one that trains: the fast decoders repeat the arithmetic of
-the modules that they know (`supports`).
+Slow, but always what trains; the fast decoders repeat the arithmetic of modules they know.
 
 Shape legend: B rows, T tokens, S positions, V vocabulary.
 """
@@ -29,7 +28,7 @@ class PlainSteps:
         before = [] if self.ids_BT is None else [self.ids_BT]
         ids_BT = self.ids_BT = torch.cat([*before, ids_B[:, None]], 1)
         last_B = torch.full_like(ids_B, at)
-        if self.pads_B is not None:  # padding moves to the right, where training has it
+        if self.pads_B is not None:  # moved to the right, where training has it
             last_B = at - self.pads_B
             places_BT = torch.arange(at + 1, device=ids_B.device) + self.pads_B[:, None]
             ids_BT = ids_BT.gather(1, places_BT.clamp(max=at))

@@ -1,8 +1,8 @@
-"""A decode step as a CUDA graph: hundreds of small kernels that a GPU runs by one command.
+"""A decode step as a CUDA graph: hundreds of small kernels that a GPU launches at once.
 
-A graph holds addresses. So where steps are recorded, keys and values and half-precision weights
-stay where they are from one rollout to the next, and each writes its own there. There is a graph
-for each of some numbers of rows; what it computes for more rows than there are is not read.
+A graph holds addresses, so keys, values and half-precision weights stay in place from one rollout
+to the next, which overwrites them. There is a graph for each of a few numbers of rows; surplus rows
+are computed but not read.
 
 Shape legend: B rows, U rows of a graph, S positions, V vocabulary.
 """
@@ -17,22 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourstage.model.precision import autocast_dtype
 from fourstage.model.transformer import Transformer
-from fourstage.sampling.steps import TorchSteps, compute_dtype, rope_with_gains
+from fourstage.sampling.steps import TorchSteps, rope_with_gains
 
-RECORD_AFTER = 4  # steps of the same rows, after which a step is recorded: each takes 30 to 60 ms
-LEAST_REPLAYS = 24  # that it may have, so that it is worth its time
+RECORD_AFTER = 4  # steps of the same rows, after which one is recorded: that takes 30 to 60 ms
+LEAST_REPLAYS = 24  # a recording pays off if at least so many steps follow
 ROWS = sorted({m << k for m in (2, 3) for k in range(20)} | {1})  # 1, 2, 3, 4, 6, 8, 12, 16, ...
-PLACES = 64  # a row's are a multiple of it
+PLACES = 64  # the number of a row's places is a multiple of it
 
 Step = Callable[[Tensor, Tensor], Tensor]  # tokens [U] and their place [1] -> logits [U, V]
 
 
 def can_record(model: Transformer, dtype: torch.dtype) -> bool:
-    """Whether a step of this network, in dtype, can be recorded where that was asked for.
+    """Whether recording was asked for and a step of this network in dtype allows it.
 
-    A GPU's grouped product asks for the groups' sizes, which a recording cannot, unless it is the
-    one of Hopper (9) and data-center Blackwell (10) in bf16; a consumer's Blackwell (12) has none.
+    grouped_mm reads the groups' sizes on the host, which a recording can't, except for bf16 on
+    Hopper (9) and data-center Blackwell (10); consumer Blackwell (12) isn't one of them.
     """
     if not model.records_steps or model.embedding.weight.device.type != "cuda":
         return False
@@ -45,14 +46,14 @@ def can_record(model: Transformer, dtype: torch.dtype) -> bool:
 def recorded_steps(
     model: Transformer, capacity: int, real_BS: Tensor | None, rows: int, user: Any
 ) -> RecordedSteps | None:
-    """The steps that the network keeps, for the rows of this decoder, while it lives; None where
-    they can't be recorded or another decoder has them."""
-    dtype = compute_dtype(model)
+    """The steps that the network keeps, lent to this decoder (user) while it lives; None where they
+    can't be recorded or another decoder has them."""
+    dtype = autocast_dtype(model.embedding.weight)
     kept: RecordedSteps | None = model.recorded_steps
     if not rows or not can_record(model, dtype) or (kept and kept.user() is not None):
         return None
     if kept is None or not kept.serve(rows, capacity, dtype):
-        model.recorded_steps = kept = None  # its memory is free before there are others
+        model.recorded_steps = kept = None  # frees the memory first
         kept = model.recorded_steps = RecordedSteps(model, rows, capacity)
     kept.begin(real_BS, capacity)
     kept.user = weakref.ref(user)
@@ -60,29 +61,27 @@ def recorded_steps(
 
 
 class RecordedSteps(TorchSteps):
-    """The steps of a network for one decoder after the other, with the graphs recorded so far."""
+    """A network's steps, for one decoder after another, and the graphs recorded so far."""
 
     def __init__(self, model: Transformer, rows: int, capacity: int):
-        places = -(-capacity // PLACES) * PLACES
+        places, device = -(-capacity // PLACES) * PLACES, model.embedding.weight.device
         self.rows = _row_bucket(rows)
-        real_BS = torch.ones(
-            self.rows, places, dtype=torch.bool, device=model.embedding.weight.device
-        )
+        real_BS = torch.ones(self.rows, places, dtype=torch.bool, device=device)
         super().__init__(model, places, real_BS, self.rows)
         self.graphs: dict[int, Recording] = {}  # by the number of rows
         self.addresses = _addresses(model)
-        self.user: Callable[[], Any] = lambda: None  # the decoder whose rows these are
+        self.user: Callable[[], Any] = lambda: None  # the decoder that has the steps
 
     def __deepcopy__(self, memo: Any) -> None:
-        """A copy of a network records steps of its own."""
+        """A copy of a network records its own steps."""
 
     def serve(self, rows: int, capacity: int, dtype: torch.dtype) -> bool:
-        """Whether these rows fit, and the weights are where they were."""
+        """Whether these rows fit, and the weights haven't moved."""
         fit = rows <= self.rows and capacity <= self.capacity
         return fit and dtype == self.dtype and self.addresses == _addresses(self.model)
 
     def begin(self, real_BS: Tensor | None, capacity: int) -> None:
-        """Rows of another decoder, and the weights of now."""
+        """Takes over another decoder's rows and the current weights."""
         self.end, self.steps_alike = capacity, 0
         for cache in self.caches:
             cache.clear()
@@ -90,11 +89,11 @@ class RecordedSteps(TorchSteps):
         self.is_padded = real_BS is not None
         if real_BS is not None:
             self.real_BS[: len(real_BS), :capacity] = real_BS
-        for weight, of in self.made:
-            weight.copy_(of)
-        for layer, block in zip(self.layers, self.model.blocks, strict=True):
-            rope = rope_with_gains(block.weights().head_gain, self.rope)
-            for x, now in zip(layer[2], rope, strict=True):
+        for weight, original in self.casts:
+            weight.copy_(original)
+        for (rope, *_), block in zip(self.layers, self.model.blocks, strict=True):
+            current = rope_with_gains(block.weights().head_gain, self.rope)
+            for x, now in zip(rope, current, strict=True):
                 x.copy_(now)
 
     def step(self, ids_B: Tensor, at: int) -> Tensor:
@@ -123,18 +122,18 @@ def _addresses(model: Transformer) -> list[int]:
 
 
 class Recording:
-    """Records a step of U rows, and replays it for other tokens and places."""
+    """Records a step of U rows and replays it for other tokens and places."""
 
     def __init__(self, step: Step, ids_U: Tensor, at: int, beside: Recording | None = None):
-        """step must not wait for the GPU; it runs once for this place, which its replay repeats.
+        """step must not wait for the GPU. It runs once first, for the same place.
 
-        beside: one whose memory for what a step computes this may use, as no two run at once.
+        beside: another recording, whose scratch memory is shared, as no two run at once.
         """
         self.ids_U = ids_U.clone()
         self.at_1 = torch.full((1,), at, device=ids_U.device)
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
-        with torch.cuda.stream(side):  # libraries set themselves up at a first call
+        with torch.cuda.stream(side):  # libraries initialize themselves in their first call
             step(self.ids_U, self.at_1)
         current.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()

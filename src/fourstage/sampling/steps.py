@@ -1,16 +1,17 @@
-"""A decode step in PyTorch's operations: on a GPU, in half precision, where no kernel fits.
+"""A decode step in PyTorch's operations: on a GPU, in half precision, or where no kernel fits.
 
-It is what Transformer.forward does, in fewer operations: what is equal in all steps is made once,
-such as rotations that hold the gains of the heads' norms and the 1/sqrt(C) of attention, and
-autocast's half-precision weights.
+It computes what Transformer.forward does in fewer operations. What all steps share is computed
+once: rotations that include the gains of the heads' norms and attention's 1/sqrt(C), and the
+weights in autocast's half precision.
 
-Shape legend: B rows, T tokens, D d_model, H query heads, G key/value heads, J = H + 2 G,
+Shape legend: B rows, T tokens, D d_model, H query heads, G key/value heads, R = H / G, J = H + 2 G,
 C head_dim, S positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 from copy import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,35 +20,21 @@ from torch import Tensor, nn
 from fourstage.model.attention import Attention, Linear, RMSNorm, Rope, rope_angles
 from fourstage.model.cache import LayerCache
 from fourstage.model.moe import Experts, MoE, Router, SwiGLU
-from fourstage.model.precision import LARGE_VOCABULARY, full_precision
+from fourstage.model.precision import LARGE_VOCABULARY, autocast_dtype, full_precision
 from fourstage.model.transformer import Block, Embedding, Transformer
 
-# modules whose arithmetic a decode step repeats; of a subclass it knows nothing
-KNOWN = frozenset(
-    (
-        Transformer,
-        Block,
-        Attention,
-        RMSNorm,
-        Linear,
-        Embedding,
-        MoE,
-        Experts,
-        SwiGLU,
-        nn.ModuleList,
-        nn.Dropout,
-        nn.Identity,
-    )
-)
+# modules whose arithmetic a decode step repeats; their subclasses are unknown
+KNOWN = frozenset({Transformer, Block, Attention, RMSNorm, Linear, Embedding, MoE, Experts, SwiGLU})
+KNOWN |= {nn.ModuleList, nn.Dropout, nn.Identity}
 
 
 class TorchSteps:
-    """The rows of one decoder: their keys and values, and the weights as a step reads them."""
+    """One decoder's rows: their keys and values, and the weights as a step reads them."""
 
     @staticmethod
     def supports(model: Transformer) -> bool:
-        """Whether a step computes what this network's modules compute. A router is called, so it
-        may be any."""
+        """Whether a step computes what this network's modules compute. Routers are called, so any
+        router will do."""
         routers = [block.mlp.router for block in model.blocks if isinstance(block.mlp, MoE)]
         called = {module for router in routers for module in router.modules()}
         return all(type(module) in KNOWN for module in model.modules() if module not in called)
@@ -55,37 +42,34 @@ class TorchSteps:
     def __init__(
         self, model: Transformer, capacity: int, real_BS: Tensor | None = None, rows: int = 0
     ):
-        """rows: the most there will be, where keys and values may not move; 0: they may."""
+        """rows: the maximum number, where keys and values may not move in memory; 0: they may."""
         c = model.config
         self.model, self.capacity = model, capacity
         self.real_BS, self.is_padded = real_BS, real_BS is not None
         self.places_1S = torch.arange(capacity, device=model.embedding.weight.device)[None]
-        self.rope = rope = rope_angles(self.places_1S, c.head_dim, c.rope_theta)
+        self.rope = rope_angles(self.places_1S, c.head_dim, c.rope_theta)
         self.caches = [LayerCache(capacity, rows) for _ in model.blocks]
-        self.dtype = compute_dtype(model)
-        self.made: list[tuple[Tensor, Tensor]] = []  # weights in dtype, and those they are of
-        # looked up once: a module's attribute costs as much as a small operation
+        self.dtype = autocast_dtype(model.embedding.weight)
+        self.casts: list[tuple[Tensor, Tensor]] = []  # weights in dtype, and their originals
+        # looked up once: reading a module's attribute costs as much as a small operation
         self.layers = [
-            (
-                w.attention_gain,
-                self.cast(w.qkv),
-                rope_with_gains(w.head_gain, rope),
-                cache,
-                self.cast(w.out),
-                w.mlp_gain,
-                mlp.decode if isinstance(mlp, MoE) else mlp,
-            )
+            self._layer(block, cache)
             for block, cache in zip(model.blocks, self.caches, strict=True)
-            for w, mlp in [(block.weights(), self.cast_module(block.mlp))]
         ]
         is_large = model.vocab_size > LARGE_VOCABULARY
         head_weight = (model.head or model.embedding).weight
         self.head_weight = self.cast(head_weight) if is_large else head_weight
 
+    def _layer(self, block: Block, cache: LayerCache) -> tuple[Any, ...]:
+        """What compute reads of a block."""
+        w, mlp = block.weights(), self.cast_module(block.mlp)
+        rope, qkv, out = rope_with_gains(w.head_gain, self.rope), self.cast(w.qkv), self.cast(w.out)
+        mlp = mlp.decode if isinstance(mlp, MoE) else mlp
+        return rope, cache, w.attention_gain, qkv, out, w.mlp_gain, mlp
+
     def prefill(self, ids_BT: Tensor) -> None:
         B, T = ids_BT.shape
-        cos, sin = self.rope
-        rope = cos[:, :T], sin[:, :T]
+        rope = self.rope[0][:, :T], self.rope[1][:, :T]
         mask = prefill_mask(self.real_BS[:B, :T]) if self.is_padded else None
         x_BTD = self.model.embedding(ids_BT)
         *others, (last, last_cache) = zip(self.model.blocks, self.caches, strict=True)
@@ -98,17 +82,14 @@ class TorchSteps:
         return self.compute(ids_B, at)
 
     def compute(self, ids_B: Tensor, at: int | Tensor) -> Tensor:
-        """What step gives.
-
-        With a place in a tensor, int64 [1], all shapes are those of the capacity and nothing is
-        asked of the GPU, so that one recording serves every place.
-        """
+        """step. For a place in a tensor, int64 [1], all shapes are those of the capacity and the
+        GPU is never waited for, so that one recording serves every place."""
         model, c = self.model, self.model.config
         B, C, G, n_qk = len(ids_B), c.head_dim, c.n_kv_heads, c.n_heads + c.n_kv_heads
         shape, eps = (c.d_model,), c.norm_eps
         S, mask = self._seen(B, at)
         x_BD = F.embedding(ids_B, model.embedding.weight)
-        for gain_D, qkv_weight, (cos, sin), cache, out_weight, mlp_gain_D, mlp in self.layers:
+        for (cos, sin), cache, gain_D, qkv_weight, out_weight, mlp_gain_D, mlp in self.layers:
             qkv_BJC = F.linear(F.rms_norm(x_BD, shape, gain_D, eps), qkv_weight).view(B, -1, C)
             qk_BJC = qkv_BJC[:, :n_qk]
             if c.qk_norm:
@@ -124,10 +105,9 @@ class TorchSteps:
             return F.linear(h_BD.to(self.head_weight.dtype), self.head_weight)
 
     def _seen(self, B: int, at: int | Tensor) -> tuple[int, Tensor | None]:
-        """S, and bool [B or 1, 1, 1, S]: which of the first S places a token at `at` sees."""
+        """S, and bool [B or 1, 1, 1, S]: which of the first S places a token at `at` attends to."""
         if isinstance(at, int):
-            mask = self.real_BS[:B, None, None, : at + 1] if self.is_padded else None
-            return at + 1, mask
+            return at + 1, self.real_BS[:B, None, None, : at + 1] if self.is_padded else None
         seen_BS = self.places_1S <= at
         if self.real_BS is not None:
             seen_BS = seen_BS & self.real_BS[:B]
@@ -141,11 +121,11 @@ class TorchSteps:
     def cast(self, weight: Tensor) -> Tensor:
         if weight.dtype == self.dtype:
             return weight
-        self.made.append((weight.to(self.dtype), weight))
-        return self.made[-1][0]
+        self.casts.append((weight.to(self.dtype), weight))
+        return self.casts[-1][0]
 
     def cast_module(self, module: nn.Module) -> nn.Module:
-        """The module, or one like it with weights in dtype; routers keep full precision."""
+        """The module, or a copy with weights in dtype; routers stay in full precision."""
         if isinstance(module, Router) or all(w.dtype == self.dtype for w in module.parameters()):
             return module
         twin = copy(module)
@@ -157,25 +137,16 @@ class TorchSteps:
         return twin
 
 
-def compute_dtype(model: Transformer) -> torch.dtype:
-    """What autocast would make of the weights at each step, anew where it keeps no cache."""
-    weight = model.embedding.weight
-    has_autocast = torch.is_autocast_enabled(weight.device.type)
-    return torch.get_autocast_dtype(weight.device.type) if has_autocast else weight.dtype
-
-
 def rope_with_gains(gain_JC: Tensor, rope: Rope) -> Rope:
-    """cos and sin [S, H + G, C]: y = x cos + (x rolled by C/2) sin is the head x, times its gain,
-    rotated."""
+    """cos and sin [S, H + G, C] with which x cos + (x rolled by C/2) sin is the head x times its
+    gain, rotated."""
     cos_S1C, sin_S1C = (x[0] for x in rope)
     return cos_S1C * gain_JC, sin_S1C * gain_JC.roll(gain_JC.shape[1] // 2, -1)
 
 
 def prefill_mask(real_BT: Tensor) -> Tensor:
-    """bool [B, 1, T, T], causal over real tokens.
-
-    Padding sees itself: not every attention backend defines a softmax over nothing.
-    """
+    """bool [B, 1, T, T], causal over real tokens; padding sees itself, as not every attention
+    backend defines a softmax over nothing."""
     T = real_BT.shape[1]
     causal_TT = torch.ones(T, T, dtype=torch.bool, device=real_BT.device).tril()
     self_TT = torch.eye(T, dtype=torch.bool, device=real_BT.device)
