@@ -6,37 +6,31 @@
 // head_dim, S = T rounded up to a multiple of 16.
 #include "kernels.h"
 
-namespace {
-
 constexpr int CHUNK = 32;  // queries
 
 // y [S, C]: x [T, C] and then rows of 0
-void copy(const float* x, long x_row, int T, int S, int C, float* y) {
+static void copy(const float* x, long x_row, int T, int S, int C, float* y) {
   for (int t = 0; t < T; t++) std::memcpy(y + (long)t * C, x + t * x_row, C * sizeof(float));
   std::fill(y + (long)T * C, y + (long)S * C, 0.0f);
 }
 
 // y [C, S]: x [T, C] transposed, and then columns of 0
-void copy_transposed(const float* x, long x_row, int T, int S, int C, float* y) {
+static void copy_transposed(const float* x, long x_row, int T, int S, int C, float* y) {
   transpose(x, x_row, T, C, y, S);
   for (int c = 0; c < C; c++) std::fill(y + (long)c * S + T, y + (long)(c + 1) * S, 0.0f);
 }
 
 // G of J = H + 2 G heads
-int groups(int J, int H) {
+static int groups(int J, int H) {
   const int G = (J - H) / 2;
   require(H > 0 && G > 0 && J == H + 2 * G && H % G == 0, "query heads and others form no groups");
   return G;
 }
 
-}  // namespace
-
-extern "C" {
-
 // qkv [B, T, J, C], queries already divided by sqrt(C) -> y [B, T, H, C], and log_sums [B, H, T]:
 // log(sum(exp)) of each query's scores.
-Error attention_forward(int threads, int B, int T, int J, int C, int H, const float* qkv, float* y,
-                        float* log_sums) {
+extern "C" Error attention_forward(int threads, int B, int T, int J, int C, int H, const float* qkv,
+                                   float* y, float* log_sums) {
   return guarded([&] {
     const int S = padded(T), G = groups(J, H), R = H / G;
     const long token = (long)J * C, y_token = (long)H * C;
@@ -59,9 +53,9 @@ Error attention_forward(int threads, int B, int T, int J, int C, int H, const fl
   });
 }
 
-Error attention_backward(int threads, int B, int T, int J, int C, int H, const float* qkv,
-                         const float* y, const float* log_sums, const float* grad,
-                         float* grad_qkv) {
+extern "C" Error attention_backward(int threads, int B, int T, int J, int C, int H,
+                                    const float* qkv, const float* y, const float* log_sums,
+                                    const float* grad, float* grad_qkv) {
   return guarded([&] {
     const int S = padded(T), G = groups(J, H), R = H / G;
     const long token = (long)J * C, y_token = (long)H * C;
@@ -108,5 +102,3 @@ Error attention_backward(int threads, int B, int T, int J, int C, int H, const f
     });
   });
 }
-
-}  // extern "C"

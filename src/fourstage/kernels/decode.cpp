@@ -22,10 +22,10 @@ struct Layer {  // laid out as in kernel_steps.py, as is Model
   const float* head_gain;       // [H + G, C]; includes attention's 1 / sqrt(C) for queries
   const float* out;             // [H C, D]
   const float* mlp_gain;        // [D]
-  const float* router;          // [D, E_16]; null in a dense model
-  const float* bias;            // [E]
   const float* gate_up;         // [E, D, 2 F]
   const float* down;            // [E, F, D]
+  const float* router;          // [D, E_16]; null in a dense model
+  const float* bias;            // [E]
   const float* shared_gate_up;  // [D, 2 d_shared]
   const float* shared_down;     // [d_shared, D]
 };
@@ -39,23 +39,23 @@ struct Model {
 };
 
 struct Scratch {
-  Floats h, qkv, y, weights, scores, gates, x, gate_up, act, panel;
-  std::vector<int> chosen, copies, rows;
-
-  Scratch(const Model& m, int B, long N)
-      : h(floats(N * m.D)),
-        qkv(floats(N * (m.H + 2 * m.G) * m.C)),
-        y(floats(N * std::max(m.H * m.C, m.D))),
-        weights(floats((long)std::max(ROWS, m.H / m.G) * m.S)),
-        scores(floats(N * padded(m.E))),
-        gates(floats(N * m.K)),
-        x(floats(N * m.D)),
-        gate_up(floats(N * 2 * std::max(m.F, m.d_shared))),
-        act(floats(N * std::max(m.F, m.d_shared))),
-        panel(floats(PANEL * (long)std::max({m.D, m.H * m.C, m.F, m.d_shared}))),
-        chosen(N * m.K),
-        copies(N),
-        rows(B + 1) {}
+  const Model& m;
+  const int B;
+  const long N;
+  const long wide = std::max(m.F, m.d_shared);
+  Floats h = floats(N * m.D);
+  Floats qkv = floats(N * (m.H + 2 * m.G) * m.C);
+  Floats y = floats(N * std::max(m.H * m.C, m.D));
+  Floats weights = floats((long)std::max(ROWS, m.H / m.G) * m.S);
+  Floats scores = floats(N * padded(m.E));
+  Floats gates = floats(N * m.K);
+  Floats x = floats(N * m.D);
+  Floats gate_up = floats(N * 2 * wide);
+  Floats act = floats(N * wide);
+  Floats panel = floats(PANEL * std::max<long>({m.D, m.H * m.C, wide}));
+  std::vector<int> chosen = std::vector<int>(N * m.K);
+  std::vector<int> copies = std::vector<int>(N);
+  std::vector<int> rows = std::vector<int>(B + 1);
 };
 
 // y [n, N] = x [n, K] w [K, N], or y += for ADD. With many rows, each panel of a large w is copied
@@ -245,7 +245,7 @@ extern "C" Error decode(int threads, const Model* m, float* x, int n, int T, int
     const long row = (long)m->G * m->C * m->S;
     in_parallel((n + rows - 1) / rows, threads, [&](int chunk) {
       const int b = chunk * rows, B = std::min(rows, n - b);
-      Scratch scratch(*m, B, (long)B * tokens);
+      Scratch scratch{*m, B, (long)B * tokens};
       for (int t = 0; t < T; t += tokens) {
         const long token = (long)b * T + t;
         run(*m, x + token * m->D, B, std::min(tokens, T - t), at + t, first ? first + b : nullptr,

@@ -47,13 +47,12 @@ void combine(int threads, int N, int K, int D, const float* parts, float* y) {
 
 }  // namespace
 
-extern "C" {
-
 // y [N, D] of x [N, D]; order [M]: the choices sorted by expert; ends [E]: where each expert's end.
 // gate_up [M, U], in that order, is kept for the gradient.
-Error experts_forward(int threads, int N, int D, int E, int U, int F, int K, int M, const float* x,
-                      const float* gate_up_w, const float* down_w, const float* gates,
-                      const int64_t* order, const int32_t* ends, float* y, float* gate_up) {
+extern "C" Error experts_forward(int threads, int N, int D, int E, int U, int F, int K, int M,
+                                 const float* x, const float* gate_up_w, const float* down_w,
+                                 const float* gates, const int64_t* order, const int32_t* ends,
+                                 float* y, float* gate_up) {
   return guarded([&] {
     check(N, E, U, F, K, M, order, ends);
     const auto work = pieces(E, ends, BLOCK);
@@ -78,11 +77,11 @@ Error experts_forward(int threads, int N, int D, int E, int U, int F, int K, int
   });
 }
 
-Error experts_backward(int threads, int N, int D, int E, int U, int F, int K, int M, const float* x,
-                       const float* gate_up_w, const float* down_w, const float* gates,
-                       const int64_t* order, const int32_t* ends, const float* gate_up,
-                       const float* grad, float* grad_x, float* grad_gate_up_w, float* grad_down_w,
-                       float* grad_gates) {
+extern "C" Error experts_backward(int threads, int N, int D, int E, int U, int F, int K, int M,
+                                  const float* x, const float* gate_up_w, const float* down_w,
+                                  const float* gates, const int64_t* order, const int32_t* ends,
+                                  const float* gate_up, const float* grad, float* grad_x,
+                                  float* grad_gate_up_w, float* grad_down_w, float* grad_gates) {
   return guarded([&] {
     check(N, E, U, F, K, M, order, ends);
     const long up_size = (long)D * U, down_size = (long)F * D, size = up_size + down_size;
@@ -139,5 +138,3 @@ Error experts_backward(int threads, int N, int D, int E, int U, int F, int K, in
     });
   });
 }
-
-}  // extern "C"

@@ -5,9 +5,8 @@
 
 constexpr int PARTS = 16;  // at most: each sums the gradient of the weight over some of the tokens
 
-extern "C" {
-
-Error linear_forward(int threads, int N, int D, int F, const float* x, const float* w, float* y) {
+extern "C" Error linear_forward(int threads, int N, int D, int F, const float* x, const float* w,
+                                float* y) {
   return guarded([&] {
     auto transposed = floats((long)D * F);
     in_parallel(F / 16, threads, [&](int i) {
@@ -19,8 +18,8 @@ Error linear_forward(int threads, int N, int D, int F, const float* x, const flo
   });
 }
 
-Error linear_backward(int threads, int N, int D, int F, const float* x, const float* w,
-                      const float* grad, float* grad_x, float* grad_w) {
+extern "C" Error linear_backward(int threads, int N, int D, int F, const float* x, const float* w,
+                                 const float* grad, float* grad_x, float* grad_w) {
   return guarded([&] {
     const int parts = std::min(PARTS, blocks(N));
     const long size = (long)F * D;
@@ -41,5 +40,3 @@ Error linear_backward(int threads, int N, int D, int F, const float* x, const fl
     });
   });
 }
-
-}  // extern "C"

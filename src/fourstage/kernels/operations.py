@@ -23,7 +23,7 @@ from torch._ops import OpOverload
 from torch.autograd.function import once_differentiable
 from torch.library import Library, register_fake
 
-from fourstage.kernels.build import WIDTH, check, run
+from fourstage.kernels.build import WIDTH, run
 
 DTYPES = {"order_M": torch.int64, "ends_E": torch.int32}  # the others are float32
 WIDTHS = frozenset("DFCR")  # must be multiples of WIDTH
@@ -53,9 +53,13 @@ def _sizes(names: list[str], arguments: tuple[Any, ...]) -> dict[str, int]:
             letters = name.rpartition("_")[2]
             if x.dim() != len(letters):
                 raise ValueError(f"{name} must have {len(letters)} dimensions, not {x.dim()}")
-            for letter, n in zip(letters, x.shape, strict=True):
-                sizes.setdefault(letter, n)
-            check(name, x, _shape(name, sizes), DTYPES.get(name, torch.float32))
+            shape = tuple(
+                sizes.setdefault(letter, n) for letter, n in zip(letters, x.shape, strict=True)
+            )
+            if x.dtype != (dtype := DTYPES.get(name, torch.float32)) or not x.is_cpu:
+                raise TypeError(f"{name} must be {dtype} on the CPU, not {x.dtype} on {x.device}")
+            if x.shape != shape:
+                raise ValueError(f"{name} must be {list(shape)}, not {list(x.shape)}")
     for letter, n in sizes.items():
         if letter in WIDTHS and (n <= 0 or n % WIDTH):
             raise ValueError(f"{letter} = {n}: widths must be multiples of {WIDTH}")
@@ -72,7 +76,9 @@ def _registered(name: str, kernel: str, inputs: list[str], outputs: list[str]) -
             sizes = _sizes(inputs, arguments)
         except (TypeError, ValueError) as error:
             raise type(error)(f"fourstage::{name}: {error}") from None
-        return sizes, [torch.empty(_shape(x, sizes), device="cpu") for x in outputs]
+        return sizes, [
+            torch.empty(_shape(x, sizes), dtype=torch.float32, device="cpu") for x in outputs
+        ]
 
     def result(found: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
         return found[0] if len(found) == 1 else tuple(found)
@@ -97,8 +103,8 @@ def _operation(name: str, signature: str, gradients: int = 0, kept: int = 0) -> 
     """The operation of a kernel, and that of its gradient.
 
     gradients: how many of the first arguments have one, from the gradient of the first result.
-    kept: how many of the last results the gradient needs. Its arguments are the tensors, what is
-    kept, the gradient, and then the numbers.
+    kept: how many of the last results the gradient needs. Its arguments are the tensors, the kept
+    results, the first result's gradient, and then the numbers.
     """
     inputs, outputs = (side.split() for side in signature.split("->"))
     if not gradients:

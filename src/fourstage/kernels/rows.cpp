@@ -4,21 +4,15 @@
 // values), C head_dim, Q heads with a norm (queries and keys, which come first).
 #include "kernels.h"
 
-namespace {
-
 // grad_x for n = x * scale, scale = 1 / rms(x), from grad_n
-inline void rms_backward(const float* x, const float* grad_n, int D, float scale, float* grad_x) {
+static void rms_backward(const float* x, const float* grad_n, int D, float scale, float* grad_x) {
   float mean = dot(grad_n, x, D) * scale / D;
   for (int i = 0; i < D; i += W)
     store(grad_x + i, scale * (load(grad_n + i) - load(x + i) * scale * mean));
 }
 
-}  // namespace
-
-extern "C" {
-
-Error rms_norm_forward(int threads, int N, int D, const float* x, const float* gain, float eps,
-                       float* y) {
+extern "C" Error rms_norm_forward(int threads, int N, int D, const float* x, const float* gain,
+                                  float eps, float* y) {
   return guarded([&] {
     in_blocks(N, threads, [&](int, long first, long last) {
       rms_norm(x + first * D, last - first, D, gain, eps, y + first * D);
@@ -26,8 +20,8 @@ Error rms_norm_forward(int threads, int N, int D, const float* x, const float* g
   });
 }
 
-Error rms_norm_backward(int threads, int N, int D, const float* x, const float* gain,
-                        const float* grad, float eps, float* grad_x, float* grad_gain) {
+extern "C" Error rms_norm_backward(int threads, int N, int D, const float* x, const float* gain,
+                                   const float* grad, float eps, float* grad_x, float* grad_gain) {
   return guarded([&] {
     auto parts = floats((long)blocks(N) * D);
     in_blocks(N, threads, [&](int block, long first, long last) {
@@ -49,8 +43,9 @@ Error rms_norm_backward(int threads, int N, int D, const float* x, const float* 
 
 // The first Q of J heads are normalised, multiplied by gain [Q, C] and rotated by cos and sin
 // [T, C]; the others are copied.
-Error heads_forward(int threads, int B, int T, int J, int C, int Q, const float* qkv,
-                    const float* gain, const float* cos, const float* sin, float eps, float* y) {
+extern "C" Error heads_forward(int threads, int B, int T, int J, int C, int Q, const float* qkv,
+                               const float* gain, const float* cos, const float* sin, float eps,
+                               float* y) {
   return guarded([&] {
     require(Q <= J, "more gains than heads");
     in_blocks(B * T, threads, [&](int, long first, long last) {
@@ -68,9 +63,9 @@ Error heads_forward(int threads, int B, int T, int J, int C, int Q, const float*
   });
 }
 
-Error heads_backward(int threads, int B, int T, int J, int C, int Q, const float* qkv,
-                     const float* gain, const float* cos, const float* sin, const float* grad,
-                     float eps, float* grad_qkv, float* grad_gain) {
+extern "C" Error heads_backward(int threads, int B, int T, int J, int C, int Q, const float* qkv,
+                                const float* gain, const float* cos, const float* sin,
+                                const float* grad, float eps, float* grad_qkv, float* grad_gain) {
   return guarded([&] {
     require(Q <= J, "more gains than heads");
     const int N = B * T, half = C / 2, width = Q * C;
@@ -103,5 +98,3 @@ Error heads_backward(int threads, int B, int T, int J, int C, int Q, const float
     add_up(parts.get(), width, blocks(N), width, grad_gain);
   });
 }
-
-}  // extern "C"

@@ -61,21 +61,14 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"no model configs at {CONFIGS}: run this from a clone of the repository")
 
     table = Table(title=f"models with {vocab_size:,} tokens in the vocabulary")
-    table.add_column("model")
-    for column in ("layers", "width", "experts", "context", "total", "active"):
-        table.add_column(column, justify="right")
+    for column in ("model", "layers", "width", "experts", "context", "total", "active"):
+        table.add_column(column, justify="left" if column == "model" else "right")
     rows = [counted(path, vocab_size) for path in CONFIGS.glob("*.yaml")]
-    for total, active, config in sorted(rows, key=lambda row: row[:2]):
-        experts = f"{config.top_k} of {config.num_experts}" + (" + 1" if config.d_shared else "")
-        table.add_row(
-            config.name,
-            str(config.n_layers),
-            str(config.d_model),
-            "dense" if config.dense else experts,
-            f"{config.max_seq_len:,}",
-            f"{total / 1e6:,.2f} M",
-            f"{active / 1e6:,.2f} M",
-        )
+    for total, active, c in sorted(rows, key=lambda row: row[:2]):
+        experts = f"{c.top_k} of {c.num_experts}" + (" + 1" if c.d_shared else "")
+        shape = [str(c.n_layers), str(c.d_model), "dense" if c.dense else experts]
+        sizes = [f"{c.max_seq_len:,}", f"{total / 1e6:,.2f} M", f"{active / 1e6:,.2f} M"]
+        table.add_row(c.name, *shape, *sizes)
     Console().print(table)
 
 

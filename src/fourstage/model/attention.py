@@ -97,49 +97,34 @@ class Attention(nn.Module):
         packing: x is [1, N, D], the distinct tokens of the rows that attend.
         cache: gets the keys and values.
         """
-        B, T, _ = x_BTD.shape
         qkv_BTJC = self.project(x_BTD)
         fits = mask is None and cache is None and self.has_norms() and len(rope[0]) == 1
-        if fits and ops.applies(
-            (qkv_BTJC, self.q_norm.weight, self.k_norm.weight, *rope), self.head_dim
-        ):
-            y = self._by_kernels(qkv_BTJC, rope, packing)
+        gains = (self.q_norm.weight, self.k_norm.weight) if fits else ()
+        if fits and ops.applies((qkv_BTJC, *gains, *rope), self.head_dim):
+            gain_QC = self.head_gains(query_scale=self.head_dim**-0.5)
+            cos_TC, sin_TC = (angles[0, :, 0] for angles in rope)
+            qkv_BTJC = ops.kernels.heads(qkv_BTJC, gain_QC, cos_TC, sin_TC, self.q_norm.eps)
+            if packing is not None:
+                qkv_BTJC = self._spread(qkv_BTJC, packing)
+            y_BTHC, _ = ops.kernels.attention(qkv_BTJC, self.heads[0])
         else:
-            y = self._plain(qkv_BTJC, rope, mask, packing, cache)
-        return self.out(y.reshape(B, T, -1))
+            qkv = self.split(qkv_BTJC, rope)
+            if cache is not None:
+                cache.store(*qkv[1:])
+            if packing is not None:
+                qkv_BTJC = torch.cat([x.transpose(1, 2) for x in qkv], dim=2)
+                rows = self._spread(qkv_BTJC, packing).split(self.heads, dim=2)
+                qkv = [x.transpose(1, 2) for x in rows]
+            y_BHTC = F.scaled_dot_product_attention(
+                *qkv, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            )
+            y_BTHC = y_BHTC.transpose(1, 2)
+        y_BTX = y_BTHC.flatten(2)
+        return self.out(y_BTX if packing is None else packing.collect(y_BTX)[None])
 
-    def _by_kernels(self, qkv_BTJC: Tensor, rope: Rope, packing: Packing | None) -> Tensor:
-        """[B, T, H, C], or [N, 1, H C] of distinct tokens."""
-        (_, T, J, C), H = qkv_BTJC.shape, self.heads[0]
-        cos_TC, sin_TC = (angles[0, :, 0] for angles in rope)
-        gain_QC = self.head_gains(query_scale=C**-0.5)
-        qkv_BTJC = ops.kernels.heads(qkv_BTJC, gain_QC, cos_TC, sin_TC, self.q_norm.eps)
-        if packing is None:
-            return ops.kernels.attention(qkv_BTJC, H)[0]
-        rows_BTX = packing.spread(qkv_BTJC.view(1, T, J * C))[0]
-        y_BTHC, _ = ops.kernels.attention(rows_BTX.view(*packing.shape, J, C), H)
-        return packing.collect(y_BTHC.flatten(2)[None])
-
-    def _plain(
-        self,
-        qkv_BTJC: Tensor,
-        rope: Rope,
-        mask: Tensor | None,
-        packing: Packing | None,
-        cache: LayerCache | None,
-    ) -> Tensor:
-        """[B, T, H, C], or [N, H, C] of distinct tokens."""
-        q, k, v = self.split(qkv_BTJC, rope)
-        if cache is not None:
-            cache.store(k, v)
-        if packing is not None:  # [1, H, N, C] -> [B, H, T, C]
-            q, k, v = (packing.spread(x[0]).transpose(0, 1) for x in (q, k, v))
-        y_BHTC = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
-        if packing is not None:
-            return packing.collect(y_BHTC.transpose(0, 1))
-        return y_BHTC.transpose(1, 2)
+    def _spread(self, qkv_1NJC: Tensor, packing: Packing) -> Tensor:
+        """Heads of distinct tokens -> of whole rows, [B, T, J, C]."""
+        return packing.spread(qkv_1NJC[0].flatten(1)).unflatten(-1, (-1, self.head_dim))
 
     def store(self, x_BTD: Tensor, rope: Rope, cache: LayerCache) -> None:
         """Only what forward would store in the cache."""

@@ -1,6 +1,6 @@
 """Mixture of experts: sigmoid top-k router, dropless SwiGLU experts, balanced by a bias.
 
-Follows DeepSeek-V3 (arXiv 2412.19437, eq. 12-16) without its device limits and sequence-wise loss.
+Follows DeepSeek-V3 (arXiv 2412.19437, eq. 12-16), without its device limits and sequence-wise loss.
 
 Shape legend: N tokens (B * T), D d_model, E experts, K experts chosen per token, F d_expert.
 """
@@ -20,7 +20,7 @@ from fourstage.model.precision import full_precision
 
 
 class SwiGLU(nn.Module):
-    """The MLP of a dense model, and the expert that every token passes."""
+    """The MLP of a dense model, and the shared expert."""
 
     def __init__(self, config: ModelConfig, d_hidden: int):
         super().__init__()
@@ -34,7 +34,7 @@ class SwiGLU(nn.Module):
 
 @dataclass
 class Routing:
-    """What one router decided for N tokens; fp32."""
+    """What one router decided for N tokens, in float32."""
 
     experts_NK: Tensor  # int64
     gates_NK: Tensor
@@ -45,8 +45,8 @@ class Routing:
 def switch_loss(scores_NE: Tensor, load_E: Tensor, valid_N: Tensor | None = None) -> Tensor:
     """E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, eq. 4); 1 at perfect balance.
 
-    f_e is the share of the N * K choices that fell on expert e (so averaged over k), without a
-    gradient; P_e is the mean over tokens of score_e / sum(scores), as scores are sigmoids.
+    f_e is expert e's share of the N * K choices, without a gradient; P_e is the mean over tokens of
+    score_e / sum(scores), as the scores are sigmoids.
     """
     share_NE = scores_NE / scores_NE.sum(-1, keepdim=True)
     f_E = load_E / load_E.sum().clamp(min=1)
@@ -59,7 +59,7 @@ def z_loss(logits_NE: Tensor, valid_N: Tensor | None = None) -> Tensor:
 
 
 def masked_mean(x: Tensor, valid_N: Tensor | None) -> Tensor:
-    """Mean over the valid ones of the first dimension; 0 where none is valid."""
+    """Mean over the valid entries of the first dimension; 0 if there are none."""
     if valid_N is None:
         return x.mean(0)
     weight_N = valid_N.to(x.dtype)
@@ -85,7 +85,7 @@ class Router(nn.Module):
             return self.route(x_ND.float(), valid_N, has_stats)
 
     def route(self, x_ND: Tensor, valid_N: Tensor | None, has_stats: bool) -> Routing:
-        """forward, of float32."""
+        """forward, for float32."""
         logits_NE = F.linear(x_ND, self.proj.weight.float())
         scores_NE = logits_NE.sigmoid()
         choice_NE = scores_NE.detach() + self.expert_bias_E
@@ -107,7 +107,7 @@ class Router(nn.Module):
 
 
 def count_load(experts_NK: Tensor, num_experts: int, valid_N: Tensor | None) -> Tensor:
-    """float [E]: how many valid tokens chose each expert (sums to K * valid tokens)."""
+    """float [E]: how many valid tokens chose each expert; sums to K * valid tokens."""
     weight_NK = torch.ones_like(experts_NK, dtype=torch.float32)
     if valid_N is not None:
         weight_NK = weight_NK * valid_N[:, None]
@@ -121,7 +121,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         E, D, F_ = config.num_experts, config.d_model, config.d_expert
-        self.num_experts, self.d_expert = E, F_  # under ZeRO-3 a weight has lost its shape
+        self.num_experts, self.d_expert = E, F_  # under ZeRO-3 weights lose their shapes
         self.use_loop = config.expert_path == "loop"
         self.gate_up_EDF = nn.Parameter(torch.empty(E, D, 2 * F_))
         self.down_EFD = nn.Parameter(torch.empty(E, F_, D))
@@ -134,7 +134,7 @@ class Experts(nn.Module):
         return ops.experts(x_ND, self.gate_up_EDF, self.down_EFD, experts_NK, gates_NK)
 
     def loop(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
-        """The reference: one expert after the other, each on the tokens that chose it."""
+        """The reference: expert by expert, each on the tokens that chose it."""
         y_ND = torch.zeros_like(x_ND)
         for e in range(self.num_experts):
             token, k = torch.where(experts_NK == e)
@@ -144,7 +144,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts, plus one that every token passes where d_shared is not 0."""
+    """Routed experts, plus a shared one that every token uses if d_shared isn't 0."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -157,7 +157,7 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, Routing]:
         """[B, T, D] -> [B, T, D] and what the router did.
 
-        valid_BT: bool, or how often a token counts; padding passes but is never load.
+        valid_BT: bool, or how often each token counts; padding is routed but not counted.
         """
         x_ND = x_BTD.flatten(0, 1)
         valid_N = None if valid_BT is None else valid_BT.flatten()

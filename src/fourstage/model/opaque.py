@@ -49,24 +49,17 @@ def _grouped_outer(x_MD: Tensor, grad_MF: Tensor, ends_E: Tensor) -> Tensor:
     return F.grouped_mm(x_MD.t(), grad_MF, offs=ends_E)
 
 
-@grouped_mm.register_fake
-def _(x_MD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
-    return x_MD.new_empty(x_MD.shape[0], w_EDF.shape[2])
-
-
-@_grouped_outer.register_fake
-def _(x_MD: Tensor, grad_MF: Tensor, ends_E: Tensor) -> Tensor:
-    return x_MD.new_empty(ends_E.shape[0], x_MD.shape[1], grad_MF.shape[1])
-
-
-def _keep_inputs(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _grouped_mm_backward(ctx, grad_MF: Tensor):
     x_MD, w_EDF, ends_E = ctx.saved_tensors
     grad_MF = grad_MF.contiguous()
     return grouped_mm(grad_MF, w_EDF.mT, ends_E), _grouped_outer(x_MD, grad_MF, ends_E), None
 
 
-grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_keep_inputs)
+grouped_mm.register_fake(lambda x_MD, w_EDF, ends_E: x_MD.new_empty(x_MD.shape[0], w_EDF.shape[2]))
+_grouped_outer.register_fake(
+    lambda x_MD, grad_MF, ends_E: x_MD.new_empty(ends_E.shape[0], x_MD.shape[1], grad_MF.shape[1])
+)
+grouped_mm.register_autograd(
+    _grouped_mm_backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)

@@ -1,16 +1,16 @@
-"""Rows of tokens of which equal beginnings are computed once.
+"""Rows of tokens whose common prefixes are computed once.
 
-The answers of a group begin with one prompt, and often go on alike. Under a causal mask what the
-network makes of a token depends on the tokens up to it and on nothing else, so each distinct
-beginning is one token of a packed forward: a prefix tree of the rows, without their padding. Only
-attention sees the rows whole.
+A group's answers share a prompt, and often their first tokens. Under a causal mask a token's hidden
+state depends only on the tokens up to it, so each distinct prefix is one token of a packed forward:
+a prefix tree of the rows, without padding. Only attention sees whole rows.
 
-Shape legend: B rows, T tokens, N distinct tokens, M = B * T places, G tables, X numbers.
+Shape legend: B rows, T tokens, N distinct tokens, M = B * T places, X numbers.
 """
 
 from __future__ import annotations
 
 from copy import copy
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,8 @@ from fourstage.batch import moved
 class Take:
     """x_NX -> x_NX[index_M], whose gradient is summed in a fixed order.
 
-    index_select would scatter-add it: a row at a time on a CPU, with atomics on a GPU, where no two
-    runs would be bit-identical.
+    index_select's own gradient is a scatter-add: slow on a CPU, and with atomics on a GPU, so that
+    no two runs are bit-identical.
     """
 
     def __init__(self, index_M: Tensor, n: int):
@@ -50,31 +50,31 @@ class _Take(torch.autograd.Function):
 
 
 def ranks(ids_BT: Tensor, length_B: Tensor) -> Tensor:
-    """int64 [B]: each row's place in lexicographic order, in which the longest beginning that a row
-    shares with any row before it is the one it shares with its neighbour."""
+    """int64 [B]: each row's place in lexicographic order, where no earlier row shares a longer
+    prefix with a row than its neighbour does."""
     rows = [row[:n] for row, n in zip(ids_BT.tolist(), length_B.tolist(), strict=True)]
     return torch.tensor(sorted(range(len(rows)), key=rows.__getitem__)).argsort()
 
 
 class Packing:
-    """Where the distinct tokens of some rows stand; found on the CPU, read where `to` moves it.
+    """The distinct tokens of some rows, and where they are; built on the CPU, used wherever `to`
+    moves it.
 
     ids_N, positions_N: int64, the distinct tokens and their positions in their rows.
-    copies_N: float, in how many rows each is.
-    place_BT: int64, the number of each row's tokens; any number where there is padding.
+    copies_N: float, the number of rows that have each.
+    place_BT: int64, each row's tokens as numbers of distinct tokens; arbitrary on padding.
     """
 
     def __init__(self, ids_BT: Tensor, length_B: Tensor, rank_B: Tensor):
-        """ids_BT: int64, right-padded rows, each of length_B tokens; rank_B as `ranks` gives it."""
+        """ids_BT: int64, right-padded rows of length_B tokens; rank_B: as `ranks` returns it."""
         T = ids_BT.shape[1]
         self.shape = ids_BT.shape
         order_B = rank_B.argsort()
         sorted_BT = ids_BT[order_B]
         is_real_BT = torch.arange(T) < length_B[order_B, None]
-        is_old_BT = is_real_BT.clone()
-        is_old_BT[:1] = False
-        is_old_BT[1:] &= is_real_BT[:-1] & (sorted_BT[1:] == sorted_BT[:-1])
-        is_new_BT = is_real_BT & (is_old_BT.cumprod(1) == 0)
+        is_same_BT = is_real_BT[1:] & is_real_BT[:-1] & (sorted_BT[1:] == sorted_BT[:-1])
+        is_new_BT = is_real_BT.clone()
+        is_new_BT[1:] &= is_same_BT.cumprod(1) == 0  # differs from the row before, here or earlier
         self.first_N = is_new_BT.flatten().nonzero().squeeze(1)
         number_BT = (is_new_BT.flatten().cumsum(0) - 1).view(self.shape) * is_new_BT
         self.row_places_BT = number_BT.cummax(0).values  # in the sorted order, as first_N
@@ -84,34 +84,26 @@ class Packing:
         copies_N = torch.zeros(len(self))
         is_real_M = is_real_BT.flatten().to(copies_N.dtype)
         self.copies_N = copies_N.scatter_add_(0, self.row_places_BT.flatten(), is_real_M)
-        self._takes: dict[int, tuple[Take, Take]] = {}  # the layers of a network share them
 
     def to(self, device: torch.device) -> Packing:
         there = copy(self)
+        vars(there).pop("takes", None)
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
-        vars(there).update({name: moved(x, device) for name, x in tensors.items()}, _takes={})
+        vars(there).update({name: moved(x, device) for name, x in tensors.items()})
         return there
 
     def __len__(self) -> int:
         return len(self.ids_N)
 
-    def spread(self, x_GNX: Tensor) -> Tensor:
-        """G tables of the distinct tokens -> the same of whole rows, [G, B, T, X]."""
-        G, _, X = x_GNX.shape
-        rows_MX = self.takes(G)[0](x_GNX.reshape(-1, X))
-        return rows_MX.view(G, *self.shape, X)
+    def spread(self, x_NX: Tensor) -> Tensor:
+        """Distinct tokens -> whole rows, [B, T, X]."""
+        return self.takes[0](x_NX).view(*self.shape, -1)
 
-    def collect(self, y_GBTX: Tensor) -> Tensor:
-        """Of whole rows -> of the distinct tokens, [N, G, X]."""
-        G, X = y_GBTX.shape[0], y_GBTX.shape[-1]
-        return self.takes(G)[1](y_GBTX.reshape(-1, X)).view(len(self), G, X)
+    def collect(self, y_BTX: Tensor) -> Tensor:
+        """Whole rows -> distinct tokens, [N, X]."""
+        return self.takes[1](y_BTX.flatten(0, 1))
 
-    def takes(self, tables: int) -> tuple[Take, Take]:
-        """For spread and for collect."""
-        if tables not in self._takes:
-            table_G1 = torch.arange(tables, device=self.ids_N.device)[:, None]
-            n, m = len(self), self.place_BT.numel()
-            to_rows = Take((table_G1 * n + self.row_places_BT.flatten()).flatten(), tables * n)
-            to_tokens = Take((table_G1 * m + self.first_N).t().flatten(), tables * m)
-            self._takes[tables] = to_rows, to_tokens
-        return self._takes[tables]
+    @cached_property
+    def takes(self) -> tuple[Take, Take]:
+        """Those of spread and collect, which all layers share."""
+        return Take(self.row_places_BT.flatten(), len(self)), Take(self.first_N, self.shape.numel())

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fourstage.model.attention import Attention, Linear, RMSNorm, rope_angles
+from fourstage.model.attention import Attention, Linear, RMSNorm, Rope, rope_angles
 from fourstage.model.cache import LayerCache
 from fourstage.model.config import ModelConfig
 from fourstage.model.flops import forward_flops, head_flops
@@ -30,33 +30,31 @@ class RouterStats:
     """What the routers of one forward did. Without gradient, except aux_loss."""
 
     load_LE: Tensor  # float, valid tokens per expert
-    experts: list[Tensor]  # int64 [B * T, K] a layer: the chosen experts, in no order
+    experts: list[Tensor]  # per layer int64 [B * T, K]: the chosen experts, unordered
     aux_loss: Tensor  # scalar to add to the loss: summed over layers, coefficients included
 
 
 @dataclass
 class ModelOutput:
-    hidden_BTD: Tensor  # after the final norm; Transformer.logits turns any part of it to logits
+    hidden_BTD: Tensor  # after the final norm, for Transformer.logits
     router: RouterStats | None  # None in a dense model
 
 
 class BlockWeights(NamedTuple):
-    """What a decode step reads of a block; None for what a block doesn't have.
-
-    Named as in kernels/decode.cpp.
-    """
+    """What a decode step reads of a block, in the order of kernels/decode.cpp; None where the block
+    has no such weight."""
 
     attention_gain: Tensor  # [D]
     qkv: Tensor  # [(H + 2 G) C, D]
     head_gain: Tensor  # [H + G, C], of queries divided by sqrt(C)
     out: Tensor  # [D, H C]
     mlp_gain: Tensor  # [D]
-    router: Tensor | None  # [E, D]
-    bias: Tensor | None  # [E]
     gate_up: Tensor  # [E, D, 2 F], of a dense model [2 F, D]
     down: Tensor  # [E, F, D], of a dense model [D, F]
-    shared_gate_up: Tensor | None  # [2 F_s, D]
-    shared_down: Tensor | None  # [D, F_s]
+    router: Tensor | None = None  # [E, D]
+    bias: Tensor | None = None  # [E]
+    shared_gate_up: Tensor | None = None  # [2 F_s, D]
+    shared_down: Tensor | None = None  # [D, F_s]
 
 
 class Block(nn.Module):
@@ -71,13 +69,13 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
         valid_BT: Tensor | None = None,
         mask: Tensor | None = None,
         packing: Packing | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """cache: gets the keys and values; the routing has no statistics then."""
+        """cache: gets the keys and values; then the routing has no statistics."""
         h_BTD = self.attention(self.attention_norm(x_BTD), rope, mask, packing, cache)
         x_BTD = x_BTD + self.dropout(h_BTD)
         h_BTD = self.mlp_norm(x_BTD)
@@ -88,37 +86,40 @@ class Block(nn.Module):
         return x_BTD + self.dropout(y_BTD), routing
 
     def weights(self) -> BlockWeights:
-        """All that decoders read (../sampling); they are asked first whether they know the block's
-        modules."""
+        """For decoders (../sampling), which have to know the block's modules."""
         attention, mlp = self.attention, self.mlp
-        router, experts, shared = None, mlp, None
         if isinstance(mlp, MoE):
-            router, experts, shared = mlp.router, mlp.experts, mlp.shared
+            experts, router = mlp.experts, mlp.router
+            of_mlp = [
+                experts.gate_up_EDF,
+                experts.down_EFD,
+                router.proj.weight,
+                router.expert_bias_E,
+            ]
+            if mlp.shared is not None:
+                of_mlp += [mlp.shared.gate_up.weight, mlp.shared.down.weight]
+        else:
+            of_mlp = [mlp.gate_up.weight, mlp.down.weight]
         return BlockWeights(
-            attention_gain=self.attention_norm.weight,
-            qkv=attention.qkv.weight,
-            head_gain=attention.head_gains(query_scale=attention.head_dim**-0.5),
-            out=attention.out.weight,
-            mlp_gain=self.mlp_norm.weight,
-            router=router and router.proj.weight,
-            bias=router and router.expert_bias_E,
-            gate_up=experts.gate_up_EDF if router else experts.gate_up.weight,
-            down=experts.down_EFD if router else experts.down.weight,
-            shared_gate_up=shared and shared.gate_up.weight,
-            shared_down=shared and shared.down.weight,
+            self.attention_norm.weight,
+            attention.qkv.weight,
+            attention.head_gains(query_scale=attention.head_dim**-0.5),
+            attention.out.weight,
+            self.mlp_norm.weight,
+            *of_mlp,
         )
 
 
 class Transformer(nn.Module):
-    """Training rows are right-padded: causal attention keeps them clean without a mask.
+    """Training rows are right-padded, so causal attention needs no mask.
 
     load_LE: valid tokens per expert of the training forwards (train mode, with gradients) since
     the last take_load; None before the first, and in a dense model.
-    checkpoint_activations: whether a training forward keeps a block's input only, and the backward
+    checkpoint_activations: training forwards keep only each block's input, and the backward
     computes the rest again: less memory, a third more time.
     records_steps: whether a decode step may become a CUDA graph (sampling/recording.py).
-    flops: FLOPs of every forward so far, on this process; a forward with gradients counts three
-    times, for the backward that follows it (see flops.py); what is computed again is not counted.
+    flops: FLOPs of this process's forwards so far (flops.py). A forward with gradients counts three
+    times, for its backward; recomputed activations don't count.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int):
@@ -128,9 +129,9 @@ class Transformer(nn.Module):
         self.flops = 0
         self.checkpoint_activations = False
         self.records_steps = False
-        self.recorded_steps: Any = None  # those so far, kept here from one rollout to the next
+        self.recorded_steps: Any = None  # kept from one rollout to the next
         self.training_blocks: list[Callable[..., Any]] = []  # compiled, where that was asked for
-        # Not a buffer: DDP would overwrite the ranks' own counts with those of rank 0.
+        # not a buffer: DDP would overwrite each rank's counts with rank 0's
         self.load_LE: Tensor | None = None
         self.embedding = Embedding(vocab_size, config.d_model, config.init_std)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -139,42 +140,32 @@ class Transformer(nn.Module):
         self.head = None if tied else Linear(config.d_model, vocab_size, config.init_std)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Transformer:
-        self.recorded_steps = None  # they read the weights where they were
+        self.recorded_steps = None  # they read the weights at their old addresses
         return super()._apply(*args, **kwargs)
 
-    def forward(
-        self,
-        ids_BT: Tensor | Packing,
-        *,
-        valid_BT: Tensor | None = None,
-        positions_BT: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-    ) -> ModelOutput:
+    def forward(self, ids_BT: Tensor | Packing, *, valid_BT: Tensor | None = None) -> ModelOutput:
         """int64 [B, T] -> hidden states [B, T, D] and the routers' statistics.
 
-        valid_BT: bool, False on padding, which is never load nor part of a balance loss.
-        positions_BT: int64 [B, T] or [1, T]; from 0 on by default.
-        attn_mask: bool [B or 1, 1, T, T], True where T may look; causal by default.
+        valid_BT: bool, False on padding, which is routed but not counted as load or in a loss.
 
-        Packed rows, without the others -> hidden states [1, N, D] of their distinct tokens: what
-        they are at each of their places. The routers count a token as often as it stands in a row.
+        A Packing -> hidden states [1, N, D] of its distinct tokens; the routers count a token once
+        for each row that has it.
         """
-        packing = ids_BT if isinstance(ids_BT, Packing) else None
-        B, T = ids_BT.shape
+        packing, (B, T) = None, ids_BT.shape
         if isinstance(ids_BT, Packing):
-            valid_BT, positions_BT = ids_BT.copies_N[None], ids_BT.positions_N[None]
-            ids_BT = ids_BT.ids_N[None]
+            packing, ids_BT, valid_BT = ids_BT, ids_BT.ids_N[None], ids_BT.copies_N[None]
+            positions_1T = packing.positions_N[None]
+        else:
+            positions_1T = torch.arange(T, device=ids_BT.device)[None]
         c = self.config
         assert c.max_seq_len >= T, f"{T} tokens exceed max_seq_len"
-        if positions_BT is None:
-            positions_BT = torch.arange(T, device=ids_BT.device)[None]
-        rope = rope_angles(positions_BT, c.head_dim, c.rope_theta)
+        rope = rope_angles(positions_1T, c.head_dim, c.rope_theta)
         x_BTD = self.embedding(ids_BT)
         routings = []
         for i, block in enumerate(self.blocks):
             is_training = self.training and torch.is_grad_enabled()
             run = self._training_block(i, may_compile=packing is None) if is_training else block
-            x_BTD, routing = run(x_BTD, rope, valid_BT, attn_mask, packing)
+            x_BTD, routing = run(x_BTD, rope, valid_BT, packing=packing)
             routings.append(routing)
         flops = forward_flops(c, ids_BT.numel(), T, queries=B * T)
         self.count_flops(flops, has_backward=x_BTD.requires_grad)
@@ -182,24 +173,24 @@ class Transformer(nn.Module):
         return ModelOutput(self.norm(x_BTD), stats)
 
     def compile_blocks(self, dynamic: bool | None = None, backend: str = "inductor") -> None:
-        """Compile what training forwards run, a block at a time (all are alike: one is compiled).
+        """Compiles the blocks for training forwards; they are alike, so that one is compiled.
 
-        dynamic: True compiles once for all numbers of rows and tokens (but for 1, and where there
-        is a valid_BT); None first for those that come first.
+        dynamic: True compiles once for all numbers of rows and tokens (except for a single row, and
+        again without valid_BT); None specializes on the first shapes.
         """
         self.training_blocks = [
             torch.compile(block, backend=backend, dynamic=dynamic) for block in self.blocks
         ]
 
     def _training_block(self, i: int, *, may_compile: bool) -> Callable[..., Any]:
-        """A packing is new each time, and torch.compile would compile for each."""
+        """may_compile: False for packings, as torch.compile would compile for each anew."""
         block = self.training_blocks[i] if self.training_blocks and may_compile else self.blocks[i]
-        if self.checkpoint_activations:  # computed again in the backward, not kept
+        if self.checkpoint_activations:
             return partial(checkpoint, block, use_reentrant=False)
         return block
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V]; in float32 under autocast too, but for a large vocabulary."""
+        """[..., D] -> [..., V], in float32 even under autocast, unless the vocabulary is large."""
         d_model = self.config.d_model
         flops = head_flops(d_model, self.vocab_size, hidden.numel() // d_model)
         self.count_flops(flops, has_backward=hidden.requires_grad)
@@ -212,7 +203,7 @@ class Transformer(nn.Module):
             return self.head(hidden)
 
     def count_flops(self, forward: int, *, has_backward: bool) -> None:
-        """Adds the FLOPs of a forward, with those of its backward where it will have one."""
+        """Adds the FLOPs of a forward, and of its backward where it has one."""
         self.flops += 3 * forward if has_backward else forward
 
     def _router_stats(self, routings: list[Routing]) -> RouterStats:
@@ -223,20 +214,20 @@ class Transformer(nn.Module):
         return RouterStats(load_LE, [r.experts_NK for r in routings], aux_loss)
 
     def take_load(self) -> Tensor | None:
-        """load_LE, which then starts again."""
+        """load_LE, which then starts over."""
         load_LE, self.load_LE = self.load_LE, None
         return load_LE
 
     def expert_bias_LE(self) -> Tensor:
-        """The routers' selection biases, a copy."""
+        """A copy of the routers' selection biases."""
         return torch.stack([block.mlp.router.expert_bias_E for block in self.blocks])
 
     @torch.no_grad()
     def update_expert_bias(self, load_LE: Tensor) -> None:
-        """Moves each bias by bias_step * sign(mean load - load), centred; once an optimizer step.
+        """Moves each bias by bias_step * sign(mean load - load), centred; once per optimizer step.
 
-        load_LE: of all forwards of the step, summed over the ranks. DeepSeek-V3, section 2.1.2;
-        centred as in torchtitan.
+        DeepSeek-V3, section 2.1.2; centred as in torchtitan. load_LE: of all forwards of the step,
+        summed over the ranks.
         """
         step_LE = self.config.bias_step * (load_LE.mean(-1, keepdim=True) - load_LE).sign()
         step_LE -= step_LE.mean(-1, keepdim=True)
@@ -245,7 +236,7 @@ class Transformer(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """Token vectors drawn from N(0, std^2) where they are made (see attention.Linear)."""
+    """Its own __init__ draws the vectors from N(0, std^2) (see attention.Linear)."""
 
     def __init__(self, vocab_size: int, dim: int, std: float):
         self.std = std

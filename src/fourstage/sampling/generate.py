@@ -165,7 +165,7 @@ def _steps(
         rows = _Rows(model, prompts, longest + max_new_tokens)
         row_B = torch.arange(len(prompts), device=uniform_BA.device)
         for step in range(max_new_tokens):
-            log_probs_BV = rows.spread(sampling.log_probs(rows.logits()))
+            log_probs_BV = rows.log_probs(sampling)
             token_B = sampling.draw(log_probs_BV, uniform_BA[:, step])
             logprob_B = log_probs_BV.gather(1, token_B[:, None]).squeeze(1)
             yield row_B, token_B, logprob_B
@@ -210,13 +210,10 @@ class _Rows:
             ids = [[0] * pad + list(p[:-1]) for pad, p in zip(pads, number, strict=True)]
             self.decoder.prefill(torch.tensor(ids, device=device))
 
-    def logits(self) -> Tensor:
-        """[U, V], after the last appended token."""
-        return self.decoder(self.ids_U)
-
-    def spread(self, x_UV: Tensor) -> Tensor:
-        """From rows [U, V] to unfinished answers [B, V]."""
-        return x_UV if self.place_B is None else x_UV[self.place_B]
+    def log_probs(self, sampling: Sampling) -> Tensor:
+        """[B, V], of the token after the last appended one."""
+        log_probs_UV = sampling.log_probs(self.decoder(self.ids_U))
+        return log_probs_UV if self.place_B is None else log_probs_UV[self.place_B]
 
     def leave(self, alive_K: Tensor) -> None:
         """Keep only these answers; the others have finished."""

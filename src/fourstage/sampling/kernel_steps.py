@@ -64,8 +64,7 @@ class KernelSteps:
         self.embedding = model.embedding.weight.detach()
         self.first_B = None if real_BS is None else _ends_of_padding(real_BS)
         self.capacity = _up(capacity)
-        self.k_LBGCS: Tensor | None = None
-        self.v_LBGSC: Tensor | None = None
+        self.k_LBGCS = self.v_LBGSC = torch.empty(0)  # until the first token
         self.held: list[Tensor] = []  # what the structures point to
         places_1S = torch.arange(self.capacity)[None]
         self.model = _Model(
@@ -108,7 +107,7 @@ class KernelSteps:
 
     def _decode(self, ids_BT: Tensor, at: int, logits_BV: Tensor | None) -> None:
         (B, T), c, S = ids_BT.shape, self.config, self.capacity
-        if self.k_LBGCS is None or self.v_LBGSC is None:
+        if not self.k_LBGCS.numel():
             self.k_LBGCS = torch.empty(c.n_layers, B, c.n_kv_heads, c.head_dim, S)
             self.v_LBGSC = torch.empty(c.n_layers, B, c.n_kv_heads, S, c.head_dim)
         n_rows = B if self.first_B is None else len(self.first_B)
@@ -119,7 +118,6 @@ class KernelSteps:
 
     def keep(self, rows: Tensor) -> None:
         """Row i becomes what row rows[i] was, int64 [b]: rows may be dropped or repeated."""
-        assert self.k_LBGCS is not None and self.v_LBGSC is not None, "no tokens yet"
         self.k_LBGCS = self.k_LBGCS.index_select(1, rows)
         self.v_LBGSC = self.v_LBGSC.index_select(1, rows)
         self.first_B = None if self.first_B is None else self.first_B[rows]

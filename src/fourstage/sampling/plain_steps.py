@@ -38,6 +38,5 @@ class PlainSteps:
 
     def keep(self, rows: Tensor) -> None:
         """Row i becomes what row rows[i] was, int64 [b]: rows may be dropped or repeated."""
-        assert self.ids_BT is not None, "no tokens yet"
         self.ids_BT = self.ids_BT[rows]
         self.pads_B = None if self.pads_B is None else self.pads_B[rows]
