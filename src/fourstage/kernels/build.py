@@ -120,12 +120,8 @@ def _folders() -> list[Path]:
 def run(name: str, *arguments: Tensor | ctypes.Structure | int | float | None) -> None:
     """Runs a kernel on as many threads as PyTorch; floats are passed as float32.
 
-    It trusts the addresses and sizes that it is given: callers check the tensors.
-
-    Raises:
-        RuntimeError: there are no kernels here.
-        MemoryError: there is not enough memory.
-        ValueError: it refuses a size, or what a tensor holds.
+    It trusts the sizes that it is given: callers check the tensors. Raises RuntimeError without
+    kernels, MemoryError, or ValueError for a size or content that the kernel refuses.
     """
     if (kernels := library()) is None:
         raise RuntimeError(f"fourstage::{name}: there are no kernels here")

@@ -39,12 +39,8 @@ def _shape(name: str, sizes: dict[str, int]) -> tuple[int, ...]:
 
 
 def _sizes(names: list[str], arguments: tuple[Any, ...]) -> dict[str, int]:
-    """The size of each letter.
-
-    Raises:
-        TypeError: a tensor has another dtype or device.
-        ValueError: a tensor doesn't fit the others, or there is no kernel for a size.
-    """
+    """The size of each letter. Raises TypeError for a tensor's dtype or device, ValueError for its
+    shape or for a size that kernels don't support."""
     sizes: dict[str, int] = {}
     for name, x in zip(names, arguments, strict=True):
         if isinstance(x, int):
@@ -102,9 +98,9 @@ def _registered(name: str, kernel: str, inputs: list[str], outputs: list[str]) -
 def _operation(name: str, signature: str, gradients: int = 0, kept: int = 0) -> Callable[..., Any]:
     """The operation of a kernel, and that of its gradient.
 
-    gradients: how many of the first arguments have one, from the gradient of the first result.
+    gradients: how many of the first arguments have one, from the first result's gradient.
     kept: how many of the last results the gradient needs. Its arguments are the tensors, the kept
-    results, the first result's gradient, and then the numbers.
+    results, the first result's gradient and the numbers.
     """
     inputs, outputs = (side.split() for side in signature.split("->"))
     if not gradients:

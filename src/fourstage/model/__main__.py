@@ -1,10 +1,6 @@
 """A table of all model configs and their sizes; the vocabulary is that of characters by default.
 
-    python -m fourstage model [vocab_size=NUMBER]
-
-For example:
-
-    python -m fourstage model vocab_size=32768
+python -m fourstage model [vocab_size=NUMBER]
 """
 
 from __future__ import annotations
@@ -54,16 +50,12 @@ def main(arguments: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fourstage.errors import UserError
-
     vocab_size = vocab_size_of(arguments)
-    if not CONFIGS.is_dir():
-        raise UserError(f"no model configs at {CONFIGS}: run this from a clone of the repository")
-
     table = Table(title=f"models with {vocab_size:,} tokens in the vocabulary")
     for column in ("model", "layers", "width", "experts", "context", "total", "active"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    rows = [counted(path, vocab_size) for path in CONFIGS.glob("*.yaml")]
+    paths = list(CONFIGS.glob("*.yaml")) or [CONFIGS]  # for which there will be an error
+    rows = [counted(path, vocab_size) for path in paths]
     for total, active, c in sorted(rows, key=lambda row: row[:2]):
         experts = f"{c.top_k} of {c.num_experts}" + (" + 1" if c.d_shared else "")
         shape = [str(c.n_layers), str(c.d_model), "dense" if c.dense else experts]

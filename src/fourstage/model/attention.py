@@ -126,10 +126,6 @@ class Attention(nn.Module):
         """Heads of distinct tokens -> of whole rows, [B, T, J, C]."""
         return packing.spread(qkv_1NJC[0].flatten(1)).unflatten(-1, (-1, self.head_dim))
 
-    def store(self, x_BTD: Tensor, rope: Rope, cache: LayerCache) -> None:
-        """Only what forward would store in the cache."""
-        cache.store(*self.split(self.project(x_BTD), rope)[1:])
-
     def project(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, J, C]."""
         return self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))

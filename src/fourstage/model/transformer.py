@@ -162,15 +162,25 @@ class Transformer(nn.Module):
         rope = rope_angles(positions_1T, c.head_dim, c.rope_theta)
         x_BTD = self.embedding(ids_BT)
         routings = []
-        for i, block in enumerate(self.blocks):
-            is_training = self.training and torch.is_grad_enabled()
-            run = self._training_block(i, may_compile=packing is None) if is_training else block
-            x_BTD, routing = run(x_BTD, rope, valid_BT, packing=packing)
+        is_training = self.training and torch.is_grad_enabled()
+        # torch.compile would compile anew for each packing
+        may_compile = is_training and self.training_blocks and packing is None
+        for block in self.training_blocks if may_compile else self.blocks:
+            if is_training and self.checkpoint_activations:
+                block = partial(checkpoint, block, use_reentrant=False)
+            x_BTD, routing = block(x_BTD, rope, valid_BT, packing=packing)
             routings.append(routing)
         flops = forward_flops(c, ids_BT.numel(), T, queries=B * T)
         self.count_flops(flops, has_backward=x_BTD.requires_grad)
-        stats = None if c.dense else self._router_stats(routings)
-        return ModelOutput(self.norm(x_BTD), stats)
+        hidden_BTD = self.norm(x_BTD)
+        if c.dense:
+            return ModelOutput(hidden_BTD, None)
+        load_LE = torch.stack([r.load_E for r in routings])
+        if is_training:
+            self.load_LE = load_LE if self.load_LE is None else self.load_LE + load_LE
+        aux_loss = torch.stack([r.aux_loss for r in routings]).sum()
+        stats = RouterStats(load_LE, [r.experts_NK for r in routings], aux_loss)
+        return ModelOutput(hidden_BTD, stats)
 
     def compile_blocks(self, dynamic: bool | None = None, backend: str = "inductor") -> None:
         """Compiles the blocks for training forwards; they are alike, so that one is compiled.
@@ -181,13 +191,6 @@ class Transformer(nn.Module):
         self.training_blocks = [
             torch.compile(block, backend=backend, dynamic=dynamic) for block in self.blocks
         ]
-
-    def _training_block(self, i: int, *, may_compile: bool) -> Callable[..., Any]:
-        """may_compile: False for packings, as torch.compile would compile for each anew."""
-        block = self.training_blocks[i] if self.training_blocks and may_compile else self.blocks[i]
-        if self.checkpoint_activations:
-            return partial(checkpoint, block, use_reentrant=False)
-        return block
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V], in float32 even under autocast, unless the vocabulary is large."""
@@ -205,13 +208,6 @@ class Transformer(nn.Module):
     def count_flops(self, forward: int, *, has_backward: bool) -> None:
         """Adds the FLOPs of a forward, and of its backward where it has one."""
         self.flops += 3 * forward if has_backward else forward
-
-    def _router_stats(self, routings: list[Routing]) -> RouterStats:
-        load_LE = torch.stack([r.load_E for r in routings])
-        if self.training and torch.is_grad_enabled():
-            self.load_LE = load_LE if self.load_LE is None else self.load_LE + load_LE
-        aux_loss = torch.stack([r.aux_loss for r in routings]).sum()
-        return RouterStats(load_LE, [r.experts_NK for r in routings], aux_loss)
 
     def take_load(self) -> Tensor | None:
         """load_LE, which then starts over."""

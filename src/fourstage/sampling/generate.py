@@ -28,7 +28,7 @@ MOST_SHARED = 0.5  # rows per answer above which every answer gets a row of its 
 
 @dataclass(frozen=True)
 class Generation:
-    """One entry per prompt, in the order of the prompts."""
+    """One entry per prompt, in their order."""
 
     answer_ids: list[list[int]]  # including the stop token where one was sampled
     # of each answer token, under the distribution it was drawn from; None where the sampler doesn't
@@ -44,10 +44,7 @@ class Sampling:
     Temperature 0 takes the most likely token. top_k keeps the k most likely (0: all), then top_p
     the smallest set of the most likely whose probability reaches p (Holtzman et al. 2019, arXiv
     1904.09751); `forbid` ids are never drawn. Row i draws with row_seeds[i], by default derived
-    from seed and i.
-
-    Raises:
-        UserError: a value is out of range.
+    from seed and i. Raises UserError for a value out of range.
     """
 
     max_new_tokens: int
@@ -113,10 +110,7 @@ def generate(model: Transformer, prompts: list[list[int]], sampling: Sampling) -
     """Answers every prompt.
 
     With top_k 0, top_p 1 and nothing forbidden, logprobs are those of a training forward's
-    logits / temperature.
-
-    Raises:
-        UserError: a prompt leaves no room for the answer in max_seq_len.
+    logits / temperature. Raises UserError where prompt and answer exceed max_seq_len.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
@@ -201,10 +195,9 @@ class _Rows:
         self.ids_U = torch.tensor([prompt[-1] for prompt in number], device=device)
         longest = max(map(len, number))
         pads = [longest - len(prompt) for prompt in number]
-        real_US = None
-        if any(pads):
-            steps = torch.arange(capacity, device=device)
-            real_US = steps >= torch.tensor(pads, device=device)[:, None]
+        pads_U = torch.tensor(pads, device=device)
+        places_S = torch.arange(capacity, device=device)
+        real_US = places_S >= pads_U[:, None] if any(pads) else None
         self.decoder = Decoder(model, capacity, real_US, rows=len(prompts))
         if longest > 1:
             ids = [[0] * pad + list(p[:-1]) for pad, p in zip(pads, number, strict=True)]

@@ -79,17 +79,16 @@ class KernelSteps:
         )
 
     def _layer(self, block: Block) -> _Layer:
-        weights = {name: x for name, x in block.weights()._asdict().items() if x is not None}
-        return _Layer(
-            **{
-                name: self._hold(x, is_product=x.dim() == 2 and name != "head_gain")
-                for name, x in weights.items()
-            }
-        )
+        layer = _Layer()
+        for name, x in block.weights()._asdict().items():
+            if x is not None:
+                is_product = x.dim() == 2 and name != "head_gain"
+                setattr(layer, name, self._hold(x, is_product))
+        return layer
 
     def _hold(self, x: Tensor, is_product: bool = False) -> int:
-        """The address of x's numbers, which stay there; those of a product's [out, in] weight are
-        [in, out_16], so that it reads them in order."""
+        """The address of x's numbers; a product's weight [out, in] becomes [in, out_16], so that its
+        rows are read in order."""
         x = x.detach()
         if is_product:
             x = F.pad(x.t(), (0, _up(len(x)) - len(x)))

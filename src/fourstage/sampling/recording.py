@@ -102,9 +102,9 @@ class RecordedSteps(TorchSteps):
         if rows not in self.graphs and is_worth_it:
             ids_U = torch.cat((ids_B, ids_B.new_zeros(rows - len(ids_B))))
             beside = next(iter(self.graphs.values()), None)
-            self.graphs[rows] = Recording(self.compute, ids_U, at, beside)
+            self.graphs[rows] = Recording(super().step, ids_U, at, beside)
         self.steps_alike += 1
-        return self.graphs.get(rows, self.compute)(ids_B, at)
+        return self.graphs.get(rows, super().step)(ids_B, at)
 
     def keep(self, rows: Tensor) -> None:
         for cache in self.caches:

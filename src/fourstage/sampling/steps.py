@@ -75,15 +75,13 @@ class TorchSteps:
         *others, (last, last_cache) = zip(self.model.blocks, self.caches, strict=True)
         for block, cache in others:
             x_BTD, _ = block(x_BTD, rope, mask=mask, cache=cache)
-        last.attention.store(last.attention_norm(x_BTD), rope, last_cache)
+        qkv_BTJC = last.attention.project(last.attention_norm(x_BTD))
+        last_cache.store(*last.attention.split(qkv_BTJC, rope)[1:])
 
-    def step(self, ids_B: Tensor, at: int) -> Tensor:
-        """The tokens at place `at` -> logits [B, V] of the next ones."""
-        return self.compute(ids_B, at)
-
-    def compute(self, ids_B: Tensor, at: int | Tensor) -> Tensor:
-        """step. For a place in a tensor, int64 [1], all shapes are those of the capacity and the
-        GPU is never waited for, so that one recording serves every place."""
+    def step(self, ids_B: Tensor, at: int | Tensor) -> Tensor:
+        """The tokens at place `at` -> logits [B, V]. For a place in a tensor, int64 [1], all shapes
+        are those of the capacity and nothing waits for the GPU, so that a recording serves every
+        place."""
         model, c = self.model, self.model.config
         B, C, G, n_qk = len(ids_B), c.head_dim, c.n_kv_heads, c.n_heads + c.n_kv_heads
         shape, eps = (c.d_model,), c.norm_eps
@@ -147,7 +145,6 @@ def rope_with_gains(gain_JC: Tensor, rope: Rope) -> Rope:
 def prefill_mask(real_BT: Tensor) -> Tensor:
     """bool [B, 1, T, T], causal over real tokens; padding sees itself, as not every attention
     backend defines a softmax over nothing."""
-    T = real_BT.shape[1]
-    causal_TT = torch.ones(T, T, dtype=torch.bool, device=real_BT.device).tril()
-    self_TT = torch.eye(T, dtype=torch.bool, device=real_BT.device)
-    return ((causal_TT & real_BT[:, None, :]) | self_TT)[:, None]
+    at_T = torch.arange(real_BT.shape[1], device=real_BT.device)
+    seen_BTT = (at_T <= at_T[:, None]) & real_BT[:, None]
+    return (seen_BTT | (at_T == at_T[:, None]))[:, None]
