@@ -10,8 +10,6 @@ Shape legend: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -54,21 +52,19 @@ class Decoder:
         assert self.capacity >= T, f"a row holds {self.capacity} tokens"
         self.steps.prefill(ids_BT)
         self.length = T
-        flops = head_flops(c.d_model, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, B * T)
-        if c.n_layers > 1:
-            flops += forward_flops(replace(c, n_layers=c.n_layers - 1), B * T, T)
-        self.count_flops(flops)
+        last_block = head_flops(c.d_model, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, B * T)
+        others = forward_flops(c, B * T, T) * (c.n_layers - 1) // c.n_layers
+        self.count_flops(others + last_block)
 
     @torch.no_grad()
     def __call__(self, ids_B: Tensor) -> Tensor:
         """int64 [B], one more token per row -> logits [B, V] of the next."""
         c, B, at = self.model.config, len(ids_B), self.length
         assert at < self.capacity, f"a row holds {self.capacity} tokens"
-        logits_BV = self.steps.step(ids_B, at)
         self.length = at + 1
         head = head_flops(c.d_model, self.model.vocab_size, B)
         self.count_flops(forward_flops(c, B, at + 1) + head)
-        return logits_BV
+        return self.steps.step(ids_B, at)
 
     def count_flops(self, flops: int) -> None:
         if not isinstance(self.steps, PlainSteps):  # whose forwards count themselves

@@ -87,8 +87,8 @@ class KernelSteps:
         return layer
 
     def _hold(self, x: Tensor, is_product: bool = False) -> int:
-        """The address of x's numbers; a product's weight [out, in] becomes [in, out_16], so that its
-        rows are read in order."""
+        """The address of x's numbers; a product's weight [out, in] becomes [in, out_16], so that
+        its rows are read in order."""
         x = x.detach()
         if is_product:
             x = F.pad(x.t(), (0, _up(len(x)) - len(x)))
