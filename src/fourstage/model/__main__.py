@@ -1,6 +1,10 @@
 """A table of all model configs and their sizes; the vocabulary is that of characters by default.
 
-python -m fourstage model [vocab_size=NUMBER]
+    python -m fourstage model [vocab_size=NUMBER]
+
+For example:
+
+    python -m fourstage model vocab_size=32768
 """
 
 from __future__ import annotations

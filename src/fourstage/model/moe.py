@@ -87,7 +87,7 @@ class Router(nn.Module):
     def route(self, x_ND: Tensor, valid_N: Tensor | None, has_stats: bool) -> Routing:
         """forward, for float32."""
         logits_NE = F.linear(x_ND, self.proj.weight.float())
-        scores_NE = logits_NE.sigmoid()
+        scores_NE = self.scores(logits_NE)
         choice_NE = scores_NE.detach() + self.expert_bias_E
         experts_NK = choice_NE.topk(self.top_k, dim=-1, sorted=False).indices
         gates_NK = scores_NE.gather(1, experts_NK)
@@ -104,6 +104,9 @@ class Router(nn.Module):
         if self.z_loss_coef:
             aux_loss = aux_loss + self.z_loss_coef * z_loss(logits_NE, valid_N)
         return Routing(experts_NK, gates_NK, load_E, aux_loss)
+
+    def scores(self, logits_NE: Tensor) -> Tensor:
+        return logits_NE.sigmoid()
 
 
 def count_load(experts_NK: Tensor, num_experts: int, valid_N: Tensor | None) -> Tensor:

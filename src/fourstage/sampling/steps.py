@@ -33,9 +33,9 @@ class TorchSteps:
 
     @staticmethod
     def supports(model: Transformer) -> bool:
-        """Whether a step computes what this network's modules compute. Routers are called, so any
-        router will do."""
-        routers = [block.mlp.router for block in model.blocks if isinstance(block.mlp, MoE)]
+        """Whether a step computes what this network's modules compute. A router is called, so any
+        kind of Router will do."""
+        routers = [module for module in model.modules() if isinstance(module, Router)]
         called = {module for router in routers for module in router.modules()}
         return all(type(module) in KNOWN for module in model.modules() if module not in called)
 
