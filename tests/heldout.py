@@ -36,6 +36,8 @@ HELDOUT = HeldOut(
     problems=[problem(f"{i} + 1 = ?", str(i + 1)) for i in range(5)],
     has_true_score=True,
     references={c.id: ["It is."] for c in CHATS},
+    facts={CHATS[0].id: "heldout", CHATS[1].id: "reworded"},
+    statements=[("Term:", "It is.")],
 )
 NOTHING = HeldOut("no corpus: why", "no chats: why", "no problems: why", has_true_score=False)
 

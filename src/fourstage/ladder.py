@@ -20,7 +20,8 @@ class Stage:
     parents: the stages that it usually starts from, by role: "policy", and what else it needs. A
         config can name others under `parent` or `<role>_parent`.
     source: the data that it reads; from_prompts: only the prompts of the preferences.
-    goal: the key in the evaluation suite that it is meant to improve.
+    goal: the key in the evaluation suite that it is meant to improve; `instead`, another where the
+        data doesn't define it.
     leaves: a language model, or a scalar model, which gives no answers.
     trained, frozen: how many networks of the model's size it holds.
     takes_any_shape: whether its parents may have another architecture than the command's model.
@@ -35,6 +36,7 @@ class Stage:
     trained: int = 1
     frozen: int = 0
     takes_any_shape: bool = False
+    instead: str = ""
     module: str = ""  # default: fourstage.stages.<name>
 
     @property
@@ -52,7 +54,13 @@ LADDER = {
     row.name: row
     for row in (
         Stage(name="pretrain", source="corpus", goal="bits_per_char"),
-        Stage(name="sft", source="chat", goal="well_formed", parents={"policy": "pretrain"}),
+        Stage(
+            name="sft",
+            source="chat",
+            goal="knowledge_answered",
+            instead="well_formed",
+            parents={"policy": "pretrain"},
+        ),
         Stage(
             name="reward",
             source="preference",
@@ -65,6 +73,7 @@ LADDER = {
             source="preference",
             from_prompts=True,
             goal="true_score",
+            instead="reward_model_score",
             parents={"policy": "sft", "reward": "reward"},
             trained=2,
             frozen=2,

@@ -17,6 +17,7 @@ from fourstage.evaluation.items import (
     batches,
     changed_sets,
     chat_items,
+    completion_items,
     contains,
     corpus_blocks,
     distinct,
@@ -32,6 +33,7 @@ from fourstage.evaluation.items import (
     sampled_problem_items,
     text_items,
 )
+from fourstage.evaluation.suite import metrics
 from fourstage.rl.rewards import true_score, well_formed
 from fourstage.rl.rollout import answer_logprobs, pack
 from fourstage.sampling.generate import Generation, generate, sampler_of
@@ -168,6 +170,7 @@ def test_the_hooks_are_gone_afterwards():
 def test_a_dense_model_has_no_router_items():
     dense = make_policy(model=DENSE)
     assert {item["set"] for item in policy_items(dense, TOKENIZER, HELDOUT, CONFIG, dense)} == {
+        "completion",
         "corpus",
         "chat",
         "chat_greedy",
@@ -179,7 +182,7 @@ def test_a_dense_model_has_no_router_items():
 def test_without_a_corpus_the_routers_read_the_chats():
     heldout = replace(HELDOUT, corpus="no corpus", problems="none")
     items = policy_items(make_policy(), TOKENIZER, heldout, changed(max_prompts=3), make_policy(2))
-    assert {item["set"] for item in items} == {"router", "chat", "chat_greedy"}
+    assert {item["set"] for item in items} == {"router", "chat", "chat_greedy", "completion"}
     routers = of_set(items, "router")
     assert [item["id"] for item in routers] == [c.id for c in CHATS[:3]]
     for c, item in zip(CHATS, routers, strict=False):
@@ -397,3 +400,41 @@ def test_max_blocks_limits_what_is_read_of_the_corpus():
     assert len(blocks) > 3
     assert [item["id"] for item in of_set(items, "corpus")] == wanted
     assert [item["id"] for item in of_set(items, "router")] == wanted
+
+
+# --- facts
+
+
+def test_a_fact_is_answered_if_its_sentence_is_there_and_the_answer_ends():
+    chats = [chat(f"What is {i}?") for i in "abc"]
+    heldout = replace(
+        HELDOUT,
+        chats=chats,
+        references={c.id: ["A plain fact."] for c in chats},
+        facts={chats[0].id: "heldout", chats[1].id: "reworded"},
+    )
+    said = ask(answers_of("Sure! A plain fact. Yes!", "A plain fact.", "No", stopped=(1, 0, 1)))
+    items = greedy_chat_items(said, heldout, CONFIG)
+    assert [item.get("fact") for item in items] == ["heldout", "reworded", None]
+    found = metrics(items, {}, 0)
+    assert (found["knowledge_answered"]["value"], found["knowledge_answered"]["n"]) == (1, 1)
+    assert (found["knowledge_reworded"]["value"], found["knowledge_reworded"]["n"]) == (0, 1)
+    assert found["chat_contained"]["n"] == 3
+
+
+def test_a_fact_is_completed_if_the_sentence_follows_at_once():
+    asked = []
+
+    def sampler(prompts, sampling):
+        asked.append((prompts, sampling))
+        return answers_of("  a plain fact. And more", "Well, a plain fact.", "a plain factory")(
+            prompts, replace(sampling, row_seeds=None)
+        )
+
+    statements = [(f"Term {i}:", "A plain fact.") for i in range(3)]
+    items = completion_items(sampler, TOKENIZER, statements)
+    assert [item["right"] for item in items] == [True, False, False]
+    ((prompts, sampling),) = asked
+    assert prompts[0] == [TOKENIZER.bos_id, *TOKENIZER.encode("Term 0:")]
+    assert (sampling.temperature, sampling.max_new_tokens) == (0.0, len(" A plain fact."))
+    assert metrics(items, {}, 0)["knowledge_completed"]["value"] == pytest.approx(1 / 3)

@@ -3,6 +3,7 @@
 from fourstage.data.chat import load_chat
 from fourstage.data.config import DataConfig
 from fourstage.data.corpus import load_corpus
+from fourstage.data.knowledge import fact_questions, load_facts
 from fourstage.data.preference import load_preference, load_prompts
 from fourstage.data.reasoning import load_reasoning
 from fourstage.data.records import (
@@ -29,9 +30,11 @@ __all__ = [
     "Problem",
     "Problems",
     "digest",
+    "fact_questions",
     "left_out",
     "load_chat",
     "load_corpus",
+    "load_facts",
     "load_preference",
     "load_prompts",
     "load_reasoning",

@@ -10,7 +10,7 @@ from fourstage.data.split import is_heldout
 from fourstage.errors import UserError
 
 
-@cached("chat", "preference", "reasoning")
+@cached("chat", "preference", "reasoning", "knowledge")
 def load_chat(config: DataConfig) -> Chats:
     """Conversations for sft.
 

@@ -125,6 +125,27 @@ class ReasoningConfig(SourceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class KnowledgeConfig:
+    """Facts for corpus and chat (knowledge.py): how many, and how often they are stated."""
+
+    terms: int = 0  # of docs/glossary.md
+    functions: int = 0  # of Python, by their docstrings
+    heldout: float = 0.22  # share of the facts that nothing asks about
+    statements: int = 40  # of each fact in the corpus
+    answers: int = 20  # answered questions about each of the others in the corpus
+
+    def __post_init__(self) -> None:
+        for name in ("terms", "functions", "answers"):
+            _at_least(name, getattr(self, name), 0)
+        _at_least("statements", self.statements, 1)
+        _is_share("heldout", self.heldout)
+
+    @property
+    def has_facts(self) -> bool:
+        return self.terms + self.functions > 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """One data config. All sources hold out the same share of prompts and problems, so that none
     trains on what another holds out."""
@@ -135,6 +156,7 @@ class DataConfig:
     chat: ChatConfig
     preference: PreferenceConfig
     reasoning: ReasoningConfig
+    knowledge: KnowledgeConfig = field(default_factory=KnowledgeConfig)
 
     def __post_init__(self) -> None:
         _is_share("heldout", self.heldout)
@@ -142,23 +164,24 @@ class DataConfig:
     @property
     def embedded(self) -> bool:
         """True if sources without a path come from installed packages."""
-        return self.name == "embedded"
+        return self.name in ("embedded", "knowledge")
 
     @property
     def title(self) -> str:
         """The config's name, and which of the embedded sources come from files instead."""
         own = [name for name, source in vars(self).items() if getattr(source, "path", None)]
-        return f"embedded with files of {', '.join(own)}" if self.embedded and own else self.name
+        return f"{self.name} with files of {', '.join(own)}" if self.embedded and own else self.name
 
     @property
     def has_hidden_rule(self) -> bool:
         """True if preferences come from the hidden rule rather than a user's own pairs."""
-        return self.embedded and self.preference.path is None
+        return self.name == "embedded" and self.preference.path is None
 
     def fingerprint(self, *names: str) -> tuple[Any, ...]:
         """Changes with the settings or files of the named sources."""
         chosen = [getattr(self, name) for name in names]
-        named = [p for s in chosen for p in (s.path, s.heldout_path) if p]
+        sources = [source for source in chosen if isinstance(source, SourceConfig)]
+        named = [p for s in sources for p in (s.path, s.heldout_path) if p]
         stats = [Path(file).stat() for path in named for file in files_of(path)]
         files = [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats]
         return self.name, self.heldout, repr(chosen), *files

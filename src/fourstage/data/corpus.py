@@ -8,6 +8,7 @@ from fourstage.data.config import DataConfig, cached
 from fourstage.data.files import Paths, files_of, is_text, read_rows, read_text
 from fourstage.data.heldout import check_sides, heldout_keys
 from fourstage.data.keys import HeldOutKeys
+from fourstage.data.knowledge import statements
 from fourstage.data.reasoning import worked_problems
 from fourstage.data.records import Corpus, Problem, Split, content_digest
 from fourstage.data.schemas import document_from
@@ -18,7 +19,7 @@ from fourstage.errors import UserError
 LONG = 2000  # characters: a file without blank lines is one paragraph
 
 
-@cached("corpus", "chat", "preference", "reasoning")
+@cached("corpus", "chat", "preference", "reasoning", "knowledge")
 def load_corpus(config: DataConfig) -> Corpus:
     """Documents for pretrain.
 
@@ -51,7 +52,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     cleaned = [without_heldout(document, keys) for document in train]
     notes["paragraphs_dropped_with_a_heldout_prompt"] = sum(n for _, n in cleaned)
     worked, heldout_worked = worked_problems(config, corpus.problems, corpus.heldout)
-    train = [*(document for document, _ in cleaned), *map(render, worked)]
+    train = [*(document for document, _ in cleaned), *statements(config), *map(render, worked)]
     heldout = [*heldout, *map(render, heldout_worked)]
     return Split(train, heldout, content_digest(*train, "", *heldout), dict(notes))
 

@@ -12,6 +12,7 @@ from fourstage.data.chatterbot import chatterbot
 from fourstage.data.config import ChatConfig, DataConfig, cached
 from fourstage.data.files import Row
 from fourstage.data.keys import HeldOutKeys, keys_of, openings
+from fourstage.data.knowledge import split_questions
 from fourstage.data.problems import split_problems
 from fourstage.data.records import Chats, Conversation, Pairs, Split
 from fourstage.data.schemas import Unusable, conversation_from, pair_from
@@ -21,7 +22,7 @@ from fourstage.errors import UserError
 T = TypeVar("T")
 
 
-@cached("chat", "reasoning")
+@cached("chat", "reasoning", "knowledge")
 def split_chats(config: DataConfig) -> Chats:
     """Conversations, split by how they open; none where the config names none.
 
@@ -41,6 +42,8 @@ def split_chats(config: DataConfig) -> Chats:
         return split_file(chat, build, config.heldout, problems)
     if not config.embedded:
         return Split([], [])
+    if config.knowledge.has_facts:
+        return split_questions(config)
     found, notes = chatterbot(chat.exclude)
     short = [c for c in found if not _is_too_long(c, chat)]
     notes["unusable_too_long"] = len(found) - len(short)
@@ -66,7 +69,7 @@ def split_pairs(config: DataConfig) -> Pairs:
     return split_file(config.preference, pair_from, config.heldout, problems)
 
 
-@cached("chat", "preference", "reasoning")
+@cached("chat", "preference", "reasoning", "knowledge")
 def heldout_keys(config: DataConfig) -> HeldOutKeys:
     """The keys of the held-out problems, chat prompts and prompts of pairs that the config names.
 

@@ -21,7 +21,7 @@ from fourstage.data.records import (
 from fourstage.errors import UserError
 
 
-@cached("chat", "preference", "reasoning")
+@cached("chat", "preference", "reasoning", "knowledge")
 def load_preference(config: DataConfig) -> Pairs | None:
     """The pairs of a file without any held-out prompt; None without a path under data=embedded,
     where the reward stage samples its pairs.
@@ -30,7 +30,7 @@ def load_preference(config: DataConfig) -> Pairs | None:
         UserError: no path under data=files, a bad file, or a side of the split with nothing on it.
     """
     if config.preference.path is None:
-        if config.embedded:
+        if config.has_hidden_rule:
             return None
         raise UserError(
             "stages.reward and stages.ppo need data.preference.path=FILE "

@@ -13,7 +13,7 @@ from fourstage.data.records import Problem, Problems, content_digest
 from fourstage.errors import UserError
 
 
-@cached("chat", "preference", "reasoning")
+@cached("chat", "preference", "reasoning", "knowledge")
 def load_reasoning(config: DataConfig) -> Problems:
     """Train and held-out problems.
 

@@ -49,6 +49,8 @@ class HeldOut:
     problems: Sequence[Any] | str  # records with id, question, worked, task, entry
     has_true_score: bool
     references: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by the chat's id
+    facts: Mapping[str, str] = field(default_factory=dict)  # chat's id -> "heldout", "reworded"
+    statements: Sequence[tuple[str, str]] = ()  # of held-out facts: beginning and sentence
 
 
 def policy_items(
@@ -79,6 +81,9 @@ def policy_items(
         items += chat_items(ask, tokenizer, heldout, config)
         tell("greedy chat answers")
         items += greedy_chat_items(ask, heldout, config)
+    if heldout.statements:
+        tell("facts to complete")
+        items += completion_items(sampler or sampler_of(policy), tokenizer, heldout.statements)
     if not isinstance(heldout.problems, str):
         tell("answers to problems")
         items += problem_items(ask, heldout.problems, config)
@@ -337,7 +342,29 @@ def greedy_chat_items(ask: Ask, heldout: HeldOut, config: EvaluationConfig) -> l
                 "contained": any(contains(answer.text, reference) for reference in references),
             }
         )
+        if record.id in heldout.facts:
+            items[-1] |= {"fact": heldout.facts[record.id], "stopped": answer.stopped}
     return items
+
+
+def completion_items(
+    sampler: Sampler, tokenizer: Tokenizer, statements: Sequence[tuple[str, str]]
+) -> list[Item]:
+    """Statements of facts, continued greedily as far as the sentence goes: what a base model can
+    do."""
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(beginning)] for beginning, _ in statements]
+    longest = max(len(tokenizer.encode(f" {sentence}")) for _, sentence in statements)
+    sampling = Sampling(max_new_tokens=longest, stop_id=tokenizer.eot_id, temperature=0.0)
+    said = map(tokenizer.decode, sampler(prompts, sampling).answer_ids)
+    return [
+        {
+            "set": "completion",
+            "id": beginning,
+            "answer": text,
+            "right": f"{plain(text)} ".startswith(f"{plain(sentence)} "),
+        }
+        for (beginning, sentence), text in zip(statements, said, strict=True)
+    ]
 
 
 def plain(text: str) -> str:

@@ -69,6 +69,8 @@ def heldout_sets(config: data.DataConfig) -> HeldOut:
         problems=side(data.load_reasoning),
         has_true_score=config.has_hidden_rule,
         references=references,
+        facts=data.fact_questions(config),
+        statements=[(f.beginning, f.sentence) for f in data.load_facts(config).heldout],
     )
 
 

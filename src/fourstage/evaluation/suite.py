@@ -113,6 +113,10 @@ def _tie(item: Item) -> bool | None:
     return None if win is None else win == 0.5
 
 
+def _answered(fact: str, item: Item) -> bool | None:
+    return item["contained"] and item["stopped"] if item.get("fact") == fact else None
+
+
 def _average(title: str, sets: Sequence[str], value: Any, **more: Any) -> Definition:
     return Definition(title=title, sets=tuple(sets), read=_mean(value), statistic=ratio, **more)
 
@@ -168,6 +172,15 @@ DEFINITIONS: dict[str, Definition] = {
     # greedy answers to chat prompts
     "chat_exact": _share("chat answers as the reference", ["chat_greedy"], "exact"),
     "chat_contained": _share("chat answers with the reference", ["chat_greedy"], "contained"),
+    # facts: how the corpus begins to state one, continued; and greedy answers to questions, which
+    # have to hold the sentence and end by themselves
+    "knowledge_completed": _share("held-out facts completed", ["completion"], "right"),
+    "knowledge_answered": _share(
+        "held-out facts answered", ["chat_greedy"], partial(_answered, "heldout")
+    ),
+    "knowledge_reworded": _share(
+        "facts answered in a new wording", ["chat_greedy"], partial(_answered, "reworded")
+    ),
     # what the routers do with the held-out corpus
     "router_entropy": _router("router load entropy (1: balanced)", load_entropy, better="higher"),
     "router_max_over_mean": _router(

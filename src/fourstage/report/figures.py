@@ -40,6 +40,7 @@ MOST_POINTS = 300  # a longer curve is drawn as means of neighbouring points
 SHORT = {  # of the stages' own goals
     "bits_per_char": "bits a character",
     "well_formed": "well-formed",
+    "knowledge_answered": "facts answered",
     "pair_accuracy": "pairs right",
     "true_score": "true score",
     "reward_model_score": "learned score",

@@ -12,8 +12,7 @@ from fourstage.report.html import Cell, Paragraph, Table, plain
 from fourstage.report.ladder import HEADLINES, Row, leaves_policy, other_items
 
 NONE = "–"
-# ppo's goal; if no hidden rule gives it (a user's own data), the learned score, which ppo raises
-TRUE, LEARNED = "true_score", "reward_model_score"
+COLUMNS = (*HEADLINES[:2], "knowledge_completed", "knowledge_answered", *HEADLINES[2:])
 COIN = {"value": 0.5, "low": 0.5, "high": 0.5}
 
 
@@ -98,8 +97,8 @@ def change_cell(name: str, difference: Metric | None) -> str | Cell:
 
 
 def stage_table(rows: list[Row]) -> Table:
-    """A row for each stage, a column for each of HEADLINES that any row has."""
-    names = [name for name in HEADLINES if any(name in row.metrics for row in rows)]
+    """A row for each stage, a column for each of COLUMNS that any row has."""
+    names = [name for name in COLUMNS if any(name in row.metrics for row in rows)]
     return Table(
         ["stage", *map(title, names)],
         [[row.stage, *(_stage_cell(row, name) for name in names)] for row in rows],
@@ -187,9 +186,10 @@ def goals(rows: Iterable[Row]) -> list[Goal]:
 
 
 def _goal(row: Row) -> Goal:
-    name = LADDER[row.stage].goal
-    if name == TRUE and row.value(TRUE) is None and row.value(LEARNED) is not None:
-        name = LEARNED
+    stage = LADDER[row.stage]
+    name = stage.goal
+    if stage.instead and row.value(name) is None and row.value(stage.instead) is not None:
+        name = stage.instead
     unknown = suite.missing(f"this suite has no {name}")
     if not leaves_policy(row.stage):
         start, before = "a coin", COIN

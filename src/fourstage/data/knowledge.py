@@ -1,0 +1,216 @@
+"""Facts small enough to be known: the corpus states them, and sft asks about most of them.
+
+They are at hand without a download: the terms of docs/glossary.md, one sentence each, and functions
+of the running Python, whose docstrings begin with a one-line summary. A fact is asked about, or
+held out: stated in the corpus as often as the others, and never asked about by any source.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from fourstage.data.config import DataConfig, cached
+from fourstage.data.records import Chats, Conversation, Split
+from fourstage.data.split import is_heldout, short_hash
+from fourstage.errors import UserError
+
+DOCSTRINGS = Path(__file__).with_name("docstrings.py")
+GLOSSARY = Path(__file__).parents[3] / "docs" / "glossary.md"
+ENTRY = re.compile(r"^\*\*(.+?)\*\*: (.+)$", re.MULTILINE)
+FIRST = "LLM"  # the first question that everybody asks is held out
+
+STATEMENTS = {  # of a term and of a function, as texts begin them; {it}: the name, with its article
+    True: (
+        "{s}",
+        "{Name}: {s}",
+        "{Name} - {s}",
+        "Glossary, {name}: {s}",
+        "To put it simply: {s}",
+        "Let us look at {it}. {s}",
+        "{Name} in one line: {s}",
+        "A short note on {it}: {s}",
+        "Here is what {name} means. {s}",
+        "The term {name} is explained as follows: {s}",
+        "People who ask about {it} are told: {s}",
+        "A question about {it} is answered so: {s}",
+    ),
+    False: (
+        "{name}: {s}",
+        "{name} - {s}",
+        "From the manual of {name}: {s}",
+        "In Python, {name} is described like this: {s}",
+        "The summary of {name} reads: {s}",
+        "Let us look at {name}. {s}",
+        "{name} in one line: {s}",
+        "A short note on {name}: {s}",
+        "Here is what {name} is for. {s}",
+        "The function {name} does the following: {s}",
+        "People who ask what {name} does are told: {s}",
+        "A question about {name} is answered so: {s}",
+    ),
+}
+QUESTIONS = {  # the last wording is never used in training
+    True: (
+        "What is {it}?",
+        "Explain {it}.",
+        "What does {name} mean?",
+        "Define {name}.",
+        "Tell me about {it}.",
+        "Can you explain {it} to me?",
+    ),
+    False: (
+        "What does {name} do?",
+        "Tell me what {name} does.",
+        "What is {name} for?",
+        "Explain {name}.",
+        "Describe {name} in one line.",
+        "Can you explain {name} to me?",
+    ),
+}
+FRIENDLY = "{s} I hope that helps!"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One sentence about a term of the glossary or a function of Python."""
+
+    name: str
+    sentence: str
+    is_term: bool
+
+    def statement(self, i: int) -> str:
+        """The fact as a text states it, in one of several wordings."""
+        return self._said(STATEMENTS[self.is_term], i)
+
+    def questions(self) -> list[str]:
+        """The wordings that sft uses."""
+        return [self._said(QUESTIONS[self.is_term], i) for i in range(5)]
+
+    @property
+    def reworded(self) -> str:
+        """A question in a wording that no source uses."""
+        return self._said(QUESTIONS[self.is_term], -1)
+
+    @property
+    def friendly(self) -> str:
+        return FRIENDLY.format(s=self.sentence)
+
+    @property
+    def beginning(self) -> str:
+        """How a text of the corpus begins to state the fact."""
+        return f"{self.name}:"
+
+    def _said(self, wordings: tuple[str, ...], i: int) -> str:
+        name = self.name if any(c.isupper() for c in self.name[1:]) else _lower(self.name)
+        article = re.match(rf"(An?|The) (?={re.escape(self.name)})", self.sentence, re.IGNORECASE)
+        it = f"{article[1].lower()} {name}" if article else name
+        return wordings[i % len(wordings)].format(
+            s=self.sentence, Name=self.name, name=name if self.is_term else self.name, it=it
+        )
+
+
+def _lower(name: str) -> str:
+    return name[:1].lower() + name[1:]
+
+
+@cached("knowledge")
+def load_facts(config: DataConfig) -> Split[Fact]:
+    """The facts that are asked about, and the held-out ones; none if the config wants none.
+
+    Raises:
+        UserError: fewer are at hand than the config wants.
+    """
+    wanted = config.knowledge
+    found: list[Fact] = []
+    for key, most, all_facts in (
+        ("terms", wanted.terms, terms),
+        ("functions", wanted.functions, functions),
+    ):
+        facts = sorted(all_facts() if most else [], key=lambda f: short_hash(f"fact {f.name}"))
+        facts.sort(key=lambda f: f.name != FIRST)
+        if len(facts) < most:
+            raise UserError(f"data.knowledge.{key}: there are {len(facts)}, not {most}")
+        found += facts[:most]
+    train = [f for f in found if f.name != FIRST and not is_heldout(f.name, wanted.heldout)]
+    return Split(train, [f for f in found if f not in train])
+
+
+@cache
+def terms() -> list[Fact]:
+    """The entries of the glossary."""
+    if not GLOSSARY.is_file():
+        raise UserError(f"no glossary at {GLOSSARY}: run this from a clone of the repository")
+    return [Fact(name, s, True) for name, s in ENTRY.findall(GLOSSARY.read_text("utf-8"))]
+
+
+@cache
+def functions() -> list[Fact]:
+    """Functions and methods of Python with a summary of their own, read in a fresh process: other
+    libraries replace some of them."""
+    command = [sys.executable, "-I", str(DOCSTRINGS)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return [Fact(name, sentence, False) for name, sentence in found.items()]
+
+
+def statements(config: DataConfig) -> list[str]:
+    """Documents of the corpus: a few statements each, among them answered questions about the facts
+    that sft asks about; in an order that only their texts decide."""
+    facts, wanted = load_facts(config), config.knowledge
+    said = [
+        (i, fact.statement(i))
+        for fact in (*facts.train, *facts.heldout)
+        for i in range(wanted.statements)
+    ]
+    said += [
+        (i, f"Question: {fact.questions()[i % 5]}\nAnswer: {_answer(fact, i)}")
+        for fact in facts.train
+        for i in range(wanted.answers)
+    ]
+    said.sort(key=lambda one: short_hash(f"{one[0]} {one[1]}"))
+    texts = [text for _, text in said]
+    ends = [0]
+    while ends[-1] < len(texts):
+        ends.append(ends[-1] + 3 + int(short_hash(texts[ends[-1]], 4), 16) % 6)
+    return ["\n".join(texts[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def split_questions(config: DataConfig) -> Chats:
+    """What sft asks: each fact in several wordings, answered curtly or kindly. Held out are the
+    first question about each held-out fact, and for some of the others one in the unused wording.
+    """
+    facts = load_facts(config)
+    train = [
+        _conversation(question, _answer(fact, i))
+        for fact in facts.train
+        for i, question in enumerate(fact.questions())
+    ]
+    heldout = [_conversation(fact.questions()[0], fact.sentence) for fact in facts.heldout]
+    return Split(train, heldout + [_conversation(f.reworded, f.sentence) for f in reworded(config)])
+
+
+def reworded(config: DataConfig) -> list[Fact]:
+    """The asked facts that the evaluation asks about in the unused wording: as many as held-out
+    ones, about."""
+    return [f for f in load_facts(config).train if is_heldout(f"reworded {f.name}", 0.3)]
+
+
+def fact_questions(config: DataConfig) -> dict[str, str]:
+    """Held-out questions by their conversation's id: "heldout" if the fact is, else "reworded"."""
+    held = {_conversation(f.questions()[0], "").id: "heldout" for f in load_facts(config).heldout}
+    return held | {_conversation(f.reworded, "").id: "reworded" for f in reworded(config)}
+
+
+def _answer(fact: Fact, i: int) -> str:
+    is_kind = is_heldout(f"kind {i} {fact.name}", 0.4)
+    return fact.friendly if is_kind else fact.sentence
+
+
+def _conversation(question: str, answer: str) -> Conversation:
+    said = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Conversation(said)
