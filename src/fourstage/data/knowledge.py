@@ -28,12 +28,12 @@ FIRST = "LLM"  # the first question that everybody asks is held out
 STATEMENTS = {  # of a term and of a function, as texts begin them; {it}: the name, with its article
     True: (
         "{s}",
-        "{Name}: {s}",
-        "{Name} - {s}",
+        "{name}: {s}",
+        "{name} - {s}",
         "Glossary, {name}: {s}",
         "To put it simply: {s}",
         "Let us look at {it}. {s}",
-        "{Name} in one line: {s}",
+        "{name} in one line: {s}",
         "A short note on {it}: {s}",
         "Here is what {name} means. {s}",
         "The term {name} is explained as follows: {s}",
@@ -104,14 +104,14 @@ class Fact:
     @property
     def beginning(self) -> str:
         """How a text of the corpus begins to state the fact."""
-        return f"{self.name}:"
+        return self._said(("{name}:",), 0)
 
     def _said(self, wordings: tuple[str, ...], i: int) -> str:
         name = self.name if any(c.isupper() for c in self.name[1:]) else _lower(self.name)
         article = re.match(rf"(An?|The) (?={re.escape(self.name)})", self.sentence, re.IGNORECASE)
         it = f"{article[1].lower()} {name}" if article else name
         return wordings[i % len(wordings)].format(
-            s=self.sentence, Name=self.name, name=name if self.is_term else self.name, it=it
+            s=self.sentence, name=name if self.is_term else self.name, it=it
         )
 
 
