@@ -27,7 +27,6 @@ def all_train_texts() -> list[str]:
     chats = data.load_chat(CONFIG).train
     texts = [message["content"] for chat in chats for message in chat.messages]
     texts += data.load_corpus(CONFIG).train
-    texts += [c.prompt_messages[-1]["content"] for c in data.load_prompts(CONFIG).train]
     return texts + [f"{p.question}\n{p.worked}" for p in data.load_reasoning(CONFIG).train]
 
 
