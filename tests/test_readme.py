@@ -51,8 +51,8 @@ def test_a_training_command_makes_a_plan(command: str, tmp_path: Path) -> None:
     for job in combinations([word for word in words if not word.startswith("-")]):
         if {"sweep=seeds", "sweep=slurm"} & set(job):
             continue  # only Hydra's own multirun reads them: test_train_cli.py
-        plan = make_plan(config(*job, f"outputs={tmp_path}/outputs", "trainer=cpu"))
-        wanted = next((o.split("=")[1] for o in job if o.startswith("stage=")), "pretrain")
+        command = config(*job, f"outputs={tmp_path}/outputs", "trainer=cpu")
+        plan, wanted = make_plan(command), command["stage"]
         assert [run.stage for run in plan.runs] == [
             stage
             for stage in stages()[: place(wanted) + 1]

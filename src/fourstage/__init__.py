@@ -11,6 +11,11 @@ __version__ = "0.1.0"
 # read once, when PyTorch is loaded: every entry point imports this package first.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
+for _name in ("stdin", "stdout", "stderr"):  # a closed one (`<&-`) is None, which nobody expects
+    if getattr(sys, _name) is None:
+        _mode = "r" if _name == "stdin" else "w"
+        setattr(sys, _name, open(os.devnull, _mode))  # noqa: SIM115  it stays open
+
 
 def _keep_freed_memory() -> None:
     """Let glibc reuse large freed blocks instead of returning them to the system.

@@ -10,7 +10,7 @@ from fourstage.interruptions import run_command
 
 COMMANDS = {  # name -> where its main() is, and what it does
     "report": ("report", "one page and one table of all stages: outputs/report/"),
-    "chat": ("chat", "talk to a run, or ask every stage the same"),
+    "chat": ("chat", "talk to the model of any stage"),
     "runs": ("runs.__main__", "list, show and remove runs"),
     "evaluation": ("evaluation.__main__", "evaluate a finished run again"),
     "dashboard": ("tracking.dashboard", "a W&B workspace and report over all runs"),
@@ -30,6 +30,8 @@ __doc__ = HELP
 
 def main() -> None:
     """Run the command, or list all of them if there is none."""
+    if sys.argv[1:2] == ["help"] and len(sys.argv) > 2:  # `help chat` is `chat --help`
+        sys.argv[1:] = [sys.argv[2], "--help"]
     if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
         module, _ = COMMANDS[sys.argv.pop(1)]
         run_command(import_module(f"fourstage.{module}").main)

@@ -161,7 +161,8 @@ def disk_full(error: BaseException) -> str | None:
     chain: BaseException | None = error
     while chain is not None:
         is_full = isinstance(chain, OSError) and chain.errno in FULL
-        if is_full or "No space left on device" in str(chain):  # safetensors has its own class
+        # safetensors has a class of its own
+        if is_full or re.search("No space left on device|File too large", str(chain)):
             path = isinstance(chain, OSError) and (chain.filename2 or chain.filename)
             at = f" at {path}" if path else ""
             return f"disk full{at}: free space and {AGAIN}"

@@ -299,7 +299,9 @@ def test_an_unanswered_dialogue_or_problem_is_no_reason_to_stop(write, files):
 
 def test_worked_problems_without_a_reasoning_source_say_what_to_do(write, files):
     config = files(corpus={"path": write("a.txt", "some text " * 90), "problems": 5})
-    with pytest.raises(UserError, match="give data.reasoning.path=FILE .* or set both to 0"):
+    with pytest.raises(
+        UserError, match="give data.reasoning.path=FILE .* data.chat.demonstrations=0"
+    ):
         data.load_corpus(config)
 
 

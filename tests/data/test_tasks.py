@@ -2,7 +2,7 @@
 
 import pytest
 
-from fourstage.data.tasks import short_question, worked_solution
+from fourstage.data.tasks import chain_sum_steps, short_question, worked_solution
 
 
 def solve(task, answer, **metadata):
@@ -70,3 +70,7 @@ def test_leg_counting_is_worked_out() -> None:
     entry = {"metadata": {"animals": {"dog": 3, "ant": 1}}, "answer": "18"}
     assert short_question("leg_counting", entry) == "Legs: 3 dogs, 1 ant"
     assert worked_solution("leg_counting", entry) == "3*4=12\n1*6=6\n12+6=18\n#### 18"
+
+
+def test_a_chain_of_one_term_has_no_steps():
+    assert chain_sum_steps({"expression": "7"}) == []

@@ -229,3 +229,11 @@ def test_newton_schulz(plain, threads, shape, monkeypatch):
     assert len(called) == 1, "this one is PyTorch's"
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
     assert x.equal(kept)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_what_is_no_tensor_is_refused(missing):
+    given = [torch.randn(4, 16), torch.randn(16)]
+    given[missing] = None
+    with pytest.raises(TypeError, match="must be a tensor, not None"):
+        torch.ops.fourstage.rms_norm(*given, 1e-5)

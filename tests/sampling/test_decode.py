@@ -1,6 +1,7 @@
 """A token at a time with stored keys and values equals one forward of the whole rows."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -384,3 +385,59 @@ def test_steps_of_whole_rows_count_their_forwards(bent, monkeypatch):
         for t in (6, 7):
             model.logits(model(ids[:, :t]).hidden_BTD[:, -1])
     assert found == model.flops > 0
+
+
+def share_a_layer(model):
+    model.blocks[1] = model.blocks[0]
+
+
+def swap_widths(model):  # as many weights as the config says, in other shapes
+    for block, n_heads in zip(model.blocks, (1, 3), strict=True):
+        block.attention = Attention(replace(model.config, n_heads=n_heads, n_kv_heads=1))
+
+
+def other_eps(model):
+    model.norm.eps = 0.5
+
+
+def fewer_experts(model):
+    model.blocks[0].mlp.router.top_k = 1
+
+
+def no_key_norm(model):
+    model.blocks[0].attention.q_norm = torch.nn.Identity()
+
+
+def own_scores(model):
+    model.blocks[1].mlp.router.scores = lambda logits_NE: logits_NE.softmax(-1)
+
+
+def hook(model):
+    model.blocks[1].attention.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def hook_on_another_router(model):
+    router = model.blocks[1].mlp.router
+    router.__class__ = SoftmaxRouter
+    router.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2, *inputs[1:]))
+
+
+CHANGES = [
+    *(share_a_layer, swap_widths, other_eps, fewer_experts),
+    *(no_key_norm, own_scores, hook, hook_on_another_router),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_network_that_was_changed_after_it_was_built_is_sampled_as_it_trains(bent, change):
+    model = bent(init_std=0.2, n_heads=2, n_kv_heads=1)
+    change(model.eval())
+    calls_routers = change in (fewer_experts, own_scores)
+    assert type(Decoder(model, 12).steps) is (TorchSteps if calls_routers else PlainSteps)
+    prompt, sampling = [5, 6, 7], Sampling(max_new_tokens=8, stop_id=-1, seed=2)
+    said = generate(model, [prompt], sampling)
+    ids = torch.tensor([prompt + said.answer_ids[0]])
+    with torch.no_grad():
+        want = model(ids).hidden_BTD
+        want = model.logits(want).log_softmax(-1)[0, len(prompt) - 1 : -1]
+    close(torch.tensor(said.logprobs[0]), want.gather(1, ids[0, 3:, None]).squeeze(1))

@@ -540,3 +540,16 @@ def test_a_rollout_is_left_once_the_policy_moved_too_far():
     for limit, epochs in ((0.0, 4), (1e-9, 1)):
         metrics = fit(make(epochs=4, max_approx_kl=limit), prompt_batches(1)).callback_metrics
         assert metrics["train/epochs"] == epochs
+
+
+def test_naming_what_the_recipe_has_is_the_same_run():
+    named = settings("grpo", loss="dapo", advantages="std", ratio="token", reduce="token")
+    assert named.hashed() == settings("grpo", loss="dapo").hashed()
+    assert settings("grpo", loss="dapo", reduce="answer").hashed() != named.hashed()
+
+
+@pytest.mark.parametrize("answers", [[[7], []], [[7]]], ids=["an empty one", "too few"])
+def test_a_sampler_that_answers_with_nothing_is_refused(answers):
+    module = make(sampler_of=lambda _: lambda *_: Generation(answers, None, [True] * len(answers)))
+    with pytest.raises(ValueError, match="answer every prompt, with one token at least"):
+        fit(module, prompt_batches(1))

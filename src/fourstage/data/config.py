@@ -20,7 +20,7 @@ def _at_least(name: str, value: int | None, least: int) -> None:
 
 
 def _is_share(name: str, value: float) -> None:
-    if not 0 < value < 1:
+    if not 1e-9 < value < 1:
         raise UserError(f"{name}: must be a share between 0 and 1, got {value}")
 
 

@@ -205,7 +205,7 @@ def some_fit(what: str, needs: Sequence[int], where: str, limit: int, most: int)
     fit = better = fitting(limit)
     if len(needs) - fit <= LOUD * len(needs):
         return []
-    other = limit
+    other = max(1, limit)
     while other < most and better < ENOUGH * len(needs):
         other = min(2 * other, most)
         better = fitting(other)

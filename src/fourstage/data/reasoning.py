@@ -41,7 +41,8 @@ def worked_problems(
     if not config.reasoning.has_problems:
         raise UserError(
             "data.corpus.problems and data.chat.demonstrations take problems from the reasoning "
-            "source: give data.reasoning.path=FILE (a file in gsm8k's schema), or set both to 0"
+            "source: give data.reasoning.path=FILE (a file in gsm8k's schema), or "
+            "data.corpus.problems=0 data.chat.demonstrations=0"
         )
     problems = load_reasoning(config)
     train = list(islice((p for p in problems.train if p.worked), count))

@@ -74,7 +74,7 @@ def chain_sum_steps(metadata: Entry) -> list[str]:
     """
     first, *rest = re.findall(r"-?\d+|[+-](?= )", metadata["expression"])
     terms = [(rest[i], int(rest[i + 1])) for i in range(0, len(rest), 2)]
-    if len(terms) > 1:
+    if len(terms) != 1:
         return _running_sums(int(first), terms)
     sign, term = terms[0]
     width = max(len(str(abs(n))) for n in (int(first), term))

@@ -156,6 +156,9 @@ def evaluate_again(
     torch.set_num_threads(record.get("threads", torch.get_num_threads()))
     stage = record["stage"]
     config = dict(record["config"])
+    for key in ("data", "tokenizer", "trainer", "evaluation"):
+        if key not in config:
+            raise UserError(f"{folder / 'run.json'}: it has no config.{key}: train the run again")
     if like is not None:
         theirs = read_record(like)["config"]
         config["evaluation"] = theirs["evaluation"]

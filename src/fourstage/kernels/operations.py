@@ -45,7 +45,9 @@ def _sizes(names: list[str], arguments: tuple[Any, ...]) -> dict[str, int]:
     for name, x in zip(names, arguments, strict=True):
         if isinstance(x, int):
             sizes[name] = x
-        elif isinstance(x, Tensor):
+        elif _type(name) == "Tensor":
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a tensor, not {x}")
             letters = name.rpartition("_")[2]
             if x.dim() != len(letters):
                 raise ValueError(f"{name} must have {len(letters)} dimensions, not {x.dim()}")

@@ -34,7 +34,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "config.model": dict,
     "config.model.name": str,
     "config.stages": dict,
-    "config.evaluation?": dict,
+    **{f"config.{name}?": dict for name in ("data", "tokenizer", "trainer", "evaluation")},
     "cost": dict,
     "cost.seconds": (int, float),
     "cost.eval_seconds?": (int, float),

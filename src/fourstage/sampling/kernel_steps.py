@@ -14,9 +14,8 @@ from torch import Tensor
 
 from fourstage.model import ops
 from fourstage.model.attention import rope_angles
-from fourstage.model.moe import Router
 from fourstage.model.transformer import Block, BlockWeights, Transformer
-from fourstage.sampling.steps import KNOWN
+from fourstage.sampling.steps import is_as_built
 
 INTS = (  # of ModelConfig
     *("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim"),
@@ -48,7 +47,7 @@ class KernelSteps:
         """Whether the kernel computes what this network's modules compute, and has its widths."""
         c = model.config
         return (
-            all(type(module) in {*KNOWN, Router} for module in model.modules())
+            is_as_built(model)
             and c.expert_path == "grouped"
             and not torch.is_autocast_enabled("cpu")
             and all(w.is_cpu and w.dtype == torch.float32 for w in model.parameters())
@@ -58,8 +57,6 @@ class KernelSteps:
     def __init__(self, model: Transformer, capacity: int, real_BS: Tensor | None):
         """real_BS: bool [B, capacity], False on the padding at the left."""
         c = self.config = model.config
-        n_weights = sum(weight.numel() for weight in model.parameters())
-        assert n_weights == c.count_params(model.vocab_size)[0], "a weight has another shape"
         self.vocab_size = model.vocab_size
         self.embedding = model.embedding.weight.detach()
         self.first_B = None if real_BS is None else _ends_of_padding(real_BS)

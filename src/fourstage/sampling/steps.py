@@ -11,21 +11,53 @@ C head_dim, S positions, V vocabulary.
 from __future__ import annotations
 
 from copy import copy
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourstage.model.attention import Attention, Linear, RMSNorm, Rope, rope_angles
+from fourstage.model.attention import Rope, rope_angles
 from fourstage.model.cache import LayerCache
-from fourstage.model.moe import Experts, MoE, Router, SwiGLU
+from fourstage.model.config import ModelConfig
+from fourstage.model.moe import MoE, Router
 from fourstage.model.precision import LARGE_VOCABULARY, autocast_dtype, full_precision
-from fourstage.model.transformer import Block, Embedding, Transformer
+from fourstage.model.transformer import Block, Transformer
 
-# modules whose arithmetic a decode step repeats; their subclasses are unknown
-KNOWN = frozenset({Transformer, Block, Attention, RMSNorm, Linear, Embedding, MoE, Experts, SwiGLU})
-KNOWN |= {nn.ModuleList, nn.Dropout, nn.Identity}
+
+@lru_cache(maxsize=4)
+def _as_built(config: ModelConfig, vocab_size: int) -> dict[str, nn.Module]:
+    with torch.device("meta"):
+        return dict(Transformer(config, vocab_size).named_modules())
+
+
+def is_as_built(model: Transformer, any_router: bool = False) -> bool:
+    """Whether all modules are what the network's config builds, whose arithmetic a decode step
+    repeats: in class, settings and shapes, without hooks or methods of their own. any_router: a
+    Router may be of another kind."""
+    found, built = dict(model.named_modules()), _as_built(model.config, model.vocab_size)
+    if any(module._forward_hooks or module._forward_pre_hooks for module in found.values()):
+        return False
+    free = tuple(n for n, module in found.items() if any_router and isinstance(module, Router))
+    found, built = (
+        {name: module for name, module in side.items() if not name.startswith(free)}
+        for side in (found, built)
+    )
+    return found.keys() == built.keys() and all(map(_is_alike, found.values(), built.values()))
+
+
+def _is_alike(module: nn.Module, built: nn.Module) -> bool:
+    own = vars(module)
+    if type(module) is not type(built) or any(hasattr(type(module), name) for name in own):
+        return False
+    sides = (m._parameters.items() for m in (module, built))
+    found, wanted = ([(name, x is not None and x.shape) for name, x in side] for side in sides)
+    if isinstance(module, Transformer):  # its attributes count and cache what it does
+        return found == wanted
+    settings = vars(built).keys() - {"training", "p"}  # p: of dropout, which generation has not
+    public = (name for name in settings if name[0] != "_")
+    return found == wanted and all(own.get(name) == vars(built)[name] for name in public)
 
 
 class TorchSteps:
@@ -35,9 +67,7 @@ class TorchSteps:
     def supports(model: Transformer) -> bool:
         """Whether a step computes what this network's modules compute. A router is called, so any
         kind of Router will do."""
-        routers = [module for module in model.modules() if isinstance(module, Router)]
-        called = {module for router in routers for module in router.modules()}
-        return all(type(module) in KNOWN for module in model.modules() if module not in called)
+        return is_as_built(model, any_router=True)
 
     def __init__(
         self, model: Transformer, capacity: int, real_BS: Tensor | None = None, rows: int = 0

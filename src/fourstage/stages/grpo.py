@@ -78,6 +78,9 @@ class Settings(OnPolicySettings):
             value = getattr(self, name)
             if value is not None and value not in table:
                 raise UserError(f"{name}: expected one of {', '.join(table)}, got {value!r}")
+        for name in ("advantages", "ratio", "reduce"):  # said or not, it is the same run
+            if getattr(self, name) == getattr(RECIPES[self.loss], name):
+                object.__setattr__(self, name, None)
         recipe = self.recipe
         for name in ("clip_low", "clip_high", "resample_rounds", "overlong_window"):
             object.__setattr__(self, name, getattr(recipe, name))

@@ -113,6 +113,8 @@ class OnPolicyModule(StageModule):
             seed=self.seed * 1_000_003 + draw * 16 + attempt,
         )
         generation = self.sampler_of(policy)(prompts, sampling)
+        if len(generation.answer_ids) != len(prompts) or not all(map(len, generation.answer_ids)):
+            raise ValueError("a sampler must answer every prompt, with one token at least")
         self.tokens_generated += sum(map(len, generation.answer_ids))
         return generation
 
