@@ -28,7 +28,14 @@ NAMELESS = re.compile(r"|null|true|false|[-+.\d]+", re.IGNORECASE)
 
 @hydra.main(config_path=CONF, config_name="config", version_base="1.3")
 def main(config: DictConfig) -> None:
-    from fourstage.interruptions import Stopped, escape_output, handle_stops, one_line, stop_now
+    from fourstage.interruptions import (
+        NO_READER,
+        Stopped,
+        escape_output,
+        handle_stops,
+        one_line,
+        stop_now,
+    )
     from fourstage.lineage.ranks import check_environment
 
     handle_stops(stop_now)
@@ -43,7 +50,9 @@ def main(config: DictConfig) -> None:
     except Stopped as stopped:
         print(stopped.line, file=sys.stderr)
         sys.exit(stopped.code)
-    except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
+    except (KeyboardInterrupt, SystemExit) as ended:  # Lightning turns Ctrl-C into an exit
+        if isinstance(ended.__context__, BrokenPipeError):  # so does rich a closed pipe
+            sys.exit(NO_READER)
         print("stopped: the same command resumes", file=sys.stderr)
         sys.exit(130)
     except Exception as error:

@@ -347,3 +347,12 @@ def test_the_wandb_sweep_makes_plans(tmp_path) -> None:
             target = make_plan(config(*base, f"{key}={value}")).runs[-1]
             first[key.removeprefix("stages.grpo.")].add(target.id)
     assert [len(ids) for ids in first.values()] == [2, 4, 3]
+
+
+@pytest.mark.slow
+def test_a_reader_that_ends_is_not_taken_for_ctrl_c(tmp_path) -> None:
+    options = f"stage=pretrain model=moe_nano debug=fast logger=none outputs={tmp_path}"
+    piped = f"{sys.executable} train.py {options} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", piped], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "the reader of this command's output has ended" in done.stderr
