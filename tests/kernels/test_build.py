@@ -59,6 +59,18 @@ def test_a_library_is_compiled_once_for_its_sources(fresh, monkeypatch):
     assert len(kept(folder)) == 2
 
 
+@needs_kernels
+@pytest.mark.parametrize("content", [b"", b"no library"])
+def test_a_damaged_library_is_compiled_again(fresh, content, caplog):
+    assert build.library().number() == 1
+    _, folder = fresh
+    (name,) = kept(folder)
+    (folder / name).unlink()  # the loaded one stays mapped
+    (folder / name).write_bytes(content)
+    build.library.cache_clear()
+    assert build.library().number() == 1 and not caplog.records
+
+
 def test_without_a_compiler_there_are_no_kernels_and_one_warning(fresh, monkeypatch, caplog):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")

@@ -53,7 +53,12 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("FOURSTAGE_KERNELS", "1") == "0":
         return None
     try:
-        return ctypes.CDLL(str(_compiled()))
+        path = _compiled()
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # damaged where it was kept
+            path.unlink()
+            return ctypes.CDLL(str(_compiled()))
     except OSError as error:
         log.warning(
             "fourstage's CPU kernels are not used: %s. Everything works without them, but training "
