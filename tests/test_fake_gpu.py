@@ -177,9 +177,10 @@ def test_a_ladder_with_its_evaluation(tmp_path, monkeypatch):
     """The pairs are sampled where the run trains."""
     places = []
 
-    def sampled(policy, *rest):
+    def sampled(sampler, *rest):
+        (policy,) = sampler.args
         places.append(next(policy.parameters()).device)
-        return sample_pairs(policy, *rest)
+        return sample_pairs(sampler, *rest)
 
     monkeypatch.setattr(reward, "sample_pairs", sampled)
     monkeypatch.setattr(reward, "device_of", lambda job: DEVICE)

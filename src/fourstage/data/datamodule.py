@@ -12,7 +12,6 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NotRequired, TypedDict, Unpack
 
 import torch
@@ -75,6 +74,7 @@ class StepBatches(IterableDataset):
         self.global_batch = batch_size * world
         self.lengths = None if lengths is None else torch.tensor(lengths)
         self.step = 0
+        self.epoch = -1, torch.empty(0)  # the last one, and its order
 
     def __len__(self) -> int:
         return self.n_batches
@@ -112,13 +112,13 @@ class StepBatches(IterableDataset):
         parts = []
         while count:
             epoch, offset = divmod(start, self.n_items)
-            order = _permutation(self.n_items, self.seed, "epoch", epoch)
-            parts.append(order[offset : offset + count])
+            if self.epoch[0] != epoch:
+                self.epoch = epoch, _permutation(self.n_items, self.seed, "epoch", epoch)
+            parts.append(self.epoch[1][offset : offset + count])
             start, count = start + len(parts[-1]), count - len(parts[-1])
         return torch.cat(parts)
 
 
-@lru_cache(maxsize=8)
 def _permutation(n: int, *key: object) -> Tensor:
     digest = hashlib.sha256(repr(key).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -25,11 +25,23 @@ from fourstage.model.moe import MoE, Router
 from fourstage.model.precision import LARGE_VOCABULARY, autocast_dtype, full_precision
 from fourstage.model.transformer import Block, Transformer
 
+Description = tuple[type, dict[str, Any], dict[str, Any]]  # class, shapes of weights, settings
+
+
+def _described(module: nn.Module) -> Description:
+    shapes = {name: x is not None and x.shape for name, x in module._parameters.items()}
+    if isinstance(module, Transformer):  # its attributes count and cache what it does
+        return type(module), shapes, {}
+    others = {"training", "p"}  # generation has no dropout
+    public = {name: x for name, x in vars(module).items() if name[0] != "_" and name not in others}
+    return type(module), shapes, public
+
 
 @lru_cache(maxsize=4)
-def _as_built(config: ModelConfig, vocab_size: int) -> dict[str, nn.Module]:
+def _as_built(config: ModelConfig, vocab_size: int) -> dict[str, Description]:
     with torch.device("meta"):
-        return dict(Transformer(config, vocab_size).named_modules())
+        network = Transformer(config, vocab_size)
+    return {name: _described(module) for name, module in network.named_modules()}
 
 
 def is_as_built(model: Transformer, any_router: bool = False) -> bool:
@@ -41,23 +53,18 @@ def is_as_built(model: Transformer, any_router: bool = False) -> bool:
         return False
     free = tuple(n for n, module in found.items() if any_router and isinstance(module, Router))
     found, built = (
-        {name: module for name, module in side.items() if not name.startswith(free)}
+        {name: what for name, what in side.items() if not name.startswith(free)}
         for side in (found, built)
     )
     return found.keys() == built.keys() and all(map(_is_alike, found.values(), built.values()))
 
 
-def _is_alike(module: nn.Module, built: nn.Module) -> bool:
-    own = vars(module)
-    if type(module) is not type(built) or any(hasattr(type(module), name) for name in own):
+def _is_alike(module: nn.Module, built: Description) -> bool:
+    if any(hasattr(type(module), name) for name in vars(module)):  # a method of its own
         return False
-    sides = (m._parameters.items() for m in (module, built))
-    found, wanted = ([(name, x is not None and x.shape) for name, x in side] for side in sides)
-    if isinstance(module, Transformer):  # its attributes count and cache what it does
-        return found == wanted
-    settings = vars(built).keys() - {"training", "p"}  # p: of dropout, which generation has not
-    public = (name for name in settings if name[0] != "_")
-    return found == wanted and all(own.get(name) == vars(built)[name] for name in public)
+    kind, shapes, settings = _described(module)
+    # it may have settings besides
+    return (kind, shapes) == built[:2] and {**settings, **built[2]} == settings
 
 
 class TorchSteps:
