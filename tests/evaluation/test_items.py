@@ -11,29 +11,31 @@ import torch
 
 from fourstage.evaluation import items as module
 from fourstage.evaluation.items import (
-    Block,
     answers,
     askable,
     batches,
-    changed_sets,
     chat_items,
     completion_items,
     contains,
-    corpus_blocks,
     distinct,
     draw_seed,
-    evenly,
-    expert_choices,
-    expert_loads,
     greedy_chat_items,
     is_exact,
     plain,
     policy_items,
     problem_items,
     sampled_problem_items,
-    text_items,
 )
 from fourstage.evaluation.suite import metrics
+from fourstage.evaluation.text import (
+    Block,
+    changed_sets,
+    corpus_blocks,
+    evenly,
+    expert_choices,
+    expert_loads,
+    text_items,
+)
 from fourstage.rl.rewards import true_score, well_formed
 from fourstage.rl.rollout import answer_logprobs, pack
 from fourstage.sampling.generate import Generation, generate, sampler_of

@@ -5,6 +5,7 @@
                        corpus), and how many go to other experts than in the parent stage
     chat               an answer to each held-out chat prompt, sampled at temperature 1, as in RL
     chat_greedy        the greedy answer, compared with the reference answers
+    completion         what follows greedily on the beginning of each held-out fact
     reasoning          the greedy answer to each problem, judged by the task's own verifier
     reasoning_sampled  how many of `samples` answers at temperature 1 are right
 
@@ -14,7 +15,6 @@ A sampled answer depends on the seed, the item and the sample's number, not on t
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,20 +23,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fourstage.data.verify import verify_all
 from fourstage.evaluation.suite import Item, difficulties
+from fourstage.evaluation.text import chat_blocks, corpus_blocks, evenly, text_items
 from fourstage.job import EvaluationConfig
 from fourstage.model import Transformer
-from fourstage.model.moe import Router
-from fourstage.rl.ops import token_logprobs
 from fourstage.rl.rewards import true_score, well_formed
 from fourstage.rl.rollout import answer_logprobs, pack
 from fourstage.sampling.generate import Sampler, Sampling, sampler_of
 from fourstage.tokenizer import Tokenizer
 
-BLOCK = 256  # tokens of text that are predicted together
 TOKENS_AT_ONCE = 32_768  # of a batch, padding included: the size of its KV cache
 
 
@@ -118,118 +116,6 @@ def askable(heldout: HeldOut, tokenizer: Tokenizer, room: int) -> HeldOut:
             limit = f"model.max_seq_len - evaluation.max_new_tokens = {room} tokens"
             sides[name] = fit or f"no prompt fits into {limit}"
     return replace(heldout, **sides)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A stretch of text: ids[0] is given, the others are predicted."""
-
-    id: int | str
-    ids: list[int]
-    chars: int  # that the predicted ids stand for; <unk> and the ends of documents count as none
-
-
-def corpus_blocks(
-    documents: Sequence[str], tokenizer: Tokenizer, policy: Transformer
-) -> list[Block]:
-    """The documents end to end; each token but the first <bos> is predicted once."""
-    size = min(BLOCK, policy.config.max_seq_len)
-    ids = [t for text in documents for t in (tokenizer.bos_id, *tokenizer.encode(text))]
-    blocks = []
-    for number, at in enumerate(range(0, len(ids) - 1, size)):
-        block = ids[at : at + size + 1]
-        chars = len(tokenizer.decode(block[1:])) - tokenizer.count_unknown(block[1:])
-        blocks.append(Block(number, block, chars))
-    return blocks
-
-
-def evenly(blocks: list[Block], at_most: int) -> list[Block]:
-    """All of them, or `at_most` at equal distances."""
-    n = min(len(blocks), at_most)
-    return [blocks[i * len(blocks) // n] for i in range(n)]
-
-
-def chat_blocks(chats: Sequence[Any], tokenizer: Tokenizer, policy: Transformer) -> list[Block]:
-    """The conversations, truncated to the model's context."""
-    size = policy.config.max_seq_len + 1
-    return [Block(chat.id, tokenizer.chat(chat.messages)[0][:size], 0) for chat in chats]
-
-
-@torch.no_grad()
-def text_items(
-    policy: Transformer, blocks: list[Block], parent: Transformer | None, unk_id: int | None = None
-) -> list[Item]:
-    """A corpus item for each block, with the bits of the tokens that aren't unk_id; and a router
-    item, if the model has routers."""
-    device = next(policy.parameters()).device
-    items: list[Item] = []
-    for at in range(0, len(blocks), 16):
-        some = blocks[at : at + 16]
-        rows = [torch.tensor(block.ids) for block in some]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(device)
-        inputs_BT, targets_BT = ids[:, :-1].clamp(min=0), ids[:, 1:].clamp(min=0)
-        valid_BT = ids[:, 1:] >= 0
-        with expert_choices(policy) as chosen:
-            hidden_BTD = policy(inputs_BT, valid_BT=valid_BT).hidden_BTD
-        known_BT = valid_BT if unk_id is None else valid_BT & (targets_BT != unk_id)
-        logp_BT = token_logprobs(policy.logits(hidden_BTD), targets_BT) * known_BT
-        bits = (-logp_BT.sum(1) / math.log(2)).tolist()
-        items += [
-            {"set": "corpus", "id": block.id, "bits": round(bit, 4), "chars": block.chars}
-            for block, bit in zip(some, bits, strict=True)
-        ]
-        if not chosen:
-            continue
-        load_BLE = expert_loads(chosen, valid_BT, policy.config.num_experts)
-        drift: list[Any] = [None] * len(some)
-        if parent is not None:
-            with expert_choices(parent) as before:
-                parent(inputs_BT, valid_BT=valid_BT)
-            drift = changed_sets(chosen, before, valid_BT).tolist()
-        items += [
-            {"set": "router", "id": block.id, "tokens": tokens, "load": load, "drift": changed}
-            for block, tokens, load, changed in zip(
-                some, valid_BT.sum(1).tolist(), load_BLE.tolist(), drift, strict=True
-            )
-        ]
-    return items
-
-
-@contextmanager
-def expert_choices(policy: Transformer) -> Iterator[list[Tensor]]:
-    """Collects the experts [B * T, K] that each router chooses in the context, layer by layer."""
-    chosen: list[Tensor] = []
-    handles = [
-        module.register_forward_hook(lambda _, args, routing: chosen.append(routing.experts_NK))
-        for module in policy.modules()
-        if isinstance(module, Router)
-    ]
-    try:
-        yield chosen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def expert_loads(chosen: list[Tensor], valid_BT: Tensor, num_experts: int) -> Tensor:
-    """int64 [B, L, E]: how many valid tokens of each row chose each expert, in each layer."""
-    rows = len(valid_BT)
-    layers = []
-    for experts_NK in chosen:
-        flat = experts_NK.reshape(rows, -1)
-        weight = valid_BT.repeat_interleave(experts_NK.shape[1], dim=1).long()
-        load_BE = torch.zeros(rows, num_experts, dtype=torch.int64, device=flat.device)
-        layers.append(load_BE.scatter_add_(1, flat, weight))
-    return torch.stack(layers, 1)
-
-
-def changed_sets(after: list[Tensor], before: list[Tensor], valid_BT: Tensor) -> Tensor:
-    """int64 [B, L]: valid tokens of each row whose set of experts differs, in each layer."""
-    layers = [
-        (a.sort(-1).values != b.sort(-1).values).any(-1).view_as(valid_BT) & valid_BT
-        for a, b in zip(after, before, strict=True)
-    ]
-    return torch.stack(layers, 1).sum(-1)
 
 
 # --- answers
