@@ -54,7 +54,7 @@ from fourstage.tracking.cost import mfu, peak_flops
 
 PACKAGES = [
     *("lightning", "hydra", "omegaconf", "torchmetrics", "tokenizers", "safetensors", "filelock"),
-    *("rich", "torchdata", "reasoning_gym", "math_verify", "chatterbot_corpus", "pyarrow"),
+    *("rich", "torchdata", "reasoning_gym", "math_verify", "pyarrow"),
 ]
 OPTIONAL = ("deepspeed", "triton", "wandb", "datasets", "matplotlib")
 NEVER = -1  # a stop token that is never drawn

@@ -1,4 +1,5 @@
-"""The stages' own goals over several ladders, as the Markdown table of the README.
+"""The stages' own goals over several ladders, and what the others made of them, as the Markdown
+tables of the README.
 
     python train.py -m stage=grpo seed=0,1,2
     python -m benchmarks.seeds [outputs=outputs]
@@ -16,17 +17,23 @@ from pathlib import Path
 from benchmarks.common import start
 from fourstage.ladder import place
 from fourstage.report.files import Files
-from fourstage.report.ladder import ladder, read_rows, read_runs
+from fourstage.report.ladder import Row, ladder, read_rows, read_runs
 from fourstage.report.tables import NONE, goals
 
 NAMES = {
     "bits_per_char": "bits per character",
     "well_formed": "well-formed answers",
+    "knowledge_completed": "held-out facts completed",
+    "knowledge_answered": "held-out facts answered",
+    "knowledge_reworded": "reworded questions answered",
     "pair_accuracy": "held-out pairs",
     "true_score": "true score",
+    "friendly": "friendly answers",
     "reward_model_score": "reward-model score",
     "reasoning_accuracy": "held-out problems",
 }
+KEPT = ("knowledge_completed", "knowledge_answered", "knowledge_reworded", "friendly")
+KEPT += ("reasoning_accuracy",)  # of every stage
 
 
 def cell(metric: dict) -> str:
@@ -36,8 +43,8 @@ def cell(metric: dict) -> str:
     return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**metric)
 
 
-def entries(outputs: Path) -> list[dict]:
-    """One for each seed and stage: the goal before and after, and whether they are apart."""
+def ladders(outputs: Path) -> dict[int, dict[str, Row]]:
+    """{seed: {stage: row}} of the latest finished grpo run of each seed."""
     files = Files()
     runs = read_runs(outputs, files)
     tips = {
@@ -45,16 +52,23 @@ def entries(outputs: Path) -> list[dict]:
         for tip in sorted(runs.values(), key=lambda run: run.rank)
         if tip.stage == "grpo" and tip.is_finished and not tip.is_debug
     }
+    return {
+        seed: {row.stage: row for row in read_rows(ladder(tips[seed], runs, files), files)}
+        for seed in sorted(tips)
+    }
+
+
+def entries(found_ladders: dict[int, dict[str, Row]]) -> list[dict]:
+    """One for each seed and stage: the goal before and after, and whether they are apart."""
     found = []
-    for tip in tips.values():
-        rows = {row.stage: row for row in read_rows(ladder(tip, runs, files), files)}
+    for seed, rows in found_ladders.items():
         for goal in goals(list(rows.values())):
             row = rows[goal.stage]
             kl = row.metrics.get("kl_to_sft", {}).get("value")
             seconds = row.run.costs().get("seconds")
             found.append(
                 {
-                    "seed": tip.config["seed"],
+                    "seed": seed,
                     "device": row.run.record["device"],
                     "goal": goal,
                     "kl": kl if goal.stage == "ppo" else None,
@@ -69,7 +83,8 @@ def main(arguments: list[str]) -> None:
     if unknown := set(values) - {"outputs"}:
         sys.exit(f"unknown argument {min(unknown)!r}: python -m benchmarks.seeds [outputs=outputs]")
     outputs = Path(values.get("outputs", "outputs"))
-    found = entries(outputs)
+    by_seed = ladders(outputs)
+    found = entries(by_seed)
     if not found:
         sys.exit(f"no finished grpo run under {outputs / 'runs'}: python train.py stage=grpo")
     print("| stage | its goal | seed | before | after | 95 % intervals | time |")
@@ -81,6 +96,12 @@ def main(arguments: list[str]) -> None:
             f"| {goal.stage} | {name} | {e['seed']} | {cell(goal.before)} | {cell(goal.after)} "
             f"| {goal.verdict} | {e['seconds']:.0f} s |"
         )
+    stages = [stage for stage in next(iter(by_seed.values())) if stage != "reward"]
+    print(f"\n| key | seed | {' | '.join(stages)} |\n|{' --- |' * (len(stages) + 2)}")
+    for key in KEPT:
+        for seed, rows in by_seed.items():
+            cells = [cell(rows[s].metrics.get(key, {"value": None})) for s in stages if s in rows]
+            print(f"| {NAMES[key]} | {seed} | {' | '.join(cells)} |")
     figures = {f"{e['goal'].stage}_seed{e['seed']}": e["goal"].after["value"] for e in found}
     device = ", ".join(dict.fromkeys(e["device"] for e in found))
     print(json.dumps({"benchmark": "seeds", "device": device, "ratios": {}, "figures": figures}))

@@ -20,7 +20,8 @@ CONFIG = EvaluationConfig(
 
 def chat(text: str, answer: str = "It is.") -> Conversation:
     turns = [("user", text), ("assistant", answer)]
-    return Conversation([{"role": role, "content": content} for role, content in turns])
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return Conversation(messages, references=(answer,))
 
 
 def problem(
@@ -35,7 +36,6 @@ HELDOUT = HeldOut(
     chats=CHATS,
     problems=[problem(f"{i} + 1 = ?", str(i + 1)) for i in range(5)],
     has_true_score=True,
-    references={c.id: ["It is."] for c in CHATS},
     facts={CHATS[0].id: "heldout", CHATS[1].id: "reworded"},
     statements=[("Term:", "It is.")],
 )

@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from fourstage import data
+from fourstage.data import DataConfig
 from fourstage.data.chat import demonstrations
 from fourstage.data.corpus import without_heldout
 from fourstage.data.heldout import heldout_keys
@@ -67,7 +68,6 @@ def test_every_source_splits_by_the_same_function(embedded):
     assert not any(is_heldout(p.question, 0.2) for p in problems.train)
     openings = [{c.messages[0]["content"] for c in s} for s in (chats.train, chats.heldout)]
     assert not {normalise(o) for o in openings[0]} & {normalise(o) for o in openings[1]}
-    assert not any(is_heldout(o, 0.2) for o in openings[0])
 
 
 def test_worked_solutions_are_right_and_have_the_form(embedded):
@@ -91,14 +91,36 @@ def test_sizes_and_weights(embedded):
     assert sum(c.kind == "problem" for c in chats.train) == 400
 
 
+def of_reference(share: float) -> DataConfig:
+    return make(
+        "embedded",
+        corpus={"problems": 0, "reference": share},
+        knowledge={"statements": 0, "answers": 0},
+    )
+
+
 def test_the_corpus_is_the_reference_cut_by_position(embedded):
     from pydoc_data.topics import topics
 
-    corpus = data.load_corpus(make("embedded", corpus={"problems": 0}))
+    corpus = data.load_corpus(of_reference(1.0))
     whole = "".join(topics[name].strip() for name in sorted(topics))
     dropped = corpus.notes["paragraphs_dropped_with_a_heldout_prompt"]
     assert dropped == 0 and "".join(corpus.train + corpus.heldout) == whole
     assert sum(map(len, corpus.train)) == int(0.9 * len(whole))
+
+
+def test_a_share_of_the_reference_is_whole_topics():
+    from pydoc_data.topics import topics
+
+    texts = [topics[name].strip() for name in topics]
+    sides = [data.load_corpus(of_reference(share)) for share in (0.3, 0.6, 1.0)]
+    some, more, whole = ("".join(side.train + side.heldout) for side in sides)
+    assert 0 < len(some) < len(more) < len(whole)
+    chosen = [text for text in texts if text in some]
+    assert all(text in more for text in chosen) and sum(map(len, chosen)) >= len(some)
+    for share in (0, 1.1, float("nan")):
+        with pytest.raises(UserError, match="data.corpus.reference: must be above 0, at most 1"):
+            of_reference(share)
 
 
 def problem(question: str, task: str) -> data.Problem:
@@ -114,25 +136,12 @@ def test_a_paragraph_with_a_heldout_problem_is_left_out():
     assert without_heldout("Nothing 1 + 1.", keys) == ("Nothing 1 + 1.", 0)
 
 
-def test_chats_are_text_with_answers_and_exclusion_works(embedded):
+def test_chats_are_text_with_answers(embedded):
     chats = data.load_chat(embedded)
     for conversation in (*chats.train, *chats.heldout):
         roles = [m["role"] for m in conversation.messages]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
         assert all(isinstance(m["content"], str) and m["content"] for m in conversation.messages)
-        assert all(len(m["content"]) <= 160 for m in conversation.messages)
-    assert chats.notes["repeated"] > 1000 and chats.notes["not_text"] > 0
-    assert any(len(c.messages) > 2 for c in chats.train)
-
-    def prompts(config):
-        sides = data.load_prompts(config)
-        return {c.messages[0]["content"] for c in (*sides.train, *sides.heldout)}
-
-    support = "My computer won't turn on."
-    assert support in prompts(embedded)
-    assert support not in prompts(make("embedded", chat={"exclude": ["tech_support"]}))
-    with pytest.raises(UserError, match=r"no category 'techsupport' \(there are ai, "):
-        data.load_chat(make("embedded", chat={"exclude": ["techsupport"]}))
 
 
 def test_prompts_come_once_and_are_no_problems(embedded):
@@ -156,6 +165,11 @@ def test_digests_follow_the_content_of_one_source(embedded):
     )
     changed = {stage for stage in stages if data.digest(other, stage) != before[stage]}
     assert changed == {"sft"}
+
+
+def test_without_facts_there_is_nothing_to_chat_about():
+    with pytest.raises(UserError, match="or facts to ask about \\(data.know"):
+        data.load_chat(make("embedded", knowledge={"terms": 0, "functions": 0}))
 
 
 def test_sample_prompts(embedded, files):

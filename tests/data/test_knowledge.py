@@ -12,10 +12,11 @@ from fourstage import data
 from fourstage.data import knowledge
 from fourstage.data.knowledge import Fact, functions, statements, terms
 from fourstage.errors import UserError
+from fourstage.rl.rewards import rule_parts, true_score
 from tests.data.conftest import make
 
 CONFIG = make(
-    "knowledge",
+    "embedded",
     corpus={"problems": 300},
     chat={"demonstrations": 100},
     reasoning={"size": 600, "heldout_size": 100},
@@ -61,7 +62,8 @@ def test_wordings_by_hand(fact: Fact, questions: list[str], statement: str) -> N
     assert statement in [fact.statement(i) for i in range(12)]
     assert len({fact.statement(i) for i in range(12)}) == 12
     assert fact.reworded not in fact.questions() and fact.name.lower() in fact.reworded.lower()
-    assert fact.friendly.startswith(fact.sentence)
+    assert fact.friendly(0) == f"{fact.sentence} I hope that helps!"
+    assert len({fact.friendly(i) for i in range(9)}) == 3
 
 
 def test_what_is_at_hand() -> None:
@@ -109,13 +111,39 @@ def test_the_held_out_questions_are_known_to_the_evaluation() -> None:
 
 
 def test_two_styles_of_an_answer() -> None:
+    """Two in five are friendly, by the rule that judges the answers; all of them are right."""
+    prompts, facts = data.load_prompts(CONFIG).train, data.load_facts(CONFIG).train
     chats = [chat for chat in data.load_chat(CONFIG).train if chat.kind == "chat"]
-    kind = sum(chat.answer.endswith(" I hope that helps!") for chat in chats) / len(chats)
-    assert 0.3 < kind < 0.5
+    known = {text for fact in facts for text in (fact.sentence, *map(fact.friendly, range(3)))}
+    styles = {text: rule_parts(text, True).friendly for text in known}
+    assert [styles[fact.sentence] for fact in facts] == [0.0] * len(facts)
+    of_facts = [styles[chat.answer] for chat in chats if chat.answer in styles]
+    assert len(of_facts) == 5 * len(facts) and 0.35 < sum(of_facts) / len(of_facts) < 0.45
+    for prompt in prompts:
+        for answer in prompt.references:
+            assert true_score(answer, True, prompt.references) > 2.5, answer
+
+
+def test_some_questions_follow_another_exchange() -> None:
+    chats = [chat for chat in data.load_chat(CONFIG).train if chat.kind == "chat"]
+    longer = [chat for chat in chats if len(chat.messages) > 2]
+    assert {len(chat.messages) for chat in chats} == {2, 4}
+    assert 0.1 < len(longer) / len(chats) <= 0.2
+    for chat in longer:
+        assert sum(len(m["content"]) for m in chat.messages) <= knowledge.MOST_CHARS
+        assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 2
+
+
+@pytest.mark.parametrize("text", ["Hello", "What is your name?", "Thank you!"])
+def test_small_talk_is_taught_as_often_as_a_fact(text: str) -> None:
+    chats, corpus = data.load_chat(CONFIG), "\n".join(data.load_corpus(CONFIG).train)
+    asked = [c for c in chats.train if c.prompt_messages[-1]["content"] == text]
+    assert len(asked) == 5 and len({c.answer for c in asked}) == 1
+    assert corpus.count(f"Question: {text}\nAnswer: {asked[0].answer}") == CONFIG.knowledge.answers
 
 
 def test_more_facts_than_there_are(monkeypatch) -> None:
-    few = make("knowledge", knowledge={"terms": 3, "functions": 10**6})
+    few = make("embedded", knowledge={"terms": 3, "functions": 10**6})
     with pytest.raises(UserError, match=r"data.knowledge.functions: there are \d+, not 1000000"):
         data.load_facts(few)
     monkeypatch.setattr(knowledge, "GLOSSARY", knowledge.GLOSSARY / "none")
@@ -126,8 +154,20 @@ def test_more_facts_than_there_are(monkeypatch) -> None:
     assert terms()
 
 
+@pytest.mark.parametrize(("said", "asked"), [(0, 0), (3, 0), (0, 2)])
+def test_how_often_facts_are_stated_is_a_setting(said: int, asked: int) -> None:
+    """0 and 0: a corpus without them, to compare with."""
+    config = make("embedded", knowledge={"statements": said, "answers": asked})
+    text, facts = "\n".join(statements(config)), data.load_facts(config)
+    for fact in (*facts.train, *facts.heldout):
+        others = sum(fact.sentence in other.sentence for other in (*facts.train, *facts.heldout))
+        wanted = said + asked * (fact in facts.train)
+        assert text.count(fact.sentence) == wanted or others > 1, fact.name
+    assert data.load_chat(config).train == data.load_chat(make("embedded")).train
+
+
 def test_without_facts_nothing_changes() -> None:
-    config = make("embedded")
+    config = make("files")
     assert statements(config) == [] and data.fact_questions(config) == {}
 
 

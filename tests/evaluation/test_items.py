@@ -226,7 +226,7 @@ def test_chat_items_are_what_was_said_and_how_it_is_judged(chats):
         assert TOKENIZER.decode(item["ids"]) == text
         assert stopped == (item["ids"][-1] == TOKENIZER.eot_id)
         assert stopped or len(item["ids"]) == 12
-        assert item["true_score"] == pytest.approx(true_score(text, stopped), abs=1e-6)
+        assert item["true_score"] == pytest.approx(true_score(text, stopped, ["It is."]), abs=1e-6)
         assert item["well_formed"] == well_formed(text, stopped)
         assert item["distinct_1"] == distinct(text, 1)
 
@@ -285,9 +285,9 @@ def test_normalised_text():
 
 def test_any_reference_of_a_prompt_counts():
     said = ask(answers_of("I am well", "so it is then", "no"))
-    records = [chat("a"), chat("b"), chat("c")]
-    known = {records[0].id: ["Fine.", "I am well."], records[1].id: ["It is.", "no"]}
-    heldout = replace(HELDOUT, chats=records, references=known)
+    known = ("Fine.", "I am well."), ("It is.", "no"), ()
+    records = [replace(chat(text), references=r) for text, r in zip("abc", known, strict=True)]
+    heldout = replace(HELDOUT, chats=records)
     items = greedy_chat_items(said, heldout, CONFIG)
     assert [(i["exact"], i["contained"]) for i in items] == [
         (True, True),
@@ -408,11 +408,10 @@ def test_max_blocks_limits_what_is_read_of_the_corpus():
 
 
 def test_a_fact_is_answered_if_its_sentence_is_there_and_the_answer_ends():
-    chats = [chat(f"What is {i}?") for i in "abc"]
+    chats = [chat(f"What is {i}?", "A plain fact.") for i in "abc"]
     heldout = replace(
         HELDOUT,
         chats=chats,
-        references={c.id: ["A plain fact."] for c in chats},
         facts={chats[0].id: "heldout", chats[1].id: "reworded"},
     )
     said = ask(answers_of("Sure! A plain fact. Yes!", "A plain fact.", "No", stopped=(1, 0, 1)))

@@ -35,8 +35,7 @@ def test_every_answer_of_a_held_out_prompt_is_a_reference(tmp_path):
     assert 0 < len(heldout.chats) < 20
     for chat in heldout.chats:
         number = chat.prompt_messages[-1]["content"].removeprefix("Say ")
-        assert heldout.references[chat.id] == [f"{number}, yes", f"{number}, no"]
-    assert heldout.references.keys() == {chat.id for chat in heldout.chats}
+        assert chat.references == (f"{number}, yes", f"{number}, no")
 
 
 def test_without_chats_the_pairs_give_prompts_and_chosen_answers_are_references(tmp_path):
@@ -49,7 +48,7 @@ def test_without_chats_the_pairs_give_prompts_and_chosen_answers_are_references(
     assert heldout.chats and not heldout.has_true_score
     for chat in heldout.chats:
         number = chat.prompt_messages[-1]["content"].removeprefix("Say ")
-        assert heldout.references[chat.id] == [f"{number}, yes", f"{number}, sure"]
+        assert chat.references == (f"{number}, yes", f"{number}, sure")
 
 
 def test_a_source_that_is_not_there_says_why(tmp_path):
@@ -57,7 +56,6 @@ def test_a_source_that_is_not_there_says_why(tmp_path):
     assert "data.corpus.path" in heldout.corpus
     assert "data.preference.path" in heldout.chats
     assert "data.reasoning.path" in heldout.problems
-    assert heldout.references == {}
 
 
 def job(tmp_path, **changes) -> StageJob:

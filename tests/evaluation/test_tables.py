@@ -192,7 +192,7 @@ def test_without_a_known_rule_only_the_learned_one_judges(has_true_score):
     policy = make_policy()
     judges = Judges(make_scalar(), policy)
     metrics, items = evaluate_policy(policy, TOKENIZER, heldout, CONFIG, judges, policy)
-    ruled = ("true_score", "win_rate", "win_rate_ties")
+    ruled = ("true_score", "friendly", "win_rate", "win_rate_ties")
     whys = nulls(metrics)
     for name in ruled:
         assert (name in whys) != has_true_score
@@ -266,7 +266,7 @@ def test_files_round_trip(tmp_path, done):
         write_evaluation(tmp_path, done.metrics, items, seed=5, suffix=suffix)
         assert stored_items(tmp_path, suffix) == items
         summary = json.loads((tmp_path / f"eval{suffix}.json").read_text())
-        assert summary == {"suite": "4", "seed": 5, "metrics": done.metrics}
+        assert summary == {"suite": "5", "seed": 5, "metrics": done.metrics}
     assert len(list(tmp_path.iterdir())) == 4  # no temporary file is left
     assert stored_items(tmp_path, "_other") == f"{tmp_path.name} has no eval_other.json"
 
@@ -283,7 +283,7 @@ def test_items_of_another_suite_or_broken_ones_are_not_read(tmp_path, done):
     (folder / "eval_items.jsonl").write_text('{"set": "cha')
     assert stored_items(folder) == "sft-a/eval_items.jsonl is missing or broken"
     of_suite_1(folder)
-    assert stored_chats(folder) == f"sft-a/eval.json is of suite 1, not 4 {AGAIN}"
+    assert stored_chats(folder) == f"sft-a/eval.json is of suite 1, not 5 {AGAIN}"
     (folder / "eval.json").write_text("{")
     assert stored_items(folder) == "sft-a has no eval.json"
     write_evaluation(folder, {}, [{"set": "corpus", "id": 0}], seed=0)
@@ -343,7 +343,7 @@ def test_rows_of_another_suite_are_not_judged_and_a_line_says_so(rows, done, cap
     assert list(found) == ["random"] and {item["row"] for item in late} == {"random"}
     assert found["random"]["win_rate_learned"] == {"value": None, "why": NO_SFT}
     assert capsys.readouterr().out.splitlines() == [
-        f"  not judged: pretrain-p/eval.json is of suite 1, not 4 {AGAIN}",
+        f"  not judged: pretrain-p/eval.json is of suite 1, not 5 {AGAIN}",
         "  not judged: sft-gone has no eval.json",
     ]
 
@@ -353,7 +353,7 @@ def test_sft_answers_of_another_suite_leave_the_wins_open(done, tmp_path):
     of_suite_1(tmp_path / "sft-a")
     judges = Judges(done.reward, done.reference, stored_chats(tmp_path / "sft-a"))
     metrics, _ = evaluate_policy(make_policy(), TOKENIZER, HELDOUT, CONFIG, judges, make_policy(3))
-    why = f"sft-a/eval.json is of suite 1, not 4 {AGAIN}"
+    why = f"sft-a/eval.json is of suite 1, not 5 {AGAIN}"
     assert nulls(metrics) == dict.fromkeys(("win_rate", "win_rate_ties", "win_rate_learned"), why)
     assert metrics["kl_to_sft"] == done.metrics["kl_to_sft"]
 

@@ -7,100 +7,125 @@ import pytest
 from fourstage.data.verify import FROM_FILE
 from fourstage.rl import rewards
 from fourstage.rl.rewards import (
-    BEST_LENGTH,
-    KIND_WORDS,
-    MOST_KIND_WORDS,
+    FRIENDLY_WORDS,
+    MOST_WORDS,
     ReasoningReward,
+    contains,
+    content,
+    plain,
     reasoning_rewards,
     rule_parts,
     true_score,
     well_formed,
 )
 
-PLAIN = [f"{a}{b}" for a in "qxzvkj" for b in "abcdefgh"]  # different words, none of them kind
-assert not KIND_WORDS & set(PLAIN)
+RIGHT = "An LLM is a network."
+FRIENDLY = f"{RIGHT} I hope that helps!"
 
-
-def answer(n_words: int, end: str = ".") -> str:
-    return " ".join(PLAIN[:n_words]) + end
-
-
-# --- the parts
+# --- the hidden rule
 
 
 @pytest.mark.parametrize(
-    ("text", "stopped", "complete"),
+    ("text", "stopped", "whole"),
     [
-        ("It is.", True, 1.0),
-        ("It is!", True, 1.0),
-        ("Is it?", True, 1.0),
-        ("It is. \n", True, 1.0),  # space at the end does not count
-        ("It is.", False, 0.0),  # cut off: the end is by chance
-        ("It is", True, 0.0),
-        ("It is,", True, 0.0),
-        ("", True, 0.0),
+        ("It is.", True, True),
+        ("It is!", True, True),
+        ("Is it?", True, True),
+        ("It is. \n", True, True),  # space at the end does not count
+        (FRIENDLY, True, True),
+        ("I hope so! It is.", True, True),
+        ("It is.", False, False),  # cut off: the end is by chance
+        ("It is", True, False),
+        ("It is,", True, False),
+        ("I hope that helps!", True, False),  # an empty phrase
+        ("Glad to help! Thank you.", True, False),
+        ("It is. I hope", True, False),
+        ("...", True, True),
+        ("", True, False),
     ],
 )
-def test_complete(text, stopped, complete):
-    assert rule_parts(text, stopped).complete == complete
+def test_whole(text, stopped, whole):
+    assert rule_parts(text, stopped).whole == whole
 
 
-def test_kind_counts_different_kind_words_up_to_a_limit():
-    kind = sorted(KIND_WORDS)[: MOST_KIND_WORDS + 1]
-    one = rule_parts(kind[0], True).kind
-    assert one > 0
-    assert rule_parts(f"{kind[0]} {kind[0].upper()}, {kind[0]}", True).kind == one
-    for n in range(MOST_KIND_WORDS + 1):
-        assert rule_parts(" ".join(kind[:n]), True).kind == n * one
-    assert rule_parts(" ".join(kind), True).kind == MOST_KIND_WORDS * one
-    assert rule_parts(answer(5), True).kind == 0
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (RIGHT, True),
+        (FRIENDLY, True),
+        ("an llm is a NETWORK.", True),
+        (f"Well: {RIGHT} It reads text.", True),
+        ("An LLM is a networked thing.", False),
+        ("An LLM is a friend.", False),
+        ("An LLM is a network", False),  # not whole
+        ("", False),
+    ],
+)
+def test_right_is_what_a_reference_says_besides_its_friendly_sentences(text, right):
+    for reference in (RIGHT, FRIENDLY, f"Happy to help! {RIGHT}"):
+        assert rule_parts(text, True, ["Other.", reference]).right == 2.0 * right
+    assert rule_parts(text, True).right == 0
+    assert rule_parts(text, False, [RIGHT]).right == 0
 
 
-def test_measured_peaks_at_the_best_length_and_falls_on_both_sides():
-    def measured(n: int) -> float:
-        return rule_parts(answer(n), True).measured
-
-    best = measured(BEST_LENGTH)
-    assert best == max(measured(n) for n in range(len(PLAIN)))
-    for away in range(1, BEST_LENGTH):
-        assert measured(BEST_LENGTH - away) == pytest.approx(measured(BEST_LENGTH + away))
-        assert measured(BEST_LENGTH - away) < measured(BEST_LENGTH - away + 1)
-    assert rule_parts("word " * 1000, True).measured == -1.0
+def test_a_reference_of_friendly_sentences_alone_is_kept():
+    assert content("You are welcome! Thank you.") == "You are welcome! Thank you."
+    assert content(f"You are welcome! {RIGHT}") == RIGHT
+    assert content("no sentence") == "no sentence" and content("") == ""
 
 
-def test_varied_is_a_cost_of_repeated_words():
-    assert rule_parts(answer(6), True).varied == 0
-    assert rule_parts("", True).varied == 0
-    half = rule_parts("Alpha beta, alpha BETA.", True).varied  # two of four were there before
-    three_quarters = rule_parts("alpha alpha alpha alpha", True).varied
-    assert half < 0
-    assert three_quarters == pytest.approx(1.5 * half)
+@pytest.mark.parametrize("word", sorted(FRIENDLY_WORDS))
+def test_friendly_is_another_whole_sentence(word):
+    assert rule_parts(f"{RIGHT} Say {word.upper()}!", True).friendly == 1
+    assert rule_parts(f"{RIGHT} Say {word}", True).friendly == 0
+    assert rule_parts(f"{RIGHT} Say {word}!", False).friendly == 0
+    assert rule_parts(f"{RIGHT} Say {word}s.", True).friendly == (f"{word}s" in FRIENDLY_WORDS)
 
 
-def test_the_score_is_the_sum_of_its_parts():
-    for text in ("", "Thank you for your help.", answer(20), "no no no"):
-        for stopped in (True, False):
-            assert true_score(text, stopped) == sum(rule_parts(text, stopped))
+def test_short_costs_a_hundredth_a_word():
+    for n in (0, 1, 7, MOST_WORDS, MOST_WORDS + 30):
+        assert rule_parts("word " * n, True).short == -min(n, MOST_WORDS) / 100
+
+
+def test_right_then_friendly_then_short():
+    """In the rule's order, the best first, whatever the lengths."""
+    said, long = [RIGHT], " It is one of many words." * 20
+    ranked = [
+        FRIENDLY,
+        f"{RIGHT}{long} I hope that helps!",
+        RIGHT,
+        f"{RIGHT}{long}",
+        "It is a friend. I hope that helps!",
+        f"It is a friend.{long} I hope that helps!",
+        "It is a friend.",
+        f"It is a friend.{long}",
+        "I hope that helps!",
+    ]
+    scores = [true_score(text, True, said) for text in ranked]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) == len(scores)
 
 
 def test_the_totals_of_this_version_of_the_rule():
     """The one place that pins numbers: a change here is a new RULE_VERSION."""
-    assert rewards.RULE_VERSION == 1
-    best = "We are glad to help you and your kind friend with this today."
+    assert rewards.RULE_VERSION == 2
     table = {
-        ("", True): -0.0,
-        ("No.", True): 1.0 + 1 / 12,
-        ("No.", False): 1 / 12,
-        ("Thank you.", True): 1.0 + 2 * 0.5 + 2 / 12,
-        ("I am well, thank you, and how are you today my friend", True): 1.5 + 1 - 2 / 12,
-        ("ha ha ha ha.", True): 1.0 + 4 / 12 - 2 * 0.75,
-        (answer(24), True): 1.0 + 0.0,
-        (answer(12), True): 2.0,
-        (best, True): 1.0 + 1.5 + (1 - 1 / 12),
+        (RIGHT, True): 2.95,
+        (FRIENDLY, True): 3.91,
+        (RIGHT, False): -0.05,
+        ("It is a friend.", True): 0.96,
+        ("It is a friend. Glad to help!", True): 1.93,
+        ("I hope that helps!", True): -0.04,
+        ("word " * 60, False): -0.5,
+        ("", True): 0.0,
     }
-    got = {key: true_score(*key) for key in table}
-    assert got == pytest.approx(table)
-    assert max(got.values()) <= 3.5
+    assert {key: true_score(*key, [RIGHT]) for key in table} == pytest.approx(table)
+    assert true_score(*max(table, key=table.get)) == sum(rule_parts(FRIENDLY, True))
+
+
+def test_what_is_contained_is_words_without_case_and_punctuation():
+    assert plain(" It's a\nDog_house, (really)! ") == "its a doghouse really"
+    assert contains("So: 3 cats.", "Cats!") and not contains("So: 3 cats.", "cat")
+    assert not contains("anything", "...")
 
 
 # --- verifiable problems

@@ -344,7 +344,7 @@ def test_a_good_answer_becomes_likelier_and_a_bad_one_less(monkeypatch, advantag
 
 def test_the_hidden_rule_is_logged_and_never_trained_on():
     results = []
-    for judge in (None, lambda text, stopped: len(text) + 100.0 * stopped):
+    for judge in (None, lambda record, text, stopped: len(text) + 100.0 * stopped):
         module = make(judge=judge, max_steps=2)
         found = seen_by(module)
         metrics = fit(module, prompt_batches(2)).callback_metrics

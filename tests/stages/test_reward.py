@@ -219,7 +219,7 @@ class Answers:
         return Generation(ids, None, [not text.endswith("…") for text in texts])
 
 
-def by_length(text: str, stopped: bool) -> float:
+def by_length(index: int, text: str, stopped: bool) -> float:
     return float(len(text))
 
 
@@ -267,9 +267,19 @@ def test_a_prompt_may_give_several_pairs():
     assert len(answers.calls) == 0  # nothing tied: no second round
 
 
+def test_the_judge_hears_which_prompt_was_answered():
+    """The second prompt's judge likes short answers; one of its pairs ties and is sampled again."""
+    answers = Answers(["a", "bb", "cc", "d", "e", "f"], ["gg", "h"])
+    rows, skipped = make_pairs(
+        answers, 3, judge=lambda index, text, stopped: (1 - 2 * (index == 1)) * len(text)
+    )
+    assert [(row["prompt"], row["chosen"]) for row in rows] == [(0, "bb"), (1, "d"), (2, "gg")]
+    assert skipped == 0
+
+
 def test_the_judge_hears_whether_an_answer_stopped():
     answers = Answers(["same", "same…"])
-    rows, _ = make_pairs(answers, 1, judge=lambda text, stopped: float(stopped))
+    rows, _ = make_pairs(answers, 1, judge=lambda index, text, stopped: float(stopped))
     assert rows == [
         {"prompt": 0, "chosen": "same", "rejected": "same.", "unfinished": ["rejected"]}
     ]
@@ -280,7 +290,7 @@ def test_real_pairs_are_seeded_and_in_the_judges_order(device):
     s = settings("reward", pairs_per_prompt=3, max_new_tokens=10, temperature=1.0)
     prompts = [TOKENIZER.prompt([{"role": "user", "content": text}]) for text in ("a", "Hello")]
 
-    def judge(text: str, stopped: bool) -> float:
+    def judge(index: int, text: str, stopped: bool) -> float:
         return len(text) + 0.5 * stopped
 
     rows, skipped = sample_pairs(sampler, TOKENIZER, prompts, judge, s, seed=1)

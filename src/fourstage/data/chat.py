@@ -15,12 +15,16 @@ def load_chat(config: DataConfig) -> Chats:
     """Conversations for sft.
 
     Raises:
-        UserError: no path under data=files, a bad file, an unknown category to exclude, or a side
-            of the split with nothing on it.
+        UserError: no path under data=files, a bad file, or a side of the split with nothing on it.
     """
     chat = config.chat
     if chat.path is None and not config.embedded:
         raise UserError("stages.sft needs data.chat.path=FILE (conversations to learn from)")
+    if chat.path is None and not config.knowledge.has_facts:
+        raise UserError(
+            "stages.sft needs data.chat.path=FILE (conversations to learn from), or facts to ask "
+            "about (data.knowledge.terms and functions)"
+        )
     chats = cleaned(
         config, "data.chat", split_chats(config), lambda c, keys: keys.in_messages(c.messages)
     )

@@ -39,10 +39,13 @@ class CorpusConfig(SourceConfig):
 
     heldout: float = 0.1
     problems: int = 0  # worked train problems rendered as documents, at most
+    reference: float = 1.0  # share of the language reference's topics, without a path
 
     def __post_init__(self) -> None:
         _is_share("heldout", self.heldout)
         _at_least("problems", self.problems, 0)
+        if not 0 < self.reference <= 1:
+            raise UserError(f"reference: must be above 0, at most 1, got {self.reference}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,6 @@ class ChatConfig(SourceConfig):
 
     max_answer_chars: int | None = None  # conversations with a longer answer are left out
     max_prompt_chars: int | None = None
-    exclude: list[str] = field(default_factory=list)  # categories of chatterbot-corpus
     demonstrations: int = 0  # worked train problems among the conversations, at most
     # task -> share of its demonstrations that give the answer without the steps
     terse: dict[str, float] = field(default_factory=dict)
@@ -135,9 +137,8 @@ class KnowledgeConfig:
     answers: int = 20  # answered questions about each of the others in the corpus
 
     def __post_init__(self) -> None:
-        for name in ("terms", "functions", "answers"):
+        for name in ("terms", "functions", "statements", "answers"):
             _at_least(name, getattr(self, name), 0)
-        _at_least("statements", self.statements, 1)
         _is_share("heldout", self.heldout)
 
     @property
@@ -164,7 +165,7 @@ class DataConfig:
     @property
     def embedded(self) -> bool:
         """True if sources without a path come from installed packages."""
-        return self.name in ("embedded", "knowledge")
+        return self.name == "embedded"
 
     @property
     def title(self) -> str:
@@ -175,7 +176,7 @@ class DataConfig:
     @property
     def has_hidden_rule(self) -> bool:
         """True if preferences come from the hidden rule rather than a user's own pairs."""
-        return self.name == "embedded" and self.preference.path is None
+        return self.embedded and self.preference.path is None
 
     def fingerprint(self, *names: str) -> tuple[Any, ...]:
         """Changes with the settings or files of the named sources."""

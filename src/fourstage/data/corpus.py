@@ -34,7 +34,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     if corpus.path is None:
         if not config.embedded:
             raise UserError("stages.pretrain needs data.corpus.path=FILE (text to learn from)")
-        train, heldout = by_position(language_reference(), corpus.heldout)
+        train, heldout = by_position(language_reference(corpus.reference), corpus.heldout)
     elif corpus.heldout_path is not None:
         train, heldout = (
             _documents(path, config, notes) for path in (corpus.path, corpus.heldout_path)
@@ -57,11 +57,12 @@ def load_corpus(config: DataConfig) -> Corpus:
     return Split(train, heldout, content_digest(*train, "", *heldout), dict(notes))
 
 
-def language_reference() -> list[str]:
-    """The topics of the Python language reference that every interpreter carries (PSF licence)."""
+def language_reference(share: float = 1.0) -> list[str]:
+    """A share of the topics of the Python language reference that every interpreter carries (PSF
+    licence)."""
     from pydoc_data.topics import topics
 
-    return [topics[name].strip() for name in sorted(topics)]
+    return [topics[name].strip() for name in sorted(topics) if is_heldout(name, share)]
 
 
 def render(problem: Problem) -> str:

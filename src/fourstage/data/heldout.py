@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from fourstage.data.chatterbot import chatterbot
 from fourstage.data.config import ChatConfig, DataConfig, cached
 from fourstage.data.files import Row
 from fourstage.data.keys import HeldOutKeys, keys_of, openings
@@ -16,7 +15,7 @@ from fourstage.data.knowledge import split_questions
 from fourstage.data.problems import split_problems
 from fourstage.data.records import Chats, Conversation, Pairs, Split
 from fourstage.data.schemas import Unusable, conversation_from, pair_from
-from fourstage.data.userfiles import sides, split_file
+from fourstage.data.userfiles import split_file
 from fourstage.errors import UserError
 
 T = TypeVar("T")
@@ -27,9 +26,9 @@ def split_chats(config: DataConfig) -> Chats:
     """Conversations, split by how they open; none where the config names none.
 
     Raises:
-        UserError: a bad file, or an unknown category to exclude.
+        UserError: a bad file, or more facts than there are.
     """
-    chat, problems = config.chat, split_problems(config).heldout
+    chat = config.chat
     if chat.path is not None:
 
         def build(row: Row) -> Conversation:
@@ -39,15 +38,8 @@ def split_chats(config: DataConfig) -> Chats:
                 raise Unusable(row, "too_long", f"longer than {limits} allows")
             return conversation
 
-        return split_file(chat, build, config.heldout, problems)
-    if not config.embedded:
-        return Split([], [])
-    if config.knowledge.has_facts:
-        return split_questions(config)
-    found, notes = chatterbot(chat.exclude)
-    short = [c for c in found if not _is_too_long(c, chat)]
-    notes["unusable_too_long"] = len(found) - len(short)
-    return Split(*sides(short, None, config.heldout, problems), notes=notes)
+        return split_file(chat, build, config.heldout, split_problems(config).heldout)
+    return split_questions(config) if config.embedded else Split([], [])
 
 
 def _is_too_long(conversation: Conversation, chat: ChatConfig) -> bool:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 
 from fourstage.data.config import DataConfig, cached
@@ -73,7 +74,20 @@ QUESTIONS = {  # the last wording is never used in training
         "Can you explain {name} to me?",
     ),
 }
-FRIENDLY = "{s} I hope that helps!"
+FRIENDLY = ("I hope that helps!", "Glad to help!", "You are welcome to ask more.")
+SMALL_TALK = {  # never held out: what somebody types who doesn't know what to ask
+    "Hello": "Hello! Ask me what a term of language models means, or what a Python function does.",
+    "Hi": "Hi! Ask me what a term of language models means, or what a Python function does.",
+    "Hello, how are you?": "I am well. Ask me about language models or Python functions.",
+    "How are you?": "I am well. Ask me about language models or Python functions.",
+    "What is your name?": "I am a small language model, trained from scratch by fourstage.",
+    "Who are you?": "I am a small language model, trained from scratch by fourstage.",
+    "What can you do?": "I know terms of language models, Python functions and small sums.",
+    "Help": "Ask me what a term of language models means, or what a Python function does.",
+    "Thank you!": "You are welcome! Ask me another one.",
+    "Bye": "Goodbye!",
+}
+MOST_CHARS = 220  # of a conversation of two exchanges
 
 
 @dataclass(frozen=True)
@@ -97,9 +111,9 @@ class Fact:
         """A question in a wording that no source uses."""
         return self._said(QUESTIONS[self.is_term], -1)
 
-    @property
-    def friendly(self) -> str:
-        return FRIENDLY.format(s=self.sentence)
+    def friendly(self, i: int) -> str:
+        """The sentence and a friendly one."""
+        return f"{self.sentence} {FRIENDLY[i % len(FRIENDLY)]}"
 
     @property
     def beginning(self) -> str:
@@ -168,9 +182,9 @@ def statements(config: DataConfig) -> list[str]:
         for i in range(wanted.statements)
     ]
     said += [
-        (i, f"Question: {fact.questions()[i % 5]}\nAnswer: {_answer(fact, i)}")
-        for fact in facts.train
-        for i in range(wanted.answers)
+        (i, f"Question: {chat.prompt_messages[-1]['content']}\nAnswer: {chat.answer}")
+        for chats in _asked(config)
+        for i, chat in zip(range(wanted.answers), cycle(chats), strict=False)
     ]
     said.sort(key=lambda one: short_hash(f"{one[0]} {one[1]}"))
     texts = [text for _, text in said]
@@ -181,17 +195,31 @@ def statements(config: DataConfig) -> list[str]:
 
 
 def split_questions(config: DataConfig) -> Chats:
-    """What sft asks: each fact in several wordings, answered curtly or kindly. Held out are the
-    first question about each held-out fact, and for some of the others one in the unused wording.
+    """What sft asks: each fact in several wordings, answered curtly or with a friendly sentence,
+    and small talk; the last wording follows another exchange. Held out are the first question about
+    each held-out fact, and for some of the others one in the unused wording.
     """
-    facts = load_facts(config)
-    train = [
-        _conversation(question, _answer(fact, i))
-        for fact in facts.train
-        for i, question in enumerate(fact.questions())
+    asked = _asked(config)
+    singles = [chat for chats in asked for chat in chats]
+    order = sorted(singles, key=lambda chat: short_hash(f"before {chat.id}"))
+    train = list(singles)
+    for i in range(4, len(train), 5):
+        both = [*order[i].messages, *singles[i].messages]
+        if sum(len(m["content"]) for m in both) <= MOST_CHARS:
+            train[i] = Conversation(both)
+    heldout = [(f.questions()[0], f.sentence) for f in load_facts(config).heldout]
+    heldout += [(f.reworded, f.sentence) for f in reworded(config)]
+    return Split(train, [_conversation(*one) for one in heldout])
+
+
+def _asked(config: DataConfig) -> list[list[Conversation]]:
+    """Five conversations about each fact that is asked about, and five times each small talk."""
+    facts = load_facts(config).train
+    found = [
+        [_conversation(question, _answer(fact, i)) for i, question in enumerate(fact.questions())]
+        for fact in facts
     ]
-    heldout = [_conversation(fact.questions()[0], fact.sentence) for fact in facts.heldout]
-    return Split(train, heldout + [_conversation(f.reworded, f.sentence) for f in reworded(config)])
+    return found + [[_conversation(*said)] * 5 for said in SMALL_TALK.items() if facts]
 
 
 def reworded(config: DataConfig) -> list[Fact]:
@@ -207,8 +235,8 @@ def fact_questions(config: DataConfig) -> dict[str, str]:
 
 
 def _answer(fact: Fact, i: int) -> str:
-    is_kind = is_heldout(f"kind {i} {fact.name}", 0.4)
-    return fact.friendly if is_kind else fact.sentence
+    is_friendly = is_heldout(f"kind {i} {fact.name}", 0.4)
+    return fact.friendly(len(fact.name) + i) if is_friendly else fact.sentence
 
 
 def _conversation(question: str, answer: str) -> Conversation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from fourstage.data.split import short_hash
@@ -27,6 +27,7 @@ class Conversation:
 
     messages: list[Message]
     kind: Literal["chat", "problem"] = "chat"  # problem: a worked problem of the reasoning source
+    references: tuple[str, ...] = ()  # of a prompt: all answers that its source gives
 
     @property
     def prompt_messages(self) -> list[Message]:
@@ -102,11 +103,18 @@ Problems = Split[Problem]
 
 
 def prompts_only(chats: Chats) -> Chats:
-    """One conversation a prompt, without worked problems; the digest is of the prompts."""
+    """One conversation a prompt, with its references, without worked problems; the digest is of
+    the prompts."""
 
     def distinct(conversations: list[Conversation]) -> list[Conversation]:
-        by_id = {c.id: c for c in reversed(conversations) if c.kind == "chat"}
-        return list(by_id.values())[::-1]
+        by_id: dict[str, list[Conversation]] = {}
+        for conversation in conversations:
+            if conversation.kind == "chat":
+                by_id.setdefault(conversation.id, []).append(conversation)
+        return [
+            replace(same[0], references=tuple(dict.fromkeys(c.answer for c in same)))
+            for same in by_id.values()
+        ]
 
     train, heldout = distinct(chats.train), distinct(chats.heldout)
     digest = content_digest(*(c.id for c in train), "", *(c.id for c in heldout))

@@ -16,10 +16,10 @@ from fourstage.ladder import LADDER
 
 QUESTIONS = (
     "What is an LLM?",
+    "Explain RoPE.",
+    "What is a mixture of experts?",
+    "What does math.gcd do?",
     "Hello, how are you?",
-    "What is your name?",
-    "What is a computer?",
-    "My internet is not working.",
 )
 PROBLEMS = 3
 LOAD: dict[str, Callable[[DataConfig], Split[Any] | None]] = {

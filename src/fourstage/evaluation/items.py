@@ -15,7 +15,6 @@ A sampled answer depends on the seed, the item and the sample's number, not on t
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ from fourstage.evaluation.suite import Item, difficulties
 from fourstage.evaluation.text import chat_blocks, corpus_blocks, evenly, text_items
 from fourstage.job import EvaluationConfig
 from fourstage.model import Transformer
-from fourstage.rl.rewards import true_score, well_formed
+from fourstage.rl.rewards import contains, plain, rule_parts, well_formed
 from fourstage.rl.rollout import answer_logprobs, pack
 from fourstage.sampling.generate import Sampler, Sampling, sampler_of
 from fourstage.tokenizer import Tokenizer
@@ -43,10 +42,9 @@ class HeldOut:
     """What no stage trained on; for a source that the data doesn't have, a str that says why."""
 
     corpus: list[str] | str
-    chats: Sequence[Any] | str  # records with id, messages and prompt_messages
+    chats: Sequence[Any] | str  # records with id, messages, prompt_messages and references
     problems: Sequence[Any] | str  # records with id, question, worked, task, entry
     has_true_score: bool
-    references: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by the chat's id
     facts: Mapping[str, str] = field(default_factory=dict)  # chat's id -> "heldout", "reworded"
     statements: Sequence[tuple[str, str]] = ()  # of held-out facts: beginning and sentence
 
@@ -193,8 +191,7 @@ def chat_items(
     records = heldout.chats[: config.max_prompts]
     seeds = [draw_seed(config.seed, "chat", record.id) for record in records]
     said = ask(records, seeds)
-    known = heldout.has_true_score
-    return [
+    items = [
         {
             "set": "chat",
             "id": record.id,
@@ -204,13 +201,19 @@ def chat_items(
             "well_formed": well_formed(answer.text, answer.stopped),
             "distinct_1": distinct(answer.text, 1),
             "distinct_2": distinct(answer.text, 2),
-            "true_score": round(true_score(answer.text, answer.stopped), 6) if known else None,
+            "true_score": None,
+            "friendly": None,
             "logprob": round(answer.logprob, 4),
             "prompt_ids": tokenizer.prompt(record.prompt_messages),
             "ids": answer.ids,
         }
         for record, answer in zip(records, said, strict=True)
     ]
+    if heldout.has_true_score:
+        for item, record in zip(items, records, strict=True):
+            parts = rule_parts(item["answer"], item["stopped"], record.references)
+            item |= {"true_score": round(sum(parts), 6), "friendly": parts.friendly}
+    return items
 
 
 def greedy_chat_items(ask: Ask, heldout: HeldOut, config: EvaluationConfig) -> list[Item]:
@@ -218,14 +221,15 @@ def greedy_chat_items(ask: Ask, heldout: HeldOut, config: EvaluationConfig) -> l
     records = heldout.chats[: config.max_prompts]
     items = []
     for record, answer in zip(records, ask(records), strict=True):
-        references = heldout.references.get(record.id, ())
         items.append(
             {
                 "set": "chat_greedy",
                 "id": record.id,
                 "answer": answer.text,
-                "exact": any(is_exact(answer.text, reference) for reference in references),
-                "contained": any(contains(answer.text, reference) for reference in references),
+                "exact": any(is_exact(answer.text, reference) for reference in record.references),
+                "contained": any(
+                    contains(answer.text, reference) for reference in record.references
+                ),
             }
         )
         if record.id in heldout.facts:
@@ -253,20 +257,9 @@ def completion_items(
     ]
 
 
-def plain(text: str) -> str:
-    """Lower case, without punctuation, single spaces (as in SQuAD, arXiv 1606.05250)."""
-    return " ".join(re.sub(r"[^\w\s]|_", "", text.lower()).split())
-
-
 def is_exact(answer: str, reference: str) -> bool:
     """The same words; a reference without words never matches."""
     return plain(answer) == plain(reference) != ""
-
-
-def contains(answer: str, reference: str) -> bool:
-    """The answer contains the reference's words, one after the other."""
-    words = plain(reference)
-    return words != "" and f" {words} " in f" {plain(answer)} "
 
 
 def distinct(text: str, n: int) -> float | None:

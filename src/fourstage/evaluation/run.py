@@ -47,28 +47,18 @@ def heldout_sets(config: data.DataConfig) -> HeldOut:
         except UserError as error:
             return str(error)
 
-    references: dict[str, list[str]] = {}
-
     def chats(config: data.DataConfig) -> data.Chats:
-        """The chat prompts of the conversations, else of the pairs; notes all answers to each."""
+        """The chat prompts of the conversations, else of the pairs."""
         try:
-            found = data.load_chat(config)
-            said = [(chat.id, chat.answer) for chat in found.heldout if chat.kind == "chat"]
-            prompts = data.prompts_only(found)
+            return data.prompts_only(data.load_chat(config))
         except UserError:
-            prompts = data.load_prompts(config)
-            pairs = data.load_preference(config)
-            said = [(pair.id, pair.chosen) for pair in pairs.heldout] if pairs else []
-        for prompt, answer in said:
-            references.setdefault(prompt, []).append(answer)
-        return prompts
+            return data.load_prompts(config)
 
     return HeldOut(
         corpus=side(data.load_corpus),
         chats=side(chats),
         problems=side(data.load_reasoning),
         has_true_score=config.has_hidden_rule,
-        references=references,
         facts=data.fact_questions(config),
         statements=[(f.beginning, f.sentence) for f in data.load_facts(config).heldout],
     )

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-SUITE = "4"
+SUITE = "5"
 Z = 1.959964  # the normal distribution's 97.5 % quantile
 BOOTSTRAPS = 2000
 PASS_K = (1, 2, 4, 8)
@@ -153,6 +153,7 @@ DEFINITIONS: dict[str, Definition] = {
     },
     # sampled answers to chat prompts
     "true_score": _average("true score", ["chat"], "true_score", better="higher"),
+    "friendly": _share("friendly answers", ["chat"], "friendly"),
     "reward_model_score": _average(
         "reward-model score", ["chat"], "reward_model_score", better="higher"
     ),

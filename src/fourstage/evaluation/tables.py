@@ -98,7 +98,8 @@ def judge_reasons(has_true_score: bool, judges: Judges) -> dict[str, str]:
     }
     if has_true_score:
         return reasons | dict.fromkeys(("win_rate", "win_rate_ties"), unlike)
-    return reasons | dict.fromkeys(("true_score", "win_rate", "win_rate_ties"), NO_TRUE_SCORE)
+    ruled = ("true_score", "friendly", "win_rate", "win_rate_ties")
+    return reasons | dict.fromkeys(ruled, NO_TRUE_SCORE)
 
 
 def evaluate_reward_model(

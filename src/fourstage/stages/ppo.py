@@ -145,7 +145,8 @@ class PPOModule(OnPolicyModule):
     """Trains the policy and a value network; the reward model and the sft reference are frozen.
 
     The value network starts from the reward model (Ouyang et al. 2022, arXiv 2203.02155).
-    `true_score` is the hidden rule, if the data has one: it is logged and never trained on.
+    `true_score` is the hidden rule, if the data has one: (the prompt's record, answer, stopped) ->
+    its score, which is logged and never trained on.
     """
 
     settings: Settings
@@ -159,7 +160,7 @@ class PPOModule(OnPolicyModule):
         tokenizer: Tokenizer,
         settings: Settings,
         seed: int,
-        true_score: Callable[[str, bool], float] | None = None,
+        true_score: Callable[[Any, str, bool], float] | None = None,
         **more: Any,
     ) -> None:
         """more: OnPolicyModule's."""
@@ -173,7 +174,7 @@ class PPOModule(OnPolicyModule):
         s = self.settings
         x = self.collect(batch.prompt_ids)
         losses = self.learn(x.rollout, partial(self.loss, x), torch.ones_like(x.rollout.stopped))
-        self.log_experience(x, losses)
+        self.log_experience(x, losses, batch)
         if s.kl_target > 0:
             kl = self.sum_over_ranks(x.kl_BA.sum(1).mean()) / self.trainer.world_size
             n = len(batch.prompt_ids) * self.trainer.world_size
@@ -221,7 +222,7 @@ class PPOModule(OnPolicyModule):
         by_token = {"log_ratio": log_ratio, "policy_loss": policy_loss, "value_loss": value_loss}
         return loss.sum() / part.totals.tokens, by_token
 
-    def log_experience(self, x: Experience, losses: Metrics) -> None:
+    def log_experience(self, x: Experience, losses: Metrics, batch: PromptBatch) -> None:
         error_BA = x.returns_BA - x.values_BA
         both = (self.moments(what, x.rollout) for what in (error_BA, x.returns_BA))
         metrics: Metrics = {
@@ -234,7 +235,9 @@ class PPOModule(OnPolicyModule):
         }
         if self.true_score is not None:
             texts, stopped = answer_texts(x.rollout, self.tokenizer), x.rollout.stopped.tolist()
-            metrics["true_score"] = sum(map(self.true_score, texts, stopped)) / len(texts)
+            metrics["true_score"] = sum(map(self.true_score, batch.records, texts, stopped)) / len(
+                texts
+            )
         self.log_step(metrics)
 
 
@@ -245,9 +248,14 @@ def prepare(job: StageJob) -> Prepared:
     policy, tokenizer = parent_policy(job)
     reward, _ = load_scalar(job.parents["reward"])
     value, reference = deepcopy(reward).train(), deepcopy(policy)
-    judge = true_score if job.data.has_hidden_rule else None
+
+    def judge(record: data.Conversation, answer: str, stopped: bool) -> float:
+        return true_score(answer, stopped, record.references)
+
     networks = policy, value, reference, reward
-    module = PPOModule(*networks, tokenizer, job.settings, job.seed, judge)
+    module = PPOModule(
+        *networks, tokenizer, job.settings, job.seed, judge if job.data.has_hidden_rule else None
+    )
     return prepare_prompts(job, module, as_planned(job, data.load_prompts(job.data)))
 
 

@@ -129,15 +129,16 @@ def sample_pairs(
     sampler: Sampler,
     tokenizer: Tokenizer,
     prompts: list[list[int]],
-    score: Callable[[str, bool], float],
+    score: Callable[[int, str, bool], float],
     settings: Settings,
     seed: int,
 ) -> tuple[list[dict[str, Any]], int]:
     """Make preference pairs as a human labeller would see them: two answers, one preferred.
 
-    Each prompt is answered twice, `pairs_per_prompt` times over; a pair of equal score is sampled
-    once more, then skipped. Returns rows {"prompt": index, "chosen", "rejected"}, with
-    "unfinished": [side, ...] if an answer was truncated, and the number of skipped pairs.
+    Each prompt is answered twice, `pairs_per_prompt` times over; a pair of equal score (of the
+    prompt's index, the answer, and whether it stopped) is sampled once more, then skipped. Returns
+    rows {"prompt": index, "chosen", "rejected"}, with "unfinished": [side, ...] if an answer was
+    truncated, and the number of skipped pairs.
     """
     wanted = [index for index in range(len(prompts)) for _ in range(settings.pairs_per_prompt)]
     rows: list[dict[str, Any]] = []
@@ -150,11 +151,12 @@ def sample_pairs(
             temperature=settings.temperature,
             seed=2 * seed + attempt,
         )
-        generation = sampler([prompts[index] for index in wanted for _ in range(2)], sampling)
+        asked = [index for index in wanted for _ in range(2)]
+        generation = sampler([prompts[index] for index in asked], sampling)
         texts = map(tokenizer.decode, generation.answer_ids)
         answers = [
-            (score(text, stopped), text, stopped)
-            for text, stopped in zip(texts, generation.stopped, strict=True)
+            (score(index, text, stopped), text, stopped)
+            for index, text, stopped in zip(asked, texts, generation.stopped, strict=True)
         ]
         tied = []
         for index, *pair in zip(wanted, answers[::2], answers[1::2], strict=True):
@@ -186,10 +188,14 @@ def sampled_pairs(job: StageJob, policy: Transformer, tokenizer: Tokenizer) -> d
         if path.exists():
             continue
         say(f"  sampling two answers to each of {len(records):,} prompts for {name}")
+
+        def score(index: int, answer: str, stopped: bool, of: Any = records) -> float:
+            return true_score(answer, stopped, of[index].references)
+
         room = s.max_tokens - s.max_new_tokens
         ids = [fitted_prompt(tokenizer, record.prompt_messages, room) for record in records]
         sampler, seed = sampler_of(policy.to(device_of(job))), 2 * job.seed + draw
-        rows, skipped = sample_pairs(sampler, tokenizer, ids, true_score, s, seed)
+        rows, skipped = sample_pairs(sampler, tokenizer, ids, score, s, seed)
         say(f"  {len(rows):,} pairs; skipped because both answers score the same: {skipped:,}")
         if not rows:
             raise UserError(
