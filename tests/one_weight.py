@@ -76,7 +76,7 @@ def fit(folder: Path, *extra: Callback, every: int = 3, log_every: int = 1) -> T
     module = Tiny()
     samples = SampleLog(
         folder / "samples.jsonl",
-        lambda: [Sample("p1", "What is an LLM?", f"{module.weight.item():.4f}", True)],
+        lambda: [Sample("p1", "What is an LLM?", f"{module.weight.item():.4f}", True, None)],
         every=5,
         at_start=True,
     )

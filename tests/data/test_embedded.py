@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from fourstage import data
-from fourstage.data import DataConfig
+from fourstage.data import DataConfig, sources
 from fourstage.data.chat import demonstrations
 from fourstage.data.corpus import without_heldout
 from fourstage.data.heldout import heldout_keys
@@ -174,11 +174,22 @@ def test_without_facts_there_is_nothing_to_chat_about():
 
 def test_sample_prompts(embedded, files):
     prompts = data.sample_prompts(embedded)
-    assert prompts[0]["messages"] == [{"role": "user", "content": "What is an LLM?"}]
-    assert len(prompts) == 8 == len({p["id"] for p in prompts})
+    assert prompts[0].messages == [{"role": "user", "content": "What is an LLM?"}]
+    assert len(prompts) == 8 == len({p.id for p in prompts})
     heldout = {p.question for p in data.load_reasoning(embedded).heldout}
-    assert all(p["messages"][0]["content"] in heldout for p in prompts[5:])
+    assert all(p.messages[0]["content"] == p.problem.question in heldout for p in prompts[5:])
+    assert not any(p.references or p.problem for p in prompts[:5])  # nothing says what is right
     assert data.sample_prompts(files()) == prompts[:5]
+
+
+def test_sample_prompts_about_facts_know_the_sentence(monkeypatch):
+    config = make("knowledge")
+    first, second = data.load_facts(config).train[:2]
+    llm = next(fact for fact in data.load_facts(config).heldout if fact.name == "LLM")
+    asked = ["What is an LLM?", first.questions()[4], second.reworded, "Who are you?"]
+    monkeypatch.setattr(sources, "QUESTIONS", asked)
+    references = [prompt.references for prompt in data.sample_prompts(config)[:4]]
+    assert references == [(llm.sentence,), (first.sentence,), (second.sentence,), ()]
 
 
 @pytest.mark.parametrize(

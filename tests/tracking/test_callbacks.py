@@ -40,7 +40,7 @@ def test_metrics_of_a_run(whole) -> None:
 def test_samples_of_a_run(whole) -> None:
     rows = [json.loads(line) for line in (whole[0] / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 5, 10, 12]
-    assert list(rows[0]) == ["step", "prompt_id", "prompt", "answer", "stopped"]
+    assert list(rows[0]) == ["step", "prompt_id", "prompt", "answer", "stopped", "right"]
     assert rows[-1]["answer"] == f"{whole[1].weight.item():.4f}"
 
 
@@ -61,7 +61,7 @@ def test_all_ranks_sample_at_the_end_or_none(tmp_path) -> None:
 
 def test_samples_of_a_resumed_run_hold_any_character(tmp_path) -> None:
     """A user's own problem may hold line separators, which are no ends of a record."""
-    asked = Sample("problem-1", "one\u2028two\x85three", "4", True)
+    asked = Sample("problem-1", "one\u2028two\x85three", "4", True, False)
     log = SampleLog(tmp_path / "samples.jsonl", lambda: [asked], every=1)
     progress = SimpleNamespace(total=SimpleNamespace(processed=2))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
@@ -70,6 +70,14 @@ def test_samples_of_a_resumed_run_hold_any_character(tmp_path) -> None:
     resumed = SampleLog(log.path, lambda: [], every=1)
     resumed.on_train_start(trainer, None)
     assert resumed.rows == log.rows and resumed.rows[0]["prompt"] == asked.prompt
+    # as an earlier version wrote it
+    log.path.write_text(
+        '{"step": 1, "prompt_id": "p", "prompt": "a", "answer": "b", "stopped": true}'
+    )
+    resumed.on_train_start(trainer, None)
+    assert [list(row.items())[3:] for row in resumed.rows] == [
+        [("answer", "b"), ("stopped", True), ("right", None)]
+    ]
 
 
 def test_step_seed_depends_on_everything() -> None:

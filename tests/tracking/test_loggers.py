@@ -120,7 +120,8 @@ def test_without_a_key_it_logs_offline_and_says_so_once(no_key, job, capsys) -> 
     assert run.config["run"] == job.run_id and read_record(job.folder)["wandb"] == run.id
 
     # the table of samples holds its whole history, each time it is logged
-    log = SampleLog(job.folder / "samples.jsonl", lambda: [Sample("p", "Hi", "Yes", True)], every=1)
+    said = [Sample("p", "Hi", "Yes", True, None), Sample("q", "1 + 1?", "#### 2", True, True)]
+    log = SampleLog(job.folder / "samples.jsonl", lambda: said, every=1)
     for done in (1, 2):
         progress = SimpleNamespace(total=SimpleNamespace(processed=done))
         loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
@@ -131,8 +132,13 @@ def test_without_a_key_it_logs_offline_and_says_so_once(no_key, job, capsys) -> 
     finish_wandb(job)
     assert wandb.run is None and capsys.readouterr().out == ""  # not said again
     tables = [json.loads(file.read_text()) for file in folder.rglob("*.table.json")]
-    assert {len(table["data"]) for table in tables} == {1, 2}
-    assert max(tables, key=lambda t: len(t["data"]))["data"][1] == [2, "p", "Hi", "Yes", True]
+    assert {len(table["data"]) for table in tables} == {2, 4}
+    longest = max(tables, key=lambda t: len(t["data"]))
+    assert longest["columns"] == ["step", "prompt_id", "prompt", "answer", "stopped", "right"]
+    assert longest["data"][2:] == [
+        [2, "p", "Hi", "Yes", True, None],
+        [2, "q", "1 + 1?", "#### 2", True, True],
+    ]
 
 
 @pytest.mark.parametrize(("name", "value"), [("MODE", "of"), ("SILENT", "x"), ("BASE_URL", "x")])

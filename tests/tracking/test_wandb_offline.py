@@ -133,7 +133,7 @@ def test_the_answers_of_every_stage_stand_side_by_side(landed) -> None:
         ]
         assert table["data"][0][1] == "What is an LLM?"
     history = landed["pretrain"].tables["samples"]
-    assert history["columns"] == ["step", "prompt_id", "prompt", "answer", "stopped"]
+    assert history["columns"] == ["step", "prompt_id", "prompt", "answer", "stopped", "right"]
     assert history["data"] == [[s[c] for c in history["columns"]] for s in before + pretrain]
 
 

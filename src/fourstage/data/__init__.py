@@ -16,7 +16,7 @@ from fourstage.data.records import (
     Problems,
     prompts_only,
 )
-from fourstage.data.sources import digest, left_out, other_source, sample_prompts
+from fourstage.data.sources import SamplePrompt, digest, left_out, other_source, sample_prompts
 from fourstage.data.userfiles import NOT_READ
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Pairs",
     "Problem",
     "Problems",
+    "SamplePrompt",
     "digest",
     "fact_questions",
     "left_out",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fourstage.data.chat import load_chat
 from fourstage.data.config import DataConfig
 from fourstage.data.corpus import load_corpus
+from fourstage.data.knowledge import load_facts
 from fourstage.data.preference import load_preference, load_prompts
 from fourstage.data.reasoning import load_reasoning
-from fourstage.data.records import Split
+from fourstage.data.records import Message, Problem, Split
 from fourstage.errors import UserError
 from fourstage.ladder import LADDER
 
@@ -74,13 +76,30 @@ def _read(config: DataConfig, stage: str) -> Split[Any] | None:
     return LOAD[LADDER[stage].source](config)
 
 
-def sample_prompts(config: DataConfig) -> list[dict[str, Any]]:
-    """Fixed prompts that every stage answers: [{"id", "messages"}], "What is an LLM?" first.
+@dataclass(frozen=True)
+class SamplePrompt:
+    """A prompt that every stage answers, and what is known of the right answer."""
+
+    id: str
+    messages: list[Message]
+    references: tuple[str, ...] = ()  # sentences of which a right answer contains one
+    problem: Problem | None = None
+
+
+def sample_prompts(config: DataConfig) -> list[SamplePrompt]:
+    """Fixed prompts that every stage answers, "What is an LLM?" first.
 
     Questions, then held-out problems of different tasks if there are problems.
     """
+    facts = load_facts(config)
+    sentences: dict[str, tuple[str, ...]] = {}
+    for fact in (*facts.train, *facts.heldout):
+        for question in (*fact.questions(), fact.reworded):
+            sentences[question] = (*sentences.get(question, ()), fact.sentence)
     prompts = [
-        {"id": f"question-{i}", "messages": [{"role": "user", "content": question}]}
+        SamplePrompt(
+            f"question-{i}", [{"role": "user", "content": question}], sentences.get(question, ())
+        )
         for i, question in enumerate(QUESTIONS, start=1)
     ]
     if not config.reasoning.has_problems:
@@ -90,6 +109,6 @@ def sample_prompts(config: DataConfig) -> list[dict[str, Any]]:
     others = [p for p in heldout if p not in one_a_task]
     problems = [*one_a_task, *others][:PROBLEMS]
     return prompts + [
-        {"id": f"problem-{i}", "messages": p.prompt_messages}
+        SamplePrompt(f"problem-{i}", p.prompt_messages, problem=p)
         for i, p in enumerate(problems, start=1)
     ]

@@ -16,7 +16,9 @@ import lightning as L
 import torch
 
 from fourstage import data
+from fourstage.data.verify import verify_all
 from fourstage.errors import UserError
+from fourstage.evaluation.items import contains
 from fourstage.evaluation.run import evaluate_random, evaluate_run
 from fourstage.interruptions import advice, explained, held_back
 from fourstage.job import StageJob
@@ -210,9 +212,20 @@ def fixed_answers(job: StageJob, prepared: Prepared) -> list[Sample]:
     sampling = Sampling(max_new_tokens=new, stop_id=tokenizer.eot_id, temperature=0.0)
     with strategies.gathered(prepared.result) as policy:
         room = policy.config.max_seq_len - new
-        ids = [fitted_prompt(tokenizer, prompt["messages"], room) for prompt in prompts]
+        ids = [fitted_prompt(tokenizer, prompt.messages, room) for prompt in prompts]
         answers = generate(policy, ids, sampling)
     return [
-        Sample(prompt["id"], prompt["messages"][-1]["content"], tokenizer.decode(ids), stopped)
+        judged(prompt, tokenizer.decode(ids), stopped)
         for prompt, ids, stopped in zip(prompts, answers.answer_ids, answers.stopped, strict=True)
     ]
+
+
+def judged(prompt: data.SamplePrompt, answer: str, stopped: bool) -> Sample:
+    """The answer, and whether it is right: the verifier gives it full marks, or it contains what a
+    reference says; a truncated one is wrong, and None means that nothing says what is right."""
+    right = None
+    if prompt.problem is not None:
+        right = stopped and verify_all([prompt.problem], [answer]) == [1.0]
+    elif prompt.references:
+        right = stopped and any(contains(answer, sentence) for sentence in prompt.references)
+    return Sample(prompt.id, prompt.messages[-1]["content"], answer, stopped, right)

@@ -42,6 +42,7 @@ class Sample:
     prompt: str
     answer: str
     stopped: bool
+    right: bool | None = None  # nothing says what is right, or the file is older than the field
 
 
 @dataclass

@@ -146,6 +146,7 @@ class Sample:
     prompt: str
     answer: str
     stopped: bool
+    right: bool | None  # None: nothing says what is right
 
 
 class SampleLog(Callback):
@@ -164,7 +165,9 @@ class SampleLog(Callback):
         done = steps_done(trainer)
         if trainer.is_global_zero:
             if done and self.path.exists():
-                self.rows = [row for row in read_jsonl(self.path) if row["step"] <= done]
+                kept = [row for row in read_jsonl(self.path) if row["step"] <= done]
+                # files of earlier versions have no "right"
+                self.rows = [{**row, "right": row.get("right")} for row in kept]
             write_jsonl(self.path, self.rows)
         if self.at_start and done == 0:
             self.take(trainer)
