@@ -40,6 +40,9 @@ for (const id of ['390-light', '390-dark', '1280-light', '1280-dark']) {
   frame.srcdoc = document.getElementById('page').value;
   frame.onload = () => {
     const page = frame.contentDocument, view = frame.contentWindow, top = page.documentElement;
+    const chart = page.querySelector('.large svg').getBoundingClientRect().bottom;
+    const link = page.querySelector('nav a'), hidden = !link.checkVisibility();
+    page.querySelectorAll('details').forEach(details => details.open = true);
     const colour = selector => {
       const element = page.querySelector(selector);
       return element && rgb(view.getComputedStyle(element).color);
@@ -50,6 +53,7 @@ for (const id of ['390-light', '390-dark', '1280-light', '1280-dark']) {
     const cell = page.querySelector('td:first-child'), box = cell.closest('.wide');
     box.scrollLeft = 60;
     found[id] = {
+      first: chart, hidden: hidden, link: link.getBoundingClientRect().height,
       scroll: top.scrollWidth, client: top.clientWidth, clipped: clipped.length,
       dark: view.matchMedia('(prefers-color-scheme: dark)').matches,
       text: colour('p'), better: colour('.better'), worse: colour('.worse'),
@@ -107,6 +111,17 @@ def test_the_page_never_scrolls_sideways(found: dict[str, dict]) -> None:
         assert seen["client"] in (390, 1280), name
         assert seen["scroll"] <= seen["client"], name
         assert seen["clipped"] == 0, name
+
+
+def test_the_first_screen_shows_the_sentences_and_the_chart(found: dict[str, dict]) -> None:
+    for name, seen in found.items():
+        assert seen["first"] <= 844, name
+
+
+def test_the_menu_opens_to_links_that_a_thumb_can_hit(found: dict[str, dict]) -> None:
+    """At least 24 pixels high (WCAG 2.2, 2.5.8)."""
+    for seen in found.values():
+        assert seen["hidden"] and seen["link"] >= 24
 
 
 def test_a_wide_table_scrolls_in_its_box_and_its_stages_stay(found: dict[str, dict]) -> None:

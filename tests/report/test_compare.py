@@ -13,6 +13,7 @@ from benchmarks.seeds import main as seeds_table
 from fourstage.errors import UserError
 from fourstage.evaluation import suite
 from fourstage.report import main
+from fourstage.report.charts import Drawing
 from tests.ladders import run_id, stages, write_json, write_ladder
 
 
@@ -41,7 +42,10 @@ def compare_md(outputs: Path) -> str:
 
 def test_mean_and_spread_of_every_key(seeds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "BOOTSTRAPS", 10)
-    monkeypatch.setattr("fourstage.report.figures.intervals", lambda *_: "<svg></svg>")
+    monkeypatch.setattr(
+        "fourstage.report.figures.intervals", lambda *_: Drawing("<svg></svg>", None)
+    )
+    monkeypatch.setattr(Drawing, "files", lambda *_: {})
     found = json.loads((seeds / "report" / "compare.json").read_text())
     assert [ladder["label"] for ladder in found["ladders"]] == ["seed 0", "seed 1", "seed 2"]
     values = []

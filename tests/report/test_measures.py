@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 
 from fourstage.evaluation import suite
 from fourstage.report import main
-from fourstage.report.charts import Node, heat_map, lineage, lines, over_optimisation, thinned
+from fourstage.report.charts import (
+    Drawing,
+    Node,
+    Strip,
+    before_after,
+    heat_map,
+    lineage,
+    lines,
+    over_optimisation,
+    thinned,
+)
 from fourstage.report.figures import loads, over_optimisation_blocks
 from fourstage.report.html import Cell, Figures, Paragraph, Table, markdown, page
 from fourstage.report.tables import change, duration, verdict
@@ -49,7 +61,10 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outputs(ladder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy to change; fast, since neither intervals nor drawings matter here."""
     monkeypatch.setattr(suite, "BOOTSTRAPS", 10)
-    monkeypatch.setattr("fourstage.report.figures.intervals", lambda *_: "<svg></svg>")
+    monkeypatch.setattr(
+        "fourstage.report.figures.intervals", lambda *_: Drawing("<svg></svg>", None)
+    )
+    monkeypatch.setattr(Drawing, "files", lambda *_: {})
     shutil.copytree(ladder / "runs", tmp_path / "runs")
     return tmp_path
 
@@ -125,7 +140,9 @@ def test_another_suite_is_not_compared(outputs: Path) -> None:
     assert stages(outputs)["ppo"]["differences"] != {}
     goals = section(outputs, "Each stage on its own goal").splitlines()
     assert goals[-3].startswith("| grpo |") and goals[-3].endswith("; different suites |")
-    assert "; apart: better |" in goals[-7]  # sft
+    assert re.search(
+        r"\| \+\d\d\.\d points better \[\+\d\d\.\d, \+\d\d\.\d\] \|$", goals[-6]
+    )  # sft
     text = (outputs / "report" / "report.md").read_text()
     assert (
         f"Evaluated by suites 1 and {suite.SUITE}; this version has suite {suite.SUITE}, and "
@@ -173,16 +190,47 @@ def test_a_change_says_in_words_what_its_colour_says() -> None:
     assert change("bits_per_char", None) == []
 
 
-def test_stage_and_tax_tables_show_the_differences(full: Path) -> None:
+def test_tables_show_the_differences(full: Path) -> None:
     found = stages(full)["grpo"]["differences"]["reasoning_accuracy"]
     shown = f"{100 * found['value']:+.1f} points"
     assert shown in section(full, "What each stage did").splitlines()[-1]
-    tax = section(full, "The alignment tax").splitlines()
-    assert tax[3] == "| key | pretrain − random | sft − pretrain | ppo − sft | grpo − ppo |"
-    line = next(line for line in tax if line.startswith("| reasoning accuracy |"))
+    changed = section(full, "What each stage changed").splitlines()
+    assert changed[3] == "| key | pretrain − random | sft − pretrain | ppo − sft | grpo − ppo |"
+    line = next(line for line in changed if line.startswith("| reasoning accuracy |"))
     assert shown in line.split(" | ")[-1]
-    assert not [line for line in tax if "difficulty" in line]
+    assert not [line for line in changed if "difficulty" in line]
     assert "| reasoning accuracy: difficulty easy |" in section(full, "By task and by difficulty")
+
+
+def test_only_a_loss_on_another_stages_goal_is_a_tax(full: Path) -> None:
+    """What sft lost of pretrain's goal; not what pre-training changed of random weights."""
+    found = {row: stages(full)[row]["differences"] for row in ("pretrain", "sft", "ppo", "grpo")}
+    goals = {
+        "pretrain": "bits_per_char",
+        "sft": "well_formed",
+        "reward": "pair_accuracy",
+        "ppo": "true_score",
+        "grpo": "reasoning_accuracy",
+    }
+    expected = {
+        (stage, name)
+        for stage in ("sft", "ppo", "grpo")
+        for other, name in goals.items()
+        if other != stage and name in found[stage]
+        if verdict(name, found[stage][name]) == "worse"
+    }
+    assert ("sft", "bits_per_char") in expected
+    changed = section(full, "What each stage changed")
+    assert changed.count("; a tax") == len(expected)
+    bits = next(line for line in changed.splitlines() if line.startswith("| bits"))
+    _, _, pretrain, sft, *_ = bits.split(" | ")[0:1] + bits.split(" | ")
+    assert "; a tax" not in pretrain and sft.endswith("; a tax")
+    loss = f"{found['sft']['bits_per_char']['value']:+.3f}"
+    said = (full / "report" / "report.md").read_text().split("\n## ")[0]
+    assert (
+        f"The alignment tax, lost on the goals of other stages: bits a character (sft {loss}"
+        in said
+    )
 
 
 # --- routers
@@ -202,7 +250,7 @@ def test_loads_are_shares_of_each_layer() -> None:
 
 
 def test_heat_map_says_in_text_what_it_colours() -> None:
-    svg = heat_map([[0.5, 0.125, 0.375, 0.0], [0.25, 0.25, 0.25, 0.25]], 0.5)
+    svg = heat_map([[0.5, 0.125, 0.375, 0.0], [0.25, 0.25, 0.25, 0.25]], 0.5).svg
     texts = re.findall(">([^<>]+)</text>", svg)
     assert texts[2:] == [
         *("0", "50", "12", "38", "0", "2.00, 1"),
@@ -214,7 +262,7 @@ def test_heat_map_says_in_text_what_it_colours() -> None:
 
 def test_heat_map_of_many_experts_keeps_a_summary_of_each_layer() -> None:
     shares = [[1 / 128] * 128, [2 / 128] * 64 + [0.0] * 64]
-    texts = re.findall(">([^<>]+)</text>", heat_map(shares, 2 / 128))
+    texts = re.findall(">([^<>]+)</text>", heat_map(shares, 2 / 128).svg)
     assert texts[2:] == ["0", "1.00, 0", "1", "2.00, 64"]
 
 
@@ -222,7 +270,8 @@ def test_all_stages_have_a_heat_map_of_one_scale(full: Path, tmp_path: Path) -> 
     text = (full / "report" / "report.html").read_text()
     routers = text.split(">What the routers do</h2>")[1].split("<h2")[0]
     drawn = re.findall("<strong>(.*?)</strong>", routers)
-    assert drawn == ["random", "pretrain", "sft", "ppo", "grpo"]
+    names = ("random", "pretrain", "sft", "ppo", "grpo")
+    assert drawn == [f"{name}: routers" for name in names]
     assert "An even share is 25.0 %" in routers
     depths = [float(x) for x in re.findall("fill-opacity: ([0-9.]+)", routers)]
     assert max(depths) == 0.85 and len(depths) == 5 * 2 * 4
@@ -285,7 +334,7 @@ def test_no_true_score_and_no_kl_are_said() -> None:
 
 def test_kl_stands_at_its_square_root() -> None:
     """On the axis 4 nats are twice as far from 0 as 1 nat is; a negative estimate is at 0."""
-    svg = over_optimisation("KL", "score", {"s": [(-0.1, 0.0), (1.0, 0.0), (4.0, 0.0)]})
+    svg = over_optimisation("KL", "score", {"s": [(-0.1, 0.0), (1.0, 0.0), (4.0, 0.0)]}).svg
     dots = re.findall(r'<use [^>]*x="([\d.]+)"[^>]*fill-opacity: 0.35', svg)
     zero, one, four = (float(x) for x in dots)
     assert four - zero == pytest.approx(2 * (one - zero), abs=1e-4)
@@ -301,10 +350,48 @@ def test_accuracy_by_difficulty(full: Path) -> None:
 
 
 def test_a_drawing_takes_the_colours_of_the_page() -> None:
-    svg = lines("step", "nats", {"train/loss": [(1, 2.0), (2, 1.0)]})
-    assert svg == lines("step", "nats", {"train/loss": [(1, 2.0), (2, 1.0)]})
+    svg, again = (lines("step", "nats", {"train/loss": [(1, 2.0), (2, 1.0)]}).svg for _ in "ab")
+    assert svg == again
     assert svg.startswith("<svg ") and "currentColor" in svg and "#010203" not in svg
     assert "<metadata" not in svg and "train/loss" in svg
+
+
+def test_a_drawing_in_a_file_is_black_on_white_under_its_title() -> None:
+    drawing = lines("step", "nats", {"train/loss": [(1, 2.0), (2, 1.0)]})
+    inline, files = drawing.svg, drawing.files("pretrain: <loss>")
+    assert list(files) == ["svg", "png"]
+    svg = files["svg"].decode()
+    assert ">pretrain: &lt;loss&gt;</text>" in svg and "fill: #ffffff" in svg
+    assert "#000000" in svg and "currentColor" not in svg and "#010203" not in svg
+    assert "<dc:date>" not in svg and b"Software" not in files["png"]
+    pixels = matplotlib.image.imread(io.BytesIO(files["png"]))
+    assert pixels.shape[:2] == (round(160 * (2.7 + 0.35)), round(160 * 4.6))
+    assert (pixels[[0, -1], :, :3] == 1).all()  # white up to the edges
+    title = pixels[: int(160 * 0.3), : int(160 * 2)]
+    assert title[..., :3].min() < 0.05
+    assert "<loss>" not in inline and "pretrain" not in drawing.svg  # the page has its own
+
+
+def test_goals_stand_on_scales_whose_right_end_is_better() -> None:
+    """Bits fall from 4 to 2 on a scale from 5 to 1: from a quarter of the way to three quarters."""
+    before, after = ({"value": x, "low": x - 0.5, "high": x + 0.5} for x in (4.0, 2.0))
+    ends = ("5.000", "1.000")
+    strip = Strip("sft", "bits", "4 → 2, better", (before, after), (5.0, 1.0), ends)
+    coin = {"value": 0.5, "low": 0.5, "high": 0.5}
+    alone = Strip("grpo", "right", "90 %", (coin, suite.missing("")), (0.0, 1.0), ("0", "1"))
+    svg = before_after([strip, alone]).svg
+    texts = re.findall(">([^<>]+)</text>", svg)
+    assert texts == [
+        *("before", "after", "further right is better"),
+        *("sft", "bits", "4 → 2, better", *ends),
+        *("grpo", "right", "90 %", "0", "1"),
+    ]
+    spans = re.findall(r'd="M ([\d.]+) [\d.]+\nL ([\d.]+) [\d.]+\n" clip', svg)
+    scale, quarter = ("6", "354"), (354 - 6) / 4
+    before_ends, after_ends = ("49.5", "136.5"), ("223.5", "310.5")
+    assert spans == [scale, before_ends, after_ends, scale]  # the coin has no interval
+    places = [float(x) for x in re.findall(r'<use [^>]*x="([\d.]+)"', svg)]
+    assert {6 + quarter, 6 + 2 * quarter, 6 + 3 * quarter} < set(places)
 
 
 def test_thinned() -> None:
@@ -321,7 +408,7 @@ def test_lineage_draws_every_parent_once() -> None:
         Node("ppo", ["p"], ["sft", "reward", "not shown"]),
     ]
     for across in (True, False):
-        svg = lineage(nodes, across)
+        svg = lineage(nodes, across).svg
         assert svg.count("fill-opacity: 0.13") == len(nodes) and len(arrows(svg)) == 3
         assert "&lt;id&gt;" in svg
 
@@ -343,11 +430,49 @@ def test_lineage_of_the_page(full: Path) -> None:
 
 
 def test_deleted_and_rebuilt_the_report_has_the_same_bytes(full: Path) -> None:
-    first = {path.name: path.read_bytes() for path in (full / "report").iterdir()}
+    first = contents(full / "report")
     shutil.rmtree(full / "report")
     main([f"outputs={full}"])
-    assert first == {path.name: path.read_bytes() for path in (full / "report").iterdir()}
-    assert sorted(first) == ["report.html", "report.md", "stages.json"]
+    assert first == contents(full / "report")
+    assert sorted(name for name in first if "/" not in name) == [
+        *("report.html", "report.md", "stages.json")
+    ]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below the folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_every_drawing_of_the_page_is_a_file_too(full: Path) -> None:
+    text = (full / "report" / "report.html").read_text()
+    titles = re.findall("<figcaption><strong>(.*?)</strong>", text)
+    names = {re.sub("[^a-z0-9]+", "-", title.lower()) for title in titles}
+    assert len(names) == len(titles) == text.count("<svg ") > 20
+    found = {path.name for path in (full / "report" / "figures").iterdir()}
+    assert found == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
+    shown = re.findall(
+        r"^!\[.*\]\(figures/(.*)\.png\)$", (full / "report" / "report.md").read_text(), re.M
+    )
+    assert {*shown, "the-ladder-downwards"} == names and len(shown) == len(names) - 1
+
+
+def test_figures_of_an_earlier_report_do_not_survive(tmp_path: Path) -> None:
+    figures = tmp_path / "report" / "figures"
+    figures.mkdir(parents=True)
+    for name in ("old.svg", "old.png", "mine.txt"):
+        (figures / name).write_text("old")
+    write_ladder(tmp_path, n=6, steps=0, experts=1, stages=("pretrain",))
+    main([f"outputs={tmp_path}"])
+    names = [
+        "goals-before-and-after",
+        "the-ladder",
+        "the-ladder-downwards",
+        "reasoning-accuracy-by-difficulty",
+    ]
+    kept = {f"{name}.{kind}" for name in names for kind in ("svg", "png")} | {"mine.txt"}
+    assert {path.name for path in figures.iterdir()} == kept
 
 
 # --- costs

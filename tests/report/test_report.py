@@ -170,6 +170,7 @@ def write_run(outputs: Path, stage: str, curves: bool = False, **changes: object
         lines += [(9, ADD, answers[1], True), (9, LLM, answers[0], stage != "pretrain")]
     rows = [
         {"step": step, "prompt_id": prompt, "prompt": prompt, "answer": answer, "stopped": stopped}
+        | ({"right": answer.endswith("#### 30")} if prompt == ADD else {})
         for step, prompt, answer, stopped in lines
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -213,6 +214,126 @@ def report_md(outputs: Path) -> str:
 
 def section(text: str, heading: str) -> str:
     return text.split(f"## {heading}\n")[1].split("\n## ")[0]
+
+
+# --- the first screen, and what the terminal says
+
+
+def test_the_first_screen_says_what_happened(full: Path) -> None:
+    first = report_md(full).split("\n## ")[0]
+    assert first.splitlines()[2].startswith("Evaluated by suite 1; this version has suite ")
+    assert first.splitlines()[4:] == [
+        "- On held-out data, pretrain (bits a character 6.700 → 2.500), sft (well-formed 2.0 → "
+        "90.0 %), reward (pairs right 50.0 → 78.0 %), ppo (true score 0.800 → 1.900) and grpo "
+        "(problems right 48.0 → 70.0 %) clearly improved their own goals.",
+        '- Asked "What is an LLM?", grpo answers: "I hope you are well."',
+        "- What it cost the goals of other stages was not measured.",
+        "",
+        "![Goals before and after](figures/goals-before-and-after.png)",
+        "",
+        "On held-out data, with 95 % intervals; each goal has a scale of its own.",
+    ]
+    sections = re.findall("^## (.*)$", report_md(full), re.M)
+    assert sections[0] == "The same prompts, answered by every stage"
+
+
+def test_a_goal_that_is_not_reached_is_said(outputs: Path) -> None:
+    def measure(stage: str, **cells: dict) -> None:
+        path = outputs / "runs" / f"{stage}-{LADDER[stage][0]}" / "eval.json"
+        write_json(path, {"suite": "1", "seed": 0, "metrics": LADDER[stage][3] | cells})
+
+    measure("sft", well_formed=cell(0.03, 0.02, 0.05))
+    measure("reward", pair_accuracy=cell(0.4, 0.35, 0.45, 300))
+    measure("grpo", reasoning_accuracy=null("no problems"))
+    for stage in LADDER:
+        path = outputs / "runs" / f"{stage}-{LADDER[stage][0]}" / "samples.jsonl"
+        path.write_text(path.read_text().replace('"I hope you are well."', '""'))
+    report(outputs)
+    assert report_md(outputs).splitlines()[4:6] == [
+        "- On held-out data, pretrain (bits a character 6.700 → 2.500) and ppo (true score 0.800 → "
+        "1.900) clearly improved their own goals; sft (well-formed 2.0 → 3.0 %) did not clearly "
+        "change its own goal; reward (pairs right 50.0 → 40.0 %) clearly worsened its own goal; "
+        "grpo (problems right –) could not be judged on its own goal.",
+        '- Asked "What is an LLM?", grpo answers: ""',
+    ]
+
+
+def said(
+    outputs: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, width: int
+) -> list[str]:
+    """The lines that the command prints."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    capsys.readouterr()
+    main([f"outputs={outputs}"])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_command_ends_with_answers_and_goals(
+    full: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before suite 4 there are no paired differences: the two intervals are compared instead."""
+    assert said(full, capsys, monkeypatch, 72) == [
+        "What is an LLM?",
+        "  random    x~9…",
+        "  pretrain  <script>alert('x')</script> | `a` **b** &amp; ``` # no head…",
+        "  sft       A model of words.",
+        "  ppo       I am glad to help you.",
+        "  grpo      I hope you are well.",
+        "",
+        "Each stage's goal, before → after, with the difference's 95 % interval",
+        "  pretrain  bits a character  6.700 → 2.500  -4.200 apart: better",
+        "  sft       well-formed       2.0 → 90.0 %   +88.0 points apart: better",
+        "  reward    pairs right       50.0 → 78.0 %  +28.0 points better [+23.0…",
+        "  ppo       true score        0.800 → 1.900  +1.100 apart: better",
+        "  grpo      problems right    48.0 → 70.0 %  +22.0 points apart: better",
+        "",
+        f"report: {full}/report/report.html (the same as {full}/report/report.md)",
+    ]
+
+
+def test_the_ending_marks_what_is_right(
+    outputs: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only one prompt is asked; control characters, as in escape sequences, are not printed."""
+    for folder in (outputs / "runs").iterdir():
+        path = folder / "samples.jsonl"
+        lines = [line for line in path.read_text().splitlines() if ADD in line]
+        path.write_text(
+            "".join(f"{line}\n".replace("26 26 26", "\\u001b[2J 日本") for line in lines)
+        )
+    assert said(outputs, capsys, monkeypatch, 29)[:7] == [
+        "26 + 4 = ?",
+        "  random    ✗ wrong  qZ)…",
+        "  pretrain  ✗ wrong  \ufffd[2J 日…",
+        "  sft       ✓ right  6 + 4 =…",
+        "  ppo       ✓ right  #### 30",
+        "  grpo      ✓ right  26 + 4…",
+        "",
+    ]
+
+
+def test_the_ending_of_a_reward_model_without_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ancestors and its evaluation are lost."""
+    folder = write_run(tmp_path, "reward")
+    (folder / "eval.json").unlink()
+    assert said(tmp_path, capsys, monkeypatch, 80)[:3] == [
+        "Each stage's goal, before → after, with the difference's 95 % interval",
+        "  reward  pairs right  –  – not measured",
+        "",
+    ]
+    assert report_md(tmp_path).splitlines()[2] == (
+        "- On held-out data, reward (pairs right –) could not be judged on its own goal."
+    )
+
+
+def test_an_output_that_cannot_show_a_character_gets_a_question_mark(full: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "80"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2] / "src")
+    command = [sys.executable, "-m", "fourstage", "report", f"outputs={full}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "  sft       well-formed       2.0 ? 90.0 %   +88.0 points apart: better" in done.stdout
 
 
 # --- stages.json
@@ -360,7 +481,7 @@ def test_each_stage_on_its_own_goal(full: Path) -> None:
         "| sft | well-formed answers | 2.0 % [1.0, 4.0] (pretrain) | 90.0 % [87.0, 93.0] "
         "| +88.0 points; apart: better |",
         "| reward | held-out pairs ordered right | 50.0 % (a coin) | 78.0 % [73.0, 82.0] "
-        "| +28.0 points; apart: better |",
+        "| +28.0 points better [+23.0, +32.0] |",
         "| ppo | true score | 0.800 [0.700, 0.900] (sft) | 1.900 [1.800, 2.000] "
         "| +1.100; apart: better |",
         "| grpo | reasoning accuracy | 48.0 % [43.0, 53.0] (ppo) | 70.0 % [65.0, 74.0] "
@@ -393,7 +514,15 @@ def test_answers_stand_side_by_side(full: Path) -> None:
     assert re.findall("^### (.*)$", text, re.M) == ["What is an LLM?", "26 + 4 = ?"]
     llm = text.split("### ")[1]
     assert re.findall(r"^\*\*(\w+)\*\*", llm, re.M) == ["random", "pretrain", "sft", "ppo", "grpo"]
-    assert "**random** (cut off)\n\n```text\nx~9\n```" in llm
+    assert "**random** (cut off)\n\n```text\nx~9\n```" in llm  # nothing says what is right
+    add = text.split("\n### ")[2]
+    assert "**random** (✗ wrong, cut off)\n\n```text\nqZ)\n```" in add
+    assert "**pretrain** (✗ wrong)\n\n```text\n26 26 26\n```" in add
+    assert "**sft** (✓ right)\n\n```text\n6 + 4 = 10\n#### 30\n```" in add
+    html = (full / "report" / "report.html").read_text(encoding="utf-8")
+    assert '<strong>sft</strong> <span class="better">✓ right</span>' in html
+    wrong = '<span class="worse">✗ wrong</span><span class="small">cut off</span>'
+    assert f"<strong>random</strong> {wrong}" in html
     assert f"**pretrain** (cut off)\n\n````text\n{NASTY}\n````" in llm
     assert "**grpo**\n\n```text\nI hope you are well.\n```" in llm
     assert "an early answer" not in text
@@ -568,8 +697,9 @@ def test_the_page_is_well_formed_and_stands_alone(full: Path) -> None:
     assert any(NASTY in part for part in html.texts)  # what a reader sees is what the model said
     titles = re.findall("<figcaption><strong>(.*?)</strong>", text)
     assert titles == [
-        "The ladder",  # across, and downwards for a phone
+        "Goals before and after",
         "The ladder",
+        "The ladder downwards",  # for a phone
         "pretrain: loss",
         "sft: loss",
         "reward: loss",
@@ -594,8 +724,12 @@ def test_the_same_runs_give_the_same_bytes(full: Path, tmp_path: Path) -> None:
     environment["PYTHONPATH"] = source
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert str(tmp_path / "again" / "report" / "report.html") in done.stdout
-    names = sorted(path.name for path in (full / "report").iterdir())
-    assert names == ["report.html", "report.md", "stages.json"]
+    found = (full / "report").rglob("*")
+    names = sorted(str(path.relative_to(full / "report")) for path in found if path.is_file())
+    assert [name for name in names if not name.startswith("figures/")] == [
+        *("report.html", "report.md", "stages.json")
+    ]
+    assert len(names) == 3 + 2 * 13  # drawings, each as SVG and PNG
     for name in names:
         first = (full / "report" / name).read_bytes()
         assert first == (tmp_path / "again" / "report" / name).read_bytes()
@@ -609,6 +743,19 @@ def test_the_report_needs_no_heavy_import() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert not {"torch", "lightning", "hydra", "matplotlib"} & set(re.findall(r"\w+", done.stdout))
+
+
+def test_the_page_has_one_menu_and_folds_what_is_long(full: Path) -> None:
+    text = (full / "report" / "report.html").read_text(encoding="utf-8")
+    assert text.count("<nav>") == 1
+    menu = text.split("<nav>\n<details>\n<summary>On this page</summary>\n")[1].split("</nav>")[0]
+    links = re.findall('<a href="#(.*?)">(.*?)</a>', menu)
+    assert [title for _, title in links] == re.findall("<h2 id=.*?>(.*?)</h2>", text)
+    assert ("what-each-stage-changed", "What each stage changed") in links
+    assert "</h1>\n<nav>" in text  # before all else
+    folded = re.findall("<details>\n<summary><h2 id=.*?>(.*?)</h2></summary>", text)
+    assert folded == ["The whole suite", "By task and by difficulty"]
+    assert text.count("<details>") == text.count("</details>") == 3
 
 
 # --- the blocks
@@ -636,12 +783,11 @@ def test_markdown_tables_and_lists() -> None:
 
 
 def test_html_escapes_everything() -> None:
-    answers = Answers("<b>", [("<i>", "</pre><script>", "&"), ("s", "\nfirst line empty", "")])
+    said = [("<i>", "</pre><script>", [("&", "small")]), ("s", "\nfirst line empty", [])]
+    answers = Answers("<b>", said)
     text = page("<t>", [answers, Paragraph("<p>"), Table(["<th>"], [["<td>"]])])
     html = Page(text)
-    assert {"<t>", "<b>", "<i>", "\n</pre><script>", "(&)", "<p>", "<th>", "<td>"} <= set(
-        html.texts
-    )
+    assert {"<t>", "<b>", "<i>", "\n</pre><script>", "&", "<p>", "<th>", "<td>"} <= set(html.texts)
     assert "script" not in html.tags
     assert "<pre>\n\nfirst line empty</pre>" in text
 

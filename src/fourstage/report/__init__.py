@@ -10,20 +10,24 @@ For example:
 
 The first takes the latest finished run that no other started from (or `run=`: an id, <stage>-<id>,
 a folder, or a stage's name) and compares it with its ancestors and the random weights in
-outputs/report/{report.md, report.html, stages.json}. The second puts several ladders side by side
-(compare.py). The same runs give the same bytes: the files contain no times of day.
+outputs/report/{report.md, report.html, stages.json} and its drawings in figures/. The second puts
+several ladders side by side (compare.py). The same runs give the same bytes: the files contain no
+times of day.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from fourstage.errors import UserError
 from fourstage.report import figures, tables
 from fourstage.report.compare import write_comparison
 from fourstage.report.files import Files, Metric
-from fourstage.report.html import Answers, Block, Bullets, Heading, Paragraph, write
+from fourstage.report.html import Answers, Block, Bullets, Fold, Heading, Paragraph, write
 from fourstage.report.ladder import (
     Row,
     Run,
@@ -37,16 +41,19 @@ from fourstage.report.ladder import (
     tips,
     with_differences,
 )
+from fourstage.report.summary import ending, marks, prompts, sentences
 from fourstage.report.tables import NONE
 
-FIRST_PROMPT = "What is an LLM?"
+NOT_ASKED = [("not asked", "small")]
 # stages.json keeps a renamed metric under its old name too, for the programs that read it
 FORMER_NAMES = {"preference_score": "true_score"}
 
 
-def write_report(outputs: Path, name: str | None = None) -> Path:
-    """Write report.md, report.html and stages.json into outputs/report and return that folder.
-    Raises UserError if there is no such run."""
+def write_report(
+    outputs: Path, name: str | None = None, tell: Callable[[list[Row]], None] = lambda rows: None
+) -> Path:
+    """Write report.md, report.html, stages.json and figures/ into outputs/report and return that
+    folder; `tell` is called with what was read. Raises UserError if there is no such run."""
     files = Files()
     runs = read_runs(outputs, files)
     tip = choose(runs, name, outputs)
@@ -57,6 +64,7 @@ def write_report(outputs: Path, name: str | None = None) -> Path:
     folder = outputs / "report"
     write(folder, "report", f"fourstage: {tip.name}", document(rows, tip, curves, files, others))
     (folder / "stages.json").write_text(stages_json(rows, files.suite), encoding="utf-8")
+    tell(rows)
     return folder
 
 
@@ -86,10 +94,9 @@ def document(
     """The report, from the answer (what did each stage do?) to the details."""
     whole, parts = tables.keys(rows)
     by_part: list[Block] = [
-        Heading("By task and by difficulty"),
         tables.suite_table(rows, parts),
         Paragraph("And the differences to the parent:"),
-        _tax(rows, parts),
+        _changes(rows, parts),
     ]
     notes = tables.data_notes(rows)
     absent = [
@@ -98,8 +105,12 @@ def document(
     ]
     return [
         Heading(f"From random weights to {tip.stage}", 1),
-        *_introduction(tip, files, others),
-        *map(Paragraph, notes_on_items(rows, tip.name)),
+        *map(Paragraph, _warnings(rows, tip, files)),
+        Bullets(sentences(rows)),
+        *figures.goal_figures(rows),
+        *_answers(rows),
+        Heading("The runs"),
+        *map(Paragraph, _facts(tip, files, others)),
         *figures.lineage_figures(rows),
         Heading("What each stage did"),
         Paragraph(_how_to_read(rows)),
@@ -107,37 +118,45 @@ def document(
         Heading("Each stage on its own goal"),
         tables.goal_table(rows),
         *_kl(rows),
-        Heading("The alignment tax"),
+        Heading("What each stage changed"),
         Paragraph(
-            "What each stage changed: for every key the paired difference to the policy that it "
-            "started from."
+            "For every key the paired difference to the policy that the stage started from. The "
+            "alignment tax is what it lost on the goals of other stages; random weights have "
+            "nothing to lose."
         ),
-        _tax(rows, whole),
-        *_answers(rows),
+        _changes(rows, whole),
         *figures.learning_curves(curves),
         *figures.over_optimisation_blocks(curves.get("ppo")),
         *figures.difficulty_blocks(rows),
         *figures.heat_map_blocks(rows),
         Heading("What it cost"),
         *tables.cost_table(rows),
-        Heading("The whole suite"),
-        tables.suite_table(rows, whole),
-        *(by_part if parts else []),
+        Fold("The whole suite", [tables.suite_table(rows, whole)]),
+        *[Fold("By task and by difficulty", by_part)] * bool(parts),
         *([Heading("What went into training"), Bullets(notes)] if notes else []),
         Heading("What is missing"),
         Bullets([*files.problems, *absent] or ["nothing"]),
     ]
 
 
-def _introduction(tip: Run, files: Files, others: list[str]) -> list[Block]:
+def _warnings(rows: list[Row], tip: Run, files: Files) -> list[str]:
+    debug = (
+        "These are debug runs of a few steps a stage: they show that the path works, and their "
+        "figures say nothing about the method."
+    )
+    return [
+        *[debug] * tip.is_debug,
+        *files.suite_notes(tip.name),
+        *notes_on_items(rows, tip.name),
+    ]
+
+
+def _facts(tip: Run, files: Files, others: list[str]) -> list[str]:
     facts = [f"Run {tip.name}", *(f"{key} {value}" for key, value in tip.facts().items())]
-    said = [", ".join(facts) + f"; evaluation suite {files.suite}.", *files.suite_notes(tip.name)]
-    if tip.is_debug:
-        debug = "These are debug runs of a few steps a stage: they show that the path works, and "
-        said.insert(0, debug + "their figures say nothing about the method.")
+    said = [", ".join(facts) + f"; evaluation suite {files.suite}."]
     if others:
         said.append(f"Other ladders found (run=NAME reports on one): {', '.join(others)}.")
-    return [Paragraph(text) for text in said]
+    return said
 
 
 def _how_to_read(rows: list[Row]) -> str:
@@ -170,26 +189,29 @@ def _kl(rows: list[Row]) -> list[Block]:
 
 
 def _answers(rows: list[Row]) -> list[Block]:
-    asked = [row for row in rows if row.answers]
-    prompts = dict.fromkeys(prompt for row in reversed(asked) for prompt in row.answers)
-    blocks: list[Block] = []
-    for prompt in sorted(prompts, key=lambda prompt: prompt != FIRST_PROMPT):
-        by_stage: list[tuple[str, str | None, str]] = []
-        for row in asked:
-            answer, stopped = row.answers.get(prompt, (None, True))
-            remark = "not asked" if answer is None else "" if stopped else "cut off"
-            by_stage.append((row.stage, answer, remark))
-        blocks.append(Answers(prompt, by_stage))
+    blocks = [
+        Answers(
+            prompt,
+            [
+                (row.stage, said.answer, marks(said)) if said else (row.stage, None, NOT_ASKED)
+                for row in rows
+                if row.answers
+                for said in [row.answers.get(prompt)]
+            ],
+        )
+        for prompt in prompts(rows)
+    ]
     return [Heading("The same prompts, answered by every stage"), *blocks] if blocks else []
 
 
-def _tax(rows: list[Row], names: list[str]) -> Block:
-    table = tables.tax_table(rows, names)
+def _changes(rows: list[Row], names: list[str]) -> Block:
+    table = tables.change_table(rows, names)
     return table if table.rows else Paragraph("None was measured: the last section says why.")
 
 
 def main(arguments: list[str]) -> None:
-    """Write the report and print where it is. Raises UserError for a mistake in the command."""
+    """Write the report, print what came out and where it is. Raises UserError for a mistake in the
+    command."""
     is_comparison = arguments[:1] == ["compare"]
     outputs, name, names = "outputs", None, []
     for argument in arguments[is_comparison:]:
@@ -205,5 +227,12 @@ def main(arguments: list[str]) -> None:
         folder = write_comparison(Path(outputs), names)
         print(f"comparison: {folder / 'compare.html'} (the same as {folder / 'compare.md'})")
     else:
-        folder = write_report(Path(outputs), name)
-        print(f"report: {folder / 'report.html'} (the same as {folder / 'report.md'}, with plots)")
+        folder = write_report(Path(outputs), name, _tell)
+        print(f"report: {folder / 'report.html'} (the same as {folder / 'report.md'})")
+
+
+def _tell(rows: list[Row]) -> None:
+    """Print the ending; characters that the output can't encode become question marks."""
+    text = "\n".join(ending(rows, shutil.get_terminal_size().columns))
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding))

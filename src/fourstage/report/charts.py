@@ -1,8 +1,9 @@
-"""The report's drawings as inline SVGs, made by matplotlib: curves, over-optimisation, values with
-intervals, the ladder as a graph, the routers' heat maps.
+"""The report's drawings, made by matplotlib: goals before and after, curves, over-optimisation,
+values with intervals, the ladder as a graph, the routers' heat maps.
 
-Text and axes take the page's text colour, to be readable in light and dark, and whatever a colour
-says is also said by a shape or in text. The same figures give the same bytes.
+In the page, text and axes take the page's text colour, to be readable in light and dark; in a file
+of its own a drawing is black on white. Whatever a colour says is also said by a shape or in text.
+The same figures give the same bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +27,78 @@ MARKERS = "osD^vP"
 GROUPS = 12  # of neighbouring rollouts in the over-optimisation chart
 
 
-def lines(xlabel: str, ylabel: str, series: Mapping[str, Points]) -> str:
+@dataclass(frozen=True)
+class Drawing:
+    """An inline <svg> without sizes, times or styles of its own, and what it was drawn from."""
+
+    svg: str
+    plot: Any  # matplotlib's figure
+
+    def files(self, title: str) -> dict[str, bytes]:
+        """The drawing under its title as files, by their endings."""
+        from matplotlib.transforms import Bbox
+
+        width, height = self.plot.get_size_inches()
+        top = height + 0.35
+        found = {}
+        with _style():
+            self.plot.text(0.08 / width, (top - 0.1) / height, title, size=11, va="top")
+            for kind, data in (("svg", {"Date": None}), ("png", {"Software": None})):
+                out = io.BytesIO()
+                box = Bbox([[0, 0], [width, top]])
+                options = {"facecolor": "white", "dpi": 160, "metadata": data}
+                self.plot.savefig(out, format=kind, bbox_inches=box, **options)
+                found[kind] = out.getvalue().replace(INK.encode(), b"#000000")
+        return found
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A key before and after a stage, on a scale of its own whose right end is the better one."""
+
+    stage: str
+    title: str
+    said: str  # the values in text
+    cells: tuple[Metric, Metric]  # a cell without a value is not drawn
+    scale: tuple[float, float]  # from left to right
+    ends: tuple[str, str]  # the same in text
+
+
+def before_after(strips: Sequence[Strip]) -> Drawing:
+    """One strip below the other: a hollow circle before, a filled diamond after, with intervals."""
+    left, right, height, top = 4, 352, 45, 20
+
+    def draw(axes: Any) -> None:
+        looks = ("before", INK, "o", "none", -4), ("after", COLOURS[0], "D", COLOURS[0], 4)
+        for n, (name, colour, marker, fill, _) in enumerate(looks):
+            x = left + 4 + 60 * n
+            axes.plot(x, 7, marker=marker, ms=6, color=colour, mfc=fill)
+            axes.text(x + 8, 7, name, size=10, va="center_baseline")
+        axes.text(right, 7, "further right is better", size=10, ha="right", va="center_baseline")
+        for n, strip in enumerate(strips):
+            y = top + height * n
+            axes.text(left, y + 10, strip.stage, size=10, weight="bold")
+            axes.text(left + 58, y + 10, strip.title, size=10)
+            axes.text(right, y + 10, strip.said, size=10, ha="right")
+            axes.plot([left, right], [y + 24, y + 24], color=INK, lw=0.8, alpha=0.35)
+            for x, text, side in zip((left, right), strip.ends, ("left", "right"), strict=True):
+                axes.text(x, y + 39, text, size=8, ha=side)
+            start, end = strip.scale
+            for cell, (_, colour, marker, fill, shift) in zip(strip.cells, looks, strict=True):
+                if cell["value"] is None:
+                    continue
+                x, a, b = (
+                    left + (right - left) * (cell[key] - start) / (end - start)
+                    for key in ("value", "low", "high")
+                )
+                error = None if a == b else np.maximum(0, [[x - min(a, b)], [max(a, b) - x]])
+                style = {"fmt": marker, "ms": 6, "color": colour, "mfc": fill, "capsize": 2.5}
+                axes.errorbar(x, y + 24 + shift, xerr=error, **style)
+
+    return _drawing(draw, (5.0, (top + height * len(strips)) / 72))
+
+
+def lines(xlabel: str, ylabel: str, series: Mapping[str, Points]) -> Drawing:
     """One line for each of the series, points (x, y)."""
 
     def draw(axes: Any) -> None:
@@ -35,10 +108,10 @@ def lines(xlabel: str, ylabel: str, series: Mapping[str, Points]) -> str:
             axes.plot(*zip(*points, strict=True), label=name, lw=1.4, **style)
         axes.xaxis.get_major_locator().set_params(integer=True)
 
-    return _svg(draw, (4.6, 2.7), ylabel, xlabel)
+    return _drawing(draw, (4.6, 2.7), ylabel, xlabel)
 
 
-def over_optimisation(xlabel: str, ylabel: str, series: Mapping[str, Points]) -> str:
+def over_optimisation(xlabel: str, ylabel: str, series: Mapping[str, Points]) -> Drawing:
     """Scores against KL, x on a square-root axis (Gao et al. 2022, arXiv 2210.10760, section 3).
 
     Every rollout is a dot, and the line joins means of neighbours in KL. A small KL may have a
@@ -57,12 +130,12 @@ def over_optimisation(xlabel: str, ylabel: str, series: Mapping[str, Points]) ->
         axes.set_xlim(0, max(furthest, 1e-3) * 1.05)
         axes.locator_params("x", nbins=5)
 
-    return _svg(draw, (5.0, 3.0), ylabel, xlabel)
+    return _drawing(draw, (5.0, 3.0), ylabel, xlabel)
 
 
 def intervals(
     groups: Sequence[str], ylabel: str, series: Mapping[str, Sequence[Metric | None]]
-) -> str:
+) -> Drawing:
     """For each group and each of the series a value with its interval, if it was measured; each of
     the series has at least one."""
 
@@ -81,7 +154,7 @@ def intervals(
         axes.set_xticks(range(len(groups)), groups)
         axes.set_xlim(-0.5, len(groups) + 0.15)  # the legend stands beside the last group
 
-    return _svg(draw, (5.0, 3.0), ylabel, legend="right")
+    return _drawing(draw, (5.0, 3.0), ylabel, legend="right")
 
 
 def thinned(points: Points, most: int) -> Points:
@@ -100,7 +173,7 @@ class Node:
     parents: Sequence[str]
 
 
-def lineage(nodes: Sequence[Node], across: bool) -> str:
+def lineage(nodes: Sequence[Node], across: bool) -> Drawing:
     """The nodes, each after its parents, with arrows: from left to right, or downwards.
 
     A node that is another's second parent (the reward model) is drawn beside the line.
@@ -133,10 +206,10 @@ def lineage(nodes: Sequence[Node], across: bool) -> str:
                 arrow = {"arrowstyle": "-|>", "patchA": boxes[parent], "patchB": box, "color": INK}
                 axes.annotate("", ends[1], ends[0], arrowprops=arrow)
 
-    return _svg(draw, ((right + width + 4) / 72, (bottom + height + 4) / 72))
+    return _drawing(draw, ((right + width + 4) / 72, (bottom + height + 4) / 72))
 
 
-def heat_map(shares: Sequence[Sequence[float]], top: float) -> str:
+def heat_map(shares: Sequence[Sequence[float]], top: float) -> Drawing:
     """Layers down, experts across: each layer's shares of load; `top` has the deepest colour.
 
     Each line ends with the busiest expert's load over the mean and the number of dead experts.
@@ -163,33 +236,39 @@ def heat_map(shares: Sequence[Sequence[float]], top: float) -> str:
             dead = sum(share == 0 for share in row)
             axes.text(right, s=f"{max(row) * experts:.2f}, {dead}", **middle)
 
-    return _svg(draw, (5.4, (20 + height * len(shares)) / 72))
+    return _drawing(draw, (5.4, (20 + height * len(shares)) / 72))
 
 
 def _nth(values: Sequence[str], n: int) -> str:
     return values[n % len(values)]
 
 
-def _svg(
-    draw: Callable[[Any], None],
-    size: tuple[float, float],
-    title: str = "",
-    xlabel: str = "",
-    legend: str = "best",
-) -> str:
-    """The axes that `draw` fills, as inline SVG without sizes, times or styles of its own.
-
-    Without a title there are no axes to see, and x and y are points from the top left corner.
-    """
+@contextmanager
+def _style() -> Iterator[None]:
+    """Matplotlib with this module's style: a user's own would change the bytes."""
     import matplotlib
-    from matplotlib.figure import Figure
 
     ink = ("text.color", "axes.edgecolor", "axes.labelcolor")
     ink += ("xtick.color", "ytick.color", "grid.color")
     fixed = {"svg.hashsalt": "fourstage", "svg.fonttype": "none", "font.size": 9}
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's own style would change the bytes
+        matplotlib.rcdefaults()
         matplotlib.rcParams.update(fixed | dict.fromkeys(ink, INK))
+        yield
+
+
+def _drawing(
+    draw: Callable[[Any], None],
+    size: tuple[float, float],
+    title: str = "",
+    xlabel: str = "",
+    legend: str = "best",
+) -> Drawing:
+    """The axes that `draw` fills. Without a title there are no axes to see, and x and y are points
+    from the top left corner."""
+    from matplotlib.figure import Figure
+
+    with _style():
         figure = Figure(figsize=size)
         # inches round the axes; a layout engine would draw everything three times
         left, right, bottom, top = (0.55, 0.1, 0.5, 0.3) if title else (0, 0, 0, 0)
@@ -212,4 +291,5 @@ def _svg(
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.S)
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
-    return re.sub(r"\s*\n\s*", "\n", svg).strip().replace(INK, "currentColor")
+    svg = re.sub(r"\s*\n\s*", "\n", svg).strip()
+    return Drawing(svg.replace(INK, "currentColor"), figure)

@@ -10,6 +10,8 @@ from fourstage.evaluation import suite
 from fourstage.ladder import LADDER
 from fourstage.report.charts import (
     Node,
+    Strip,
+    before_after,
     heat_map,
     intervals,
     lineage,
@@ -20,7 +22,18 @@ from fourstage.report.charts import (
 from fourstage.report.files import FAULTS, Item, Points
 from fourstage.report.html import Block, Cell, Figure, Figures, Heading, Paragraph, Table
 from fourstage.report.ladder import Row
-from fourstage.report.tables import NONE, change_cell, duration, goals, measured_cell
+from fourstage.report.tables import (
+    COIN,
+    NONE,
+    Goal,
+    about,
+    change_cell,
+    duration,
+    goals,
+    measured_cell,
+    short,
+    shown,
+)
 
 Curves = dict[str, dict[str, Points]]  # stage -> column of metrics.csv -> points
 
@@ -37,16 +50,30 @@ PANELS = (
 # ppo's reward has the KL of a whole answer, grpo's loss that of a token
 UNITS = {("grpo", "KL to the reference"): "nats a token"}
 MOST_POINTS = 300  # a longer curve is drawn as means of neighbouring points
-SHORT = {  # of the stages' own goals
-    "bits_per_char": "bits a character",
-    "well_formed": "well-formed",
-    "knowledge_answered": "facts answered",
-    "pair_accuracy": "pairs right",
-    "true_score": "true score",
-    "reward_model_score": "learned score",
-    "reasoning_accuracy": "problems right",
-}
 SCORES = {"train/score": "learned reward", "train/true_score": "true score"}
+
+
+def goal_figures(rows: list[Row]) -> list[Block]:
+    """Each stage's goal before and after it; nothing if none was measured."""
+    strips = [_strip(goal) for goal in goals(rows) if goal.after["value"] is not None]
+    text = "On held-out data, with 95 % intervals; each goal has a scale of its own."
+    title = "Goals before and after"
+    return [Figures([Figure(title, before_after(strips), text)], "large")] if strips else []
+
+
+def _strip(goal: Goal) -> Strip:
+    """Shares stand between 0 and 100 %, other keys within what was measured."""
+    cells = goal.before, goal.after
+    low, high = 0.0, 1.0
+    if not about(goal.name).is_share:
+        ends = [cell[key] for cell in cells if cell["value"] is not None for key in ("low", "high")]
+        edge = 0.1 * (max(ends) - min(ends)) or 1.0
+        low, high = min(ends) - edge, max(ends) + edge
+    scale = (high, low) if about(goal.name).better == "lower" else (low, high)
+    said = f"{goal.step}, {goal.tone if goal.is_compared else goal.verdict}"
+    left, right = (shown(goal.name, end) for end in scale)
+    name = short(goal.name) + " (from a coin)" * (goal.before is COIN)
+    return Strip(goal.stage, name, said, cells, scale, (left, right))
 
 
 def lineage_figures(rows: list[Row]) -> list[Block]:
@@ -62,10 +89,11 @@ def lineage_figures(rows: list[Row]) -> list[Block]:
         parents += [stage_of[parent] for parent in row.parents if parent in stage_of]
         goal, seconds = own[row.stage], row.cost("seconds")
         time = NONE if seconds is None else duration(seconds)
-        lines_ = [row.run.id, SHORT.get(goal.name, goal.name), goal.step, time]
+        lines_ = [row.run.id, short(goal.name), goal.step, time]
         nodes.append(Node(row.stage, lines_, parents))
     text = "Each stage with its run, its own goal on held-out data before and after, and its time."
-    drawn = [Figure("The ladder", lineage(nodes, across), text) for across in (True, False)]
+    titles = {"The ladder": True, "The ladder downwards": False}
+    drawn = [Figure(title, lineage(nodes, across), text) for title, across in titles.items()]
     return [Figures(drawn, "ladder")]
 
 
@@ -124,9 +152,9 @@ def over_optimisation_blocks(columns: dict[str, Points] | None) -> list[Block]:
     elif "true score" not in series:
         only = "only data=embedded has the hidden rule that labels its pairs."
         blocks.append(Paragraph(f"The true score is not known for this data: {only}"))
-    svg = over_optimisation("KL from the sft policy, nats an answer", "score", series)
+    drawing = over_optimisation("KL from the sft policy, nats an answer", "score", series)
     title = " and ".join(series).capitalize()
-    return [*blocks, Figures([Figure(title, svg, text)], "large"), _score_table(series)]
+    return [*blocks, Figures([Figure(title, drawing, text)], "large"), _score_table(series)]
 
 
 def _score_table(series: dict[str, Points]) -> Table:
@@ -146,21 +174,21 @@ def _score_table(series: dict[str, Points]) -> Table:
 def difficulty_blocks(rows: list[Row]) -> list[Block]:
     """Every stage's accuracy on easy, medium and hard problems, and what grpo changed."""
     names = [f"reasoning_accuracy/difficulty_{level}" for level in suite.DIFFICULTIES]
-    shown = [row for row in rows if any(row.value(name) is not None for name in names)]
-    if not shown:
+    known = [row for row in rows if any(row.value(name) is not None for name in names)]
+    if not known:
         return []
-    series = {row.stage: [row.metrics.get(name) for name in names] for row in shown}
-    svg = intervals(suite.DIFFICULTIES, "share of problems right", series)
+    series = {row.stage: [row.metrics.get(name) for name in names] for row in known}
+    drawing = intervals(suite.DIFFICULTIES, "share of problems right", series)
     text = (
         "Greedy answers to held-out problems, with 95 % intervals. Each task's problems are split "
         "into thirds by the length of the worked solution, or of the question if there is none. "
         "The thirds hold different mixes of tasks, so compare stages at one difficulty."
     )
-    figure = Figures([Figure("Reasoning accuracy by difficulty", svg, text)], "large")
+    figure = Figures([Figure("Reasoning accuracy by difficulty", drawing, text)], "large")
     grpo = next((row for row in rows if row.stage == "grpo" and row.parent), None)
     table: list[list[str | Cell]] = []
     for level, name in zip(suite.DIFFICULTIES, names, strict=True):
-        table.append([level, *(measured_cell(name, row.metrics.get(name)) for row in shown)])
+        table.append([level, *(measured_cell(name, row.metrics.get(name)) for row in known)])
         if grpo:
             table[-1].append(change_cell(name, grpo.differences.get(name)))
     head = ["problems", *series]
@@ -185,7 +213,9 @@ def heat_map_blocks(rows: list[Row]) -> list[Block]:
         f"{100 / experts:.1f} %; the deepest colour is {100 * top:.1f} %"
         f"{' in every drawing' * (len(known) > 1)}."
     )
-    figures = [Figure(stage, heat_map(share.tolist(), top)) for stage, share in known.items()]
+    figures = [
+        Figure(f"{stage}: routers", heat_map(share.tolist(), top)) for stage, share in known.items()
+    ]
     return [heading, Paragraph(text), Figures(figures)]
 
 

@@ -1,15 +1,18 @@
 """A document of a few kinds of blocks, written as Markdown and as one self-contained HTML page.
 
-The blocks hold plain text, which both writers escape. The same blocks give the same bytes.
+The blocks hold plain text, which both writers escape. The same blocks give the same bytes. Drawings
+are in the page, and files of their own in figures/, which Markdown shows.
 """
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from fourstage.report.charts import Drawing
 
 
 @dataclass(frozen=True)
@@ -50,37 +53,73 @@ class Table:
 
 @dataclass(frozen=True)
 class Answers:
-    """One prompt and each stage's (stage, answer, remark); the answer is None if not asked."""
+    """One prompt and each stage's (stage, answer, remarks), the remarks with their tones as in a
+    cell; the answer is None if not asked."""
 
     prompt: str
-    by_stage: Sequence[tuple[str, str | None, str]]
+    by_stage: Sequence[tuple[str, str | None, Sequence[tuple[str, str]]]]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """An inline <svg>, and one line that says how to read it."""
+    """A drawing with a title of its own, and one line that says how to read it."""
 
     title: str
-    svg: str
+    drawing: Drawing
     caption: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return _slug(self.title)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Drawings side by side, which only the HTML page shows; `kind` is their CSS class."""
+    """Drawings side by side; `kind` is their CSS class. Of a "ladder", the page shows the first on
+    a wide screen and the second on a narrow one; Markdown has the first."""
 
     figures: Sequence[Figure]
     kind: str = "charts"
 
 
-Block = Heading | Paragraph | Bullets | Table | Answers | Figures
+@dataclass(frozen=True)
+class Fold:
+    """A section that the page shows when asked to."""
+
+    heading: str
+    blocks: Sequence[Block]
+
+
+Block = Heading | Paragraph | Bullets | Table | Answers | Figures | Fold
 
 
 def write(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> None:
-    """<name>.md and <name>.html in the folder."""
+    """<name>.md and <name>.html in the folder; drawings replace those in its figures/."""
     folder.mkdir(parents=True, exist_ok=True)
+    if figures := list(_figures(blocks)):
+        place = folder / "figures"
+        place.mkdir(exist_ok=True)
+        for old in [*place.glob("*.svg"), *place.glob("*.png")]:
+            old.unlink()
+        for figure in figures:
+            for kind, content in figure.drawing.files(figure.title).items():
+                (place / f"{figure.name}.{kind}").write_bytes(content)
     (folder / f"{name}.md").write_text(markdown(blocks), encoding="utf-8")
     (folder / f"{name}.html").write_text(page(title, blocks), encoding="utf-8")
+
+
+def _figures(blocks: Sequence[Block]) -> Iterator[Figure]:
+    for block in blocks:
+        if isinstance(block, Figures):
+            yield from block.figures
+        elif isinstance(block, Fold):
+            yield from _figures(block.blocks)
+
+
+def _slug(text: str) -> str:
+    """A name for files and links: "ppo: KL to the reference" -> "ppo-kl-to-the-reference"."""
+    return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 # --- Markdown
@@ -105,14 +144,18 @@ def _markdown_block(block: Block) -> str:
             return "\n".join(f"| {' | '.join(line)} |" for line in lines)
         case Answers(prompt, by_stage):
             parts = [f"### {_inline(prompt)}"]
-            for stage, answer, remark in by_stage:
-                parts.append(f"**{_inline(stage)}**" + (f" ({_inline(remark)})" if remark else ""))
+            for stage, answer, remarks in by_stage:
+                said = _inline(", ".join(text for text, _ in remarks))
+                parts.append(f"**{_inline(stage)}**" + f" ({said})" * bool(said))
                 if answer is not None:
                     parts.append(_fenced(answer))
             return "\n\n".join(parts)
-        case Figures(figures):
-            titles = dict.fromkeys(figure.title for figure in figures)
-            return f"Drawn in the HTML page: {_inline('; '.join(titles))}."
+        case Figures(figures, kind):
+            shown = figures[:1] if kind == "ladder" else figures
+            parts = [f"![{_inline(f.title)}](figures/{f.name}.png)" for f in shown]
+            return "\n\n".join([*parts, *(_line(f.caption) for f in shown if f.caption)])
+        case Fold(heading, blocks):
+            return markdown([Heading(heading), *blocks]).rstrip("\n")
 
 
 def plain(cell: str | Cell) -> str:
@@ -127,7 +170,7 @@ def _line(text: str) -> str:
 
 def _inline(text: str) -> str:
     """One line of Markdown that shows `text` as it is."""
-    line = re.sub(r"\s*\n\s*", " / ", _visible(text)).strip()
+    line = re.sub(r"\s*\n\s*", " / ", visible(text)).strip()
     line = re.sub(r"([\\`*<>|&~$]|\](?=[(\[])|\[(?=\^))", r"\\\1", line)
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line)
 
@@ -136,10 +179,10 @@ def _fenced(text: str) -> str:
     """A code block whose fence is longer than any run of backticks in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{_visible(text)}\n{fence}"
+    return f"{fence}text\n{visible(text)}\n{fence}"
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Control characters, which neither format allows, become the replacement character."""
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
 
@@ -157,6 +200,7 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
 h3 { font-size: 1rem; margin-bottom: .4rem; }
 p, li, h1, h2, h3 { overflow-wrap: anywhere; } p, li { max-width: 60rem; }
+ul { padding-left: 1.2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .7rem; text-align: left;
@@ -168,32 +212,32 @@ th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; 
 .small, .unclear { font-size: .8rem; color: var(--quiet); }
 .better, .worse { font-size: .8rem; font-weight: 600; }
 .better { color: var(--better); } .worse { color: var(--worse); }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(11.5rem, 100%), 1fr));
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(10.5rem, 100%), 1fr));
   gap: .6rem; }
 .answers > div { background: var(--soft); border: 1px solid var(--line); border-radius: .4rem;
   padding: .5rem .7rem; }
-.answers small { opacity: .75; }
+.answers span { margin-right: .4rem; white-space: nowrap; }
 pre { margin: .3rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere;
   font: .85rem/1.4 ui-monospace, monospace; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr));
   gap: 1.2rem 1rem; margin-bottom: 1.2rem; }
 .large { max-width: 38rem; }
 .ladder figure:last-child { max-width: 24rem; margin: 0 auto; }
-nav { font-size: .9rem; }
-nav a { color: inherit; display: inline-block; padding: .2rem .8rem .2rem 0; }
+summary { cursor: pointer; padding: .3rem 0; } summary h2 { display: inline; }
+nav summary { font-weight: 600; } nav div { columns: 15rem; }
+nav a { color: inherit; display: block; padding: .3rem 0; }
 figure { margin: 0; } figcaption { font-size: .85rem; } figcaption strong { font-size: .95rem; }
 svg { display: block; width: 100%; height: auto; fill: currentColor; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 @media (min-width: 48rem) { .ladder figure:last-child { display: none; } }
 @media (max-width: 47.99rem) {
   .ladder figure:first-child { display: none; }
-  nav { overflow-x: auto; white-space: nowrap; }
 }
 @page { size: A4; margin: 12mm; }
 @media print {
   :root { color-scheme: light; }
   body { font-size: 9pt; max-width: none; padding: 0; }
-  nav { display: none; }
+  nav { display: none; } details::details-content { content-visibility: visible; }
   .ladder figure:first-child { display: block; } .ladder figure:last-child { display: none; }
   .wide { overflow: visible; } table { width: 100%; }
   th, td { padding: .15rem .3rem; font-size: 7.5pt; }
@@ -209,14 +253,16 @@ svg * { stroke-linejoin: round; stroke-linecap: butt; }
 
 def page(title: str, blocks: Sequence[Block]) -> str:
     """The blocks as one HTML page: no script, nothing loaded, light and dark, phone and print."""
-    parts = [_html_block(block, n) for n, block in enumerate(blocks)]
-    links = [
-        f'<a href="#s{n}">{_text(block.text)}</a>'
-        for n, block in enumerate(blocks)
-        if isinstance(block, Heading) and block.level == 2
+    parts = [_html_block(block) for block in blocks]
+    headings = [
+        block.heading if isinstance(block, Fold) else block.text
+        for block in blocks
+        if isinstance(block, Fold) or (isinstance(block, Heading) and block.level == 2)
     ]
-    if links:
-        parts.insert(1, "<nav>\n" + "\n".join(links) + "\n</nav>")
+    if headings:
+        links = "\n".join(f'<a href="#{_slug(text)}">{_text(text)}</a>' for text in headings)
+        menu = f"<summary>On this page</summary>\n<div>\n{links}\n</div>"
+        parts.insert(1, f"<nav>\n<details>\n{menu}\n</details>\n</nav>")
     body = "\n".join(parts)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -227,13 +273,13 @@ def page(title: str, blocks: Sequence[Block]) -> str:
 
 
 def _text(text: str) -> str:
-    return html.escape(_visible(text))
+    return html.escape(visible(text))
 
 
-def _html_block(block: Block, number: int) -> str:
+def _html_block(block: Block) -> str:
     match block:
         case Heading(text, level):
-            return f'<h{level} id="s{number}">{_text(text)}</h{level}>'
+            return f'<h{level} id="{_slug(text)}">{_text(text)}</h{level}>'
         case Paragraph(text):
             return f"<p>{_text(text)}</p>"
         case Bullets(items):
@@ -249,28 +295,34 @@ def _html_block(block: Block, number: int) -> str:
             cells = "\n".join(_answer(*item) for item in by_stage)
             return f'<h3>{_text(prompt)}</h3>\n<div class="answers">\n{cells}\n</div>'
         case Figures(figures, kind):
-            drawn = "\n".join(_figure(f, f"c{number}-{n}-") for n, f in enumerate(figures))
+            drawn = "\n".join(map(_figure, figures))
             return f'<div class="{kind}">\n{drawn}\n</div>'
+        case Fold(heading, blocks):
+            inner = "\n".join(map(_html_block, blocks))
+            head = _html_block(Heading(heading))
+            return f"<details>\n<summary>{head}</summary>\n{inner}\n</details>"
 
 
 def _cell(cell: str | Cell) -> str:
     if isinstance(cell, str):
         return f"<td>{_text(cell)}</td>"
-    spans = (f'<span class="{tone}">{_text(text)}</span>' for text, tone in cell.parts)
-    return f"<td>{''.join(spans)}</td>"
+    return f"<td>{_spans(cell.parts)}</td>"
 
 
-def _answer(stage: str, answer: str | None, remark: str) -> str:
-    small = f" <small>({_text(remark)})</small>" if remark else ""
+def _spans(parts: Sequence[tuple[str, str]]) -> str:
+    return "".join(f'<span class="{tone}">{_text(text)}</span>' for text, tone in parts)
+
+
+def _answer(stage: str, answer: str | None, remarks: Sequence[tuple[str, str]]) -> str:
     # the newline after <pre> is dropped by HTML, so that an answer's own first newline stays
     body = "" if answer is None else f"\n<pre>\n{_text(answer)}</pre>"
-    return f"<div><strong>{_text(stage)}</strong>{small}{body}</div>"
+    return f"<div><strong>{_text(stage)}</strong> {_spans(remarks)}{body}</div>"
 
 
-def _figure(figure: Figure, prefix: str) -> str:
-    """The drawing; a prefix keeps its ids distinct from those of the page's other drawings."""
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", figure.svg)
-    label = html.escape(_visible(figure.title), quote=True)
+def _figure(figure: Figure) -> str:
+    """The drawing; its name keeps its ids distinct from those of the page's other drawings."""
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{figure.name}-", figure.drawing.svg)
+    label = html.escape(visible(figure.title), quote=True)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
     caption = f" {_text(figure.caption)}" if figure.caption else ""
     title = f"<strong>{_text(figure.title)}</strong>"

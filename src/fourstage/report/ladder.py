@@ -92,7 +92,7 @@ class Row:
     seed: int
     metrics: dict[str, Metric]
     items: list[Item]  # what the metrics are computed from, with later models' judgements
-    answers: dict[str, tuple[str, bool]]  # prompt -> answer, whether it stopped
+    answers: dict[str, Sample]  # by prompt
     parent: Row | None  # the policy that it started from, if that row is there
     differences: dict[str, Metric] = field(default_factory=dict)  # to the parent, paired
 
@@ -202,7 +202,7 @@ def read_rows(line: dict[str, Run], files: Files) -> list[Row]:
         if evaluation.suite in (suite.SUITE, ""):  # another suite's items have other fields
             late = [item for item in late_items if item.get("row") == key]
             items = suite.joined(files.items(folder / f"eval_items{suffix}.jsonl"), late)
-        answers = {sample.prompt: (sample.answer, sample.stopped) for sample in samples}
+        answers = {sample.prompt: sample for sample in samples}
         parent = rows.get(run.parents.get("policy")) if run and leaves_policy(stage) else None
         used, seed = evaluation.suite, evaluation.seed
         row = Row(stage, run, folder, used, seed, metrics, items, answers, parent)

@@ -14,6 +14,15 @@ from fourstage.report.ladder import HEADLINES, Row, leaves_policy, other_items
 NONE = "–"
 COLUMNS = (*HEADLINES[:2], "knowledge_completed", "knowledge_answered", *HEADLINES[2:])
 COIN = {"value": 0.5, "low": 0.5, "high": 0.5}
+SHORT = {  # of the stages' own goals
+    "bits_per_char": "bits a character",
+    "well_formed": "well-formed",
+    "knowledge_answered": "facts answered",
+    "pair_accuracy": "pairs right",
+    "true_score": "true score",
+    "reward_model_score": "learned score",
+    "reasoning_accuracy": "problems right",
+}
 
 
 # --- how a key is shown
@@ -31,6 +40,11 @@ def title(name: str) -> str:
     defined = about(name)
     unit = f", {defined.unit}" if defined.unit and defined.unit not in defined.title else ""
     return f"{defined.title}{unit}{' (lower is better)' if defined.better == 'lower' else ''}"
+
+
+def short(name: str) -> str:
+    """A goal's name where there is little room."""
+    return SHORT.get(name, about(name).title)
 
 
 def number(name: str, value: float, sign: str = "") -> str:
@@ -119,15 +133,37 @@ def suite_table(rows: list[Row], names: Iterable[str]) -> Table:
     )
 
 
-def tax_table(rows: list[Row], names: Iterable[str]) -> Table:
+def change_table(rows: list[Row], names: Iterable[str]) -> Table:
     """A row for each key, a column for each stage: the paired difference to the policy's parent."""
     changed = [row for row in rows if row.parent is not None]
+    taxed = {(row.stage, name) for row, name in taxes(rows)}
+
+    def cell(row: Row, name: str) -> str | Cell:
+        parts = change(name, row.differences.get(name))
+        return (
+            Cell([*parts, *[("a tax", "worse")] * ((row.stage, name) in taxed)]) if parts else NONE
+        )
+
     lines = [
-        [title(name), *(change_cell(name, row.differences.get(name)) for row in changed)]
+        [title(name), *(cell(row, name) for row in changed)]
         for name in names
         if any(name in row.differences for row in changed)
     ]
     return Table(["key", *(f"{r.stage} − {r.parent.stage}" for r in changed if r.parent)], lines)
+
+
+def taxes(rows: list[Row]) -> list[tuple[Row, str]]:
+    """The alignment tax: the keys that are another stage's goal and that a stage made worse. Random
+    weights have nothing to lose."""
+    own = {goal.stage: goal.name for goal in goals(rows)}
+    return [
+        (row, name)
+        for row in rows
+        if row.parent is not None and row.parent.run is not None
+        for name in dict.fromkeys(own.values())
+        if name != own[row.stage] and name in row.differences
+        if verdict(name, row.differences[name]) == "worse"
+    ]
 
 
 def keys(rows: Iterable[Row]) -> tuple[list[str], list[str]]:
@@ -156,12 +192,26 @@ class Goal:
     before: Metric
     after: Metric
     verdict: str  # whether the two intervals are apart
+    difference: Metric | None  # after - before: paired, if both were measured on the same items
+
+    @property
+    def is_compared(self) -> bool:
+        return self.verdict not in (NOT_MEASURED, *NO_COMPARISON)
 
     @property
     def tone(self) -> str:
-        """Of the cell that shows the verdict."""
+        """better, worse or unclear: by the paired difference, or else by the two intervals."""
+        if self.difference and self.is_compared:
+            return verdict(self.name, self.difference)
         word = self.verdict.removeprefix("apart: ")
         return word if word in ("better", "worse") else "unclear"
+
+    @property
+    def parts(self) -> list[tuple[str, str]]:
+        """Of a cell that says what was gained, and how sure that is."""
+        parts = change(self.name, self.difference)
+        why = [] if parts and self.is_compared else [(self.verdict, self.tone)]
+        return [*(parts or [(self.gain, "")]), *why]
 
     @property
     def step(self) -> str:
@@ -204,7 +254,10 @@ def _goal(row: Row) -> Goal:
             said = OTHER_SUITES
         elif other_items(row).keys() & set(about(name).sets):
             said = OTHER_ITEMS
-    return Goal(row.stage, name, start, before, after, said)
+    difference = row.differences.get(name)
+    if before is COIN and after["value"] is not None:
+        difference = {key: after[key] - COIN[key] for key in COIN}
+    return Goal(row.stage, name, start, before, after, said, difference)
 
 
 def goal_table(rows: list[Row]) -> Table:
@@ -216,9 +269,8 @@ def goal_table(rows: list[Row]) -> Table:
         else:
             before = measured_cell(goal.name, goal.before, f" ({goal.start})")
         after = measured_cell(goal.name, goal.after)
-        gain = Cell([(goal.gain, ""), (goal.verdict, goal.tone)])
-        lines.append([goal.stage, title(goal.name), before, after, gain])
-    return Table(["stage", "goal", "before", "after", "gain, and the 95 % intervals"], lines)
+        lines.append([goal.stage, title(goal.name), before, after, Cell(goal.parts)])
+    return Table(["stage", "goal", "before", "after", "gain"], lines)
 
 
 def apart(name: str, before: Metric, after: Metric) -> str:
