@@ -365,7 +365,7 @@ def test_a_drawing_in_a_file_is_black_on_white_under_its_title() -> None:
     assert "#000000" in svg and "currentColor" not in svg and "#010203" not in svg
     assert "<dc:date>" not in svg and b"Software" not in files["png"]
     pixels = matplotlib.image.imread(io.BytesIO(files["png"]))
-    assert pixels.shape[:2] == (round(160 * (2.7 + 0.35)), round(160 * 4.6))
+    assert pixels.shape[:2] == (round(160 * (2.7 + 0.45)), round(160 * 4.8))
     assert (pixels[[0, -1], :, :3] == 1).all()  # white up to the edges
     title = pixels[: int(160 * 0.3), : int(160 * 2)]
     assert title[..., :3].min() < 0.05

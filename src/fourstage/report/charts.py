@@ -42,10 +42,10 @@ class Drawing:
         top = height + 0.35
         found = {}
         with _style():
-            self.plot.text(0.08 / width, (top - 0.1) / height, title, size=11, va="top")
+            self.plot.text(0, (top - 0.1) / height, title, size=11, va="top")
             for kind, data in (("svg", {"Date": None}), ("png", {"Software": None})):
                 out = io.BytesIO()
-                box = Bbox([[0, 0], [width, top]])
+                box = Bbox([[-0.1, -0.1], [width + 0.1, top]])
                 options = {"facecolor": "white", "dpi": 160, "metadata": data}
                 self.plot.savefig(out, format=kind, bbox_inches=box, **options)
                 found[kind] = out.getvalue().replace(INK.encode(), b"#000000")
@@ -152,7 +152,7 @@ def intervals(
             style = {"color": _nth(COLOURS, n), "fmt": _nth(MARKERS, n), "ms": 5, "capsize": 2}
             axes.errorbar(x, y, np.maximum(0, [y - low, high - y]), label=name, **style)
         axes.set_xticks(range(len(groups)), groups)
-        axes.set_xlim(-0.5, len(groups) + 0.15)  # the legend stands beside the last group
+        axes.set_xlim(-0.5, len(groups) + 0.35)  # the legend stands beside the last group
 
     return _drawing(draw, (5.0, 3.0), ylabel, legend="right")
 

@@ -79,7 +79,7 @@ def _on_other_goals(rows: list[Row]) -> list[str]:
         said = "; ".join(f"{short(name)} ({', '.join(each)})" for name, each in lost.items())
         return [f"The alignment tax, lost on the goals of other stages: {said}."]
     if any(row.differences for row in rows if row.parent and row.parent.run):
-        return ["No stage clearly lost on the goal of another: there was no alignment tax."]
+        return ["No stage clearly lost on the goal of another: no alignment tax was found."]
     return ["What it cost the goals of other stages was not measured."]
 
 
