@@ -24,6 +24,7 @@ from fourstage.errors import UserError
 DOCSTRINGS = Path(__file__).with_name("docstrings.py")
 GLOSSARY = Path(__file__).parents[3] / "docs" / "glossary.md"
 ENTRY = re.compile(r"^\*\*(.+?)\*\*: (.+)$", re.MULTILINE)
+BEGINNING = 3  # of the wordings of a statement, for texts to complete
 FIRST = "LLM"  # the first question that everybody asks is held out
 
 STATEMENTS = {  # of a term and of a function, as texts begin them; {it}: the name, with its article
@@ -44,8 +45,8 @@ STATEMENTS = {  # of a term and of a function, as texts begin them; {it}: the na
     False: (
         "{name}: {s}",
         "{name} - {s}",
-        "From the manual of {name}: {s}",
         "In Python, {name} is described like this: {s}",
+        "From the manual of {name}: {s}",
         "The summary of {name} reads: {s}",
         "Let us look at {name}. {s}",
         "{name} in one line: {s}",
@@ -63,6 +64,8 @@ QUESTIONS = {  # the last wording is never used in training
         "What does {name} mean?",
         "Define {name}.",
         "Tell me about {it}.",
+        "what is {it}",
+        "{name}?",
         "Can you explain {it} to me?",
     ),
     False: (
@@ -71,6 +74,8 @@ QUESTIONS = {  # the last wording is never used in training
         "What is {name} for?",
         "Explain {name}.",
         "Describe {name} in one line.",
+        "what does {name} do",
+        "{name}?",
         "Can you explain {name} to me?",
     ),
 }
@@ -104,7 +109,8 @@ class Fact:
 
     def questions(self) -> list[str]:
         """The wordings that sft uses."""
-        return [self._said(QUESTIONS[self.is_term], i) for i in range(5)]
+        wordings = QUESTIONS[self.is_term]
+        return [self._said(wordings, i) for i in range(len(wordings) - 1)]
 
     @property
     def reworded(self) -> str:
@@ -117,8 +123,10 @@ class Fact:
 
     @property
     def beginning(self) -> str:
-        """How a text of the corpus begins to state the fact."""
-        return self._said(("{name}:",), 0)
+        """How texts of the corpus begin to state the fact, in a wording of facts alone: a bare
+        "NAME:" may begin a problem too."""
+        wordings = STATEMENTS[self.is_term]
+        return self._said(wordings, BEGINNING).removesuffix(f" {self.sentence}")
 
     def _said(self, wordings: tuple[str, ...], i: int) -> str:
         name = self.name if any(c.isupper() for c in self.name[1:]) else _lower(self.name)
@@ -146,8 +154,7 @@ def load_facts(config: DataConfig) -> Split[Fact]:
         ("terms", wanted.terms, terms),
         ("functions", wanted.functions, functions),
     ):
-        facts = sorted(all_facts() if most else [], key=lambda f: short_hash(f"fact {f.name}"))
-        facts.sort(key=lambda f: f.name != FIRST)
+        facts = all_facts() if most else []
         if len(facts) < most:
             raise UserError(f"data.knowledge.{key}: there are {len(facts)}, not {most}")
         found += facts[:most]
@@ -157,7 +164,7 @@ def load_facts(config: DataConfig) -> Split[Fact]:
 
 @cache
 def terms() -> list[Fact]:
-    """The entries of the glossary."""
+    """The entries of the glossary, in its order."""
     if not GLOSSARY.is_file():
         raise UserError(f"no glossary at {GLOSSARY}: run this from a clone of the repository")
     return [Fact(name, s, True) for name, s in ENTRY.findall(GLOSSARY.read_text("utf-8"))]
@@ -165,11 +172,12 @@ def terms() -> list[Fact]:
 
 @cache
 def functions() -> list[Fact]:
-    """Functions and methods of Python with a summary of their own, read in a fresh process: other
-    libraries replace some of them."""
+    """Functions and methods of Python with a summary of their own, in the order of their names'
+    hashes. They are read in a fresh process: other libraries replace some of them."""
     command = [sys.executable, "-I", str(DOCSTRINGS)]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    return [Fact(name, sentence, False) for name, sentence in found.items()]
+    names = sorted(found, key=lambda name: short_hash(f"fact {name}"))
+    return [Fact(name, found[name], False) for name in names]
 
 
 def statements(config: DataConfig) -> list[str]:
@@ -196,15 +204,13 @@ def statements(config: DataConfig) -> list[str]:
 
 def split_questions(config: DataConfig) -> Chats:
     """What sft asks: each fact in several wordings, answered curtly or with a friendly sentence,
-    and small talk; the last wording follows another exchange. Held out are the first question about
-    each held-out fact, and for some of the others one in the unused wording.
+    and small talk; every sixth question follows another exchange. Held out are the first question
+    about each held-out fact, and for some of the others one in the unused wording.
     """
-    asked = _asked(config)
-    singles = [chat for chats in asked for chat in chats]
-    order = sorted(singles, key=lambda chat: short_hash(f"before {chat.id}"))
-    train = list(singles)
-    for i in range(4, len(train), 5):
-        both = [*order[i].messages, *singles[i].messages]
+    train = [chat for chats in _asked(config) for chat in chats]
+    before = sorted(train, key=lambda chat: short_hash(f"before {chat.id}"))
+    for i in range(0, len(train), 6):
+        both = [*before[i].messages, *train[i].messages]
         if sum(len(m["content"]) for m in both) <= MOST_CHARS:
             train[i] = Conversation(both)
     heldout = [(f.questions()[0], f.sentence) for f in load_facts(config).heldout]
@@ -213,13 +219,13 @@ def split_questions(config: DataConfig) -> Chats:
 
 
 def _asked(config: DataConfig) -> list[list[Conversation]]:
-    """Five conversations about each fact that is asked about, and five times each small talk."""
-    facts = load_facts(config).train
-    found = [
+    """A conversation in each wording about each fact that is asked about, and as many of each small
+    talk."""
+    facts = [
         [_conversation(question, _answer(fact, i)) for i, question in enumerate(fact.questions())]
-        for fact in facts
+        for fact in load_facts(config).train
     ]
-    return found + [[_conversation(*said)] * 5 for said in SMALL_TALK.items() if facts]
+    return facts + [[_conversation(*said)] * len(facts[0]) for said in SMALL_TALK.items() if facts]
 
 
 def reworded(config: DataConfig) -> list[Fact]:
@@ -232,6 +238,16 @@ def fact_questions(config: DataConfig) -> dict[str, str]:
     """Held-out questions by their conversation's id: "heldout" if the fact is, else "reworded"."""
     held = {_conversation(f.questions()[0], "").id: "heldout" for f in load_facts(config).heldout}
     return held | {_conversation(f.reworded, "").id: "reworded" for f in reworded(config)}
+
+
+def known_answers(config: DataConfig) -> dict[str, tuple[str, ...]]:
+    """The right answers to every question about a fact, held out or not, and to small talk."""
+    facts = load_facts(config)
+    found: dict[str, tuple[str, ...]] = {}
+    for fact in (*facts.train, *facts.heldout):
+        for question in (*fact.questions(), fact.reworded):
+            found[question] = (*found.get(question, ()), fact.sentence)
+    return {question: (said,) for question, said in SMALL_TALK.items() if found} | found
 
 
 def _answer(fact: Fact, i: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from fourstage.data.chat import load_chat
 from fourstage.data.config import DataConfig
 from fourstage.data.corpus import load_corpus
-from fourstage.data.knowledge import load_facts
+from fourstage.data.knowledge import known_answers
 from fourstage.data.preference import load_preference, load_prompts
 from fourstage.data.reasoning import load_reasoning
 from fourstage.data.records import Message, Problem, Split
@@ -19,8 +19,8 @@ from fourstage.ladder import LADDER
 QUESTIONS = (
     "What is an LLM?",
     "Explain RoPE.",
-    "What is a mixture of experts?",
-    "What does math.gcd do?",
+    "What is GRPO?",
+    "What does len do?",
     "Hello, how are you?",
 )
 PROBLEMS = 3
@@ -91,16 +91,10 @@ def sample_prompts(config: DataConfig) -> list[SamplePrompt]:
 
     Questions, then held-out problems of different tasks if there are problems.
     """
-    facts = load_facts(config)
-    sentences: dict[str, tuple[str, ...]] = {}
-    for fact in (*facts.train, *facts.heldout):
-        for question in (*fact.questions(), fact.reworded):
-            sentences[question] = (*sentences.get(question, ()), fact.sentence)
+    known = known_answers(config)
     prompts = [
-        SamplePrompt(
-            f"question-{i}", [{"role": "user", "content": question}], sentences.get(question, ())
-        )
-        for i, question in enumerate(QUESTIONS, start=1)
+        SamplePrompt(f"question-{i}", [{"role": "user", "content": text}], known.get(text, ()))
+        for i, text in enumerate(QUESTIONS, start=1)
     ]
     if not config.reasoning.has_problems:
         return prompts
