@@ -5,11 +5,13 @@ Shape legend: B rows, T tokens, P prompt tokens, A answer tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 IGNORE = -100  # a target without loss
 
@@ -18,6 +20,12 @@ def moved(x: Tensor, device: torch.device | str) -> Tensor:
     """The tensor on the device, without waiting for a GPU's pending work."""
     to_gpu = x.device.type == "cpu" and torch.device(device).type not in ("cpu", "mps")
     return x.to(device, non_blocking=to_gpu)
+
+
+def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """int64 [B, T]: the rows, right-padded to the longest."""
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
 class _Movable:
@@ -52,7 +60,6 @@ class PairBatch(_Movable):
     rejected_len: Tensor  # int64 [B]
 
     def rows(self, rows: slice) -> PairBatch:
-        """A slice of the pairs."""
         return PairBatch(*(getattr(self, f.name)[rows] for f in fields(self)))
 
 

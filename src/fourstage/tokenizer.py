@@ -118,11 +118,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """The tokenizer that `save` wrote.
-
-        Raises:
-            UserError: folder/tokenizer.json is missing or not readable.
-        """
+        """The tokenizer that `save` wrote. Raises UserError if folder/tokenizer.json is missing or
+        not readable."""
         path = Path(folder) / "tokenizer.json"
         try:
             return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
@@ -191,11 +188,8 @@ class Tokenizer:
         return re.compile(f"[^{re.escape(''.join(known))}]")
 
     def chat(self, messages: Messages) -> tuple[list[int], list[int]]:
-        """A conversation as ids, and a mask of equal length: 1 on tokens with loss.
-
-        Raises:
-            UserError: roles other than [system,] user, assistant, user, ... in this order.
-        """
+        """A conversation as ids, and a mask of equal length: 1 on tokens with loss. Raises
+        UserError for roles other than [system,] user, assistant, user, ... in this order."""
         ids, mask = [self.bos_id], [0]
         for role, text in _turns(messages):
             body = [*self.encode(text), self.eot_id]
@@ -204,11 +198,8 @@ class Tokenizer:
         return ids, mask
 
     def prompt(self, messages: Messages) -> list[int]:
-        """The ids up to where the assistant begins to answer.
-
-        Raises:
-            UserError: the last message is not the user's, or roles as in `chat`.
-        """
+        """The ids up to where the assistant begins to answer. Raises UserError if the last message
+        is not the user's, or as `chat`."""
         if not messages or messages[-1]["role"] != "user":
             raise UserError("a prompt must end with a message of the user")
         return [*self.chat(messages)[0], self.assistant_id]

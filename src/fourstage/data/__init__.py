@@ -19,27 +19,8 @@ from fourstage.data.records import (
 from fourstage.data.sources import SamplePrompt, digest, left_out, other_source, sample_prompts
 from fourstage.data.userfiles import NOT_READ
 
-__all__ = [
-    "NOT_READ",
-    "Chats",
-    "Conversation",
-    "Corpus",
-    "DataConfig",
-    "Pair",
-    "Pairs",
-    "Problem",
-    "Problems",
-    "SamplePrompt",
-    "digest",
-    "fact_questions",
-    "left_out",
-    "load_chat",
-    "load_corpus",
-    "load_facts",
-    "load_preference",
-    "load_prompts",
-    "load_reasoning",
-    "prompts_only",
-    "sample_prompts",
-    "other_source",
-]
+__all__ = ["Chats", "Conversation", "Corpus", "DataConfig", "Pair", "Pairs", "Problem", "Problems"]
+__all__ += ["SamplePrompt"]
+__all__ += ["NOT_READ", "digest", "left_out", "other_source", "prompts_only", "sample_prompts"]
+__all__ += ["fact_questions", "load_chat", "load_corpus", "load_facts", "load_preference"]
+__all__ += ["load_prompts", "load_reasoning"]

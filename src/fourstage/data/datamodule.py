@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from fourstage.batch import IGNORE, PairBatch, PromptBatch, TokenBatch
+from fourstage.batch import IGNORE, PairBatch, PromptBatch, TokenBatch, padded
 from fourstage.data.records import Conversation, Corpus, Message, Pair, Problem
 from fourstage.errors import UserError
 from fourstage.tokenizer import SHORTEST_PROMPT, Tokenizer
@@ -130,10 +130,8 @@ def pretrain_data(
 ) -> LoaderPair:
     """TokenBatch of [B, block_size]. Validation covers every known held-out token once.
 
-    Notes count tokens that are targets, and held-out characters for bits per character.
-
-    Raises:
-        UserError: the train side is shorter than one block.
+    Notes count tokens that are targets, and held-out characters for bits per character. Raises
+    UserError if the train side is shorter than one block.
     """
     notes: dict[str, int] = {}
     sides = {}
@@ -166,11 +164,7 @@ def pretrain_data(
 
 def join(documents: Sequence[str], tokenizer: Tokenizer) -> list[int]:
     """The ids of all documents, <bos> in front of each."""
-    ids: list[int] = []
-    for document in documents:
-        ids.append(tokenizer.bos_id)
-        ids += tokenizer.encode(document)
-    return ids
+    return [i for text in documents for i in (tokenizer.bos_id, *tokenizer.encode(text))]
 
 
 def blocks(token_ids: Sequence[int], block_size: int) -> Tensor:
@@ -195,11 +189,8 @@ def sft_data(
     max_tokens: int,
     **steps: Unpack[Steps],
 ) -> LoaderPair:
-    """TokenBatch of rows padded to the longest, with loss on the assistant's tokens only.
-
-    Raises:
-        UserError: nothing is left to train or validate on.
-    """
+    """TokenBatch of rows padded to the longest, with loss on the assistant's tokens only. Raises
+    UserError if nothing is left to train or validate on."""
 
     def count(rows: Sequence[Row]) -> dict[str, int]:
         return {
@@ -236,14 +227,11 @@ def conversation_needs(messages: Sequence[Message], tokenizer: Tokenizer) -> int
 
 def _masked_batch(rows: Sequence[Row], pad_id: int) -> TokenBatch:
     """Targets are the next ids where the mask of the next id is 1."""
-    longest = max(len(ids) for ids, _ in rows) - 1
-    ids_BT = torch.full((len(rows), longest), pad_id)
-    targets_BT = torch.full((len(rows), longest), IGNORE)
-    for b, (ids, mask) in enumerate(rows):
-        row, wanted = torch.tensor(ids), torch.tensor(mask[1:], dtype=torch.bool)
-        ids_BT[b, : len(ids) - 1] = row[:-1]
-        targets_BT[b, : len(ids) - 1] = row[1:].masked_fill(~wanted, IGNORE)
-    return TokenBatch(ids_BT, targets_BT)
+    targets = [
+        [i if has_loss else IGNORE for i, has_loss in zip(ids[1:], mask[1:], strict=True)]
+        for ids, mask in rows
+    ]
+    return TokenBatch(padded([ids[:-1] for ids, _ in rows], pad_id), padded(targets, IGNORE))
 
 
 def reward_data(
@@ -254,11 +242,8 @@ def reward_data(
     max_tokens: int,
     **steps: Unpack[Steps],
 ) -> LoaderPair:
-    """PairBatch of [B, T]: prompt, answer and <eot>, both answers after the same prompt.
-
-    Raises:
-        UserError: nothing is left to train or validate on.
-    """
+    """PairBatch of [B, T]: prompt, answer and <eot>, both answers after the same prompt. Raises
+    UserError if nothing is left to train or validate on."""
 
     def count(rows: Sequence[Row]) -> dict[str, int]:
         return {"unknown_characters": sum(tokenizer.count_unknown(i) for r in rows for i in r)}
@@ -301,14 +286,10 @@ def _answer(pair: Pair, side: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _pair_batch(rows: Sequence[Row], pad_id: int) -> PairBatch:
-    longest = max(len(ids) for row in rows for ids in row)
-    sides = []
-    for side in (0, 1):
-        ids_BT = torch.full((len(rows), longest), pad_id)
-        for b, row in enumerate(rows):
-            ids_BT[b, : len(row[side])] = torch.tensor(row[side])
-        sides += [ids_BT, torch.tensor([len(row[side]) for row in rows])]
-    return PairBatch(*sides)
+    both = [ids for side in zip(*rows, strict=True) for ids in side]  # all chosen, all rejected
+    chosen_BT, rejected_BT = padded(both, pad_id).chunk(2)
+    chosen_B, rejected_B = torch.tensor([len(ids) for ids in both]).chunk(2)
+    return PairBatch(chosen_BT, chosen_B, rejected_BT, rejected_B)
 
 
 def _row_loaders(
@@ -343,9 +324,8 @@ def _row_loaders(
     def length(row: Row) -> int:
         return max(map(len, row))
 
-    batches = StepBatches(
-        len(train), collate=collate, lengths=[length(row) for row in train], **steps
-    )
+    lengths = [length(row) for row in train]
+    batches = StepBatches(len(train), collate=collate, lengths=lengths, **steps)
     heldout = sorted(heldout, key=length)
     size = steps["batch_size"]
     val = [batch_of(heldout[i : i + size], tokenizer.pad_id) for i in range(0, len(heldout), size)]
@@ -360,10 +340,7 @@ def prompt_data(
     **steps: Unpack[Steps],
 ) -> LoaderPair:
     """PromptBatch of B prompts; longer ones are left out, since truncating changes the question.
-
-    Raises:
-        UserError: no prompt fits into max_prompt_tokens.
-    """
+    Raises UserError if none fits."""
     encoded = [tokenizer.prompt(record.prompt_messages) for record in records]
     index = [i for i, ids in enumerate(encoded) if len(ids) <= max_prompt_tokens]
     if not index:
@@ -385,12 +362,9 @@ def prompt_data(
 
 
 def _loaders(train: StepBatches, val: list[Any] | None, notes: dict[str, int]) -> LoaderPair:
+    ready_made: dict[str, Any] = {"batch_size": None, "collate_fn": lambda batch: batch}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11
-        loader = StatefulDataLoader(train, batch_size=None, num_workers=0, collate_fn=_as_is)
-        ready = None if val is None else DataLoader(val, batch_size=None, collate_fn=_as_is)
+        loader = StatefulDataLoader(train, num_workers=0, **ready_made)
+        ready = None if val is None else DataLoader(val, **ready_made)
     return LoaderPair(loader, ready, notes)
-
-
-def _as_is(batch: Any) -> Any:
-    return batch

@@ -63,11 +63,8 @@ class Row:
 
 
 def files_of(paths: Paths) -> list[str]:
-    """The files that a path names.
-
-    Raises:
-        UserError: no such file or folder, a special file, or a folder without a known file.
-    """
+    """The files that a path names. Raises UserError if it is none, a special file, or a folder
+    without a known file."""
     if isinstance(paths, list):
         if not paths:
             raise UserError("an empty list of files: name one")
@@ -89,11 +86,8 @@ def files_of(paths: Paths) -> list[str]:
 
 
 def is_text(paths: Paths) -> bool:
-    """True for plain text, which is split by position.
-
-    Raises:
-        UserError: as files_of, or texts and records in one list.
-    """
+    """True for plain text, which is split by position. Raises as files_of, and UserError for texts
+    and records in one list."""
     texts = [_kind(Path(file)) == ".txt" for file in files_of(paths)]
     if any(texts) and not all(texts):
         raise UserError(f"{paths}: .txt files and files of records: give the one or the other")
@@ -101,11 +95,8 @@ def is_text(paths: Paths) -> bool:
 
 
 def read_text(path: str) -> str:
-    """The whole file, with line ends as \\n.
-
-    Raises:
-        UserError: missing, a folder, empty, not text, or not in the encoding that it declares.
-    """
+    """The whole file, with line ends as \\n. Raises UserError if it is missing, a folder, empty,
+    not text, or not in the encoding that it declares."""
     text = _decoded(path, _bytes(path)).replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise UserError(f"{path}: the file is empty: give one with data in it")
@@ -121,11 +112,8 @@ def read_text(path: str) -> str:
 def read_rows(paths: Paths, columns: Mapping[str, str] | None = None) -> list[Row]:
     """The rows of JSON lists, JSON lines, tables (.csv, .tsv) or Parquet.
 
-    Args:
-        columns: {name in the schema: name in the file}.
-
-    Raises:
-        UserError: a missing, empty or damaged file, another kind, or a missing column.
+    columns: {name in the schema: name in the file}. Raises UserError for a missing, empty or
+    damaged file, another kind, or a missing column.
     """
     rows: list[Row] = []
     for path in files_of(paths):
@@ -249,15 +237,12 @@ def _table(path: str) -> list[Row]:
         why = "a quote is not closed" if is_open else str(error)
         raise UserError(f"{path}, line {line}: not a table ({why})") from None
     if len(names) == 1 and ";" in names[0]:
-        raise UserError(
-            f"{path}: separated by semicolons: save it with commas, or as .tsv with tabs"
-        )
+        raise UserError(f"{path}: separated by semicolons: save with commas, or as .tsv with tabs")
     _named_once(path, names)
     for i, row in enumerate(rows, start=1):
         if None in row or None in row.values():
-            raise UserError(
-                f"{path}, row {i}: rows of different lengths: give each {len(names)} fields"
-            )
+            what = f"rows of different lengths: give each {len(names)} fields"
+            raise UserError(f"{path}, row {i}: {what}")
     return [Row(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]
 
 

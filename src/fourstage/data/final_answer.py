@@ -223,12 +223,7 @@ def _same_kind(given: str, expected: str) -> bool:
         return sorted(SEPARATORS.findall(text)), sorted(words), set(LETTERS.findall(text))
 
     def operations(text: str) -> int:
-        return len(ARITHMETIC.findall(_linear(text)))
+        text = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text)
+        return len(ARITHMETIC.findall(re.sub(r"[(){}\s]", "", text)))
 
     return symbols(given) == symbols(expected) and operations(given) <= operations(expected)
-
-
-def _linear(text: str) -> str:
-    r"""\frac{a}{b} as a/b, without brackets."""
-    text = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text)
-    return re.sub(r"[(){}\s]", "", text)

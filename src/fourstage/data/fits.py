@@ -47,11 +47,7 @@ def check_corpus(
 
 
 def check_chats(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    max_tokens: int,
-    max_seq_len: int,
-    stage: str = "sft",
+    config: DataConfig, tokenizer: Tokenizer, max_tokens: int, max_seq_len: int, stage: str = "sft"
 ) -> list[str]:
     chats = load_chat(config)
     texts = [text for c in chats.train for text in contents(c.messages)]
@@ -184,19 +180,15 @@ def without_steps(config: DataConfig, where: str, wanted: int) -> list[str]:
         return []
     train = split_problems(config).train
     mute = {p.task for p in train} - {p.task for p in train if p.worked}
-    return [f"{where}: {', '.join(sorted(mute))} has no worked solutions to learn from"] * bool(
-        mute
-    )
+    what = f"{where}: {', '.join(sorted(mute))} has no worked solutions to learn from"
+    return [what] if mute else []
 
 
 def some_fit(what: str, needs: Sequence[int], where: str, limit: int, most: int) -> list[str]:
     """A warning if a limit loses much, with the first of its doublings that keeps ENOUGH.
 
-    Args:
-        what: "no ... record", for the UserError if nothing fits.
-        needs: tokens that each record takes at least.
-        where: the limit's key.
-        most: tokens that the model allows.
+    what: "no ... record", for the UserError if nothing fits. needs: the tokens that each record
+    takes at least. where: the limit's key. most: the tokens that the model allows.
     """
 
     def fitting(tokens: int) -> int:

@@ -36,10 +36,8 @@ LARGEST = 10**5  # of a weight; of an argument as a multiple of its default
 def split_problems(config: DataConfig) -> Problems:
     """Problems on two sides; none where the config names none.
 
-    No train problem of reasoning-gym holds the expression of a held-out one.
-
-    Raises:
-        UserError: a bad file, an unknown task or a bad argument of one.
+    No train problem of reasoning-gym holds the expression of a held-out one. Raises UserError for a
+    bad file, an unknown task or a bad argument of one.
     """
     if config.reasoning.path is not None:
         return split_file(config.reasoning, problem_from, config.heldout, ())

@@ -15,11 +15,8 @@ from fourstage.errors import UserError
 
 @cached("chat", "preference", "reasoning", "knowledge")
 def load_reasoning(config: DataConfig) -> Problems:
-    """Train and held-out problems.
-
-    Raises:
-        UserError: no path and no tasks, a bad file, or an unknown task or argument.
-    """
+    """Train and held-out problems. Raises UserError without a path or tasks, for a bad file, or for
+    an unknown task or argument."""
     if not config.reasoning.has_problems:
         raise UserError("stages.grpo needs data.reasoning.path=FILE (a file in gsm8k's schema)")
     problems = cleaned(config, "data.reasoning", split_problems(config), _gives_away)
@@ -31,11 +28,7 @@ def worked_problems(
     config: DataConfig, count: int, share: float
 ) -> tuple[list[Problem], list[Problem]]:
     """The first `count` train problems with a worked solution; and held-out ones, so many that
-    they are `share` of all.
-
-    Raises:
-        UserError: as load_reasoning.
-    """
+    they are `share` of all. Raises as load_reasoning."""
     if count == 0:
         return [], []
     if not config.reasoning.has_problems:

@@ -21,8 +21,18 @@ def opening(messages: list[Message]) -> str:
     return next(m["content"] for m in messages if m["role"] == "user")
 
 
+class _Prompted:
+    """An item whose prompt gives it its id."""
+
+    prompt_messages: list[Message]
+
+    @property
+    def id(self) -> str:
+        return short_hash(prompt_text(self.prompt_messages))
+
+
 @dataclass(frozen=True)
-class Conversation:
+class Conversation(_Prompted):
     """Turns of user and assistant, ending with the assistant's answer."""
 
     messages: list[Message]
@@ -37,13 +47,9 @@ class Conversation:
     def answer(self) -> str:
         return self.messages[-1]["content"]
 
-    @property
-    def id(self) -> str:
-        return short_hash(prompt_text(self.prompt_messages))
-
 
 @dataclass(frozen=True)
-class Pair:
+class Pair(_Prompted):
     """Two answers to one prompt, the first preferred."""
 
     messages: list[Message]  # the prompt, ending with the user
@@ -55,13 +61,9 @@ class Pair:
     def prompt_messages(self) -> list[Message]:
         return self.messages
 
-    @property
-    def id(self) -> str:
-        return short_hash(prompt_text(self.messages))
-
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(_Prompted):
     """A question with a checkable answer (fourstage.data.verify)."""
 
     question: str
@@ -73,10 +75,6 @@ class Problem:
     @property
     def prompt_messages(self) -> list[Message]:
         return [{"role": "user", "content": self.question}]
-
-    @property
-    def id(self) -> str:
-        return short_hash(prompt_text(self.prompt_messages))
 
     def conversation(self, terse: bool = False) -> Conversation:
         """The problem with its worked solution, or with only the last line of it."""

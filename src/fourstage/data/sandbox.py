@@ -53,11 +53,8 @@ class Sandbox:
         self._lock = threading.Lock()
 
     def map(self, items: Sequence[Any]) -> list[Any]:
-        """judge(item) of each, in order; None if that failed, took too long or was refused.
-
-        Raises:
-            UserError: the server can't be started.
-        """
+        """judge(item) of each, in order; None if that failed, took too long or was refused. Raises
+        UserError if the server can't be started."""
         with self._lock:
             for _ in range(2):  # a server that was killed is restarted
                 server, answer = self._running(), ""
@@ -109,9 +106,7 @@ def serve(module: str) -> None:
     os.dup2(2, 1)  # whatever prints
     with suppress(BrokenPipeError, KeyboardInterrupt):
         for line in requests:
-            items = json.loads(line)
-            results = batch(functions, items)
-            answers.write(json.dumps(results) + "\n")
+            answers.write(json.dumps(batch(functions, json.loads(line))) + "\n")
             answers.flush()
 
 

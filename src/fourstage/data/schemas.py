@@ -26,6 +26,10 @@ class Unusable(UserError):
 
 
 CHAT_SCHEMAS = '"instruction" and "output", "messages", "conversations", or "prompt" and "response"'
+CHAT_FIELDS = (
+    *(("instruction", "output"), ("instruction", "response")),
+    *(("prompt", "response"), ("prompt", "completion")),
+)
 PAIR_SCHEMAS = '"chosen" and "rejected", with "prompt" or "instruction" or as dialogues'
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -37,11 +41,7 @@ TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")
 
 
 def document_from(row: Row) -> str:
-    """{"text"}.
-
-    Raises:
-        UserError: no such field, or it is empty or not a text.
-    """
+    """{"text"}. Raises UserError if there is none, or if it is empty or not a text."""
     if "text" not in row:
         raise _unknown(row, '"text"', "corpus", "text")
     return _text(row, "text")
@@ -51,25 +51,21 @@ def conversation_from(row: Row) -> Conversation:
     """alpaca {instruction, input, output}, {messages}, {conversations}, {prompt, response}.
 
     Any of them may have {system}; alpaca's and prompts may have {history}, [[question, answer],
-    ...]. Prompt and response may be lists of messages.
-
-    Raises:
-        UserError: no such schema, or a field of another type.
-        Unusable: an empty text, an image, a tool's turn, or turns out of order.
+    ...]. Prompt and response may be lists of messages. Raises UserError for another schema, or a
+    field of another type; Unusable for an empty text, an image, a tool's turn, or turns out of
+    order.
     """
     turns = _own_messages(row)
-    for answer in ("output", "response"):
-        if turns is None and "instruction" in row and answer in row:
-            turns = [*_instructed(row), _assistant(_text(row, answer))]
-    for answer in ("response", "completion"):
-        if turns is None and "prompt" in row and answer in row:
-            turns = [
-                *_history(row),
-                *_turns(row, "prompt", _user),
-                *_turns(row, answer, _assistant),
-            ]
     if turns is None:
-        raise _unknown(row, CHAT_SCHEMAS, "chat", "instruction")
+        named = [fields for fields in CHAT_FIELDS if all(name in row for name in fields)]
+        if not named:
+            raise _unknown(row, CHAT_SCHEMAS, "chat", "instruction")
+        asked, answer = named[0]
+        if asked == "instruction":
+            turns = [*_instructed(row), _assistant(_text(row, answer))]
+        else:
+            asked_turns = [*_history(row), *_turns(row, asked, _user)]
+            turns = [*asked_turns, *_turns(row, answer, _assistant)]
     return Conversation(_dialogue(row, _with_system(row, turns)))
 
 
@@ -78,10 +74,7 @@ def pair_from(row: Row) -> Pair:
 
     Prompt and answers may be text or lists of messages; dialogues are lists of messages or
     hh-rlhf's text ("\\n\\nHuman: ...\\n\\nAssistant: ..."), and must share all but the last answer.
-
-    Raises:
-        UserError: no such schema, or a field of another type.
-        Unusable: as conversation_from, or two different prompts.
+    Raises as conversation_from, and Unusable for two different prompts.
     """
     if "chosen" not in row or "rejected" not in row:
         raise _unknown(row, PAIR_SCHEMAS, "preference", "chosen")
@@ -102,19 +95,16 @@ def pair_from(row: Row) -> Pair:
     if chosen[:-1] != rejected[:-1]:
         raise _two_prompts(row)
     if not asked or asked[-1]["role"] != "user":
-        what = "the prompt must end with a message of the user"
-        raise Unusable(row, "turns_out_of_order", what)
+        raise Unusable(row, "turns_out_of_order", "the prompt must end with a message of the user")
     _alternating(row, asked)
     return Pair(asked, chosen[-1]["content"], rejected[-1]["content"])
 
 
 def problem_from(row: Row) -> Problem:
     """gsm8k {question, answer}; the answer ends in "#### RESULT", holds \\boxed{RESULT}, says
-    "answer: RESULT" at its end, or is the result alone, which may be a number.
-
-    Raises:
-        UserError: no such schema, or a field that isn't a text.
-        Unusable: a field is empty, or there is no result, or there are several.
+    "answer: RESULT" at its end, or is the result alone, which may be a number. Raises UserError for
+    another schema, or a field that isn't a text; Unusable for an empty field, or without exactly
+    one result.
     """
     if "question" not in row or "answer" not in row:
         raise _unknown(row, '"question" and "answer"', "reasoning", "question")
@@ -149,8 +139,7 @@ def _turns(row: Row, name: str, message: Callable[[str], Message]) -> list[Messa
     """A list of messages, hh-rlhf's text of a dialogue, or a text as one message."""
     if isinstance(row.get(name), list | dict):
         return _messages(row, name)
-    text = _text(row, name)
-    return (_split_turns(row, name) if message is _user else None) or [message(text)]
+    return (_split_turns(row, name) if message is _user else None) or [message(_text(row, name))]
 
 
 def _answer(row: Row, name: str) -> list[Message]:
@@ -160,9 +149,8 @@ def _answer(row: Row, name: str) -> list[Message]:
         if not messages or messages[-1]["role"] != "assistant":
             raise row.error(f"{name} must end with a message of the assistant")
         return messages
-    text = _text(row, name)
     turns = _split_turns(row, name) if str(row.get(name)).startswith("\n\n") else None
-    return turns if turns and turns[-1]["role"] == "assistant" else [_assistant(text)]
+    return turns if turns and turns[-1]["role"] == "assistant" else [_assistant(_text(row, name))]
 
 
 def _whole_dialogue(row: Row, name: str) -> list[Message]:
@@ -251,15 +239,13 @@ def _message(row: Row, name: str, item: Any) -> Message:
         raise lacks
     role = role.strip().lower()
     if item.get("weight") == 0:
-        what = (
-            f'"{name}" has a message of weight 0, but a record is learned as a whole or not at all'
-        )
-        raise Unusable(row, "weight_0", what)
+        what = "has a message of weight 0, but a record is learned as a whole or not at all"
+        raise Unusable(row, "weight_0", f'"{name}" {what}')
     if role in TOOL_ROLES or item.get("tool_calls"):
         raise Unusable(row, "tools", f'"{name}" has the turn of a tool: remove the record')
     if role not in ROLES:
-        known = ", ".join(ROLES)
-        raise Unusable(row, "unknown_role", f"unknown role {role[:40]!r}: known are {known}")
+        what = f"unknown role {role[:40]!r}: known are {', '.join(ROLES)}"
+        raise Unusable(row, "unknown_role", what)
     if isinstance(content, list):
         content = "\n".join(_part(row, part) for part in content)
     is_text = content is None or isinstance(content, str)
@@ -277,8 +263,7 @@ def _part(row: Row, part: Any) -> str:
     if isinstance(text, str):
         return text
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    what = f"a message holds {str(kind)[:40]!r}, but only text is read"
-    raise Unusable(row, "not_text", what)
+    raise Unusable(row, "not_text", f"a message holds {str(kind)[:40]!r}, but only text is read")
 
 
 def _with_system(row: Row, messages: list[Message]) -> list[Message]:
@@ -298,8 +283,7 @@ def _dialogue(row: Row, messages: list[Message]) -> list[Message]:
     if messages and messages[-1]["role"] == "user":
         messages = messages[:-1]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        what = "the conversation has no answer of the assistant"
-        raise Unusable(row, "without_an_answer", what)
+        raise Unusable(row, "without_an_answer", "the conversation has no answer of the assistant")
     _alternating(row, messages)
     return messages
 
@@ -309,12 +293,11 @@ def _alternating(row: Row, messages: list[Message]) -> None:
     turns = roles[1:] if roles[0] == "system" else roles
     expected = ["user", "assistant"] * len(turns)
     if turns != expected[: len(turns)]:
-        raise Unusable(
-            row,
-            "turns_out_of_order",
-            f"the roles are {', '.join(roles[:8])}: after an optional system message, user and "
-            "assistant must take turns, the user first",
+        rule = (
+            "after an optional system message, user and assistant must take turns, the user first"
         )
+        what = f"the roles are {', '.join(roles[:8])}: {rule}"
+        raise Unusable(row, "turns_out_of_order", what)
 
 
 def _user(text: str) -> Message:

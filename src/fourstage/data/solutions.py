@@ -30,11 +30,8 @@ class NoResult(ValueError):
 
 
 def solved(text: str) -> tuple[str, str]:
-    """The steps and the result. A mark in front of a heading doesn't count.
-
-    Raises:
-        NoResult: there is none, or there are several.
-    """
+    """The steps and the result. A mark in front of a heading doesn't count. Raises NoResult unless
+    there is exactly one result."""
     if text in NO_NUMBER:
         raise NoResult(f"the answer is {text}, which is no number")
     text = CALCULATOR.sub("", text)

@@ -132,15 +132,10 @@ def leg_counting_steps(metadata: Entry) -> list[str]:
     return steps + _running_sums(first, [("+", n) for n in rest])
 
 
-def spell_backward_steps(metadata: Entry) -> list[str]:
-    """The letters, spaced out."""
-    return [" ".join(metadata["word"])]
-
-
 STEPS: dict[str, Callable[[Entry], list[str]]] = {
     "chain_sum": chain_sum_steps,
     "products": products_steps,
     "gcd": gcd_steps,
     "leg_counting": leg_counting_steps,
-    "spell_backward": spell_backward_steps,
+    "spell_backward": lambda metadata: [" ".join(metadata["word"])],  # the letters, spaced out
 }

@@ -20,11 +20,8 @@ Item = TypeVar("Item", Conversation, Pair, Problem)
 
 def usable(rows: Sequence[Row], build: Callable[[Row], T], notes: Counter[str]) -> list[T]:
     """What `build` makes of the rows. Notes count the rows that were left out, "unusable_REASON",
-    and those with data in a field that nothing reads, "not_read_FIELD".
-
-    Raises:
-        UserError: a row of another schema, or no row can be used.
-    """
+    and those with data in a field that nothing reads, "not_read_FIELD". Raises UserError for a row
+    of another schema, or if no row can be used."""
     built: list[T] = []
     first: Unusable | None = None
     for row in rows:
@@ -46,12 +43,8 @@ def split_file(
 ) -> Split[Item]:
     """A source's file on two sides; `heldout_path` is the held-out side where it is given.
 
-    Args:
-        share: the share to hold out.
-        problems: held-out problems, which no source may train on.
-
-    Raises:
-        UserError: a bad file, or as `usable`.
+    share: of the items, to hold out. problems: held-out ones, which no source may train on. Raises
+    UserError for a bad file, or as `usable`.
     """
     assert source.path is not None
     notes = Counter[str]()

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourstage.batch import padded
+from fourstage.data.datamodule import join
 from fourstage.evaluation.suite import Item
 from fourstage.model import Transformer
 from fourstage.model.moe import Router
@@ -37,7 +39,7 @@ def corpus_blocks(
 ) -> list[Block]:
     """The documents end to end; each token but the first <bos> is predicted once."""
     size = min(BLOCK, policy.config.max_seq_len)
-    ids = [t for text in documents for t in (tokenizer.bos_id, *tokenizer.encode(text))]
+    ids = join(documents, tokenizer)
     blocks = []
     for number, at in enumerate(range(0, len(ids) - 1, size)):
         block = ids[at : at + size + 1]
@@ -68,8 +70,7 @@ def text_items(
     items: list[Item] = []
     for at in range(0, len(blocks), 16):
         some = blocks[at : at + 16]
-        rows = [torch.tensor(block.ids) for block in some]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(device)
+        ids = padded([block.ids for block in some], -1).to(device)
         inputs_BT, targets_BT = ids[:, :-1].clamp(min=0), ids[:, 1:].clamp(min=0)
         valid_BT = ids[:, 1:] >= 0
         with expert_choices(policy) as chosen:

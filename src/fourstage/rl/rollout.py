@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fourstage.batch import Rollout, moved
+from fourstage.batch import Rollout, moved, padded
 from fourstage.errors import UserError
 from fourstage.model import ScalarModel, Transformer
 from fourstage.model.packing import Packing, Take, ranks
@@ -36,13 +36,10 @@ def fitted_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]], room: in
 def pack(prompts: list[list[int]], generation: Generation, pad_id: int) -> Rollout:
     """Right-padded rows prompt + answer; log-probs that the sampler doesn't know are 0."""
     answers = generation.answer_ids
-    longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    ids_BT = torch.full((len(prompts), longest), pad_id)
+    ids_BT = padded([p + a for p, a in zip(prompts, answers, strict=True)], pad_id)
     logp_BA = torch.zeros(len(prompts), max(map(len, answers)))
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        ids_BT[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        if generation.logprobs is not None:
-            logp_BA[row, : len(answer)] = torch.tensor(generation.logprobs[row])
+    for row, logprobs in enumerate(generation.logprobs or []):
+        logp_BA[row, : len(logprobs)] = torch.tensor(logprobs)
     start_B = torch.tensor([len(p) for p in prompts])
     length_B = torch.tensor([len(a) for a in answers])
     inputs_B = start_B + length_B - 1  # the last token predicts nothing

@@ -7,12 +7,5 @@ from fourstage.stages.pretrain import PretrainModule
 from fourstage.stages.reward import RewardModule
 from fourstage.stages.sft import SFTModule
 
-__all__ = [
-    "GRPOModule",
-    "PPOModule",
-    "PretrainModule",
-    "RewardModule",
-    "SFTModule",
-    "StageModule",
-    "StageSettings",
-]
+__all__ = ["GRPOModule", "PPOModule", "PretrainModule", "RewardModule", "SFTModule"]
+__all__ += ["StageModule", "StageSettings"]
