@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from fourstage.errors import UserError
 from fourstage.interruptions import run_command
 from fourstage.ladder import LADDER, stages
-from fourstage.settings import build
+from fourstage.settings import MOST_SEED, Bounded, at_least, between, build
 
 if TYPE_CHECKING:  # PyTorch is imported when a model is needed, so that --help is quick
     from fourstage.sampling.generate import Sampling
@@ -35,7 +35,7 @@ HELP = """\
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatSettings:
+class ChatSettings(Bounded):
     """The command line."""
 
     run: str = ""  # empty: the furthest stage
@@ -43,15 +43,12 @@ class ChatSettings:
     temperature: float = 0.7
     top_k: int = 0
     top_p: float = 1.0
-    max_new_tokens: int = 200
-    seed: int = 0
+    max_new_tokens: int = at_least(1, default=200)
+    seed: int = between(0, MOST_SEED, default=0)
     outputs: str = "outputs"
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens: must be at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed: must be between 0 and {2**32 - 1}, got {self.seed}")
+        super().__post_init__()
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt: it is empty: leave out prompt= to talk, or ask something")
 

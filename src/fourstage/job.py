@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fourstage.errors import UserError
+from fourstage.settings import MOST_SEED, Bounded, at_least, between
 
 if TYPE_CHECKING:  # some users of this module never need PyTorch
     from fourstage.data import DataConfig
@@ -18,22 +19,21 @@ LEAST_PROMPT = 8  # tokens that must be left for a prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
+class TrainerConfig(Bounded):
     """Where a stage trains. "auto" is one GPU in bf16 if there is one, else the CPU in fp32."""
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     devices: int = 1  # -1: all of them
-    num_nodes: int = 1
+    num_nodes: int = at_least(1, default=1)
     strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3", "zero3_offload"] = "auto"
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = "auto"
     compile: bool = False  # training forwards by torch.compile, decode steps as a CUDA graph
     checkpoint_activations: bool = False  # recompute activations in the backward pass
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.devices < 1 and self.devices != -1:
             raise UserError(f"devices: must be at least 1, or -1 for all, got {self.devices}")
-        if self.num_nodes < 1:
-            raise UserError(f"num_nodes: must be at least 1, got {self.num_nodes}")
 
     @property
     def processes(self) -> int:
@@ -102,24 +102,21 @@ class LoggerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Bounded):
     """`evaluation` in the config: how many held-out items, and the seed of the sampled answers."""
 
-    seed: int
-    max_prompts: int  # chat prompts
-    max_problems: int
-    max_pairs: int
-    max_new_tokens: int
-    samples: int = 8  # answers per problem for pass@k; older runs lack these three keys
-    max_sampled_problems: int = 100
-    max_blocks: int = 1000  # of 256 tokens of held-out text, evenly spread over it
+    seed: int = between(0, MOST_SEED)
+    max_prompts: int = at_least(1)  # chat prompts
+    max_problems: int = at_least(1)
+    max_pairs: int = at_least(1)
+    max_new_tokens: int = at_least(1)
+    samples: int = at_least(1, default=8)  # answers per problem for pass@k
+    max_sampled_problems: int = at_least(1, default=100)
+    max_blocks: int = at_least(1, default=1000)  # of 256 tokens, evenly spread over held-out text
+    # older runs lack the last three
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed: must be between 0 and {2**32 - 1}, got {self.seed}")
-        for name, value in vars(self).items():
-            if name != "seed" and value < 1:
-                raise UserError(f"{name}: must be at least 1, got {value}")
+        super().__post_init__()
         if self.samples > MOST_SAMPLES:
             raise UserError(f"samples: must be at most {MOST_SAMPLES}, got {self.samples}")
 

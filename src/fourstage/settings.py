@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fourstage.errors import UserError, did_you_mean
@@ -18,7 +18,33 @@ from fourstage.errors import UserError, did_you_mean
 LARGEST = {int: 2**63 - 1, float: (2 - 2**-23) * 2.0**127}
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
+MOST_SEED = 2**32 - 1  # it is multiplied into the seeds of steps and rows
+
 T = TypeVar("T")
+
+
+def at_least(least: float, **options: Any) -> Any:
+    """A field with a bound, which `Bounded` checks; so are the next two."""
+    return field(metadata={"bound": f"at least {least}", "holds": lambda x: x >= least}, **options)
+
+
+def between(least: float, most: float, **options: Any) -> Any:
+    bound = f"between {least} and {most}"
+    return field(metadata={"bound": bound, "holds": lambda x: least <= x <= most}, **options)
+
+
+def positive(**options: Any) -> Any:
+    return field(metadata={"bound": "above 0", "holds": lambda x: x > 0}, **options)
+
+
+class Bounded:
+    """A dataclass that raises UserError for a value outside its field's bound."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if f.metadata and not f.metadata["holds"](value):
+                raise UserError(f"{f.name}: must be {f.metadata['bound']}, got {value}")
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -41,10 +67,10 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             hint = did_you_mean(str(key), known)
             raise UserError(f"{_join(where, key)}: unknown key, {hint}")
     ready = {}
-    for name, field in known.items():
+    for name, f in known.items():
         if name in values:
             ready[name] = _convert(hints[name], values[name], _join(where, name))
-        elif field.default is MISSING and field.default_factory is MISSING:
+        elif f.default is MISSING and f.default_factory is MISSING:
             raise UserError(f"{_join(where, name)}: missing, expected {_describe(hints[name])}")
     try:
         return cls(**ready)
@@ -61,12 +87,11 @@ def hashed(config: Any) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     values, is_new = asdict(config), False
-    for field in fields(config):
-        is_factory = field.default_factory is not MISSING
-        default = field.default_factory() if is_factory else field.default
-        if not is_new or values[field.name] != default:
-            found[field.name] = values[field.name]
-        is_new = is_new or field.name == config.HASHED_UP_TO
+    for f in fields(config):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        if not is_new or values[f.name] != default:
+            found[f.name] = values[f.name]
+        is_new = is_new or f.name == config.HASHED_UP_TO
     return found
 
 

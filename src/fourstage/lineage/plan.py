@@ -21,7 +21,7 @@ from fourstage.model import ModelConfig
 from fourstage.parallel.memory import GIB, WEIGHTS, bytes_per_gpu, machine_memory
 from fourstage.runs.records import Record, read_record
 from fourstage.runs.store import RunStore, Status, find_status
-from fourstage.settings import build, hashed
+from fourstage.settings import MOST_SEED, Bounded, between, build, hashed
 from fourstage.stages import StageSettings
 from fourstage.stages.prepare import check_records
 from fourstage.tokenizer import Tokenizer, TokenizerConfig
@@ -30,11 +30,11 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class Command(Bounded):
     """The whole config tree, checked (see conf/config.yaml)."""
 
     stage: str
-    seed: int
+    seed: int = between(0, MOST_SEED)
     outputs: str
     force: bool
     ancestors: Literal["train", "require"]
@@ -51,8 +51,7 @@ class Command:
     def __post_init__(self) -> None:
         if self.stage not in LADDER:
             raise UserError(f"stage: expected one of {', '.join(stages())}, got {self.stage!r}")
-        if not 0 <= self.seed < 2**32:  # it is multiplied into the seeds of steps and rows
-            raise UserError(f"seed: must be between 0 and {2**32 - 1}, got {self.seed}")
+        super().__post_init__()
         self.evaluation.check_room(self.model.max_seq_len)
 
 
@@ -281,13 +280,10 @@ def other_budget(store: RunStore, identity: Mapping[str, Any]) -> str:
         if record["stage"] != stage or find_status(folder)[0] != "resume":
             continue
         its = record["config"]["stages"][stage]
-        budget = {
-            key: its.get(key) for key in ("max_steps", "max_time") if its.get(key) != mine[key]
-        }
+        budget = {key: its.get(key) for key in ("max_steps", "max_time")}
         if letters({**identity, "settings": {**mine, **budget}}) == record["id"]:
-            words = " ".join(
-                f"stages.{stage}.{key}={value or 'null'}" for key, value in budget.items()
-            )
+            other = {key: value or "null" for key, value in budget.items() if value != mine[key]}
+            words = " ".join(f"stages.{stage}.{key}={value}" for key, value in other.items())
             return (
                 f"{record['id']} is unfinished and differs only in its budget: {words} continues "
                 "it (another budget is another run, as the learning rate follows it)"
@@ -354,19 +350,11 @@ def estimate(command: Command, store: RunStore, run: PlannedRun) -> float | None
         if (record["stage"], record["status"]) != (run.stage, "finished"):
             return False
         its, model = record["config"]["stages"][run.stage], recorded(ModelConfig, record, "model")
-        steps = its.get("max_steps")
-        same_steps = (
-            its.get("batch_size") == run.settings.batch_size
-            and its.get("max_time") is None
-            and isinstance(steps, int)
-            and steps > 0
-        )
-        return (
-            model is not None
-            and architecture(model) == architecture(command.model)
-            and record["debug"] == command.debug
-            and bool(timed or same_steps)
-        )
+        steps, batch = its.get("max_steps"), (its.get("batch_size"), its.get("max_time"))
+        counts_steps = isinstance(steps, int) and steps > 0
+        same_steps = counts_steps and batch == (run.settings.batch_size, None)
+        same_model = model is not None and architecture(model) == architecture(command.model)
+        return same_model and record["debug"] == command.debug and bool(timed or same_steps)
 
     alike = [record for record in store.records().values() if is_alike(record)]
     if not alike:

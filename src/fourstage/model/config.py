@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fourstage.errors import UserError
+from fourstage.settings import Bounded, at_least, positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Bounded):
     """A Mixture-of-Experts decoder; num_experts=1 is a dense model, which has no router.
 
     The gates are normalised over the chosen experts when top_k > 1 and raw when top_k == 1 (a
@@ -21,39 +22,33 @@ class ModelConfig:
     """
 
     name: str
-    d_model: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
+    d_model: int = at_least(1)
+    n_layers: int = at_least(1)
+    n_heads: int = at_least(1)
+    n_kv_heads: int = at_least(1)
+    head_dim: int = at_least(1)
     num_experts: int
-    top_k: int
-    d_expert: int  # hidden width of one routed expert (of the whole MLP in a dense model)
+    top_k: int = at_least(1)
+    d_expert: int = at_least(1)  # hidden width of a routed expert, or of a dense model's whole MLP
     d_shared: int = 0  # hidden width of the expert that every token uses; 0: none
-    max_seq_len: int = 512
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
+    max_seq_len: int = at_least(1, default=512)
+    rope_theta: float = positive(default=10000.0)
+    norm_eps: float = positive(default=1e-5)
     qk_norm: bool = True
     tie_embeddings: bool = False
-    route_scale: float = 1.0
+    route_scale: float = positive(default=1.0)
     balance: Literal["bias", "switch", "none"] = "bias"
     bias_step: float = 1e-3
     switch_coef: float = 0.01  # used when balance is "switch"
     z_loss_coef: float = 0.0
-    init_std: float = 0.02
+    init_std: float = positive(default=0.02)
     dropout: float = 0.0  # on what attention and MLP add to the residual stream
     expert_path: Literal["grouped", "loop"] = "grouped"
 
     HASHED_UP_TO: ClassVar[str] = "expert_path"  # see settings.hashed
 
     def __post_init__(self) -> None:
-        sizes = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_expert", "top_k")
-        for key in (*sizes, "max_seq_len"):
-            if (value := getattr(self, key)) < 1:
-                raise UserError(f"{key}: must be at least 1, got {value}")
-        for key in ("rope_theta", "norm_eps", "init_std", "route_scale"):
-            if (value := getattr(self, key)) <= 0:
-                raise UserError(f"{key}: must be above 0, got {value}")
+        super().__post_init__()
         for key in ("d_shared", "bias_step", "switch_coef", "z_loss_coef"):
             if (value := getattr(self, key)) < 0:
                 raise UserError(f"{key}: must not be negative, got {value}")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from fourstage.errors import UserError
 from fourstage.files import read_json, write_json
 from fourstage.model import ModelConfig, ScalarModel, Transformer
-from fourstage.settings import build
+from fourstage.settings import Bounded, at_least, build
 from fourstage.tokenizer import Tokenizer
 
 Kind = Literal["policy", "scalar"]
@@ -71,18 +71,14 @@ def load_scalar(folder: Path) -> tuple[ScalarModel, Tokenizer]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class Shape(Bounded):
     """What config.json holds."""
 
     kind: Kind
-    vocab_size: int
+    vocab_size: int = at_least(1)
     model: ModelConfig
     weights_sha256: str | None = None  # of model.safetensors; None in older runs
     tokenizer_sha256: str | None = None  # of tokenizer.json
-
-    def __post_init__(self) -> None:
-        if self.vocab_size < 1:
-            raise UserError(f"vocab_size: must be at least 1, got {self.vocab_size}")
 
 
 def _load(folder: Path, kind: Kind) -> tuple[Any, Tokenizer]:

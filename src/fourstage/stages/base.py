@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -25,31 +25,15 @@ from fourstage.errors import UserError
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.optim.muon import Muon, hidden_matrices
 from fourstage.parallel import strategies
-from fourstage.settings import hashed
+from fourstage.settings import Bounded, at_least, between, hashed, positive
 
 Numbers = dict[str, Tensor]  # one entry per row in the first dimension
 Metrics = dict[str, Tensor | float]  # single numbers
 _TIME = re.compile(r"\d{1,3}:\d{1,2}:\d{1,2}:\d{1,2}")  # Lightning's DD:HH:MM:SS
 
 
-# Fields of settings with bounds, which StageSettings checks
-
-
-def at_least(least: float, **options: Any) -> Any:
-    return field(metadata={"bound": f"at least {least}", "holds": lambda x: x >= least}, **options)
-
-
-def between(least: float, most: float) -> Any:
-    bound = f"between {least} and {most}"
-    return field(metadata={"bound": bound, "holds": lambda x: least <= x <= most})
-
-
-def positive() -> Any:
-    return field(metadata={"bound": "above 0", "holds": lambda x: x > 0})
-
-
 @dataclass(frozen=True, kw_only=True)
-class StageSettings:
+class StageSettings(Bounded):
     """The settings that every stage has; `stages.<name>` in the config.
 
     Raises UserError for a value that no run could use.
@@ -84,17 +68,13 @@ class StageSettings:
     # fmt: on
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.metadata and not f.metadata["holds"](value):
-                raise UserError(f"{f.name}: must be {f.metadata['bound']}, got {value}")
+        super().__post_init__()
         for name in ("beta1", "beta2"):
             if getattr(self, name) == 1:
                 raise UserError(f"{name}: must be below 1, got 1.0")
         if self.max_time is not None and not _TIME.fullmatch(self.max_time):
-            raise UserError(
-                f"max_time: expected DD:HH:MM:SS such as 00:00:02:00, got {self.max_time!r}"
-            )
+            what = "expected DD:HH:MM:SS such as 00:00:02:00"
+            raise UserError(f"max_time: {what}, got {self.max_time!r}")
         if self.seconds == 0:
             raise UserError(f"max_time: must be above 0, got {self.max_time!r}")
         if self.max_steps < 1 and self.max_steps != -1:
