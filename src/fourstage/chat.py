@@ -110,16 +110,14 @@ class Chat:
                 self.turns += 1
 
     def reset(self) -> None:
-        """Forget the conversation."""
         self.messages, self.turns = [], 0
 
     def warning(self, text: str) -> str:
         """How many characters of `text` the model doesn't see; "" if it sees all."""
         tokenizer = self.voice.tokenizer
         unknown = tokenizer.count_unknown(tokenizer.encode(text))
-        what = "1 character" if unknown == 1 else f"{unknown} characters"
-        verb = "was" if unknown == 1 else "were"
-        return f"{what} unknown to the tokenizer {verb} replaced" if unknown else ""
+        what, verb = ("character", "was") if unknown == 1 else ("characters", "were")
+        return f"{unknown} {what} unknown to the tokenizer {verb} replaced" if unknown else ""
 
     def reply(self, line: str) -> Iterator[str]:
         """What to print for a line: a command's message, or the answer. Raises UserError."""
@@ -181,14 +179,9 @@ def sampling(settings: ChatSettings, stop_id: int, seed: int = 0) -> Sampling:
     """How the answers are drawn. Raises UserError for a value out of range."""
     from fourstage.sampling.generate import Sampling
 
-    return Sampling(
-        max_new_tokens=settings.max_new_tokens,
-        stop_id=stop_id,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        seed=seed,
-    )
+    names = ("max_new_tokens", "temperature", "top_k", "top_p")
+    chosen = {name: getattr(settings, name) for name in names}
+    return Sampling(stop_id=stop_id, seed=seed, **chosen)
 
 
 def load_voice(settings: ChatSettings, name: str) -> Voice:
@@ -229,7 +222,6 @@ def furthest(outputs: Path) -> Path:
 
 
 def main(arguments: list[str]) -> None:
-    """The command. Raises UserError for a mistake of the user."""
     settings = parse(arguments)
     chat = start(settings)
 

@@ -113,7 +113,6 @@ class Tokenizer:
 
     @classmethod
     def from_config(cls, config: TokenizerConfig) -> Tokenizer:
-        """The tokenizer that a config names."""
         return TOKENIZERS[config.name]()
 
     @classmethod
@@ -175,8 +174,7 @@ class Tokenizer:
         return "".join([table[i] for i in ids])
 
     def count_unknown(self, ids: Sequence[int]) -> int:
-        """How many of the ids are <unk>."""
-        return sum(1 for i in ids if i == self.unk_id)
+        return list(ids).count(self.unk_id)
 
     def unknown_characters(self, text: str) -> Counter[str]:
         """How often each character occurs that the tokenizer doesn't know."""

@@ -39,7 +39,6 @@ class HeldOutKeys:
     phrases: dict[tuple[str, ...], list[tuple[str, ...]]] = field(default_factory=dict)
 
     def hold(self, prompt: str) -> bool:
-        """Whether a prompt is held out."""
         key = plain(prompt)
         return key in self.prompts or key in self.problems
 

@@ -39,6 +39,11 @@ Item = dict[str, Any]
 Array = np.ndarray
 
 
+def ratio(sums: Array) -> Array:
+    """[N, 2] -> numerator / denominator [N]."""
+    return sums[:, 0] / sums[:, 1]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Definition:
     """One key of the suite. The array shape [...] is the same for all items of a table row."""
@@ -46,17 +51,12 @@ class Definition:
     title: str
     sets: tuple[str, ...]  # of the items that it is computed from
     read: Callable[[Item], Any]  # an item's array [...]; None if the item doesn't count
-    statistic: Callable[[Array], Array]  # of sums [N, ...] over items -> [N]
+    statistic: Callable[[Array], Array] = ratio  # of sums [N, ...] over items -> [N]
     unit: str = ""
     better: Literal["higher", "lower"] | None = None
     is_share: bool = False  # in [0, 1]: shown in percent
     yes_no: bool = False  # each item is a yes or a no
     by_problem: bool = False  # also computed for each task and each difficulty
-
-
-def ratio(sums: Array) -> Array:
-    """[N, 2] -> numerator / denominator [N]."""
-    return sums[:, 0] / sums[:, 1]
 
 
 def load_entropy(sums: Array) -> Array:
@@ -118,7 +118,7 @@ def _answered(fact: str, item: Item) -> bool | None:
 
 
 def _average(title: str, sets: Sequence[str], value: Any, **more: Any) -> Definition:
-    return Definition(title=title, sets=tuple(sets), read=_mean(value), statistic=ratio, **more)
+    return Definition(title=title, sets=tuple(sets), read=_mean(value), **more)
 
 
 def _share(title: str, sets: Sequence[str], value: Any, **more: Any) -> Definition:
@@ -134,12 +134,7 @@ def _router(title: str, statistic: Callable[[Array], Array], **more: Any) -> Def
 DEFINITIONS: dict[str, Definition] = {
     # the held-out corpus
     "bits_per_char": Definition(
-        title="bits per character",
-        sets=("corpus",),
-        read=_bits,
-        statistic=ratio,
-        unit="bits",
-        better="lower",
+        title="bits per character", sets=("corpus",), read=_bits, unit="bits", better="lower"
     ),
     # answers: sampled ones to chat prompts, greedy ones to problems
     "well_formed": _share("well-formed answers", ["chat", "reasoning"], "well_formed"),
@@ -192,7 +187,6 @@ DEFINITIONS: dict[str, Definition] = {
         title="tokens with other experts than in the parent",
         sets=("router",),
         read=_drift,
-        statistic=ratio,
         is_share=True,
     ),
     # reward models: held-out pairs; a tie is not right

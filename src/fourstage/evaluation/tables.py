@@ -91,11 +91,8 @@ def missing_reasons(heldout: HeldOut, judges: Judges) -> dict[str, str]:
 def judge_reasons(has_true_score: bool, judges: Judges) -> dict[str, str]:
     """Why keys are null that other models or the hidden rule judge."""
     unlike = judges.sft_chats if isinstance(judges.sft_chats, str) else "no sft answers to compare"
-    reasons = {
-        "kl_to_sft": NO_SFT,
-        "reward_model_score": NO_REWARD,
-        "win_rate_learned": NO_REWARD if judges.reward is None else unlike,
-    }
+    reasons = {"kl_to_sft": NO_SFT, "reward_model_score": NO_REWARD}
+    reasons["win_rate_learned"] = NO_REWARD if judges.reward is None else unlike
     if has_true_score:
         return reasons | dict.fromkeys(("win_rate", "win_rate_ties"), unlike)
     ruled = ("true_score", "friendly", "win_rate", "win_rate_ties")

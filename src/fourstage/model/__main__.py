@@ -13,6 +13,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fourstage.errors import UserError
+from fourstage.interruptions import run_command
+
 if TYPE_CHECKING:
     from fourstage.model import ModelConfig
 
@@ -22,7 +25,6 @@ CONFIGS = Path(__file__).parents[3] / "conf" / "model"
 
 def vocab_size_of(arguments: list[str]) -> int:
     """NUMBER of vocab_size=NUMBER; without arguments the size of the character vocabulary."""
-    from fourstage.errors import UserError
     from fourstage.tokenizer import Tokenizer
 
     if not arguments:
@@ -38,7 +40,6 @@ def counted(path: Path, vocab_size: int) -> tuple[int, int, ModelConfig]:
     import torch
     import yaml
 
-    from fourstage.errors import UserError
     from fourstage.model import ModelConfig, Transformer
 
     if not path.is_file():
@@ -69,6 +70,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from fourstage.interruptions import run_command
-
     run_command(main)

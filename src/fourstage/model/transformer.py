@@ -90,12 +90,8 @@ class Block(nn.Module):
         attention, mlp = self.attention, self.mlp
         if isinstance(mlp, MoE):
             experts, router = mlp.experts, mlp.router
-            of_mlp = [
-                experts.gate_up_EDF,
-                experts.down_EFD,
-                router.proj.weight,
-                router.expert_bias_E,
-            ]
+            of_mlp = [experts.gate_up_EDF, experts.down_EFD]
+            of_mlp += [router.proj.weight, router.expert_bias_E]
             if mlp.shared is not None:
                 of_mlp += [mlp.shared.gate_up.weight, mlp.shared.down.weight]
         else:

@@ -52,7 +52,6 @@ def save_weights(folder: Path, network: Transformer | ScalarModel, tokenizer: To
 
 
 def sha256(path: Path) -> str:
-    """The hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

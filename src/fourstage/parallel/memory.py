@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 
+from fourstage.interruptions import run_command
 from fourstage.ladder import LADDER
 
 GIB = 2**30
@@ -75,6 +76,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from fourstage.interruptions import run_command
-
     run_command(main)

@@ -16,28 +16,13 @@ Record = dict[str, Any]
 RUN_ID = re.compile("[a-z]{10}")
 # key -> type; a key with a question mark may be missing
 TYPES: dict[str, type | tuple[type, ...]] = {
-    "id": str,
-    "stage": str,
-    "parents": dict,
-    "group": str,
-    "status": str,
-    "debug": (str, NoneType),
-    "started": str,
-    "finished?": (str, NoneType),
-    "data?": dict,
-    "git?": dict,
-    "git.commit?": (str, NoneType),
-    "versions?": dict,
-    "threads?": int,
-    "config": dict,
-    "config.seed": int,
-    "config.model": dict,
-    "config.model.name": str,
-    "config.stages": dict,
+    **dict.fromkeys(("parents", "data?", "git?", "versions?", "cost"), dict),
+    **dict.fromkeys(("config", "config.model", "config.stages"), dict),
     **{f"config.{name}?": dict for name in ("data", "tokenizer", "trainer", "evaluation")},
-    "cost": dict,
-    "cost.seconds": (int, float),
-    "cost.eval_seconds?": (int, float),
+    **dict.fromkeys(("id", "stage", "group", "status", "started", "config.model.name"), str),
+    **dict.fromkeys(("debug", "finished?", "git.commit?"), (str, NoneType)),
+    **dict.fromkeys(("threads?", "config.seed"), int),
+    **dict.fromkeys(("cost.seconds", "cost.eval_seconds?"), (int, float)),
 }
 
 

@@ -104,6 +104,5 @@ class PlainSteps:
         return self.model.logits(hidden_BTD[torch.arange(len(ids_B)), last_B])
 
     def keep(self, rows: Tensor) -> None:
-        """Row i becomes what row rows[i] was, int64 [b]: rows may be dropped or repeated."""
         self.ids_BT = self.ids_BT[rows]
         self.pads_B = None if self.pads_B is None else self.pads_B[rows]

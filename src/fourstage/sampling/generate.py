@@ -80,9 +80,8 @@ class Sampling:
         if self.temperature not in (0, 1):
             logits_BV = logits_BV / self.temperature
         if self.forbid:
-            logits_BV = logits_BV.index_fill(
-                1, torch.tensor(self.forbid, device=logits_BV.device), -torch.inf
-            )
+            forbidden = torch.tensor(self.forbid, device=logits_BV.device)
+            logits_BV = logits_BV.index_fill(1, forbidden, -torch.inf)
         if self.top_k or self.top_p < 1:
             sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
             if self.top_k:

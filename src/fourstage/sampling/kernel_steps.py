@@ -113,7 +113,6 @@ class KernelSteps:
         ops.kernels.run("decode", self.model, x_BTD, B, T, at, self.first_B, *caches, logits_BV)
 
     def keep(self, rows: Tensor) -> None:
-        """Row i becomes what row rows[i] was, int64 [b]: rows may be dropped or repeated."""
         self.k_LBGCS = self.k_LBGCS.index_select(1, rows)
         self.v_LBGSC = self.v_LBGSC.index_select(1, rows)
         self.first_B = None if self.first_B is None else self.first_B[rows]

@@ -69,13 +69,11 @@ def rank() -> int:
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Print on rank 0 only."""
     print(text, flush=True)
 
 
 def world_size(job: StageJob) -> int:
-    """Processes of this job, over all nodes."""
-    return job.trainer.devices * job.trainer.num_nodes
+    return job.trainer.processes
 
 
 def device_of(job: StageJob) -> torch.device:

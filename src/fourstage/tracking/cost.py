@@ -164,6 +164,5 @@ def counts_of(module: LightningModule) -> torch.Tensor:
 
 
 def peak_memory_mib() -> int:
-    """The most memory that this process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
