@@ -1,5 +1,4 @@
-"""The stages as data: what each starts from and what it is for. A new stage is a row here, below
-its parents.
+"""The stages as data: what each starts from and is for. A new one is a row here, below its parents.
 
 Its code (Settings, prepare, check_data) is in `module`, its usual settings are in
 conf/stages/<name>.yaml; docs/extending.md has an example.

@@ -117,8 +117,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """The tokenizer that `save` wrote. Raises UserError if folder/tokenizer.json is missing or
-        not readable."""
+        """The tokenizer that `save` wrote. Raises UserError for a missing or broken file."""
         path = Path(folder) / "tokenizer.json"
         try:
             return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))

@@ -206,11 +206,8 @@ def sft_data(
 
 
 def fit_conversation(messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int) -> Fitted:
-    """A conversation as a row of at most `max_tokens`, and whether it was cut.
-
-    The oldest exchanges go first. None if the last one doesn't fit: truncating changes the
-    question.
-    """
+    """A conversation as a row of at most `max_tokens`, and whether it was cut. The oldest exchanges
+    go first. None if the last one doesn't fit: truncating changes the question."""
     start = int(messages[0]["role"] == "system")
     for at in range(start, len(messages), 2):
         ids, mask = tokenizer.chat([*messages[:start], *messages[at:]])

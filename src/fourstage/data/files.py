@@ -63,8 +63,7 @@ class Row:
 
 
 def files_of(paths: Paths) -> list[str]:
-    """The files that a path names. Raises UserError if it is none, a special file, or a folder
-    without a known file."""
+    """The files that a path names. Raises UserError for none, a special file, or none known."""
     if isinstance(paths, list):
         if not paths:
             raise UserError("an empty list of files: name one")

@@ -1,8 +1,7 @@
 """Problems from files: is a final answer the expected one?
 
 An answer is one number, or one expression of the same kind as the expected one (the rule is in
-docs/evaluation.md). Most are decided by their characters; computer algebra decides the rest, in the
-sandbox.
+docs/evaluation.md). Characters decide most of them, computer algebra the rest, in the sandbox.
 """
 
 from __future__ import annotations
@@ -141,8 +140,7 @@ def _enclosed(text: str) -> str:
 
 
 def _parts(text: str) -> list[str] | None:
-    """The brackets and elements of a list, a tuple or an interval, in order; None for anything
-    else."""
+    """The brackets and elements of a list, a tuple or an interval, in order; else None."""
     if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
         inside = _split(text[1:-1])
         if inside is not None:

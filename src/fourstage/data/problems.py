@@ -114,10 +114,8 @@ def check_task(where: str, task: str, arguments: dict[str, Any]) -> None:
 
 
 def _draw(where: str, task: str, arguments: dict[str, Any], most: int) -> Iterator[Problem]:
-    """Distinct problems of a task, from at most `most` draws; a small range ends sooner.
-
-    (Were there one problem more, as likely as the others, it would be missed once in 20.)
-    """
+    """Distinct problems of a task, from at most `most` draws; a small range ends sooner. (Were
+    there one problem more, as likely as the others, it would be missed once in 20.)"""
     import reasoning_gym
 
     check_task(where, task, arguments)
@@ -129,12 +127,8 @@ def _draw(where: str, task: str, arguments: dict[str, Any], most: int) -> Iterat
     while True:
         if time.monotonic() > patience:
             patience = math.inf
-            print(
-                f"drawing problems of {task}, which takes a while ({where} and data.reasoning.size "
-                "decide)",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"drawing problems of {task}, which takes a while"
+            print(f"{line} ({where} and data.reasoning.size decide)", file=sys.stderr, flush=True)
         with _in_time(where, arguments):
             entries = (dataset[i] for i in islice(draws, max(100, STALE * len(seen))))
             asked = ((short_question(task, entry), entry) for entry in entries)
@@ -154,10 +148,8 @@ class _TooSlow(BaseException):
 
 @contextmanager
 def _in_time(where: str, arguments: dict[str, Any]) -> Iterator[None]:
-    """Makes a UserError of whatever fails inside, or takes longer than SLOWEST.
-
-    The time is limited in the main thread only, as signals reach no other.
-    """
+    """Makes a UserError of whatever fails inside, or takes longer than SLOWEST. The time is limited
+    in the main thread only, as signals reach no other."""
 
     def stop(*_: object) -> NoReturn:
         raise _TooSlow

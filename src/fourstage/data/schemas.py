@@ -51,9 +51,8 @@ def conversation_from(row: Row) -> Conversation:
     """alpaca {instruction, input, output}, {messages}, {conversations}, {prompt, response}.
 
     Any of them may have {system}; alpaca's and prompts may have {history}, [[question, answer],
-    ...]. Prompt and response may be lists of messages. Raises UserError for another schema, or a
-    field of another type; Unusable for an empty text, an image, a tool's turn, or turns out of
-    order.
+    ...]. Prompt and response may be lists of messages. Raises UserError for another schema or type
+    of a field; Unusable for an empty text, an image, a tool's turn, or turns out of order.
     """
     turns = _own_messages(row)
     if turns is None:
@@ -103,8 +102,7 @@ def pair_from(row: Row) -> Pair:
 def problem_from(row: Row) -> Problem:
     """gsm8k {question, answer}; the answer ends in "#### RESULT", holds \\boxed{RESULT}, says
     "answer: RESULT" at its end, or is the result alone, which may be a number. Raises UserError for
-    another schema, or a field that isn't a text; Unusable for an empty field, or without exactly
-    one result.
+    another schema or type of a field; Unusable for an empty field, or without exactly one result.
     """
     if "question" not in row or "answer" not in row:
         raise _unknown(row, '"question" and "answer"', "reasoning", "question")

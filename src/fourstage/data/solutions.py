@@ -63,8 +63,7 @@ def _parts(text: str) -> tuple[str, str]:
 
 
 def _result(text: str) -> str | None:
-    """What follows a mark, without "Answer:" in front and lines of words after it; None if it is a
-    heading."""
+    """What follows a mark, without "Answer:" and lines of words after it; None for a heading."""
     lines = [line.strip() for line in text.split("\n") if re.search(r"\w", line)]
     if not lines:
         return text

@@ -46,10 +46,8 @@ def has_form(answer: str, problem: Verifiable) -> bool:
 
 
 def verify_all(problems: Sequence[Verifiable], answers: Sequence[str]) -> list[float]:
-    """The score of each answer to its problem, in [0, 1]: 1.0 is right, and no mark is 0.0.
-
-    Some tasks of reasoning-gym score a part of the answer: only 1.0 counts as right.
-    """
+    """The score of each answer to its problem, in [0, 1]: 1.0 is right, and no mark is 0.0. Some
+    tasks of reasoning-gym score a part of the answer: only 1.0 counts as right."""
     scores: dict[int, float] = {}
     unclear: dict[int, list[Any]] = {}
     for i, (problem, answer) in enumerate(zip(problems, answers, strict=True)):

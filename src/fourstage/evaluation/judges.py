@@ -120,11 +120,9 @@ def pair_items(reward: ScalarModel, pairs: Sequence[PairBatch]) -> list[Item]:
     device = next(reward.parameters()).device
     items: list[Item] = []
     for batch in pairs:
-        sides = (batch.chosen_ids, batch.chosen_len), (batch.rejected_ids, batch.rejected_len)
-        chosen, rejected = (
-            reward.last(ids_BT.to(device), length_B.to(device)).tolist()
-            for ids_BT, length_B in sides
-        )
+        there = batch.to(device)
+        chosen = reward.last(there.chosen_ids, there.chosen_len).tolist()
+        rejected = reward.last(there.rejected_ids, there.rejected_len).tolist()
         for c, r in zip(chosen, rejected, strict=True):
             items.append({"set": "pairs", "id": len(items), "chosen": c, "rejected": r})
     return items

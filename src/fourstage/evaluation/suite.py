@@ -327,8 +327,7 @@ def linear(vectors: Array) -> Array:
 
 
 def resampled_sums(vectors: Array, seed: int) -> Array:
-    """Sums [BOOTSTRAPS, ...] of n vectors [n, ...] drawn with replacement; the seed and n decide
-    which rows."""
+    """Sums [BOOTSTRAPS, ...] of n vectors [n, ...], drawn with replacement by seed and n."""
     n = len(vectors)
     rng = np.random.default_rng(seed)
     at_once = max(1, 2_000_000 // n)  # limits the memory: a held-out text may have many blocks

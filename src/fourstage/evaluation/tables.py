@@ -31,6 +31,7 @@ BY_REWARD = ("reward_model_score", "win_rate_learned")
 FIELDS = {"win_rate": "win", "win_rate_learned": "win_learned"}  # of items; else as the metric
 
 Table = dict[str, Metric]
+Rows = dict[str, tuple[Path, str]]  # a row's folder, and the suffix of its files
 
 
 def evaluate_policy(
@@ -108,18 +109,13 @@ def evaluate_reward_model(
 
 
 def evaluate_ancestors(
-    rows: dict[str, tuple[Path, str]],
-    tokenizer: Tokenizer,
-    seed: int,
-    judges: Judges,
-    names: Sequence[str],
+    rows: Rows, tokenizer: Tokenizer, seed: int, judges: Judges, names: Sequence[str]
 ) -> tuple[dict[str, Table], list[Item]]:
-    """New judges on the stored answers of earlier rows, {row: (folder, suffix)}: for each row the
-    metrics `names`, and the items with the row's name.
+    """New judges on the stored answers of earlier rows: for each the metrics `names`, and the items
+    with the row's name.
 
     A row that has no evaluation by this suite is left out with a printed line.
     """
-    fields = [FIELDS.get(name, name) for name in names]
     found: dict[str, Table] = {}
     late: list[Item] = []
     for row, (folder, suffix) in rows.items():
@@ -134,9 +130,8 @@ def evaluate_ancestors(
         reasons = reasons if chats else {"chat": "the data has no chat prompts"}
         table = metrics(joined(chats, said), reasons, seed)
         found[row] = {name: table[name] for name in names}
-        for item in said:
-            kept = {field: item[field] for field in fields if field in item}
-            late.append({"row": row, "set": "chat", "id": item["id"], **kept})
+        kept = {"set", "id", *(FIELDS.get(name, name) for name in names)}
+        late += [{"row": row, **{k: v for k, v in item.items() if k in kept}} for item in said]
     return found, late
 
 

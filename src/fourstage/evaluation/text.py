@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fourstage.batch import padded
@@ -117,13 +118,10 @@ def expert_choices(policy: Transformer) -> Iterator[list[Tensor]]:
 
 def expert_loads(chosen: list[Tensor], valid_BT: Tensor, num_experts: int) -> Tensor:
     """int64 [B, L, E]: how many valid tokens of each row chose each expert, in each layer."""
-    rows = len(valid_BT)
     layers = []
     for experts_NK in chosen:
-        flat = experts_NK.reshape(rows, -1)
-        weight = valid_BT.repeat_interleave(experts_NK.shape[1], dim=1).long()
-        load_BE = torch.zeros(rows, num_experts, dtype=torch.int64, device=flat.device)
-        layers.append(load_BE.scatter_add_(1, flat, weight))
+        counts_NE = F.one_hot(experts_NK, num_experts).sum(1) * valid_BT.reshape(-1, 1)
+        layers.append(counts_NE.view(*valid_BT.shape, num_experts).sum(1))
     return torch.stack(layers, 1)
 
 

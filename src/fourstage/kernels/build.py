@@ -69,10 +69,8 @@ def library() -> ctypes.CDLL | None:
 
 
 def _compiled() -> Path:
-    """The shared library, compiled once for these sources and this kind of processor.
-
-    Raises OSError if there is no compiler, it fails, or no folder can be written.
-    """
+    """The shared library, compiled once for these sources and this kind of processor. Raises
+    OSError if there is no compiler, it fails, or no folder can be written."""
     flags = FLAGS + TARGETS.get(torch.backends.cpu.get_cpu_capability(), [])
     sources = sorted(SOURCES.glob("*.cpp"))
     text = b"".join(path.read_bytes() for path in [*sources, *sorted(SOURCES.glob("*.h"))])

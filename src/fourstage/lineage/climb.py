@@ -204,7 +204,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(accelerator: str) -> dict[str, Any]:
-    """The device in words, and PyTorch's CPU threads, which change the last digits of sums."""
+    """The device in words, and PyTorch's CPU threads: sums' last digits depend on both."""
     import torch
 
     from fourstage.model import ops
@@ -213,4 +213,5 @@ def hardware(accelerator: str) -> dict[str, Any]:
     if accelerator == "gpu":
         return {"device": torch.cuda.get_device_name(), "threads": threads}
     cpu = f"{platform.processor() or platform.machine()}, {threads} thread{'s' * (threads > 1)}"
-    return {"device": f"{accelerator} ({cpu}, {ops.kernels_kind()})", "threads": threads}
+    kernels = ops.kernels.kind() if ops.kernels else "no kernels"
+    return {"device": f"{accelerator} ({cpu}, {kernels})", "threads": threads}

@@ -32,11 +32,6 @@ def has_kernels(*widths: int) -> bool:
     return kernels is not None and kernels.fits(*widths)
 
 
-def kernels_kind() -> str:
-    """For a run's record: the last digits of sums depend on it."""
-    return "no kernels" if kernels is None else kernels.kind()
-
-
 def applies(tensors: Sequence[Tensor], *widths: int) -> bool:
     """Whether a kernel takes these tensors: all on a CPU, in float32."""
     return (

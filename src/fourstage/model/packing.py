@@ -57,8 +57,7 @@ def ranks(ids_BT: Tensor, length_B: Tensor) -> Tensor:
 
 
 class Packing:
-    """The distinct tokens of some rows, and where they are; built on the CPU, used wherever `to`
-    moves it.
+    """The distinct tokens of some rows, and where they are; built on the CPU, moved by `to`.
 
     ids_N, positions_N: int64, the distinct tokens and their positions in their rows.
     copies_N: float, the number of rows that have each.

@@ -41,8 +41,7 @@ class ModelOutput:
 
 
 class BlockWeights(NamedTuple):
-    """What a decode step reads of a block, in the order of kernels/decode.cpp; None where the block
-    has no such weight."""
+    """What a decode step reads of a block, in kernels/decode.cpp's order; None: no such weight."""
 
     attention_gain: Tensor  # [D]
     qkv: Tensor  # [(H + 2 G) C, D]
@@ -218,8 +217,7 @@ class Transformer(nn.Module):
     def update_expert_bias(self, load_LE: Tensor) -> None:
         """Moves each bias by bias_step * sign(mean load - load), centred; once per optimizer step.
 
-        DeepSeek-V3, section 2.1.2; centred as in torchtitan. load_LE: of all forwards of the step,
-        summed over the ranks.
+        DeepSeek-V3, section 2.1.2; centred as in torchtitan. load_LE: the step's, over all ranks.
         """
         step_LE = self.config.bias_step * (load_LE.mean(-1, keepdim=True) - load_LE).sign()
         step_LE -= step_LE.mean(-1, keepdim=True)

@@ -57,10 +57,8 @@ def sha256(path: Path) -> str:
 
 
 def load_policy(folder: Path) -> tuple[Transformer, Tokenizer]:
-    """The language model of a finished run, on the CPU, and its tokenizer.
-
-    Raises UserError where the folder holds no language model, or a broken one.
-    """
+    """The language model of a finished run, on the CPU, and its tokenizer. Raises UserError where
+    the folder holds no language model, or a broken one."""
     return _load(folder, "policy")
 
 

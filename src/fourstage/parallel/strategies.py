@@ -178,10 +178,8 @@ def trainer_options(where: TrainerConfig, clip_norm: float) -> dict[str, Any]:
 
 @contextmanager
 def others_wait() -> Iterator[None]:
-    """Lets rank zero take as long as it likes inside; every rank has to enter.
-
-    A collective of the default group, on which the others would wait, gives up after 30 minutes.
-    """
+    """Lets rank zero take as long as it likes inside; every rank has to enter. A collective of the
+    default group, on which the others would wait, gives up after 30 minutes."""
     if not dist.is_initialized():
         yield
         return

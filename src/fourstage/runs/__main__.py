@@ -9,8 +9,7 @@ For example:
     python -m fourstage runs show sft
 
 NAME is an id, <stage>-<id>, a folder, or a stage's name: its latest finished run (a debug run only
-if there is no other). Other arguments are key=value: outputs=FOLDER. Needs no PyTorch and answers
-at once.
+if there is no other). Other arguments are key=value: outputs=FOLDER. Needs no PyTorch.
 """
 
 from __future__ import annotations

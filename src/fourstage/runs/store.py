@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -65,7 +65,11 @@ class RunStore:
                 if finished and read_record(folder)["status"] != "finished":
                     raise UserError(f"{folder.name}: this run is not finished")
                 return folder
-        raise UserError(unknown_run(name, self.root, (folder.name for folder in self.records())))
+        names = [folder.name for folder in self.records()]
+        if len(names) > 8:
+            names[8:] = [f"and {len(names) - 8} more (python -m fourstage runs)"]
+        known = ", ".join(names) or "no runs yet"
+        raise UserError(f"unknown run {name[:200]!r}: {self.root} has {known}")
 
     def _latest(self, stage: str) -> Path:
         finished = {f: r for f, r in self.records().items() if r["status"] == "finished"}
@@ -161,14 +165,6 @@ def find_status(folder: Path) -> tuple[Status, Record]:
         if (folder / "checkpoints" / "last.ckpt").exists():
             return "resume", {}
     return "train", {}
-
-
-def unknown_run(name: str, root: Path, runs: Iterable[str]) -> str:
-    """The message for a name that means none of the `runs` in `root`."""
-    names = list(runs)
-    if len(names) > 8:
-        names = [*names[:8], f"and {len(names) - 8} more (python -m fourstage runs)"]
-    return f"unknown run {name[:200]!r}: {root} has {', '.join(names) or 'no runs yet'}"
 
 
 def _read(folder: Path) -> Record | str:

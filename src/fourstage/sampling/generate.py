@@ -1,7 +1,6 @@
 """Batched sampling with a KV cache, used by rollouts, sample tables, evaluation and chat.
 
-Prompts are padded at the left. Each answer has its own random numbers, so it doesn't depend on the
-rest of the batch.
+Prompts are padded at the left. An answer has its own random numbers, whatever else is in the batch.
 
 Shape legend: B unfinished answers, K those that go on, U rows of the decoder, N its next rows,
 A answer tokens, S positions, V vocabulary.
@@ -125,7 +124,6 @@ def generate(model: Transformer, prompts: list[list[int]], sampling: Sampling) -
 
 
 def sampler_of(model: Transformer) -> Sampler:
-    """Our own network as a sampler."""
     return partial(generate, model)
 
 

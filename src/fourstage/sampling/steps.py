@@ -173,8 +173,7 @@ class TorchSteps:
 
 
 def rope_with_gains(gain_JC: Tensor, rope: Rope) -> Rope:
-    """cos and sin [S, H + G, C] with which x cos + (x rolled by C/2) sin is the head x times its
-    gain, rotated."""
+    """cos and sin [S, H + G, C]: x cos + (x rolled by C/2) sin is x times its gain, rotated."""
     cos_S1C, sin_S1C = (x[0] for x in rope)
     return cos_S1C * gain_JC, sin_S1C * gain_JC.roll(gain_JC.shape[1] // 2, -1)
 

@@ -114,10 +114,8 @@ def learning_rate_factor(progress: float, warmup: float, min_lr: float) -> float
 def parameter_groups(
     network: nn.Module, weight_decay: float, optimizer: str = "adamw"
 ) -> list[dict[str, Any]]:
-    """AdamW's matrices with weight decay, its gains and embeddings without; Muon's matrices.
-
-    Told apart by name, since under ZeRO-3 the weights have no shape at this point.
-    """
+    """AdamW's matrices with weight decay, its gains and embeddings without; Muon's matrices. Told
+    apart by name, since under ZeRO-3 the weights have no shape at this point."""
     splits = dict(hidden_matrices(network)) if optimizer == "muon" else {}
     decayed, plain = [], []
     for name, parameter in network.named_parameters():

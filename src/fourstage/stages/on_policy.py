@@ -102,8 +102,7 @@ class OnPolicyModule(StageModule):
     ) -> Generation:
         """An answer to each prompt from the full distribution: no top-k, no top-p.
 
-        The draw is a function of seed, rank, step and attempt. policy: the stage's own, gathered
-        (strategies.gathered).
+        A function of seed, rank, step and attempt. policy: the stage's own (strategies.gathered).
         """
         draw = self.steps_done * self.trainer.world_size + self.global_rank
         sampling = Sampling(

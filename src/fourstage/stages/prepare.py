@@ -77,10 +77,8 @@ def world_size(job: StageJob) -> int:
 
 
 def device_of(job: StageJob) -> torch.device:
-    """The kind of device that the run trains on, if this machine has one, else the CPU.
-
-    Results on another kind may differ in the last digits.
-    """
+    """The kind of device that the run trains on, if this machine has one, else the CPU. Results on
+    another kind may differ in the last digits."""
     kind = "cuda" if job.trainer.accelerator == "gpu" else job.trainer.accelerator
     return torch.device(kind if torch.get_device_module(kind).is_available() else "cpu")
 

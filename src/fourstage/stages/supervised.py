@@ -74,10 +74,8 @@ class NextTokenModule(StageModule):
     def piece_loss(
         self, batch: TokenBatch, n_targets: Tensor, n_tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """A piece's share of the step's loss, and its summed -log p.
-
-        The whole step has n_targets to predict, and n_tokens for the routers.
-        """
+        """A piece's share of the step's loss, and its summed -log p. The whole step has n_targets
+        to predict, and n_tokens for the routers."""
         output = self.policy(batch.ids, valid_BT=batch.valid)
         nll = summed_nll(self.policy, output.hidden_BTD, batch.targets)
         loss = nll / n_targets

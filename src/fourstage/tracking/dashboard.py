@@ -37,8 +37,7 @@ REAL_RUNS = "Tags() not in ['debug']"  # debug runs would distort a mean over se
 
 
 def known_keys(outputs: Path) -> tuple[set[str], list[str]]:
-    """The summary keys of the finished runs under `outputs`; and a line for each folder that can't
-    be read."""
+    """The summary keys of the finished runs under `outputs`; a line for each unreadable folder."""
     from fourstage.tracking.loggers import summary
 
     keys: set[str] = set()
