@@ -1,7 +1,5 @@
 """The commands besides train.py: python -m fourstage COMMAND key=value …, or fourstage …"""
 
-from __future__ import annotations
-
 import sys
 from importlib import import_module
 

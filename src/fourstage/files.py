@@ -1,7 +1,5 @@
 """JSON and JSON Lines: every fault is a ValueError, and a kill loses no old content."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -4,8 +4,6 @@ Each ends in one line that says what to do (docs/interruptions.md). Needs no PyT
 signals are handled from the first moment.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import os

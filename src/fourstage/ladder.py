@@ -4,8 +4,6 @@ Its code (Settings, prepare, check_data) is in `module`, its usual settings are 
 conf/stages/<name>.yaml; docs/extending.md has an example.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module

@@ -4,8 +4,6 @@ The dataclasses are the schema: their annotations say what a key may hold, their
 which values make sense. Nothing else in the package knows about config files.
 """
 
-from __future__ import annotations
-
 import math
 import types
 from collections.abc import Mapping, Sequence

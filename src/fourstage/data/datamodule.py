@@ -6,8 +6,6 @@ exactly, and R ranks with B rows each read the rows that one rank with R * B row
 Shape legend: B rows, T tokens, N blocks.
 """
 
-from __future__ import annotations
-
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence

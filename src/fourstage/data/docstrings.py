@@ -3,8 +3,6 @@
 Only summaries that are a plain sentence of usual length, and no other function's too.
 """
 
-from __future__ import annotations
-
 import builtins
 import inspect
 import json

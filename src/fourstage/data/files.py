@@ -3,8 +3,6 @@
 A source's path is a file, a folder (its files, by name) or a list of these.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import gzip

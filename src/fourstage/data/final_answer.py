@@ -4,8 +4,6 @@ An answer is one number, or one expression of the same kind as the expected one 
 docs/evaluation.md). Characters decide most of them, computer algebra the rest, in the sandbox.
 """
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 from typing import Any

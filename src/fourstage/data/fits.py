@@ -4,8 +4,6 @@ A stage without data is refused. If more than LOUD of the data would be lost, a 
 much, by which setting, and what another value would keep.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -6,8 +6,6 @@ LEAST counts only as a whole message of the user, as a held-out "Hello" would fo
 texts. Problems of reasoning-gym are also found by their expression, with its operands in any order.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator

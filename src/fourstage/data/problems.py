@@ -1,7 +1,5 @@
 """Reads problems, of reasoning-gym or from a file in gsm8k's schema, and splits them in two."""
 
-from __future__ import annotations
-
 import json
 import math
 import signal

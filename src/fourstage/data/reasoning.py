@@ -1,7 +1,5 @@
 """The reasoning source: problems that no held-out prompt of any source gives away."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import islice
 

@@ -1,7 +1,5 @@
 """What the four sources hold: documents, conversations, pairs and problems, on two sides."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 

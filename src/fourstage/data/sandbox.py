@@ -7,8 +7,6 @@ dies, has no result; a new worker, which costs a fork and no imports, goes on wi
 (A worker can read files, but it can't send what it reads anywhere.)
 """
 
-from __future__ import annotations
-
 import atexit
 import importlib
 import json

@@ -3,8 +3,6 @@
 The schema is read off the row's fields; the error for a row that fits none says what would.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any

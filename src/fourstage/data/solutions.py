@@ -1,7 +1,5 @@
 """The steps and the result of a written solution: gsm8k's, in a box, or in words."""
 
-from __future__ import annotations
-
 import re
 
 from fourstage.data.verify import MARK

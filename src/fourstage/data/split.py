@@ -4,8 +4,6 @@ A prompt is held out if the hash of its normalised text is below the share. Only
 so a prompt is on the same side in every source, order and run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 

@@ -13,8 +13,6 @@ The answer is always judged by the task's own verifier, on its own entry. A work
 short steps, then "#### ANSWER" (Nye et al. 2021, arXiv 2112.00114: scratchpads).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from functools import reduce

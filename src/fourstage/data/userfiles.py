@@ -1,7 +1,5 @@
 """A user's files to the two sides of a source, and counts of what could not be used."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar

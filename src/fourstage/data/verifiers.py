@@ -5,8 +5,6 @@ answer anywhere in it ("not 57", "57 or 58" for 57) or at its beginning; some ac
 A test finds the tasks that are named here: it changes the right answers of every task.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -5,8 +5,6 @@ decides right or wrong; for problems from files, final answers are compared. Ver
 what they are given, so text first passes a filter and is then judged in a sandbox.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Protocol

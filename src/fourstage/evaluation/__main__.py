@@ -12,8 +12,6 @@ from the bottom up, on the run's held-out data and with its evaluation settings,
 are comparable; it also brings a ladder of an older suite up to date. Changed settings are recorded.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from fourstage.errors import UserError

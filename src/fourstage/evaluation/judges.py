@@ -4,8 +4,6 @@ Reward models are judged by held-out pairs.
 A row of the table can be older than its judges, so they read the answers from its items.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -16,8 +16,6 @@ An item is one model's result on one held-out example: {"set": WHICH, "id": ...,
 Changing the sets, the prompts or a definition needs a new SUITE; tables say which one they used.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -6,8 +6,6 @@ ladder_eval.json    in sft and reward runs: the metrics that they make measurabl
                     {"random" or a run's id: metrics}; ladder_eval_items.jsonl has the items
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path

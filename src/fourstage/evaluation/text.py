@@ -3,8 +3,6 @@
 Shape legend: B rows, T tokens, N = B T, L layers, K chosen experts, E experts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Without a compiler that has OpenMP, or with FOURSTAGE_KERNELS=0, there are no kernels.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import logging

@@ -12,8 +12,6 @@ choices, F d_expert or the width of a Linear's result, U = 2 F, R and C rows and
 matrix, I iterations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

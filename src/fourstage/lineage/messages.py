@@ -1,7 +1,5 @@
 """What a command says: its plan, what it came to, and other commands to paste."""
 
-from __future__ import annotations
-
 import shlex
 import shutil
 import sys

@@ -3,8 +3,6 @@
 Every mistake in a command is found here, before anything trains.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """One plan per job: the first process decides and holds the locks, the others follow it."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import itertools

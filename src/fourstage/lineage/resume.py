@@ -1,7 +1,5 @@
 """The resume state of a stage: when it is saved, how it is replaced, who can resume from it."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import signal

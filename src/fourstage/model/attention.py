@@ -4,8 +4,6 @@ Shape legend: B rows, T tokens, N distinct tokens, D d_model, H query heads, G k
 J = H + 2 G, C head_dim.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 Shape legend: B rows, T tokens, S stored tokens, G key/value heads, R queries of each, C head_dim.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The shape of a model as plain values, and how many parameters it has."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 

@@ -16,8 +16,6 @@ Where prefixes are shared (packing.py), N counts distinct tokens, but attention 
 A backward takes twice its forward: each product has two gradients.
 """
 
-from __future__ import annotations
-
 from fourstage.model.config import ModelConfig
 
 

@@ -1,7 +1,5 @@
 """One number per position: the reward model (read at the last token) and PPO's value network."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -3,8 +3,6 @@
 Shape legend: L layers, E experts, N tokens, K experts chosen per token.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -5,8 +5,6 @@ Follows DeepSeek-V3 (arXiv 2412.19437, eq. 12-16), without its device limits and
 Shape legend: N tokens (B * T), D d_model, E experts, K experts chosen per token, F d_expert.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

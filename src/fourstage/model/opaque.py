@@ -6,8 +6,6 @@ Uncompiled code calls F.grouped_mm directly: a custom operation costs some 10 us
 Shape legend: M token copies sorted by expert, E experts, D and F_ the widths of a weight.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -8,8 +8,6 @@ Shape legend: N tokens, D d_model, E experts, K of them chosen per token, M = N 
 sorted by expert, F d_expert; R and C rows and columns of a matrix.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

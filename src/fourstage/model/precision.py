@@ -4,8 +4,6 @@ In half precision a router's near-ties would flip, a reward model's scores would
 sampler's log-probabilities would differ from the trainer's by more than a step changes the policy.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 

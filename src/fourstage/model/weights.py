@@ -5,8 +5,6 @@ tell whether the other two files are intact. Files are written under a temporary
 renamed, so that a kill never leaves half a file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -11,8 +11,6 @@ into them, and matrices of one shape, from all layers of a network, are processe
 Shape legend: M matrices, R rows, C columns, R <= C.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable

@@ -8,8 +8,6 @@ own bookkeeping (0.19, runtime/zero/stage_1_and_2.py and stage3.py), checked at 
 the weights themselves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -15,8 +15,6 @@ keep their shard of the weights once more, for the optimizer to work on.
 Not counted: activations, DeepSpeed's buffers (two of 0.75 GiB for gradients), NCCL's memory.
 """
 
-from __future__ import annotations
-
 import os
 
 from fourstage.interruptions import run_command

@@ -8,8 +8,6 @@ Weights stay fp32 and forwards run under autocast, with and without ZeRO: DeepSp
 would keep bf16 weights, and "bf16-mixed" in a run's id would mean two things.
 """
 
-from __future__ import annotations
-
 import functools
 import gc
 import logging

@@ -3,8 +3,6 @@
 Shape legend: B answers, A answer tokens, V vocabulary. A mask is bool [B, A], True on answers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -6,8 +6,6 @@ Our own sampler and the trainer agree on log-probabilities to 1e-4 in float32 (t
 the stages log the difference).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

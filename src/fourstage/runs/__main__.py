@@ -12,8 +12,6 @@ NAME is an id, <stage>-<id>, a folder, or a stage's name: its latest finished ru
 if there is no other). Other arguments are key=value: outputs=FOLDER. Needs no PyTorch.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

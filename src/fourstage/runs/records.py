@@ -1,7 +1,5 @@
 """A run's record: run.json in its folder, the only file that says what a run is."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import MISSING
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The store of runs: outputs/runs/<stage>-<id>/."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

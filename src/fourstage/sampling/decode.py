@@ -8,8 +8,6 @@ these don't know runs its own forward.
 Shape legend: B rows, T tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ Shape legend: B unfinished answers, K those that go on, U rows of the decoder, N
 A answer tokens, S positions, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

@@ -4,8 +4,6 @@ Shape legend: B rows, T tokens, L layers, G key/value heads, C head_dim, S place
 V vocabulary; *_16 rounded up to a multiple of 16.
 """
 
-from __future__ import annotations
-
 from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
 
 import torch

@@ -8,8 +8,6 @@ Shape legend: B rows, T tokens, D d_model, H query heads, G key/value heads, R =
 C head_dim, S positions, V vocabulary.
 """
 
-from __future__ import annotations
-
 from copy import copy
 from functools import lru_cache
 from typing import Any

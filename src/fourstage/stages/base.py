@@ -6,8 +6,6 @@ pieces and ranks, the gradient is clipped once, and the router's bias moves once
 equal 8 x 1 rows, whatever their lengths.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import time

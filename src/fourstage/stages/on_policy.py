@@ -4,8 +4,6 @@ One training_step is one rollout with all its updates, so a checkpoint never fal
 and its use, and `max_steps` counts rollouts.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What the stages share of getting ready to train: their parents' networks, and batches."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, TypeVar
 

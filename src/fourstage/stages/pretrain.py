@@ -4,8 +4,6 @@ loss = -mean log p(x_t | x_<t), nats per token, over every token of the block
 bits per character = summed -log2 p over the held-out text / its characters
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

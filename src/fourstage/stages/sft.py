@@ -5,8 +5,6 @@
 The tokenizer's mask makes every other target IGNORE (see Tokenizer.chat, and the golden test).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from fourstage import data

@@ -1,7 +1,5 @@
 """Next-token training, shared by pre-training and instruction tuning, which differ in targets."""
 
-from __future__ import annotations
-
 from math import ceil
 
 import torch

@@ -21,8 +21,6 @@ Not in flops: validation, evaluation, sample tables, the router drift probe, and
 reward stage samples before it trains.
 """
 
-from __future__ import annotations
-
 import re
 import resource
 import sys

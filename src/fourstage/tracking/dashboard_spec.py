@@ -4,8 +4,6 @@ A test compares SECTIONS with the keys that the stages log: each key needs a pan
 keys must be logged.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
