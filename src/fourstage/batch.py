@@ -3,8 +3,6 @@
 Shape legend: B rows, T tokens, P prompt tokens, A answer tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -59,7 +57,7 @@ class PairBatch(_Movable):
     rejected_ids: Tensor  # int64 [B, T]
     rejected_len: Tensor  # int64 [B]
 
-    def rows(self, rows: slice) -> PairBatch:
+    def rows(self, rows: slice) -> "PairBatch":
         return PairBatch(*(getattr(self, f.name)[rows] for f in fields(self)))
 
 
@@ -71,7 +69,7 @@ class PromptBatch:
     records: list[Any]
     index: list[int]  # position of each record in its source
 
-    def to(self, device: torch.device | str, **kwargs: Any) -> PromptBatch:
+    def to(self, device: torch.device | str, **kwargs: Any) -> "PromptBatch":
         return self
 
 
@@ -129,7 +127,7 @@ class Rollout:
         at = (self.predict_at + 1).clamp(max=self.ids.shape[1] - 1)
         return self.ids.gather(1, at)
 
-    def rows(self, index: Tensor) -> Rollout:
+    def rows(self, index: Tensor) -> "Rollout":
         """The rollout of some rows, int64 [b]; ids are cut to the longest of these rows."""
         named = ((f.name, getattr(self, f.name)) for f in fields(self))
         part = Rollout(**{name: None if x is None else x[index] for name, x in named})

@@ -6,9 +6,7 @@ from difflib import get_close_matches
 
 class UserError(ValueError):
     """A mistake in a command, a config or a file: one line that says what is wrong and what to do.
-
-    Entry points print it without a traceback and end with exit code 1.
-    """
+    Entry points print it without a traceback and end with exit code 1."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -13,8 +13,6 @@ A system message is put before the first user text, with a blank line between th
 on the assistant's TEXT and its <eot> only.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -98,7 +96,7 @@ class Tokenizer:
         self._plain[self.unk_id] = UNKNOWN_SHOWN_AS
 
     @classmethod
-    def char(cls) -> Tokenizer:
+    def char(cls) -> "Tokenizer":
         """The character tokenizer, 103 tokens."""
         vocab = {token: i for i, token in enumerate([*SPECIALS, *CHARACTERS])}
         backend = tokenizers.Tokenizer(
@@ -112,11 +110,11 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def from_config(cls, config: TokenizerConfig) -> Tokenizer:
+    def from_config(cls, config: TokenizerConfig) -> "Tokenizer":
         return TOKENIZERS[config.name]()
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path) -> "Tokenizer":
         """The tokenizer that `save` wrote. Raises UserError for a missing or broken file."""
         path = Path(folder) / "tokenizer.json"
         try:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from difflib import get_close_matches
 from itertools import chain, islice
 from typing import Any, NoReturn
 
@@ -20,7 +19,7 @@ from fourstage.data.schemas import problem_from
 from fourstage.data.split import is_heldout, short_hash
 from fourstage.data.tasks import short_question, worked_solution
 from fourstage.data.userfiles import split_file
-from fourstage.errors import UserError
+from fourstage.errors import UserError, did_you_mean
 
 DRAWS = 20  # give up on a task's share after so many draws for each problem wanted
 STALE = 3  # or after so many in a row for each problem found, none of which was new
@@ -95,8 +94,7 @@ def check_task(where: str, task: str, arguments: dict[str, Any]) -> None:
 
     known = reasoning_gym.factory.DATASETS
     if task not in known:
-        near = " or ".join(get_close_matches(task, known, n=3))
-        hint = f"did you mean {near}?" if near else f"it has {', '.join(sorted(known))}"
+        hint = did_you_mean(task, sorted(known))
         raise UserError(f"{where}: no such task of reasoning-gym: {hint}")
     defaults = {f.name: f.default for f in fields(known[task][1]) if f.name not in ("seed", "size")}
     for name, value in arguments.items():

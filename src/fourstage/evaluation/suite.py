@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 
 SUITE = "5"
+INTERVAL = (0.025, 0.975)  # quantiles
 Z = 1.959964  # the normal distribution's 97.5 % quantile
 BOOTSTRAPS = 2000
 PASS_K = (1, 2, 4, 8)
@@ -342,7 +343,7 @@ def _measured(defined: Definition, vectors: Array, seed: int) -> Metric:
     n = len(vectors)
     value = float(defined.statistic(vectors.sum(0)[None])[0])
     if defined.statistic is not ratio:
-        low, high = _percentiles(defined.statistic(resampled_sums(vectors, seed)))
+        low, high = np.quantile(defined.statistic(resampled_sums(vectors, seed)), INTERVAL)
     elif defined.yes_no:
         low, high = wilson(value * n, n)
     else:
@@ -356,20 +357,15 @@ def _difference(defined: Definition, after: Array, before: Array, seed: int) -> 
 
     both = np.stack([after, before], 1)
     if defined.statistic is not ratio:
-        low, high = _percentiles(gain(resampled_sums(both, seed)))
+        low, high = np.quantile(gain(resampled_sums(both, seed)), INTERVAL)
     else:
         bound = (-1.0, 1.0) if defined.is_share else None
         low, high = padded_t(linear(after) - linear(before), bound)
     return _metric(float(gain(both.sum(0)[None])[0]), len(after), low, high)
 
 
-def _percentiles(values: Array) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
-
-
 def _metric(value: float, n: int, low: float, high: float) -> Metric:
-    low, high = min(low, value), max(high, value)
+    low, high = float(min(low, value)), float(max(high, value))
     return {"value": round(value, 6), "n": n, "low": round(low, 6), "high": round(high, 6)}
 
 

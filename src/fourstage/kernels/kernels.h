@@ -45,8 +45,7 @@ inline float dot(const float* a, const float* b, int n) {
   return sum(total);
 }
 
-// e^x to a relative error of 2e-7, as in Cephes: 2^n e^r with |r| < ln(2) / 2. x is clamped to
-// [-87, 88].
+// e^x for x clamped to [-87, 88], to a relative error of 2e-7, as Cephes: 2^n e^r, |r| < ln(2) / 2.
 inline vec exp(vec x) {
   x = x < all(-87.0f) ? all(-87.0f) : x;
   x = x > all(88.0f) ? all(88.0f) : x;
@@ -110,8 +109,7 @@ void columns(const float* x, long x_row, int n, int K, const float* w, long w_ro
   rest<ROWS - 1, V, TRANSPOSED, ADD>(n - m, x + m * step, x_row, K, w, w_row, y + m * y_row, y_row);
 }
 
-// y [n, N] = x [n, K] w [K, N], or y += x w for ADD. TRANSPOSED: x is [K, n]. *_row: the stride
-// between rows.
+// y [n, N] = x [n, K] w [K, N], or y += x w for ADD. TRANSPOSED: x is [K, n]. *_row: rows' strides.
 template <bool ADD = false, bool TRANSPOSED = false>
 void product(const float* x, long x_row, int n, int K, const float* w, long w_row, int N, float* y,
              long y_row) {
@@ -157,8 +155,7 @@ inline void swiglu(const float* gate_up, int n, int F, float* y) {
     }
 }
 
-// For one row: active [F] = silu(gate) * up, and grad_gate_up [2 F] from its gradient, grad [F] *
-// factor.
+// Of one row: active [F] = silu(gate) * up; grad_gate_up [2 F] from its gradient, grad [F] * factor
 inline void swiglu_backward(const float* gate_up, const float* grad, float factor, int F,
                             float* grad_gate_up, float* active) {
   for (int i = 0; i < F; i += W) {

@@ -21,10 +21,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class Linear(nn.Linear):
-    """A projection without bias whose own __init__ draws the weight from N(0, std^2).
-
-    ZeRO-3 partitions a layer when its __init__ ends: what a parent wrote later would be lost.
-    """
+    """A projection without bias whose own __init__ draws the weight from N(0, std^2). ZeRO-3
+    partitions a layer when its __init__ ends: what a parent wrote later would be lost."""
 
     def __init__(self, d_in: int, d_out: int, std: float):
         self.std = std

@@ -12,10 +12,8 @@ from torch import Tensor
 
 
 class ZeroWhereEmpty(torch.autograd.Function):
-    """The identity on a weight [E, D, F_]; its gradient is set to 0 for experts without tokens.
-
-    On compute capability 10 grouped_mm's backward doesn't write those (pytorch 172439, 193633).
-    """
+    """The identity on a weight [E, D, F_]; its gradient is set to 0 for experts without tokens. On
+    compute capability 10 grouped_mm's backward doesn't write those (pytorch 172439, 193633)."""
 
     @staticmethod
     def forward(ctx, w_EDF: Tensor, ends_E: Tensor) -> Tensor:

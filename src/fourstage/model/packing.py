@@ -7,8 +7,6 @@ a prefix tree of the rows, without padding. Only attention sees whole rows.
 Shape legend: B rows, T tokens, N distinct tokens, M = B * T places, X numbers.
 """
 
-from __future__ import annotations
-
 from copy import copy
 from functools import cached_property
 
@@ -84,7 +82,7 @@ class Packing:
         is_real_M = is_real_BT.flatten().to(copies_N.dtype)
         self.copies_N = copies_N.scatter_add_(0, self.row_places_BT.flatten(), is_real_M)
 
-    def to(self, device: torch.device) -> Packing:
+    def to(self, device: torch.device) -> "Packing":
         there = copy(self)
         vars(there).pop("takes", None)
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}

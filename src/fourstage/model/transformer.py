@@ -3,8 +3,6 @@
 Shape legend: B rows, T tokens, N distinct tokens, D d_model, V vocabulary, L layers, E experts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -134,7 +132,7 @@ class Transformer(nn.Module):
         tied = config.tie_embeddings
         self.head = None if tied else Linear(config.d_model, vocab_size, config.init_std)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Transformer:
+    def _apply(self, *args: Any, **kwargs: Any) -> "Transformer":
         self.recorded_steps = None  # they read the weights at their old addresses
         return super()._apply(*args, **kwargs)
 

@@ -74,10 +74,8 @@ class Decoder:
 
 
 class PlainSteps:
-    """Steps of any network: its own forward over whole right-padded rows for each new token.
-
-    Slow, but always what trains; the fast steps repeat the arithmetic of modules they know.
-    """
+    """Steps of any network: its own forward over whole right-padded rows for each new token. Slow,
+    but always what trains; the fast steps repeat the arithmetic of modules they know."""
 
     def __init__(self, model: Transformer, real_BS: Tensor | None):
         """real_BS: bool [B, capacity], False on the padding at the left."""

@@ -7,8 +7,6 @@ are computed but not read.
 Shape legend: B rows, U rows of a graph, S positions, V vocabulary.
 """
 
-from __future__ import annotations
-
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable
@@ -45,7 +43,7 @@ def can_record(model: Transformer, dtype: torch.dtype) -> bool:
 
 def recorded_steps(
     model: Transformer, capacity: int, real_BS: Tensor | None, rows: int, user: Any
-) -> RecordedSteps | None:
+) -> "RecordedSteps | None":
     """The steps that the network keeps, lent to this decoder (user) while it lives; None where they
     can't be recorded or another decoder has them."""
     dtype = autocast_dtype(model.embedding.weight)
@@ -124,7 +122,7 @@ def _addresses(model: Transformer) -> list[int]:
 class Recording:
     """Records a step of U rows and replays it for other tokens and places."""
 
-    def __init__(self, step: Step, ids_U: Tensor, at: int, beside: Recording | None = None):
+    def __init__(self, step: Step, ids_U: Tensor, at: int, beside: "Recording | None" = None):
         """step must not wait for the GPU. It runs once first, for the same place.
 
         beside: another recording, whose scratch memory is shared, as no two run at once.

@@ -98,10 +98,8 @@ class OnPolicyModule(StageModule):
     def answers(
         self, policy: Transformer, prompts: list[list[int]], attempt: int = 0
     ) -> Generation:
-        """An answer to each prompt from the full distribution: no top-k, no top-p.
-
-        A function of seed, rank, step and attempt. policy: the stage's own (strategies.gathered).
-        """
+        """An answer to each prompt from the full distribution: no top-k, no top-p. A function of
+        seed, rank, step and attempt. policy: the stage's own (strategies.gathered)."""
         draw = self.steps_done * self.trainer.world_size + self.global_rank
         sampling = Sampling(
             max_new_tokens=self.settings.max_new_tokens,
