@@ -135,7 +135,7 @@ def test_a_run_of_a_stage_that_is_not_known_here_is_named_and_left_alone(own_lad
 
 def lower_case() -> Tokenizer:
     """Without capitals: 77 tokens."""
-    backend = json.loads(Tokenizer.char()._json)
+    backend = json.loads(Tokenizer.char()._backend.to_str())
     kept = [t for t in backend["model"]["vocab"] if not (len(t) == 1 and t.isupper())]
     backend["model"]["vocab"] = {token: i for i, token in enumerate(kept)}
     backend["normalizer"]["normalizers"].append({"type": "Lowercase"})

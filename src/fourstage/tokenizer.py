@@ -13,7 +13,6 @@ A system message is put before the first user text, with a blank line between th
 on the assistant's TEXT and its <eot> only.
 """
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -134,7 +133,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self._json, encoding="utf-8")
+        (folder / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": BOS,
@@ -148,15 +147,6 @@ class Tokenizer:
         }
         text = json.dumps(config, indent=2) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-
-    @cached_property
-    def _json(self) -> str:
-        return self._backend.to_str(pretty=False)
-
-    @cached_property
-    def digest(self) -> str:
-        """10 hexadecimal digits of the content of tokenizer.json."""
-        return hashlib.sha256(self._json.encode()).hexdigest()[:10]
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, one a character; unknown characters are `unk_id`."""

@@ -166,12 +166,11 @@ def _plain(text: str) -> str:
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda raised: f"^{{{raised[0].translate(RAISED)}}}", text)
     text = _without_a_stop(" ".join(text.translate(LOOKS).split()))
     while wrapped := WRAPPED.fullmatch(text):
-        text = next(part for part in wrapped.groups() if part is not None)
-        text = _without_a_stop(text)
+        text = _without_a_stop(wrapped[wrapped.lastindex])
     for written, alike in ALIKE:
         text = re.sub(written, alike, text)
     while wrapped := WRAPPED.fullmatch(text):  # \textbf{(B)}
-        text = next(part for part in wrapped.groups() if part is not None)
+        text = wrapped[wrapped.lastindex]
     return text.lower() if "\\" not in text else text
 
 
