@@ -129,8 +129,7 @@ class Chat:
         yield from self.answer(line)
 
     def command(self, line: str) -> str:
-        """Carry out a line that begins with a slash and return what to print. Raises UserError for
-        an unknown command or run."""
+        """Carry out a line that begins with a slash; returns what to print. Raises UserError."""
         name, _, rest = line.partition(" ")
         match name, rest.strip():
             case "/help", "":

@@ -183,15 +183,13 @@ class Tokenizer:
         return ids, mask
 
     def prompt(self, messages: Messages) -> list[int]:
-        """The ids up to where the assistant begins to answer. Raises UserError if the last message
-        is not the user's, or as `chat`."""
+        """The ids up to the assistant's answer. Raises UserError unless the user spoke last."""
         if not messages or messages[-1]["role"] != "user":
             raise UserError("a prompt must end with a message of the user")
         return [*self.chat(messages)[0], self.assistant_id]
 
     def shorten(self, ids: list[int], length: int) -> list[int] | None:
-        """A prompt's ids, without the beginning of its text if it is longer than `length`; None if
-        that leaves no room for any of the text."""
+        """A prompt's ids, without the beginning of its text if longer; None if no text fits."""
         if len(ids) <= length:
             return ids
         if length < SHORTEST_PROMPT:

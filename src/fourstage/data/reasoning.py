@@ -13,8 +13,7 @@ from fourstage.errors import UserError
 
 @cached("chat", "preference", "reasoning", "knowledge")
 def load_reasoning(config: DataConfig) -> Problems:
-    """Train and held-out problems. Raises UserError without a path or tasks, for a bad file, or for
-    an unknown task or argument."""
+    """Train and held-out problems. Raises UserError without any, for a bad file or bad tasks."""
     if not config.reasoning.has_problems:
         raise UserError("stages.grpo needs data.reasoning.path=FILE (a file in gsm8k's schema)")
     problems = cleaned(config, "data.reasoning", split_problems(config), _gives_away)

@@ -110,10 +110,7 @@ def evaluate_ancestors(
     rows: Rows, tokenizer: Tokenizer, seed: int, judges: Judges, names: Sequence[str]
 ) -> tuple[dict[str, Table], list[Item]]:
     """New judges on the stored answers of earlier rows: for each the metrics `names`, and the items
-    with the row's name.
-
-    A row that has no evaluation by this suite is left out with a printed line.
-    """
+    with the row's name. A row without an evaluation by this suite is left out; a line says so."""
     found: dict[str, Table] = {}
     late: list[Item] = []
     for row, (folder, suffix) in rows.items():

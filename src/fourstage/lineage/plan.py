@@ -188,19 +188,18 @@ def plan_run(plan: Plan, stage: str) -> PlannedRun:
     parents: dict[str, str] = {}
     folders: dict[str, Path] = {}
     groups: list[str] = []
-    foreign: list[Path] = []
     for role, name in named_parents(stage, settings).items():
         where = parent_key(stage, role)
         if name in LADDER:
             check_role(where, name, name, role)
-            parents[role], parent_group = planned[name].id, planned[name].group
+            parents[role], group = planned[name].id, planned[name].group
             folders[role] = store.folder(name, parents[role])
         else:
             folders[role], record = named_run(plan, where, stage, name, role)
-            parents[role], parent_group = record["id"], record["group"]
-            if parents[role] not in [run.id for run in plan.runs]:
-                foreign.append(folders[role])
-        groups.append(parent_group)
+            parents[role], group = record["id"], record["group"]
+        groups.append(group)
+    planned_ids = [run.id for run in plan.runs]
+    foreign = [folders[role] for role, run_id in parents.items() if run_id not in planned_ids]
     digest = data.digest(command.data, stage)
     identity = identity_of(command, stage, parents, digest)
     run_id = letters(identity)

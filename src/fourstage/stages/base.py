@@ -32,8 +32,7 @@ _TIME = re.compile(r"\d{1,3}:\d{1,2}:\d{1,2}:\d{1,2}")  # Lightning's DD:HH:MM:S
 
 @dataclass(frozen=True, kw_only=True)
 class StageSettings(Bounded):
-    """The settings that every stage has; `stages.<name>` in the config. Raises UserError for a
-    value that no run could use."""
+    """What every stage has; `stages.<name>` in the config. Raises UserError for a useless value."""
 
     parent: str | None  # a stage or a run; null: the stage's usual parent
     max_steps: int  # -1: only max_time counts

@@ -183,8 +183,7 @@ SECTIONS = (
 
 
 def resolved(sections: tuple[Section, ...], known: set[str]) -> list[Section]:
-    """The sections with each pattern of bars replaced by the known keys that it matches; a panel
-    without keys is left out."""
+    """The sections with known keys for each pattern of bars, without panels that have none."""
     found = []
     for section in sections:
         panels = (_resolved(panel, known) for panel in section.panels)
