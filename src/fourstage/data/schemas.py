@@ -24,10 +24,6 @@ class Unusable(UserError):
 
 
 CHAT_SCHEMAS = '"instruction" and "output", "messages", "conversations", or "prompt" and "response"'
-CHAT_FIELDS = (
-    *(("instruction", "output"), ("instruction", "response")),
-    *(("prompt", "response"), ("prompt", "completion")),
-)
 PAIR_SCHEMAS = '"chosen" and "rejected", with "prompt" or "instruction" or as dialogues'
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -53,16 +49,13 @@ def conversation_from(row: Row) -> Conversation:
     of a field; Unusable for an empty text, an image, a tool's turn, or turns out of order.
     """
     turns = _own_messages(row)
+    if turns is None and (answer := _answering(row, "instruction", "output", "response")):
+        turns = [*_instructed(row), _assistant(_text(row, answer))]
+    if turns is None and (answer := _answering(row, "prompt", "response", "completion")):
+        asked = [*_history(row), *_turns(row, "prompt", _user)]
+        turns = [*asked, *_turns(row, answer, _assistant)]
     if turns is None:
-        named = [fields for fields in CHAT_FIELDS if all(name in row for name in fields)]
-        if not named:
-            raise _unknown(row, CHAT_SCHEMAS, "chat", "instruction")
-        asked, answer = named[0]
-        if asked == "instruction":
-            turns = [*_instructed(row), _assistant(_text(row, answer))]
-        else:
-            asked_turns = [*_history(row), *_turns(row, asked, _user)]
-            turns = [*asked_turns, *_turns(row, answer, _assistant)]
+        raise _unknown(row, CHAT_SCHEMAS, "chat", "instruction")
     return Conversation(_dialogue(row, _with_system(row, turns)))
 
 
@@ -116,6 +109,11 @@ def problem_from(row: Row) -> Problem:
 
 
 # --- prompts and answers
+
+
+def _answering(row: Row, asking: str, *names: str) -> str | None:
+    """The first of these fields, if the row has one and the field that asks."""
+    return next((name for name in names if asking in row and name in row), None)
 
 
 def _with_context(row: Row, asked: list[Message], before: list[Message]) -> list[Message]:
