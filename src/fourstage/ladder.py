@@ -47,45 +47,41 @@ class Stage:
         return {role: "parent" if role == "policy" else f"{role}_parent" for role in self.parents}
 
 
-LADDER = {
-    row.name: row
-    for row in (
-        Stage(name="pretrain", source="corpus", goal="bits_per_char"),
-        Stage(
-            name="sft",
-            source="chat",
-            goal="knowledge_answered",
-            instead="well_formed",
-            parents={"policy": "pretrain"},
-        ),
-        Stage(
-            name="reward",
-            source="preference",
-            goal="pair_accuracy",
-            parents={"policy": "sft"},
-            leaves="scalar",
-        ),
-        Stage(
-            name="ppo",
-            source="preference",
-            from_prompts=True,
-            goal="true_score",
-            instead="reward_model_score",
-            parents={"policy": "sft", "reward": "reward"},
-            trained=2,
-            frozen=2,
-        ),
-        Stage(
-            name="grpo",
-            source="reasoning",
-            goal="reasoning_accuracy",
-            parents={"policy": "ppo"},
-            frozen=1,
-        ),
-    )
-}
-
-
+ROWS = (
+    Stage(name="pretrain", source="corpus", goal="bits_per_char"),
+    Stage(
+        name="sft",
+        source="chat",
+        goal="knowledge_answered",
+        instead="well_formed",
+        parents={"policy": "pretrain"},
+    ),
+    Stage(
+        name="reward",
+        source="preference",
+        goal="pair_accuracy",
+        parents={"policy": "sft"},
+        leaves="scalar",
+    ),
+    Stage(
+        name="ppo",
+        source="preference",
+        from_prompts=True,
+        goal="true_score",
+        instead="reward_model_score",
+        parents={"policy": "sft", "reward": "reward"},
+        trained=2,
+        frozen=2,
+    ),
+    Stage(
+        name="grpo",
+        source="reasoning",
+        goal="reasoning_accuracy",
+        parents={"policy": "ppo"},
+        frozen=1,
+    ),
+)
+LADDER = {row.name: row for row in ROWS}
 REFERENCE, REWARD = "sft", "reward"  # their models judge the answers of other stages
 
 
