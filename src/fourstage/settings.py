@@ -35,13 +35,18 @@ def positive(**options: Any) -> Any:
     return field(metadata={"bound": "above 0", "holds": lambda x: x > 0}, **options)
 
 
+def share(**options: Any) -> Any:
+    bound = "a share between 0 and 1"
+    return field(metadata={"bound": bound, "holds": lambda x: 1e-9 < x < 1}, **options)
+
+
 class Bounded:
-    """A dataclass that raises UserError for a value outside its field's bound."""
+    """A dataclass that raises UserError for a value, if any, outside its field's bound."""
 
     def __post_init__(self) -> None:
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
-            if f.metadata and not f.metadata["holds"](value):
+            if f.metadata and value is not None and not f.metadata["holds"](value):
                 raise UserError(f"{f.name}: must be {f.metadata['bound']}, got {value}")
 
 

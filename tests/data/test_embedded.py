@@ -3,6 +3,7 @@
 import random
 import re
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -118,9 +119,10 @@ def test_a_share_of_the_reference_is_whole_topics():
     assert 0 < len(some) < len(more) < len(whole)
     chosen = [text for text in texts if text in some]
     assert all(text in more for text in chosen) and sum(map(len, chosen)) >= len(some)
-    for share in (0, 1.1, float("nan")):
-        with pytest.raises(UserError, match="data.corpus.reference: must be above 0, at most 1"):
-            of_reference(share)
+    with pytest.raises(UserError, match="data.corpus.reference: must be between 0 and 1, got 1.1"):
+        of_reference(1.1)
+    with pytest.raises(UserError, match="data.corpus: nothing on the "):
+        data.load_corpus(of_reference(0.0))
 
 
 def problem(question: str, task: str) -> data.Problem:
@@ -178,18 +180,19 @@ def test_sample_prompts(embedded, files):
     assert len(prompts) == 8 == len({p.id for p in prompts})
     heldout = {p.question for p in data.load_reasoning(embedded).heldout}
     assert all(p.messages[0]["content"] == p.problem.question in heldout for p in prompts[5:])
-    assert not any(p.references or p.problem for p in prompts[:5])  # nothing says what is right
-    assert data.sample_prompts(files()) == prompts[:5]
+    assert all(len(p.references) == 1 and p.problem is None for p in prompts[:5])
+    for ours, theirs in zip(prompts, data.sample_prompts(files()), strict=False):
+        assert theirs == replace(ours, references=())  # nothing says what is right
 
 
 def test_sample_prompts_about_facts_know_the_sentence(monkeypatch):
-    config = make("knowledge")
+    config = make("embedded")
     first, second = data.load_facts(config).train[:2]
     llm = next(fact for fact in data.load_facts(config).heldout if fact.name == "LLM")
-    asked = ["What is an LLM?", first.questions()[4], second.reworded, "Who are you?"]
+    asked = ["What is an LLM?", first.questions()[4], second.reworded, "Bye", "Who is Ada?"]
     monkeypatch.setattr(sources, "QUESTIONS", asked)
-    references = [prompt.references for prompt in data.sample_prompts(config)[:4]]
-    assert references == [(llm.sentence,), (first.sentence,), (second.sentence,), ()]
+    references = [prompt.references for prompt in data.sample_prompts(config)[:5]]
+    assert references == [(llm.sentence,), (first.sentence,), (second.sentence,), ("Goodbye!",), ()]
 
 
 @pytest.mark.parametrize(

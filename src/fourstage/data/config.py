@@ -1,7 +1,5 @@
 """The typed form of conf/data/*.yaml: every data config has these keys."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
@@ -10,22 +8,13 @@ from typing import Any, TypeVar
 
 from fourstage.data.files import Paths, files_of
 from fourstage.errors import UserError
+from fourstage.settings import Bounded, at_least, between, share
 
 T = TypeVar("T")
 
 
-def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise UserError(f"{name}: must be at least {least}, got {value}")
-
-
-def _is_share(name: str, value: float) -> None:
-    if not 1e-9 < value < 1:
-        raise UserError(f"{name}: must be a share between 0 and 1, got {value}")
-
-
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig:
+class SourceConfig(Bounded):
     """What every source has: a user's files, each a path or a list of them."""
 
     path: Paths | None = None
@@ -37,34 +26,27 @@ class SourceConfig:
 class CorpusConfig(SourceConfig):
     """Text for pretrain; its last `heldout` is held out by position, records by their hash."""
 
-    heldout: float = 0.1
-    problems: int = 0  # worked train problems rendered as documents, at most
-    reference: float = 1.0  # share of the language reference's topics, without a path
-
-    def __post_init__(self) -> None:
-        _is_share("heldout", self.heldout)
-        _at_least("problems", self.problems, 0)
-        if not 0 < self.reference <= 1:
-            raise UserError(f"reference: must be above 0, at most 1, got {self.reference}")
+    heldout: float = share(default=0.1)
+    problems: int = at_least(0, default=0)  # worked train problems as documents, at most
+    # share of the language reference's topics, without a path
+    reference: float = between(0, 1, default=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig(SourceConfig):
     """Conversations for sft."""
 
-    max_answer_chars: int | None = None  # conversations with a longer answer are left out
-    max_prompt_chars: int | None = None
-    demonstrations: int = 0  # worked train problems among the conversations, at most
+    max_answer_chars: int | None = at_least(1, default=None)  # longer ones are left out
+    max_prompt_chars: int | None = at_least(1, default=None)
+    demonstrations: int = at_least(0, default=0)  # worked train problems, at most
     # task -> share of its demonstrations that give the answer without the steps
     terse: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _at_least("max_answer_chars", self.max_answer_chars, 1)
-        _at_least("max_prompt_chars", self.max_prompt_chars, 1)
-        _at_least("demonstrations", self.demonstrations, 0)
-        for task, share in self.terse.items():
-            if not 0 <= share <= 1:
-                raise UserError(f"terse.{task}: must be a share between 0 and 1, got {share}")
+        super().__post_init__()
+        for task, part in self.terse.items():
+            if not 0 <= part <= 1:
+                raise UserError(f"terse.{task}: must be a share between 0 and 1, got {part}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +65,11 @@ class ReasoningConfig(SourceConfig):
 
     tasks: dict[str, Any] = field(default_factory=dict)
     only: list[Any] | dict[str, Any] | str | None = None
-    size: int = 4000
-    heldout_size: int = 400
+    size: int = at_least(1, default=4000)
+    heldout_size: int = at_least(1, default=400)
 
     def __post_init__(self) -> None:
-        _at_least("size", self.size, 1)
-        _at_least("heldout_size", self.heldout_size, 1)
+        super().__post_init__()
         if self.only is None:
             return
         if self.path is not None:
@@ -127,19 +108,14 @@ class ReasoningConfig(SourceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnowledgeConfig:
+class KnowledgeConfig(Bounded):
     """Facts for corpus and chat (knowledge.py): how many, and how often they are stated."""
 
-    terms: int = 0  # of docs/glossary.md
-    functions: int = 0  # of Python, by their docstrings
-    heldout: float = 0.22  # share of the facts that nothing asks about
-    statements: int = 40  # of each fact in the corpus
-    answers: int = 20  # answered questions about each of the others in the corpus
-
-    def __post_init__(self) -> None:
-        for name in ("terms", "functions", "statements", "answers"):
-            _at_least(name, getattr(self, name), 0)
-        _is_share("heldout", self.heldout)
+    terms: int = at_least(0, default=0)  # of docs/glossary.md
+    functions: int = at_least(0, default=0)  # of Python, by their docstrings
+    heldout: float = share(default=0.25)  # share of the facts that nothing asks about
+    statements: int = at_least(0, default=40)  # of each fact in the corpus
+    answers: int = at_least(0, default=10)  # of each of the others: answered questions in it
 
     @property
     def has_facts(self) -> bool:
@@ -147,20 +123,17 @@ class KnowledgeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Bounded):
     """One data config. All sources hold out the same share of prompts and problems, so that none
     trains on what another holds out."""
 
     name: str
-    heldout: float = 0.1
+    heldout: float = share(default=0.1)
     corpus: CorpusConfig
     chat: ChatConfig
     preference: PreferenceConfig
     reasoning: ReasoningConfig
     knowledge: KnowledgeConfig = field(default_factory=KnowledgeConfig)
-
-    def __post_init__(self) -> None:
-        _is_share("heldout", self.heldout)
 
     @property
     def embedded(self) -> bool:
