@@ -205,7 +205,7 @@ def statements(config: DataConfig) -> list[str]:
 def split_questions(config: DataConfig) -> Chats:
     """What sft asks: each fact in several wordings, answered curtly or with a friendly sentence,
     and small talk; every sixth question follows another exchange. Held out are the first question
-    about each held-out fact, and for some of the others one in the unused wording.
+    about each held-out fact, and one in the unused wording about each of the others.
     """
     train = [chat for chats in _asked(config) for chat in chats]
     before = sorted(train, key=lambda chat: short_hash(f"before {chat.id}"))
@@ -214,7 +214,7 @@ def split_questions(config: DataConfig) -> Chats:
         if sum(len(m["content"]) for m in both) <= MOST_CHARS:
             train[i] = Conversation(both)
     heldout = [(f.questions()[0], f.sentence) for f in load_facts(config).heldout]
-    heldout += [(f.reworded, f.sentence) for f in reworded(config)]
+    heldout += [(f.reworded, f.sentence) for f in load_facts(config).train]
     return Split(train, [_conversation(*one) for one in heldout])
 
 
@@ -228,16 +228,11 @@ def _asked(config: DataConfig) -> list[list[Conversation]]:
     return facts + [[_conversation(*said)] * len(facts[0]) for said in SMALL_TALK.items() if facts]
 
 
-def reworded(config: DataConfig) -> list[Fact]:
-    """The asked facts that the evaluation asks about in the unused wording: as many as held-out
-    ones, about."""
-    return [f for f in load_facts(config).train if is_heldout(f"reworded {f.name}", 0.3)]
-
-
 def fact_questions(config: DataConfig) -> dict[str, str]:
     """Held-out questions by their conversation's id: "heldout" if the fact is, else "reworded"."""
-    held = {_conversation(f.questions()[0], "").id: "heldout" for f in load_facts(config).heldout}
-    return held | {_conversation(f.reworded, "").id: "reworded" for f in reworded(config)}
+    facts = load_facts(config)
+    held = {_conversation(f.questions()[0], "").id: "heldout" for f in facts.heldout}
+    return held | {_conversation(f.reworded, "").id: "reworded" for f in facts.train}
 
 
 def known_answers(config: DataConfig) -> dict[str, tuple[str, ...]]:
