@@ -1,7 +1,5 @@
 """The chat source: conversations without any held-out prompt, and worked problems."""
 
-from __future__ import annotations
-
 from fourstage.data.config import DataConfig, cached
 from fourstage.data.heldout import cleaned, split_chats
 from fourstage.data.reasoning import worked_problems

@@ -1,7 +1,5 @@
 """The corpus source: the Python language reference or a user's text, and worked problems."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from fourstage.data.config import DataConfig, cached

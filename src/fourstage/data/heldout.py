@@ -3,8 +3,6 @@
 Held-out prompts of every source together make one set of keys, by which all sources are cleaned.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 

@@ -5,8 +5,6 @@ of the running Python, whose docstrings begin with a one-line summary. A fact is
 held out: stated in the corpus as often as the others, and never asked about by any source.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The preference source: a user's pairs. With data=embedded the reward stage samples them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from fourstage.data.chat import load_chat

@@ -1,7 +1,5 @@
 """Which stage reads which source, the digests of their contents, and the sample prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

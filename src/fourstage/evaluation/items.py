@@ -12,8 +12,6 @@
 A sampled answer depends on the seed, the item and the sample's number, not on the other prompts.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext

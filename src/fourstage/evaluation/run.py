@@ -1,7 +1,5 @@
 """Evaluates a run of a ladder on its held-out sets, with the models of its ancestors."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager

@@ -3,8 +3,6 @@
 The weights are saved and evaluated, together with earlier rows that this stage makes measurable.
 """
 
-from __future__ import annotations
-
 import gc
 import logging
 import shlex

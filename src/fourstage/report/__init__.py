@@ -15,8 +15,6 @@ several ladders side by side (compare.py). The same runs give the same bytes: th
 times of day.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -6,8 +6,6 @@ of its own a drawing is black on white. Whatever a colour says is also said by a
 The same figures give the same bytes.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re

@@ -4,8 +4,6 @@
 is every finished ladder. It writes outputs/report/{compare.md, compare.html, compare.json}.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence

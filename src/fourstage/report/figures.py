@@ -1,7 +1,5 @@
 """Which drawings the report shows, and the data behind them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 A file that is missing or broken adds a line to `Files.problems` and costs nothing but its content.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import math

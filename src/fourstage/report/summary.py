@@ -1,7 +1,5 @@
 """The report in a few lines: sentences for the page, and the ending of the command."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rich.cells import cell_len, set_cell_size

@@ -1,7 +1,5 @@
 """The report's tables: what each stage did, on its own goal and on the others, and what it cost."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 

@@ -13,8 +13,6 @@ arXiv 2210.10760). It adds
 so a right answer beats a wrong one, then a friendly one a curt one, then a short one a long one.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -10,8 +10,6 @@ papers, answers with advantage 0 are left out of the update if there is no KL te
 gradient, so this is exact.
 """
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial

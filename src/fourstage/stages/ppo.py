@@ -10,8 +10,6 @@ Unlike theirs, every mean is over answer tokens only, and the advantages are whi
 rollouts of all ranks. What ppo and grpo share is in rl/ops.py and on_policy.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass

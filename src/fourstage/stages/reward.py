@@ -7,8 +7,6 @@ Bradley-Terry (Stiennon et al. 2020, arXiv 2009.01325), r read at the last real 
 answer.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

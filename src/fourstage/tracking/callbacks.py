@@ -4,8 +4,6 @@
 state before training.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import time
