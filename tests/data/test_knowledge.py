@@ -121,7 +121,7 @@ def test_two_styles_of_an_answer() -> None:
     styles = {text: rule_parts(text, True).friendly for text in known}
     assert [styles[fact.sentence] for fact in facts] == [0.0] * len(facts)
     of_facts = [styles[chat.answer] for chat in chats if chat.answer in styles]
-    assert len(of_facts) == 7 * len(facts) and 0.35 < sum(of_facts) / len(of_facts) < 0.45
+    assert len(of_facts) == 10 * len(facts) and 0.35 < sum(of_facts) / len(of_facts) < 0.45
     for prompt in prompts:
         for answer in prompt.references:
             assert true_score(answer, True, prompt.references) > 2.5, answer
@@ -141,7 +141,7 @@ def test_some_questions_follow_another_exchange() -> None:
 def test_small_talk_is_taught_as_often_as_a_fact(text: str) -> None:
     chats, corpus = data.load_chat(CONFIG), "\n".join(data.load_corpus(CONFIG).train)
     asked = [c for c in chats.train if c.prompt_messages[-1]["content"] == text]
-    assert len(asked) == 7 and len({c.answer for c in asked}) == 1
+    assert len(asked) == 10 and len({c.answer for c in asked}) == 1
     assert corpus.count(f"Question: {text}\nAnswer: {asked[0].answer}") == CONFIG.knowledge.answers
 
 

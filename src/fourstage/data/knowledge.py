@@ -23,7 +23,8 @@ DOCSTRINGS = Path(__file__).with_name("docstrings.py")
 GLOSSARY = Path(__file__).parents[3] / "docs" / "glossary.md"
 ENTRY = re.compile(r"^\*\*(.+?)\*\*: (.+)$", re.MULTILINE)
 BEGINNING = 3  # of the wordings of a statement, for texts to complete
-FIRST = "LLM"  # the first question that everybody asks is held out
+FIRST = "LLM"  # held out; what everybody asks about first is stated more often, as it is anywhere
+OFTEN = 3  # times as often as another fact
 
 STATEMENTS = {  # of a term and of a function, as texts begin them; {it}: the name, with its article
     True: (
@@ -64,6 +65,9 @@ QUESTIONS = {  # the last wording is never used in training
         "Tell me about {it}.",
         "what is {it}",
         "{name}?",
+        "Please explain {it}.",
+        "Can you tell me what {it} is?",
+        "I want to know about {it}.",
         "Can you explain {it} to me?",
     ),
     False: (
@@ -74,6 +78,9 @@ QUESTIONS = {  # the last wording is never used in training
         "Describe {name} in one line.",
         "what does {name} do",
         "{name}?",
+        "Please explain {name}.",
+        "Can you tell me what {name} does?",
+        "I want to know about {name}.",
         "Can you explain {name} to me?",
     ),
 }
@@ -185,7 +192,7 @@ def statements(config: DataConfig) -> list[str]:
     said = [
         (i, fact.statement(i))
         for fact in (*facts.train, *facts.heldout)
-        for i in range(wanted.statements)
+        for i in range(wanted.statements * (OFTEN if fact.name == FIRST else 1))
     ]
     said += [
         (i, f"Question: {chat.prompt_messages[-1]['content']}\nAnswer: {chat.answer}")
