@@ -204,7 +204,8 @@ def test_the_table_of_seeds(seeds: Path, capsys: pytest.CaptureFixture) -> None:
     write_json(other / "run.json", record | {"id": run_id("grpo", 3), "finished": "2025-01-01"})
     seeds_table([f"outputs={seeds}"])
     shutil.rmtree(other)
-    *table, last = capsys.readouterr().out.splitlines()
+    *lines, last = capsys.readouterr().out.splitlines()
+    table, kept = lines[: lines.index("")], lines[lines.index("") + 1 :]
     figures = json.loads(last)["figures"]
     assert json.loads(last)["device"] == "cpu"
     assert len(table) == 2 + len(figures) == 2 + 5 * 3
@@ -215,6 +216,10 @@ def test_the_table_of_seeds(seeds: Path, capsys: pytest.CaptureFixture) -> None:
         after = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**cell)
         [row] = [x for x in table if x.startswith(f"| grpo | held-out problems | {seed} |")]
         assert f" | {after} | " in row
+        [kept_row] = [x for x in kept if x.startswith(f"| held-out problems | {seed} |")]
+        assert kept_row.count("|") == 8 and kept_row.endswith(f" | {after} |")
+    assert kept[0] == "| key | seed | random | pretrain | sft | ppo | grpo |"
+    assert len(kept) == 2 + 5 * 3
 
 
 @pytest.mark.parametrize(
