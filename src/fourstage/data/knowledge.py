@@ -24,7 +24,7 @@ GLOSSARY = Path(__file__).parents[3] / "docs" / "glossary.md"
 ENTRY = re.compile(r"^\*\*(.+?)\*\*: (.+)$", re.MULTILINE)
 BEGINNING = 3  # of the wordings of a statement, for texts to complete
 FIRST = "LLM"  # held out; what everybody asks about first is stated more often, as it is anywhere
-OFTEN = 3  # times as often as another fact
+OFTEN = 4  # times as often as another fact
 
 STATEMENTS = {  # of a term and of a function, as texts begin them; {it}: the name, with its article
     True: (
