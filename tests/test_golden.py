@@ -29,6 +29,7 @@ LOSSES = {
 }
 SHORT = {"max_steps": 8, "warmup": 0.2}
 ADAMW = {"optimizer": "adamw", "lr": 2e-3}
+SFT = {"optimizer": "adamw", "lr": 1e-3}
 MUON = {"optimizer": "muon", "lr": 4e-3}
 
 
@@ -65,7 +66,7 @@ def test_next_token_losses(case):
     torch.manual_seed(3)
     policy = Transformer(read_config(model, init_std=0.06), VOCAB)
     stage = "sft" if case == "padded" else "pretrain"
-    optimizer = ADAMW if case in ("moe_tiny", "dense_tiny") else {} if case == "padded" else MUON
+    optimizer = ADAMW if case in ("moe_tiny", "dense_tiny") else SFT if case == "padded" else MUON
     settings = tiny.settings(stage, **{**SHORT, **optimizer})
     module = (
         SFTModule(policy, settings, seed=0)
@@ -99,7 +100,7 @@ def test_grpo_gradients(monkeypatch):
 
 
 def test_ppo_gradients():
-    settings = tiny.steady("ppo", **ON_POLICY, minibatch_size=2)
+    settings = tiny.steady("ppo", **ON_POLICY, minibatch_size=2, kl_coef=0.1)
     reward = tiny.make_scalar()
     value = deepcopy(reward).train()
     networks = (tiny.make_policy(), value, tiny.make_policy(7), reward)

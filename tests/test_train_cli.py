@@ -119,8 +119,8 @@ def test_what_hydra_refuses(call, capsys, argument, words) -> None:
     [
         ("model=null", "dense_small, dense_tiny, moe_large, "),
         ("debug=null", "fast; or leave debug out"),
-        ("data=5", "embedded, files, knowledge; or leave data out"),
-        ("+experiment=true", "knowledge, no_preferences; or leave experiment out"),
+        ("data=5", "embedded, files; or leave data out"),
+        ("+experiment=true", "no_preferences; or leave experiment out"),
         ("tokenizer=", "char; or leave tokenizer out"),
         ("stages@stages.grpo=null", "grpo, grpo_dapo, grpo_dr, grpo_gspo, ppo, "),
     ],
