@@ -20,13 +20,16 @@ from tests.fakes import QUICK, config
 
 # of the shipped configs, were all data of the digest "0"
 PINNED = {
-    "": "viuqqwtocw cwdqcworzq jqbneadfxu dvzmjyaxch igigobusfv",
-    "model=moe_small": "ifojobvcle zbvqzjfgfp ehdktvfvla ncmsidhyky pkmhrwjfhl",
+    "": "ufxfggpnao sumfnzdykh unwfbcdbyk dhvreewsrd eyjwqqoedc",
+    "model=moe_small": "ydyxarzjfw cecwcspgum awkcwgkply zkridqoant wjezbhefnn",
     "stages.pretrain.optimizer=adamw stages.sft.max_time=00:00:01:00": (
-        "vvticivyyv trnhcqjqzf nxxcdpovxd kqmghbuqba sngimliunu"
+        "vncsvmmimh wqqrqveirg zjlyjuquui teovkcxlnq nuarovqmwb"
     ),
-    "stages@stages.grpo=grpo_dapo": "viuqqwtocw cwdqcworzq jqbneadfxu dvzmjyaxch xyubebmldj",
-    "seed=7 debug=fast": "dsckoixvdt rfplmtruan uuwqvtclbi rrvbwyxzmy sqkrvxftny",
+    "stages@stages.grpo=grpo_dapo": "ufxfggpnao sumfnzdykh unwfbcdbyk dhvreewsrd kfjvfvarrn",
+    "seed=7 debug=fast": "heapvwtqde esxsymqbho upmljzljsp zngzdmthmr papmckmdfr",
+    # the former demo's settings: pretrain and sft as they were, another hidden rule from reward on
+    "stages.pretrain.max_steps=1000 stages.pretrain.lr=0.004 stages.sft.max_steps=350 "
+    "stages.sft.lr=0.001": "viuqqwtocw cwdqcworzq ywleyxrwmk bshbbuklti bnqjxquzic",
 }
 
 

@@ -70,7 +70,7 @@ def test_the_size_of_a_piece_counts_where_the_weights_depend_on_it(base, model, 
         ("keep_checkpoints=true", ()),
         ("evaluation.max_pairs=5", ()),
         ("model.name=other", ()),
-        ("stages.pretrain.lr=4e-3", ()),  # what it is, written otherwise
+        ("stages.pretrain.lr=7e-3", ()),  # what it is, written otherwise
     ],
 )
 def test_what_determines_the_weights_determines_the_id(base, override, changed) -> None:

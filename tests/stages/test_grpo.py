@@ -179,16 +179,16 @@ def test_the_ratio_of_an_answer_is_the_geometric_mean_of_its_tokens():
     close(gradient, MASK.float().tolist())
 
 
-RECIPE = ("clip_low", "clip_high", "resample_rounds", "overlong_window")
+RECIPE = ("clip_low", "clip_high", "resample_rounds", "overlong_window", "kl_coef")
 
 
 @pytest.mark.parametrize(
     ("loss", "numbers"),
     [
-        ("grpo", (0.2, 0.2, 0, 0)),
-        ("dr_grpo", (0.2, 0.2, 0, 0)),
-        ("dapo", (0.2, 0.28, 2, 16)),
-        ("gspo", (3e-4, 4e-4, 0, 0)),
+        ("grpo", (0.2, 0.2, 0, 0, 0.2)),
+        ("dr_grpo", (0.2, 0.2, 0, 0, 0)),
+        ("dapo", (0.2, 0.28, 2, 16, 0)),
+        ("gspo", (3e-4, 4e-4, 0, 0, 0)),
     ],
 )
 def test_a_loss_is_its_whole_recipe_and_each_part_can_be_set(loss, numbers):

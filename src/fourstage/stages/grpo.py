@@ -45,10 +45,11 @@ class Recipe(NamedTuple):
     clip_high: float = 0.2
     resample_rounds: int = 0
     overlong_window: int = 0
+    kl_coef: float = 0.0
 
 
 RECIPES = {
-    "grpo": Recipe("std", "token", "answer"),
+    "grpo": Recipe("std", "token", "answer", kl_coef=0.2),  # the paper has 0.04
     "dr_grpo": Recipe("mean", "token", "constant"),
     "dapo": Recipe("std", "token", "token", clip_high=0.28, resample_rounds=2, overlong_window=16),
     "gspo": Recipe("std", "sequence", "answer", clip_low=3e-4, clip_high=4e-4),
@@ -63,7 +64,7 @@ class Settings(OnPolicySettings):
     clip_low: float | None = between(0, 1)
     clip_high: float | None = at_least(0)
     group_size: int = at_least(2)  # answers to each problem
-    kl_coef: float = at_least(0)  # beta, on the KL to the policy that the stage started from
+    kl_coef: float | None = at_least(0)  # beta, on the KL to the policy that it started from
     form_weight: float = at_least(0)  # reward of an answer that stops and marks one final answer
     resample_rounds: int | None = at_least(0)  # times that tied groups are answered again
     overlong_window: int | None  # last tokens before the limit that cost up to 1; 0: none
@@ -80,7 +81,7 @@ class Settings(OnPolicySettings):
             if getattr(self, name) == getattr(RECIPES[self.loss], name):
                 object.__setattr__(self, name, None)
         recipe = self.recipe
-        for name in ("clip_low", "clip_high", "resample_rounds", "overlong_window"):
+        for name in ("clip_low", "clip_high", "resample_rounds", "overlong_window", "kl_coef"):
             object.__setattr__(self, name, getattr(recipe, name))
         super().__post_init__()
         if not 0 <= self.overlong_window <= self.max_new_tokens:
