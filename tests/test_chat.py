@@ -116,10 +116,19 @@ def test_control_c_ends_an_answer_and_then_the_chat() -> None:
 
 def test_the_oldest_exchange_is_forgotten_first() -> None:
     script = Script("one", "two", "three", max_seq_len=60)
-    talk(script.chat(max_new_tokens=10), "1" * 15, "2" * 15, "3" * 15)
+    talk(script.chat(max_new_tokens=10, history=9), "1" * 15, "2" * 15, "3" * 15)
     assert [prompt.count("<user>") for prompt, _ in script.asked] == [1, 2, 2]
     assert script.asked[2][0].startswith("<bos><user>222")
     assert script.asked[2][1] == 2  # its own seed all the same
+
+
+@pytest.mark.parametrize(("history", "seen"), [(0, "1111"), (1, "1222"), (2, "1233")])
+def test_the_model_sees_so_many_earlier_exchanges(history: int, seen: str) -> None:
+    script = Script("a", "b", "c", "d")
+    talk(script.chat(history=history), "w", "x", "y", "z")
+    assert "".join(str(prompt.count("<user>")) for prompt, _ in script.asked) == seen
+    last = "<user>y<end><assistant>c" if history else "<bos><user>z"
+    assert last.split("<end>")[0] in script.asked[3][0]
 
 
 def test_unknown_characters_are_counted() -> None:

@@ -5,6 +5,7 @@
     python -m fourstage chat run=sft prompt="Hi"   print one answer and nothing else
 
 Other settings: temperature=0.7 (0: greedy), top_k=0, top_p=1, max_new_tokens=200, seed=0,
+history=1 (earlier exchanges that the model sees; the demo's sft has no longer conversations),
 outputs=outputs. Type /help while talking. run=random is the same model with untrained weights.
 """
 
@@ -44,6 +45,7 @@ class ChatSettings(Bounded):
     top_k: int = 0
     top_p: float = 1.0
     max_new_tokens: int = at_least(1, default=200)
+    history: int = at_least(0, default=1)
     seed: int = between(0, MOST_SEED, default=0)
     outputs: str = "outputs"
 
@@ -89,9 +91,11 @@ class Chat:
     turns: int = 0  # answers so far: each has a seed of its own
 
     def answer(self, text: str) -> Iterator[str]:
-        """Streams the answer to `text` and adds both to the conversation, whose oldest exchanges
-        are dropped if it outgrows the model's context. Raises UserError if `text` alone does."""
-        messages = [*self.messages, {"role": "user", "content": text}]
+        """Streams the answer to `text` and adds both to the conversation. The model sees its last
+        `history` exchanges, or as many as its context holds. Raises UserError if `text` alone
+        outgrows that."""
+        earlier = self.messages[-2 * self.settings.history :] if self.settings.history else []
+        messages = [*earlier, {"role": "user", "content": text}]
         tokenizer = self.voice.tokenizer
         room = self.voice.max_seq_len - self.settings.max_new_tokens
         while len(prompt := tokenizer.prompt(messages)) > room and len(messages) > 1:

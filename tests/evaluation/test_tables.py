@@ -376,7 +376,7 @@ def test_a_row_without_chats_has_nothing_to_judge(tmp_path):
 def test_the_command_says_how_it_is_used(arguments):
     with pytest.raises(UserError) as error:
         evaluate(arguments)
-    assert one_line(error) == "expected run=NAME and no other keys than --help lists"
+    assert one_line(error) == "name a run, as in run=sft, and no other keys than --help lists"
 
 
 @pytest.mark.parametrize("value", ["maybe", "True", "1", ""])

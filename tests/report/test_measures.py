@@ -315,7 +315,7 @@ def test_the_caption_says_what_is_drawn(rollouts: int) -> None:
     both = over_optimisation_blocks(columns | {"train/true_score": points})
     assert isinstance(both[1], Figures)
     assert both[1].figures[0].title == "Learned reward and true score"
-    assert "Over-optimisation: the" in both[1].figures[0].caption
+    assert "Over-optimisation would" in both[1].figures[0].caption
 
 
 def test_a_tiny_negative_kl_is_shown_as_0() -> None:

@@ -223,7 +223,8 @@ def test_the_first_screen_says_what_happened(full: Path) -> None:
     first = report_md(full).split("\n## ")[0]
     assert first.splitlines()[2].startswith("Evaluated by suite 1; this version has suite ")
     assert first.splitlines()[4:] == [
-        "- On held-out data, pretrain (bits a character 6.700 → 2.500), sft (well-formed 2.0 → "
+        "- On data that no stage trained on, pretrain (bits a character 6.700 → 2.500), sft "
+        "(well-formed 2.0 → "
         "90.0 %), reward (pairs right 50.0 → 78.0 %), ppo (true score 0.800 → 1.900) and grpo "
         "(problems right 48.0 → 70.0 %) clearly improved their own goals.",
         '- Asked "What is an LLM?", grpo answers: "I hope you are well."',
@@ -250,7 +251,8 @@ def test_a_goal_that_is_not_reached_is_said(outputs: Path) -> None:
         path.write_text(path.read_text().replace('"I hope you are well."', '""'))
     report(outputs)
     assert report_md(outputs).splitlines()[4:6] == [
-        "- On held-out data, pretrain (bits a character 6.700 → 2.500) and ppo (true score 0.800 → "
+        "- On data that no stage trained on, pretrain (bits a character 6.700 → 2.500) and ppo "
+        "(true score 0.800 → "
         "1.900) clearly improved their own goals; sft (well-formed 2.0 → 3.0 %) did not clearly "
         "change its own goal; reward (pairs right 50.0 → 40.0 %) clearly worsened its own goal; "
         "grpo (problems right –) could not be judged on its own goal.",
@@ -324,7 +326,8 @@ def test_the_ending_of_a_reward_model_without_answers(
         "",
     ]
     assert report_md(tmp_path).splitlines()[2] == (
-        "- On held-out data, reward (pairs right –) could not be judged on its own goal."
+        "- On data that no stage trained on, reward (pairs right –) could not be judged on its "
+        "own goal."
     )
 
 

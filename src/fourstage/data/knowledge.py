@@ -97,6 +97,18 @@ SMALL_TALK = {  # never held out: what somebody types who doesn't know what to a
     "Thank you!": "You are welcome! Ask me another one.",
     "Bye": "Goodbye!",
 }
+TYPED = {  # as people type it, for sft alone
+    "Hello": ("hello", "HELLO", "Hello!", "hey", "good morning"),
+    "Hi": ("hi", "HI", "Hi!", "hi there"),
+    "Hello, how are you?": ("hello, how are you", "hi, how are you?"),
+    "How are you?": ("how are you", "how are you doing?"),
+    "What is your name?": ("what is your name", "whats your name"),
+    "Who are you?": ("who are you", "who made you?"),
+    "What can you do?": ("what can you do", "what do you know?"),
+    "Help": ("help", "help me", "?"),
+    "Thank you!": ("thank you", "Thanks!", "thanks", "thx", "ok", "great"),
+    "Bye": ("bye", "Bye!", "goodbye"),
+}
 MOST_CHARS = 220  # of a conversation of two exchanges
 
 
@@ -213,6 +225,12 @@ def split_questions(config: DataConfig) -> Chats:
     about each held-out fact, and one in the unused wording about each of the others.
     """
     train = [chat for chats in _asked(config) for chat in chats]
+    train += [
+        _conversation(typed, SMALL_TALK[said])
+        for said, spellings in TYPED.items()
+        for typed in spellings * 3
+        if train
+    ]
     before = sorted(train, key=lambda chat: short_hash(f"before {chat.id}"))
     for i in range(0, len(train), 6):
         both = [*before[i].messages, *train[i].messages]

@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
         text = values.pop(key)
         changes[key.removeprefix("evaluation.")] = int(text) if text.isdecimal() else text
     if set(values) - {"run", "outputs", "ladder"} or not values.get("run"):
-        raise UserError("expected run=NAME and no other keys than --help lists")
+        raise UserError("name a run, as in run=sft, and no other keys than --help lists")
     ladder = values.get("ladder", "false")
     if ladder not in ("true", "false"):
         raise UserError(f"ladder: expected true or false, got {ladder!r}")

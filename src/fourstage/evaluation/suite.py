@@ -165,7 +165,7 @@ DEFINITIONS: dict[str, Definition] = {
     "distinct_1": _share("distinct words in an answer", ["chat"], "distinct_1", yes_no=False),
     "distinct_2": _share("distinct word pairs in an answer", ["chat"], "distinct_2", yes_no=False),
     # greedy answers to chat prompts
-    "chat_exact": _share("chat answers as the reference", ["chat_greedy"], "exact"),
+    "chat_exact": _share("chat answers as the reference", ["chat_greedy"], "exact", better=None),
     "chat_contained": _share("chat answers with the reference", ["chat_greedy"], "contained"),
     # facts: how the corpus begins to state one, continued; and greedy answers to questions, which
     # have to hold the sentence and end by themselves

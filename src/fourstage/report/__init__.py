@@ -199,7 +199,12 @@ def _answers(rows: list[Row]) -> list[Block]:
         )
         for prompt in prompts(rows)
     ]
-    return [Heading("The same prompts, answered by every stage"), *blocks] if blocks else []
+    right = (
+        "Right: the answer ended by itself and has the sentence that is known to be right or, for "
+        "a problem, the right result; its steps are not judged."
+    )
+    heading = Heading("The same prompts, answered by every stage")
+    return [heading, Paragraph(right), *blocks] if blocks else []
 
 
 def _changes(rows: list[Row], names: list[str]) -> Block:

@@ -95,7 +95,10 @@ def named(runs: dict[str, Run], names: Sequence[str], outputs: Path) -> list[Run
     if twice := [run.name for run in found if ids.count(run.id) > 1]:
         raise UserError(f"compare: {twice[0]} is named twice ({' '.join(names)})")
     if len(found) < 2:
-        raise UserError(f"compare needs two finished ladders or more, got {len(found)}")
+        raise UserError(
+            f"compare needs two finished ladders or more, got {len(found)}: train another, for "
+            "example with `python train.py stage=grpo seed=1`"
+        )
     return found
 
 

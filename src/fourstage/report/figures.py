@@ -146,7 +146,10 @@ def over_optimisation_blocks(columns: dict[str, Points] | None) -> list[Block]:
     )
     blocks: list[Block] = [heading]
     if len(series) == 2:
-        text += " Over-optimisation: the learned reward still rises while the true score falls."
+        text += (
+            " Over-optimisation would show as a learned reward that rises while the true score "
+            "falls."
+        )
     elif "true score" not in series:
         only = "only data=embedded has the hidden rule that labels its pairs."
         blocks.append(Paragraph(f"The true score is not known for this data: {only}"))

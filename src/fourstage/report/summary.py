@@ -52,7 +52,7 @@ def _on_goals(rows: list[Row]) -> str:
         for tone, each in found.items()
         if each
     ]
-    return f"On held-out data, {'; '.join(said)}."
+    return f"On data that no stage trained on, {'; '.join(said)}."
 
 
 def _last_answer(rows: list[Row]) -> list[str]:
@@ -60,7 +60,7 @@ def _last_answer(rows: list[Row]) -> list[str]:
         return []
     row = [row for row in rows if asked[0] in row.answers][-1]
     said = row.answers[asked[0]]
-    how = {True: "rightly answers", False: "wrongly answers", None: "answers"}[said.right]
+    how = {True: "answers correctly", False: "answers wrongly", None: "answers"}[said.right]
     answer = shortened(_quoted(said), QUOTED)
     return [f'Asked "{one_line(asked[0])}", {row.stage} {how}: "{answer}"']
 
