@@ -454,7 +454,7 @@ def test_every_key_has_a_title_and_knows_what_is_better():
     lower = {name for name, d in DEFINITIONS.items() if d.better == "lower"}
     assert lower == {"bits_per_char", "router_max_over_mean", "router_dead"}
     neither = {name for name, d in DEFINITIONS.items() if d.better is None}
-    assert neither == {"kl_to_sft", "answer_tokens", "win_rate_ties", "router_drift"}
+    assert neither == {"kl_to_sft", "chat_exact", "answer_tokens", "win_rate_ties", "router_drift"}
     named = definition("pass_at_2/difficulty_hard")
     assert named.title == "pass@2: difficulty hard" and named.is_share
     with pytest.raises(KeyError):

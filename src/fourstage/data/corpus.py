@@ -47,10 +47,10 @@ def load_corpus(config: DataConfig) -> Corpus:
     check_sides("data.corpus", *said, notes)
 
     keys = heldout_keys(config)
-    cleaned = [without_heldout(document, keys) for document in train]
+    cleaned = [without_heldout(document, keys) for document in (*train, *statements(config))]
     notes["paragraphs_dropped_with_a_heldout_prompt"] = sum(n for _, n in cleaned)
     worked, heldout_worked = worked_problems(config, corpus.problems, corpus.heldout)
-    train = [*(document for document, _ in cleaned), *statements(config), *map(render, worked)]
+    train = [*(document for document, _ in cleaned), *map(render, worked)]
     heldout = [*heldout, *map(render, heldout_worked)]
     return Split(train, heldout, content_digest(*train, "", *heldout), dict(notes))
 

@@ -95,7 +95,9 @@ def check_sides(
     for name, side in (("train", train), ("held-out", heldout)):
         if not side:
             lost = ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in notes.items() if n)
-            key = "data.corpus.heldout" if where == "data.corpus" else "data.heldout"
+            key = "data.heldout"
+            if where == "data.corpus":
+                key = "data.corpus.heldout or, without a path, data.corpus.reference"
             raise UserError(
                 f"{where}: nothing on the {name} side of the split, {len(train) + len(heldout):,} "
                 f"on the other{f' ({lost})' if lost else ''}: give more, or another {key}"

@@ -265,7 +265,8 @@ def known_answers(config: DataConfig) -> dict[str, tuple[str, ...]]:
     for fact in (*facts.train, *facts.heldout):
         for question in (*fact.questions(), fact.reworded):
             found[question] = (*found.get(question, ()), fact.sentence)
-    return {question: (said,) for question, said in SMALL_TALK.items() if found} | found
+    taught = config.embedded and config.chat.path is None and found
+    return {question: (said,) for question, said in SMALL_TALK.items() if taught} | found
 
 
 def _answer(fact: Fact, i: int) -> str:

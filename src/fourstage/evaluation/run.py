@@ -169,7 +169,7 @@ def evaluate_again(
         settings=build(LADDER[stage].code.Settings, config["stages"][stage], f"stages.{stage}"),
         model=build(ModelConfig, config["model"], "model"),
         tokenizer=build(TokenizerConfig, config["tokenizer"], "tokenizer"),
-        data=build(data.DataConfig, config["data"], "data"),
+        data=data_config(folder.name, config["data"]),
         digest=record.get("data", {}).get("digest", ""),
         trainer=build(TrainerConfig, config["trainer"], "trainer"),
         logger=LoggerConfig(name="none"),
@@ -204,9 +204,20 @@ def evaluate_again(
         write_record(folder, config={"evaluation": asdict(evaluation), "data": config["data"]})
 
 
+def data_config(name: str, values: Any) -> data.DataConfig:
+    """A run's data settings. Raises UserError if they are of another version."""
+    try:
+        return build(data.DataConfig, values, "data")
+    except UserError as error:
+        raise UserError(
+            f"{name}: {error}: another version of fourstage trained it, so it can't be evaluated "
+            "again: train it again"
+        ) from None
+
+
 def other_data(record: Mapping[str, Any], config: Any) -> str | None:
     """Why a run would not train on the same under a `data` config; None if it would."""
-    return data.other_source(build(data.DataConfig, config, "data"), record)
+    return data.other_source(data_config(f"{record['stage']}-{record['id']}", config), record)
 
 
 def known_judges(job: StageJob, policy: Transformer) -> Judges:

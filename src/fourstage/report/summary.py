@@ -6,7 +6,7 @@ from rich.cells import cell_len, set_cell_size
 
 from fourstage.report.files import Sample
 from fourstage.report.html import visible
-from fourstage.report.ladder import Row
+from fourstage.report.ladder import Row, leaves_policy
 from fourstage.report.tables import gained, goals, short, taxes
 
 FIRST_PROMPT = "What is an LLM?"
@@ -67,18 +67,19 @@ def _last_answer(rows: list[Row]) -> list[str]:
 
 def _on_other_goals(rows: list[Row]) -> list[str]:
     """Nothing if no stage could lose anything."""
-    if not any(row.parent and row.parent.run for row in rows):
-        return []
+    later = [row for row in rows if row.parents and leaves_policy(row.stage)]
+    unknown = [row.stage for row in later if not row.differences]
+    if len(unknown) == len(later):
+        return ["What it cost the goals of other stages was not measured."] if later else []
     lost: dict[str, list[str]] = {}
     for row, name in taxes(rows):
         said = f"{row.stage} {gained(name, row.differences[name]['value'])}"
         lost.setdefault(name, []).append(said)
+    rest = f" Not measured: {', '.join(unknown)}." if unknown else ""
     if lost:
         said = "; ".join(f"{short(name)} ({', '.join(each)})" for name, each in lost.items())
-        return [f"The alignment tax, lost on the goals of other stages: {said}."]
-    if any(row.differences for row in rows if row.parent and row.parent.run):
-        return ["No stage clearly lost on the goal of another: no alignment tax was found."]
-    return ["What it cost the goals of other stages was not measured."]
+        return [f"The alignment tax, lost on the goals of other stages: {said}.{rest}"]
+    return [f"No stage clearly lost on the goal of another: no alignment tax was found.{rest}"]
 
 
 # --- the ending
