@@ -2,7 +2,7 @@
 
 They are at hand without a download: the terms of docs/glossary.md, one sentence each, and functions
 of the running Python, whose docstrings begin with a one-line summary. A fact is asked about, or
-held out: stated in the corpus as often as the others, and never asked about by any source.
+held out: stated in the corpus, and never asked about by any built-in source.
 """
 
 import json
