@@ -6,6 +6,7 @@ from fourstage.data.records import Conversation, Problem
 from fourstage.data.verify import FROM_FILE
 from fourstage.evaluation.items import HeldOut
 from fourstage.job import EvaluationConfig
+from tests.tokens import tokens_of
 
 CONFIG = EvaluationConfig(
     seed=0,
@@ -32,7 +33,9 @@ def problem(
 
 CHATS = [chat(f"Question {i}?") for i in range(7)]
 HELDOUT = HeldOut(
-    corpus=["A short text.", "Another one, which is a little longer than that: " + "word " * 30],
+    corpus=tokens_of(
+        ["A short text.", "Another one, which is a little longer than that: " + "word " * 30]
+    ),
     chats=CHATS,
     problems=[problem(f"{i} + 1 = ?", str(i + 1)) for i in range(5)],
     has_true_score=True,

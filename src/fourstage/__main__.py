@@ -10,6 +10,7 @@ COMMANDS = {  # name -> where its main() is, and what it does
     "report": ("report", "one page and one table of all stages: outputs/report/"),
     "chat": ("chat", "talk to the model of any stage"),
     "runs": ("runs.__main__", "list, show and remove runs"),
+    "data": ("data.__main__", "list, check and remove tokenized corpora"),
     "evaluation": ("evaluation.__main__", "evaluate a finished run again"),
     "dashboard": ("tracking.dashboard", "a W&B workspace and report over all runs"),
     "model": ("model.__main__", "the shipped models and their sizes"),

@@ -124,3 +124,9 @@ def exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
+
+
+def user_cache() -> Path:
+    """The folder of what can be made again, such as compiled kernels."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "fourstage"

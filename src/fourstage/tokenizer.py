@@ -13,6 +13,7 @@ A system message is put before the first user text, with a blank line between th
 on the assistant's TEXT and its <eot> only.
 """
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -20,8 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
@@ -154,6 +156,23 @@ class Tokenizer:
         pieces = [text[i : i + CHUNK] for i in range(0, len(text), CHUNK)]
         encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
         return [i for encoding in encodings for i in encoding.ids]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backend.encode_special_tokens = True  # which isn't pickled either
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.array(self.encode(text), dtype=np.uint32)
+
+    @property
+    def characters(self) -> np.ndarray:
+        known = [0 if t in SPECIALS else 1 for t in self._text]
+        return np.array(known)
+
+    @cached_property
+    def digest(self) -> str:
+        """12 hexadecimal digits that change with the vocabulary or the merges."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:12]
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         """The text of some ids, without special tokens unless kept; <unk> shows as U+FFFD."""

@@ -1,10 +1,11 @@
 """Batches: resumable, equal over ranks, whole in validation, with every cut counted."""
 
+import numpy as np
 import pytest
 import torch
 
 from fourstage.batch import IGNORE
-from fourstage.data import Conversation, Corpus, Pair, Problem
+from fourstage.data import Conversation, Pair, Problem, Tokens
 from fourstage.data.datamodule import (
     WINDOW,
     StepBatches,
@@ -12,15 +13,16 @@ from fourstage.data.datamodule import (
     blocks,
     fit_conversation,
     fit_pair,
-    join,
     pretrain_data,
     prompt_data,
     reward_data,
     says_the_same,
     sft_data,
 )
+from fourstage.data.shards import TokenizedCorpus
 from fourstage.errors import UserError
 from fourstage.tokenizer import Tokenizer
+from tests.tokens import tokens_of
 
 TOK = Tokenizer.char()
 OPTIONS = {"batch_size": 4, "n_batches": 6, "seed": 3}
@@ -124,18 +126,30 @@ def test_resume_in_the_middle_equals_an_undisturbed_run(lengths, stop):
 # --- pretrain
 
 
+def corpus_of(train, heldout, part=None):
+    return TokenizedCorpus(tokens_of(train, TOK, part), tokens_of(heldout, TOK, part))
+
+
 def test_blocks_make_each_token_a_target_once():
-    assert blocks(list(range(8)), 3).tolist() == [
-        [0, 1, 2, 3],
-        [3, 4, 5, 6],
-        [6, 7, IGNORE, IGNORE],
-    ]
-    assert blocks(list(range(7)), 3).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6]]
-    assert blocks([5, 6], 4).tolist() == [[5, 6, IGNORE, IGNORE, IGNORE]]
+    def rows(n_tokens, block_size, *rows):
+        return blocks(Tokens([np.arange(n_tokens)], 0, 0), block_size, rows).tolist()
+
+    assert rows(8, 3, 0, 1, 2) == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, IGNORE, IGNORE]]
+    assert rows(7, 3, 1, 0) == [[3, 4, 5, 6], [0, 1, 2, 3]]
+    assert rows(2, 4, 0) == [[0, 1, IGNORE, IGNORE, IGNORE]]
+
+
+@pytest.mark.parametrize("part", [1, 2, 7, 19, 20, 99])
+def test_tokens_are_read_across_files(part):
+    tokens = Tokens([np.arange(at, min(at + part, 20)) for at in range(0, 20, part)], 0, 0)
+    assert len(tokens) == 20
+    for start in range(22):
+        for end in range(start, 23):
+            assert tokens.read(start, end).tolist() == list(range(20))[start:end]
 
 
 def test_validation_leaves_out_what_the_tokenizer_does_not_know():
-    corpus = Corpus(["abcdefgh" * 4], ["ab\u2603cd\u2603"], "", {})
+    corpus = corpus_of(["abcdefgh" * 4], ["ab\u2603cd\u2603"])
     loaders = pretrain_data(corpus, TOK, block_size=8, **OPTIONS)
     (batch,) = loaders.val
     targets = [t for t in batch.targets.flatten().tolist() if t != IGNORE]
@@ -143,14 +157,15 @@ def test_validation_leaves_out_what_the_tokenizer_does_not_know():
     assert TOK.decode(batch.ids[0, 1:6].tolist()) == "ab\ufffdcd", "the context stays"
 
 
-def test_pretrain_batches_and_whole_validation():
-    corpus = Corpus(["abcdefgh" * 20, "xyé"], ["held out text, é", "two"], "", {})
+@pytest.mark.parametrize("part", [None, 3, 11])
+def test_pretrain_batches_and_whole_validation(part):
+    corpus = corpus_of(["abcdefgh" * 20, "xyé"], ["held out text, é", "two"], part)
     loaders = pretrain_data(corpus, TOK, block_size=8, **OPTIONS)
     batch = next(iter(loaders.train))
     assert batch.ids.shape == batch.targets.shape == (4, 8)
     assert (batch.ids[:, 1:] == batch.targets[:, :-1]).all() and (batch.targets != IGNORE).all()
 
-    expected = join(corpus.heldout, TOK)
+    expected = [i for t in ("held out text, é", "two") for i in (TOK.bos_id, *TOK.encode(t))]
     assert expected[0] == TOK.bos_id and expected.count(TOK.bos_id) == 2
     targets = [t for b in loaders.val for row in b.targets for t in row.tolist() if t != IGNORE]
     assert targets == [t for t in expected[1:] if t != TOK.unk_id]
@@ -169,7 +184,7 @@ def test_pretrain_batches_and_whole_validation():
 
 def test_a_corpus_of_less_than_a_block():
     with pytest.raises(UserError, match="less than one block of 99"):
-        pretrain_data(Corpus(["short"], ["x"], "", {}), TOK, block_size=99, **OPTIONS)
+        pretrain_data(corpus_of(["short"], ["x"]), TOK, block_size=99, **OPTIONS)
 
 
 # --- sft

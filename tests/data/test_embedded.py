@@ -106,7 +106,7 @@ def test_the_corpus_is_the_reference_cut_by_position(embedded):
     corpus = data.load_corpus(of_reference(1.0))
     whole = "".join(topics[name].strip() for name in sorted(topics))
     dropped = corpus.notes["paragraphs_dropped_with_a_heldout_prompt"]
-    assert dropped == 0 and "".join(corpus.train + corpus.heldout) == whole
+    assert dropped == 0 and "".join([*corpus.train, *corpus.heldout]) == whole
     assert sum(map(len, corpus.train)) == int(0.9 * len(whole))
 
 
@@ -115,7 +115,7 @@ def test_a_share_of_the_reference_is_whole_topics():
 
     texts = [topics[name].strip() for name in topics]
     sides = [data.load_corpus(of_reference(share)) for share in (0.3, 0.6, 1.0)]
-    some, more, whole = ("".join(side.train + side.heldout) for side in sides)
+    some, more, whole = ("".join([*side.train, *side.heldout]) for side in sides)
     assert 0 < len(some) < len(more) < len(whole)
     chosen = [text for text in texts if text in some]
     assert all(text in more for text in chosen) and sum(map(len, chosen)) >= len(some)

@@ -253,8 +253,8 @@ def test_a_text_is_split_by_position(write, files):
     text = "".join(f"line {i}\n" for i in range(500))
     corpus = data.load_corpus(files(corpus={"path": write("a.txt", text)}))
     assert len(corpus.train) == len(corpus.heldout) == 1
-    assert corpus.train[0] + corpus.heldout[0] == text
-    assert len(corpus.train[0]) == int(0.9 * len(text))
+    (train,), (heldout,) = corpus.train, corpus.heldout
+    assert train + heldout == text and len(train) == int(0.9 * len(text))
 
 
 def test_text_records_are_split_by_hash(write, files):
@@ -371,7 +371,7 @@ def test_heldout_problems_are_in_no_other_source(write, files):
     for question, is_held in zip(questions, held, strict=True):
         assert (question.lower() in everything) != is_held, question
     assert corpus.notes["paragraphs_dropped_with_a_heldout_prompt"] > 20
-    assert "number 3." in corpus.train[0], "the rest of the text stays"
+    assert "number 3." in next(iter(corpus.train)), "the rest of the text stays"
 
 
 @pytest.mark.parametrize("stage", LADDER)

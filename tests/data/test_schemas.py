@@ -350,7 +350,7 @@ def test_reasons_and_unread_fields_are_counted():
         record(messages=[user("a"), {"role": "tool", "content": "x"}, assistant("b")]),
     ]
     notes = Counter()
-    built = usable(records, conversation_from, notes)
+    built = list(usable(records, conversation_from, notes))
     assert len(built) == 2
     assert notes == {
         "unusable_empty_text": 1,
@@ -415,7 +415,7 @@ def test_a_folder_a_list_and_packed_files(write, tmp_path):
 def test_a_source_takes_several_texts(write):
     paths = [write("a.txt", "one " * 100), write("b.txt", "two " * 100)]
     corpus = data.load_corpus(make("files", corpus={"path": paths}))
-    assert "".join(corpus.train + corpus.heldout) == "one " * 100 + "two " * 100
+    assert "".join([*corpus.train, *corpus.heldout]) == "one " * 100 + "two " * 100
 
 
 def test_columns_of_json_are_rows(write):

@@ -28,10 +28,8 @@ from fourstage.evaluation.items import (
 )
 from fourstage.evaluation.suite import metrics
 from fourstage.evaluation.text import (
-    Block,
     changed_sets,
     corpus_blocks,
-    evenly,
     expert_choices,
     expert_loads,
     text_items,
@@ -41,6 +39,7 @@ from fourstage.rl.rollout import answer_logprobs, pack
 from fourstage.sampling.generate import Generation, generate, sampler_of
 from tests.heldout import CHATS, CONFIG, HELDOUT, NOTHING, changed, chat, problem
 from tests.stages.tiny import TINY, TOKENIZER, make_policy, without_logprobs
+from tests.tokens import tokens_of
 
 DENSE = replace(TINY, num_experts=1, top_k=1)
 
@@ -50,7 +49,7 @@ def of_set(items, name):
 
 
 def corpus_items(policy, documents):
-    blocks = corpus_blocks(documents, TOKENIZER, policy)
+    blocks = corpus_blocks(tokens_of(documents), TOKENIZER, policy)
     return of_set(text_items(policy, blocks, None, TOKENIZER.unk_id), "corpus")
 
 
@@ -123,7 +122,7 @@ def test_prompts_that_do_not_fit_are_not_asked(capsys):
 def test_router_items_against_one_block_at_a_time():
     """Loads and changed sets of the blocks, read alone and without padding."""
     policy, parent = make_policy(1).eval(), make_policy(2).eval()
-    blocks = corpus_blocks(["Some text that is read. " * 9], TOKENIZER, policy)
+    blocks = corpus_blocks(tokens_of(["Some text that is read. " * 9]), TOKENIZER, policy)
     items = of_set(text_items(policy, blocks, parent), "router")
     assert [item["tokens"] for item in items] == [64, 64, 64, 24]
     for block, item in zip(blocks, items, strict=True):
@@ -387,19 +386,22 @@ def test_a_question_that_comes_twice_is_asked_once():
 
 
 def test_a_long_text_is_read_at_equal_distances():
-    blocks = [Block(number, [0, 1], 1) for number in range(10)]
-    assert evenly(blocks, 10) == evenly(blocks, 99) == blocks
-    assert [block.id for block in evenly(blocks, 4)] == [0, 2, 5, 7]
-    assert evenly([], 4) == []
+    tokens, policy = tokens_of(["x" * 639]), make_policy()  # 10 blocks of 64
+    every = corpus_blocks(tokens, TOKENIZER, policy)
+    assert [block.id for block in every] == list(range(10))
+    assert corpus_blocks(tokens, TOKENIZER, policy, 10) == every
+    assert corpus_blocks(tokens, TOKENIZER, policy, 99) == every
+    some = corpus_blocks(tokens, TOKENIZER, policy, 4)
+    assert some == [every[0], every[2], every[5], every[7]]
 
 
 def test_max_blocks_limits_what_is_read_of_the_corpus():
-    heldout = replace(HELDOUT, corpus=["Some text that is read. " * 200], chats="", problems="")
+    corpus = tokens_of(["Some text that is read. " * 200])
+    heldout = replace(HELDOUT, corpus=corpus, chats="", problems="")
     policy = make_policy()
-    blocks = corpus_blocks(heldout.corpus, TOKENIZER, policy)
     items = policy_items(policy, TOKENIZER, heldout, changed(max_blocks=3), None)
-    wanted = [block.id for block in evenly(blocks, 3)]
-    assert len(blocks) > 3
+    wanted = [block.id for block in corpus_blocks(corpus, TOKENIZER, policy, 3)]
+    assert len(wanted) == 3
     assert [item["id"] for item in of_set(items, "corpus")] == wanted
     assert [item["id"] for item in of_set(items, "router")] == wanted
 

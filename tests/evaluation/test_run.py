@@ -31,7 +31,7 @@ def conversation(question, answer):
 
 def test_every_answer_of_a_held_out_prompt_is_a_reference(tmp_path):
     rows = [conversation(f"Say {i}", f"{i}, {word}") for i in range(20) for word in ("yes", "no")]
-    heldout = heldout_sets(own_data(tmp_path, chat=rows))
+    heldout = heldout_sets(own_data(tmp_path, chat=rows), TOKENIZER, tmp_path)
     assert 0 < len(heldout.chats) < 20
     for chat in heldout.chats:
         number = chat.prompt_messages[-1]["content"].removeprefix("Say ")
@@ -44,7 +44,7 @@ def test_without_chats_the_pairs_give_prompts_and_chosen_answers_are_references(
         for i in range(20)
         for word in ("yes", "sure")
     ]
-    heldout = heldout_sets(own_data(tmp_path, preference=rows))
+    heldout = heldout_sets(own_data(tmp_path, preference=rows), TOKENIZER, tmp_path)
     assert heldout.chats and not heldout.has_true_score
     for chat in heldout.chats:
         number = chat.prompt_messages[-1]["content"].removeprefix("Say ")
@@ -52,7 +52,7 @@ def test_without_chats_the_pairs_give_prompts_and_chosen_answers_are_references(
 
 
 def test_a_source_that_is_not_there_says_why(tmp_path):
-    heldout = heldout_sets(own_data(tmp_path))
+    heldout = heldout_sets(own_data(tmp_path), TOKENIZER, tmp_path)
     assert "data.corpus.path" in heldout.corpus
     assert "data.preference.path" in heldout.chats
     assert "data.reasoning.path" in heldout.problems

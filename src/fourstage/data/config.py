@@ -30,6 +30,8 @@ class CorpusConfig(SourceConfig):
     problems: int = at_least(0, default=0)  # worked train problems as documents, at most
     # share of the language reference's topics, without a path
     reference: float = between(0, 1, default=1.0)
+    max_tokens: int | None = at_least(1, default=None)  # to train on: the first ones
+    max_heldout: int | None = at_least(1, default=2_000_000)  # characters
 
 
 @dataclass(frozen=True, kw_only=True)

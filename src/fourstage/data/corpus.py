@@ -1,58 +1,309 @@
-"""The corpus source: the Python language reference or a user's text, and worked problems."""
+"""The corpus source: the Python language reference or a user's text, and worked problems.
 
+Documents are streams of pieces, read anew for each pass, so that memory doesn't grow with them.
+"""
+
+import hashlib
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
 
 from fourstage.data.config import DataConfig, cached
-from fourstage.data.files import Paths, files_of, is_text, read_rows, read_text
+from fourstage.data.files import PIECE, Paths, cut, files_of, is_text, iter_rows, text_pieces
 from fourstage.data.heldout import check_sides, heldout_keys
 from fourstage.data.keys import HeldOutKeys
 from fourstage.data.knowledge import statements
 from fourstage.data.reasoning import worked_problems
-from fourstage.data.records import Corpus, Problem, Split, content_digest
+from fourstage.data.records import Problem, content_digest
 from fourstage.data.schemas import document_from
-from fourstage.data.split import is_heldout
+from fourstage.data.split import is_heldout, short_hash
 from fourstage.data.userfiles import usable
+from fourstage.data.workers import mapped
 from fourstage.errors import UserError
+from fourstage.files import read_json, user_cache, write_json
+from fourstage.tokenizer import Tokenizer
+
+Encoded = tuple[np.ndarray, int]  # ids, uint32; and the characters that they stand for
 
 LONG = 2000  # characters: a file without blank lines is one paragraph
+CONTEXT = 20_000  # characters around a piece in which a held-out prompt may begin or end
+REMEMBER = 2**24  # bytes of files from which on their scan is kept for the next start
+SCAN = 1  # version of what a scan finds
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a document, whose pieces, joined, are its text."""
+
+    text: str
+    begins: bool  # its document
+    before: str = ""  # what stands around it in the document
+    after: str = ""
+    searched: bool = False  # for held-out prompts
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over a corpus finds; documents and characters by side."""
+
+    digest: str
+    documents: dict[str, int]
+    characters: dict[str, int]
+    notes: dict[str, int]  # what was left out, by reason
+
+
+@dataclass(frozen=True)
+class Documents:
+    """One side of a corpus: an iterable of texts, of known length."""
+
+    config: DataConfig
+    side: str  # "train" | "heldout"
+    scan: Scan
+
+    def __len__(self) -> int:
+        return self.scan.documents[self.side]
+
+    @property
+    def characters(self) -> int:
+        return self.scan.characters[self.side]
+
+    def __iter__(self) -> Iterator[str]:
+        """Whole documents, for corpora that fit into memory."""
+        parts: list[str] = []
+        for begins, text in self.texts():
+            if begins and parts:
+                yield "".join(parts)
+                parts = []
+            parts.append(text)
+        if parts:
+            yield "".join(parts)
+
+    def texts(self) -> Iterator[tuple[bool, str]]:
+        """The documents in pieces: whether one begins, and text without held-out prompts."""
+        batches = batched(_pieces(self.config, self.side, Counter()))
+        for found in mapped(cleaner, (heldout_keys(self.config),), batches):
+            yield from ((begins, text) for begins, text, _ in found)
+
+    def encoded(self, tokenizer: Tokenizer) -> Iterator[Encoded]:
+        """All tokens, in parts of about PIECE characters, <bos> in front of each document."""
+        batches = batched(_pieces(self.config, self.side, Counter()))
+        return mapped(encoder, (heldout_keys(self.config), tokenizer), batches)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents on two sides. The digest changes with any of them, and with max_tokens."""
+
+    train: Documents
+    heldout: Documents
+    digest: str
+    notes: dict[str, int]
+
+    @property
+    def text(self) -> str:
+        """What it is, in words."""
+        config = self.train.config
+        return str(config.corpus.path or config.name)
 
 
 @cached("corpus", "chat", "preference", "reasoning", "knowledge")
 def load_corpus(config: DataConfig) -> Corpus:
     """Documents for pretrain.
 
-    A text is split by position: its last `corpus.heldout` is held out. Records are split by their
-    hash. Train paragraphs that give away a held-out prompt are left out.
+    A text is split by position: its last `corpus.heldout` is held out, at most `max_heldout`
+    characters. Records are split by their hash. Train paragraphs that give away a held-out prompt
+    are left out.
 
     Raises:
         UserError: no path under data=files, a bad file, or a text too short to be split.
     """
-    corpus = config.corpus
-    notes = Counter[str]()
-    if corpus.path is None:
-        if not config.embedded:
-            raise UserError("stages.pretrain needs data.corpus.path=FILE (text to learn from)")
-        train, heldout = by_position(language_reference(corpus.reference), corpus.heldout)
-    elif corpus.heldout_path is not None:
-        train, heldout = (
-            _documents(path, config, notes) for path in (corpus.path, corpus.heldout_path)
-        )
-    elif is_text(corpus.path):
-        train, heldout = by_position(_documents(corpus.path, config, notes), corpus.heldout)
-    else:
-        documents = _documents(corpus.path, config, notes)
-        train = [d for d in documents if not is_heldout(d, corpus.heldout)]
-        heldout = [d for d in documents if is_heldout(d, corpus.heldout)]
-    said = ([d for d in side if d.strip()] for side in (train, heldout))
-    check_sides("data.corpus", *said, notes)
+    if config.corpus.path is None and not config.embedded:
+        raise UserError("stages.pretrain needs data.corpus.path=FILE (text to learn from)")
+    scan = remembered_scan(config)
+    train, heldout = (Documents(config, side, scan) for side in ("train", "heldout"))
+    most = config.corpus.max_tokens
+    digest = scan.digest if most is None else short_hash(f"{scan.digest} {most}")
+    return Corpus(train, heldout, digest, scan.notes)
 
+
+# --- one pass over everything
+
+
+def remembered_scan(config: DataConfig) -> Scan:
+    """The scan of a corpus; of large files that haven't changed since, as it was found before."""
+    paths = [p for p in (config.corpus.path, config.corpus.heldout_path) if p is not None]
+    files = [Path(file).resolve() for path in paths for file in files_of(path)]
+    if sum(file.stat().st_size for file in files) < REMEMBER:
+        return scan_corpus(config)
     keys = heldout_keys(config)
-    cleaned = [without_heldout(document, keys) for document in (*train, *statements(config))]
-    notes["paragraphs_dropped_with_a_heldout_prompt"] = sum(n for _, n in cleaned)
-    worked, heldout_worked = worked_problems(config, corpus.problems, corpus.heldout)
-    train = [*(document for document, _ in cleaned), *map(render, worked)]
-    heldout = [*heldout, *map(render, heldout_worked)]
-    return Split(train, heldout, content_digest(*train, "", *heldout), dict(notes))
+    searched = [*sorted(keys.prompts), *sorted(keys.problems)]
+    added = [text for side in ("train", "heldout") for text in _added(config, side)]
+    content = content_digest(*searched, "", *statements(config), "", *added)
+    key = repr((SCAN, config.fingerprint("corpus"), [str(file) for file in files], content))
+    kept = user_cache() / "scans" / f"{short_hash(key, 32)}.json"
+    try:
+        return Scan(**read_json(kept))
+    except (OSError, ValueError, TypeError):
+        scan = scan_corpus(config)
+    with suppress(OSError):  # no cache folder: it is scanned again the next time
+        write_json(kept, asdict(scan))
+    return scan
+
+
+def scan_corpus(config: DataConfig) -> Scan:
+    """Read both sides once. Raises UserError if one has nothing on it."""
+    digest, is_first = hashlib.sha256(), True
+    documents, characters, notes = Counter[str](), Counter[str](), Counter[str]()
+    sources: dict[str, int] = {}
+    dropped = 0
+    keys = heldout_keys(config)
+    for side in ("train", "heldout"):
+        found = Counter[str]()
+        batches = batched(_pieces(config, side, found))
+        for begins, text, lost in chain.from_iterable(mapped(cleaner, (keys,), batches)):
+            if begins:
+                documents[side] += 1
+                digest.update(b"" if is_first else b"\x1d")
+                is_first = False
+            digest.update(text.encode("utf-8", "surrogatepass"))
+            characters[side] += len(text)
+            dropped += lost
+        sources[side] = found.pop("documents", 0)
+        if side == "train" or config.corpus.heldout_path is not None:  # else the same rows again
+            notes += found
+        if side == "train":
+            digest.update(b"\x1d")  # an empty text stands between the sides
+    check_sides("data.corpus", range(sources["train"]), range(sources["heldout"]), notes)
+    notes["paragraphs_dropped_with_a_heldout_prompt"] = dropped
+    return Scan(digest.hexdigest()[:12], dict(documents), dict(characters), dict(notes))
+
+
+def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """The pieces in lists of about PIECE characters."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= PIECE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# --- the pieces of a side
+
+
+def _pieces(config: DataConfig, side: str, notes: Counter[str]) -> Iterator[Piece]:
+    """Everything on one side. Notes count records that were left out, and the source's own
+    "documents"."""
+    for piece in with_context(without_blank(_source(config, side, notes))):
+        notes["documents"] += piece.begins
+        yield replace(piece, searched=side == "train")
+    if side == "train":
+        yield from (Piece(text, True, searched=True) for text in statements(config))
+    yield from (Piece(text, True) for text in _added(config, side))
+
+
+def _added(config: DataConfig, side: str) -> list[str]:
+    """Worked problems as documents."""
+    sides = worked_problems(config, config.corpus.problems, config.corpus.heldout)
+    return [render(problem) for problem in sides[side == "heldout"]]
+
+
+def _source(config: DataConfig, side: str, notes: Counter[str]) -> Iterator[Piece]:
+    """One side of the user's files, or of the language reference."""
+    corpus = config.corpus
+    if side == "heldout" and corpus.heldout_path is not None:
+        yield from between(_read(config, corpus.heldout_path, notes), 0, corpus.max_heldout)
+        return
+    if corpus.heldout_path is not None:
+        yield from _read(config, corpus.path, notes)
+        return
+
+    def read() -> Iterator[Piece]:
+        if corpus.path is not None:
+            return _read(config, corpus.path, Counter())
+        topics = language_reference(corpus.reference)
+        return (Piece(text, True) for text in topics)
+
+    total = sum(len(piece.text) for piece in read())
+    share = corpus.heldout
+    if corpus.max_heldout is not None:
+        share = min(share, corpus.max_heldout / max(1, total))
+    if corpus.path is not None and not is_text(corpus.path):
+        for document in _records(config, corpus.path, notes):
+            if is_heldout(document, share) == (side == "heldout"):
+                yield from _cut(document)
+        return
+    left = int(total * (1 - share))
+    yield from between(read(), *((0, left) if side == "train" else (left, None)))
+
+
+def _read(config: DataConfig, path: Paths, notes: Counter[str]) -> Iterator[Piece]:
+    """The pieces of text files, each of which is a document, or of records."""
+    if is_text(path):
+        for file in files_of(path):
+            yield from _cut(text_pieces(file))
+    else:
+        for document in _records(config, path, notes):
+            yield from _cut(document)
+
+
+def _records(config: DataConfig, path: Paths, notes: Counter[str]) -> Iterator[str]:
+    return usable(iter_rows(path, config.corpus.columns), document_from, notes)
+
+
+def _cut(document: str | Iterable[str]) -> Iterator[Piece]:
+    parts = [document] if isinstance(document, str) else document
+    return (Piece(text, i == 0) for i, text in enumerate(cut(parts)))
+
+
+def between(pieces: Iterable[Piece], start: int, end: int | None) -> Iterator[Piece]:
+    """Characters `start` to `end` of all pieces in a row; a document cut in two is two."""
+    at, is_begun = 0, False
+    for piece in pieces:
+        is_begun = is_begun and not piece.begins
+        text = piece.text[max(0, start - at) : None if end is None else max(0, end - at)]
+        at += len(piece.text)
+        if text:
+            yield Piece(text, begins=not is_begun)
+            is_begun = True
+        if end is not None and at >= end:
+            return
+
+
+def without_blank(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces without documents that hold only white space."""
+    blank = ""  # the beginning of a document of which nothing else was seen yet
+    is_begun = False
+    for piece in pieces:
+        if piece.begins:
+            blank, is_begun = "", False
+        if not is_begun and not piece.text.strip():
+            blank += piece.text
+            continue
+        yield Piece(blank + piece.text, begins=not is_begun)
+        blank, is_begun = "", True
+
+
+def with_context(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces, with what stands around them in their document."""
+    last: Piece | None = None
+    for piece in pieces:
+        if last is not None:
+            goes_on = not piece.begins
+            yield replace(last, after=piece.text[:CONTEXT]) if goes_on else last
+            piece = replace(piece, before=last.text[-CONTEXT:]) if goes_on else piece
+        last = piece
+    if last is not None:
+        yield last
 
 
 def language_reference(share: float = 1.0) -> list[str]:
@@ -68,27 +319,49 @@ def render(problem: Problem) -> str:
     return f"{problem.question}\n{problem.worked}"
 
 
-def by_position(documents: list[str], share: float) -> tuple[list[str], list[str]]:
-    """Split off the last `share` of characters, inside a document if need be."""
-    left = int(sum(map(len, documents)) * (1 - share))
-    train, heldout = [], []
-    for document in documents:
-        head, tail = document[:left], document[left:]
-        left -= len(head)
-        if head:
-            train.append(head)
-        if tail:
-            heldout.append(tail)
-    return train, heldout
+# --- held-out prompts
 
 
-def without_heldout(document: str, keys: HeldOutKeys) -> tuple[str, int]:
-    """The document without paragraphs that give away a held-out prompt, and how many those were.
+def cleaner(keys: HeldOutKeys) -> Callable[[list[Piece]], list[tuple[bool, str, int]]]:
+    """Of each piece whether it begins a document, its text without held-out prompts, and how many
+    paragraphs went."""
+    has_none = not (keys.problems or keys.prompts)
 
-    A paragraph longer than LONG loses only lines, if the prompt is within one line.
+    def clean(piece: Piece) -> tuple[bool, str, int]:
+        if has_none or not piece.searched:
+            return piece.begins, piece.text, 0
+        return piece.begins, *without_heldout(piece.text, keys, piece.before, piece.after)
+
+    return lambda pieces: [clean(piece) for piece in pieces]
+
+
+def encoder(keys: HeldOutKeys, tokenizer: Tokenizer) -> Callable[[list[Piece]], Encoded]:
+    """The tokens of the pieces' texts without held-out prompts, and how many characters these
+    have."""
+    clean = cleaner(keys)
+
+    def encode(pieces: list[Piece]) -> Encoded:
+        parts, characters = [], 0
+        for begins, text, _ in clean(pieces):
+            characters += len(text)
+            if begins:
+                parts.append(np.array([tokenizer.bos_id], np.uint32))
+            parts.append(tokenizer.encode_array(text))
+        return np.concatenate(parts), characters
+
+    return encode
+
+
+def without_heldout(
+    text: str, keys: HeldOutKeys, before: str = "", after: str = ""
+) -> tuple[str, int]:
+    """The text without paragraphs that give away a held-out prompt, and how many those were.
+
+    A paragraph longer than LONG loses only lines, if the prompt is within one line. before, after:
+    what stands around the text, where a prompt may begin or end.
     """
     kept, dropped = [], 0
-    for paragraph in document.split("\n\n"):
+    for paragraph in text.split("\n\n"):
         if keys.in_text(paragraph):
             dropped += 1
             lines = paragraph.split("\n") if len(paragraph) > LONG else []
@@ -96,13 +369,8 @@ def without_heldout(document: str, keys: HeldOutKeys) -> tuple[str, int]:
             if not paragraph or keys.in_text(paragraph):
                 continue
         kept.append(paragraph)
-    spread = keys.across(kept)
-    kept = [paragraph for i, paragraph in enumerate(kept) if i not in spread]
-    dropped += len(spread)
-    return ("\n\n".join(kept), dropped) if dropped else (document, 0)
-
-
-def _documents(path: Paths, config: DataConfig, notes: Counter[str]) -> list[str]:
-    if is_text(path):
-        return [read_text(file) for file in files_of(path)]
-    return usable(read_rows(path, config.corpus.columns), document_from, notes)
+    first = before.split("\n\n") if before else []
+    spread = keys.across([*first, *kept, *(after.split("\n\n") if after else [])])
+    rest = [paragraph for i, paragraph in enumerate(kept, start=len(first)) if i not in spread]
+    dropped += len(kept) - len(rest)
+    return ("\n\n".join(rest), dropped) if dropped else (text, 0)

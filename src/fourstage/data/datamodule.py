@@ -14,11 +14,12 @@ from typing import Any, NotRequired, TypedDict, Unpack
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fourstage.batch import IGNORE, PairBatch, PromptBatch, TokenBatch, padded
-from fourstage.data.records import Conversation, Corpus, Message, Pair, Problem
+from fourstage.data.records import Conversation, Message, Pair, Problem
+from fourstage.data.shards import TokenizedCorpus, Tokens
 from fourstage.errors import UserError
 from fourstage.tokenizer import SHORTEST_PROMPT, Tokenizer
 
@@ -124,59 +125,69 @@ def _permutation(n: int, *key: object) -> Tensor:
 
 
 def pretrain_data(
-    corpus: Corpus, tokenizer: Tokenizer, *, block_size: int, **steps: Unpack[Steps]
+    corpus: TokenizedCorpus, tokenizer: Tokenizer, *, block_size: int, **steps: Unpack[Steps]
 ) -> LoaderPair:
-    """TokenBatch of [B, block_size]. Validation covers every known held-out token once.
+    """TokenBatch of [B, block_size], read as they are needed. Validation covers every known
+    held-out token once.
 
     Notes count tokens that are targets, and held-out characters for bits per character. Raises
     UserError if the train side is shorter than one block.
     """
     notes: dict[str, int] = {}
-    sides = {}
-    for name, documents in (("train", corpus.train), ("heldout", corpus.heldout)):
-        ids = join(documents, tokenizer)
-        sides[name] = blocks(ids, block_size)
-        notes[f"{name}_tokens"] = len(ids) - 1
-        notes[f"{name}_characters"] = sum(map(len, documents))
-        notes[f"{name}_unknown_characters"] = tokenizer.count_unknown(ids)
-    whole = (sides["train"] != IGNORE).all(dim=1)
-    train_NT = sides["train"][whole]
-    if not len(train_NT):
+    for name, side in (("train", corpus.train), ("heldout", corpus.heldout)):
+        notes[f"{name}_tokens"] = len(side) - 1
+        notes[f"{name}_characters"] = side.characters
+        notes[f"{name}_unknown_characters"] = side.unknown
+    n_blocks = notes["train_tokens"] // block_size
+    if not n_blocks:
         raise UserError(
             f"data.corpus: {notes['train_tokens']} tokens to train on are less than one block of "
             f"{block_size}: give more text or a smaller block_size"
         )
-    notes["dropped_tokens"] = notes["train_tokens"] - train_NT.shape[0] * block_size
+    notes["dropped_tokens"] = notes["train_tokens"] - n_blocks * block_size
 
     def collate(items: list[int]) -> TokenBatch:
-        return _block_batch(train_NT[items], tokenizer.pad_id)
+        return _block_batch(blocks(corpus.train, block_size, items), tokenizer.pad_id)
 
-    train = StepBatches(len(train_NT), collate=collate, **steps)
-    val = [
-        _block_batch(rows, tokenizer.pad_id) for rows in sides["heldout"].split(steps["batch_size"])
-    ]
-    for batch in val:  # no model can predict an unknown character
-        batch.targets[batch.targets == tokenizer.unk_id] = IGNORE
+    train = StepBatches(n_blocks, collate=collate, **steps)
+    val = HeldOutBlocks(corpus.heldout, tokenizer, block_size, steps["batch_size"])
     return _loaders(train, val, notes)
 
 
-def join(documents: Sequence[str], tokenizer: Tokenizer) -> list[int]:
-    """The ids of all documents, <bos> in front of each."""
-    return [i for text in documents for i in (tokenizer.bos_id, *tokenizer.encode(text))]
+class HeldOutBlocks(Dataset):
+    """The batches of validation, in order."""
+
+    def __init__(self, tokens: Tokens, tokenizer: Tokenizer, block_size: int, batch_size: int):
+        self.tokens, self.tokenizer = tokens, tokenizer
+        self.block_size, self.batch_size = block_size, batch_size
+        self.n_blocks = max(1, -(-(len(tokens) - 1) // block_size))
+
+    def __len__(self) -> int:
+        return -(-self.n_blocks // self.batch_size)
+
+    def __getitem__(self, index: int) -> TokenBatch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rows = range(index * self.batch_size, min((index + 1) * self.batch_size, self.n_blocks))
+        batch = _block_batch(blocks(self.tokens, self.block_size, rows), self.tokenizer.pad_id)
+        if self.tokenizer.unk_id is not None:  # no model can predict an unknown character
+            batch.targets[batch.targets == self.tokenizer.unk_id] = IGNORE
+        return batch
 
 
-def blocks(token_ids: Sequence[int], block_size: int) -> Tensor:
-    """int64 [N, block_size + 1]: neighbours share one token, so that each token but the first is a
-    target exactly once; the end of the last block is IGNORE."""
-    n = max(1, -(-(len(token_ids) - 1) // block_size))
-    padded = torch.full((n * block_size + 1,), IGNORE)
-    padded[: len(token_ids)] = torch.tensor(token_ids)
-    return padded.unfold(0, block_size + 1, block_size).contiguous()
+def blocks(tokens: Tokens, block_size: int, rows: Sequence[int]) -> Tensor:
+    """int64 [B, block_size + 1], of rows in a text: neighbours share one token, so that each token
+    but the first is a target exactly once; the end of the last block is IGNORE."""
+    found_BT = torch.full((len(rows), block_size + 1), IGNORE)
+    for i, row in enumerate(rows):
+        ids = tokens.read(row * block_size, (row + 1) * block_size + 1)
+        found_BT[i, : len(ids)] = torch.from_numpy(ids)
+    return found_BT
 
 
-def _block_batch(rows_NT: Tensor, pad_id: int) -> TokenBatch:
-    ids = rows_NT[:, :-1]
-    return TokenBatch(ids.masked_fill(ids == IGNORE, pad_id), rows_NT[:, 1:].contiguous())
+def _block_batch(rows_BT: Tensor, pad_id: int) -> TokenBatch:
+    ids = rows_BT[:, :-1]
+    return TokenBatch(ids.masked_fill(ids == IGNORE, pad_id), rows_BT[:, 1:].contiguous())
 
 
 def sft_data(
@@ -356,7 +367,9 @@ def prompt_data(
     return _loaders(StepBatches(len(index), collate=collate, **steps), None, notes)
 
 
-def _loaders(train: StepBatches, val: list[Any] | None, notes: dict[str, int]) -> LoaderPair:
+def _loaders(
+    train: StepBatches, val: list[Any] | Dataset | None, notes: dict[str, int]
+) -> LoaderPair:
     ready_made: dict[str, Any] = {"batch_size": None, "collate_fn": lambda batch: batch}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11

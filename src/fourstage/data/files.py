@@ -9,9 +9,10 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ from fourstage.errors import UserError
 from fourstage.files import exists
 
 Paths = str | list[str]
+
+LINE = "\n"
+CHUNK = 2**20  # bytes that are read at once
+PIECE = 2**20  # characters of a document that are handled at once
+ROWS = 1024  # of a Parquet file that are read at once
 
 BOMS = (  # the longer ones first: UTF-32's begins as UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -92,41 +98,71 @@ def is_text(paths: Paths) -> bool:
 
 
 def read_text(path: str) -> str:
-    """The whole file, with line ends as \\n. Raises UserError if it is missing, a folder, empty,
-    not text, or not in the encoding that it declares."""
-    text = _decoded(path, _bytes(path)).replace("\r\n", "\n").replace("\r", "\n")
-    if not text.strip():
+    """The whole file; see text_pieces."""
+    return "".join(text_pieces(path))
+
+
+def text_pieces(path: str) -> Iterator[str]:
+    """The file's text as it is read, with line ends as \\n. Raises UserError if it is missing, a
+    folder, empty, not text, or not in the encoding that it declares."""
+    lines, is_blank = 1, True
+    for text in _decoded(path, _chunks(path)):
+        if (at := text.find("\0")) >= 0:
+            raise UserError(
+                f"{path}, line {lines + text.count(LINE, 0, at)}: a NUL character: a binary file, "
+                "or text in another encoding (iconv -f utf-16le -t utf-8 makes it UTF-8)"
+            )
+        lines += text.count(LINE)
+        is_blank = is_blank and not text.strip()
+        yield text
+    if is_blank:
         raise UserError(f"{path}: the file is empty: give one with data in it")
-    if (at := text.find("\0")) >= 0:
-        line = text.count("\n", 0, at) + 1
-        raise UserError(
-            f"{path}, line {line}: a NUL character: a binary file, or text in another encoding "
-            "(iconv -f utf-16le -t utf-8 makes it UTF-8)"
-        )
-    return text
+
+
+def cut(texts: Iterable[str], size: int = PIECE) -> Iterator[str]:
+    """The texts, joined, in pieces of at most `size` characters: cut behind a blank line if there
+    is one in the second half, else behind a line, a space, or anywhere."""
+    rest = ""
+    for text in texts:
+        rest += text
+        start = 0
+        while len(rest) - start > size:
+            end = start + size
+            ends = (rest.rfind(b, start + size // 2, end) + len(b) for b in ("\n\n", LINE, " "))
+            at = next((at for at in ends if at > start + size // 2), end)
+            yield rest[start:at]
+            start = at
+        rest = rest[start:]
+    if rest:
+        yield rest
 
 
 def read_rows(paths: Paths, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """The rows of JSON lists, JSON lines, tables (.csv, .tsv) or Parquet.
+    """All rows; see iter_rows."""
+    return list(iter_rows(paths, columns))
+
+
+def iter_rows(paths: Paths, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
+    """The rows of JSON lists, JSON lines, tables (.csv, .tsv) or Parquet, as they are read; only a
+    JSON list is read as a whole.
 
     columns: {name in the schema: name in the file}. Raises UserError for a missing, empty or
     damaged file, another kind, or a missing column.
     """
-    rows: list[Row] = []
     for path in files_of(paths):
         kind = _kind(Path(path))
         if kind == ".txt":
             raise UserError(f"{path}: plain text has no records: give a {kinds(but='.txt')} file")
         if kind not in READERS:
             raise UserError(f"{path}: unknown kind of file: give a {kinds()} file")
-        found = READERS[kind](path)
-        if not found:
+        is_empty = True
+        for row in READERS[kind](path):
+            is_empty = False
+            if not isinstance(row.values, dict):
+                raise row.error("expected an object with named fields")
+            yield _renamed(row, columns) if columns else row
+        if is_empty:
             raise UserError(f"{path}: the file has no records: give one with data in it")
-        rows += found
-    for row in rows:
-        if not isinstance(row.values, dict):
-            raise row.error("expected an object with named fields")
-    return [_renamed(row, columns) for row in rows] if columns else rows
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
@@ -145,44 +181,65 @@ def _kind(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix == ".gz" else suffix
 
 
-def _bytes(path: str) -> bytes:
+def _chunks(path: str) -> Iterator[bytes]:
+    """The file's bytes, unpacked. Raises UserError if it can't be read or isn't text."""
     (file,) = files_of(path)
+    is_first = True
     try:
-        content = Path(file).read_bytes()
-        if file.lower().endswith(".gz"):
-            content = gzip.decompress(content)
+        with (gzip.open if file.lower().endswith(".gz") else open)(file, "rb") as opened:
+            while chunk := opened.read(CHUNK):
+                kinds_of = (kind for magic, kind in MAGIC.items() if chunk.startswith(magic))
+                if is_first and (kind := next(kinds_of, None)):
+                    raise UserError(f"{path}: this is {kind}, not text: give a {kinds()} file")
+                is_first = False
+                yield chunk
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: not a whole gzip file ({error}): get it again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    for magic, kind in MAGIC.items():
-        if content.startswith(magic) and _kind(Path(file)) != ".parquet":
-            raise UserError(f"{path}: this is {kind}, not text: give a {kinds()} file")
-    return content
 
 
-def _decoded(path: str, content: bytes) -> str:
-    encoding = next((name for bom, name in BOMS if content.startswith(bom)), "utf-8")
+def _decoded(path: str, chunks: Iterator[bytes]) -> Iterator[str]:
+    first = next(chunks, b"")
+    encoding = next((name for bom, name in BOMS if first.startswith(bom)), "utf-8")
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), True)
+    read = 0  # bytes, this chunk's too
     try:
-        return content.decode(encoding)
+        for chunk in chain([first], chunks):
+            read += len(chunk)
+            if text := decoder.decode(chunk):
+                yield text
+        if text := decoder.decode(b"", final=True):
+            yield text
     except UnicodeDecodeError as error:
-        guess = "utf-16le" if b"\0" in content else "latin1"
+        guess = "utf-16le" if b"\0" in error.object else "latin1"
         raise UserError(
-            f"{path}: not {encoding.removesuffix('-sig').upper()} text (byte {error.start}): save "
-            f"it as UTF-8, e.g. iconv -f {guess} -t utf-8"
+            f"{path}: not {encoding.removesuffix('-sig').upper()} text (byte "
+            f"{read - len(error.object) + error.start}): save it as UTF-8, e.g. iconv -f {guess} "
+            "-t utf-8"
         ) from None
 
 
-def _json_lines(path: str) -> list[Row]:
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip("\ufeff \t"):
+def _lines(path: str) -> Iterator[str]:
+    """The file's lines, with their ends."""
+    rest: list[str] = []
+    for text in text_pieces(path):
+        first, *others = text.split(LINE)
+        rest.append(first)
+        for line in others:
+            yield "".join(rest) + LINE
+            rest = [line]
+    yield "".join(rest)
+
+
+def _json_lines(path: str) -> Iterator[Row]:
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip("\ufeff \t\n"):
             where = f"{path}, line {number}"
-            rows.append(Row(_parsed(line.lstrip("\ufeff"), where), where))
-    return rows
+            yield Row(_parsed(line.lstrip("\ufeff"), where), where)
 
 
-def _json(path: str) -> list[Row]:
+def _json(path: str) -> Iterable[Row]:
     text = read_text(path)
     try:
         values = json.loads(text)
@@ -221,26 +278,26 @@ def _parsed(line: str, where: str) -> Any:
         raise UserError(f"{where}: a number of too many digits: fix or remove the line") from None
 
 
-def _table(path: str) -> list[Row]:
+def _table(path: str) -> Iterator[Row]:
     delimiter = "\t" if _kind(Path(path)) == ".tsv" else ","
     csv.field_size_limit(2**31 - 1)  # an answer may be long
-    lines = csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter, strict=True)
+    lines = csv.DictReader(_lines(path), delimiter=delimiter, strict=True)
     try:
         names = list(lines.fieldnames or [])
-        rows = [dict(row) for row in lines]
+        if len(names) == 1 and ";" in names[0]:
+            what = "separated by semicolons: save with commas, or as .tsv with tabs"
+            raise UserError(f"{path}: {what}")
+        _named_once(path, names)
+        for i, row in enumerate(lines, start=1):
+            if None in row or None in row.values():
+                what = f"rows of different lengths: give each {len(names)} fields"
+                raise UserError(f"{path}, row {i}: {what}")
+            yield Row(dict(row), f"{path}, row {i}")
     except csv.Error as error:
         is_open = "end of data" in str(error)
         line = lines.line_num + 1 if is_open else lines.reader.line_num
         why = "a quote is not closed" if is_open else str(error)
         raise UserError(f"{path}, line {line}: not a table ({why})") from None
-    if len(names) == 1 and ";" in names[0]:
-        raise UserError(f"{path}: separated by semicolons: save with commas, or as .tsv with tabs")
-    _named_once(path, names)
-    for i, row in enumerate(rows, start=1):
-        if None in row or None in row.values():
-            what = f"rows of different lengths: give each {len(names)} fields"
-            raise UserError(f"{path}, row {i}: {what}")
-    return [Row(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]
 
 
 def _named_once(path: str, names: Sequence[str]) -> None:
@@ -248,24 +305,27 @@ def _named_once(path: str, names: Sequence[str]) -> None:
         raise UserError(f"{path}: two columns are named {', '.join(map(repr, twice))}: rename one")
 
 
-def _parquet(path: str) -> list[Row]:
+def _parquet(path: str) -> Iterator[Row]:
     from pyarrow import parquet
 
+    count = 0
     try:
         # opened here: PyArrow and `datasets` read a name as a pattern or a URL
         with open(path, "rb") as file:
             table = parquet.ParquetFile(file)
             _named_once(path, table.schema_arrow.names)
-            rows = [row for batch in table.iter_batches() for row in batch.to_pylist()]
+            for batch in table.iter_batches(ROWS):
+                for values in batch.to_pylist():
+                    count += 1
+                    yield Row(values, f"{path}, row {count}")
     except UserError:
         raise
     except Exception as error:  # PyArrow's own, and times that Python can't represent
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(f"{path}: not a readable Parquet file ({reason})") from None
-    return [Row(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]
 
 
-READERS: dict[str, Callable[[str], list[Row]]] = {
+READERS: dict[str, Callable[[str], Iterable[Row]]] = {
     ".json": _json,
     ".jsonl": _json_lines,
     ".parquet": _parquet,

@@ -5,12 +5,12 @@ much, by which setting, and what another value would keep.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from fourstage.data.chat import load_chat
 from fourstage.data.config import DataConfig
-from fourstage.data.corpus import load_corpus
+from fourstage.data.corpus import Corpus, load_corpus
 from fourstage.data.datamodule import conversation_needs, pair_needs, says_the_same
 from fourstage.data.preference import load_preference
 from fourstage.data.problems import split_problems
@@ -26,22 +26,34 @@ LOUD = 0.1  # share of the data whose loss is worth a warning
 ENOUGH = 0.99  # share of the data that a better setting keeps
 LOUD_UNKNOWN = 0.01  # share of characters that the tokenizer doesn't know
 MOST_UNKNOWN = 0.2
+ENOUGH_TEXT = 10**7  # characters that show which ones the tokenizer doesn't know
 
 
 def check_corpus(
     config: DataConfig, tokenizer: Tokenizer, block_size: int, stage: str = "pretrain"
 ) -> list[str]:
     corpus = load_corpus(config)
-    most = sum(map(len, corpus.train)) + len(corpus.train)  # a token has a character at least
+    most = corpus.train.characters + len(corpus.train)  # a token has a character at least
     if most < block_size:
         raise UserError(
             f"data.corpus: at most {most} tokens to train on are less than one block of "
             f"{block_size}: give more text or a smaller stages.{stage}.block_size"
         )
     return [
-        *check_unknown("data.corpus", corpus.train + corpus.heldout, tokenizer),
+        *check_unknown("data.corpus", _beginning(corpus), tokenizer),
         *without_steps(config, "data.corpus.problems", config.corpus.problems),
     ]
+
+
+def _beginning(corpus: Corpus) -> Iterator[str]:
+    """The texts, ENOUGH_TEXT characters of each side at most."""
+    for side in (corpus.train, corpus.heldout):
+        left = ENOUGH_TEXT
+        for _, text in side.texts():
+            yield text
+            left -= len(text)
+            if left <= 0:
+                break
 
 
 def check_chats(

@@ -92,7 +92,6 @@ class Split(Generic[T]):
     notes: dict[str, int] = field(default_factory=dict)
 
 
-Corpus = Split[str]  # an item is a document
 Chats = Split[Conversation]
 Pairs = Split[Pair]
 Problems = Split[Problem]

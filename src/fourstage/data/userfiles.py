@@ -1,7 +1,7 @@
 """A user's files to the two sides of a source, and counts of what could not be used."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from fourstage.data.config import SourceConfig
@@ -16,24 +16,23 @@ T = TypeVar("T")
 Item = TypeVar("Item", Conversation, Pair, Problem)
 
 
-def usable(rows: Sequence[Row], build: Callable[[Row], T], notes: Counter[str]) -> list[T]:
+def usable(rows: Iterable[Row], build: Callable[[Row], T], notes: Counter[str]) -> Iterator[T]:
     """What `build` makes of the rows. Notes count the rows that were left out, "unusable_REASON",
     and those with data in a field that nothing reads, "not_read_FIELD". Raises UserError for a row
     of another schema, or if no row can be used."""
-    built: list[T] = []
-    first: Unusable | None = None
+    is_empty, first = True, None
     for row in rows:
         try:
-            built.append(build(row))
+            built = build(row)
         except Unusable as error:
             first = first or error
             notes[f"unusable_{error.reason}"] += 1
         else:
             notes.update(f"{NOT_READ}{name}" for name in row.unread())
-    if not built:
-        assert first is not None
+            is_empty = False
+            yield built
+    if is_empty and first is not None:
         raise first
-    return built
 
 
 def split_file(
@@ -46,10 +45,10 @@ def split_file(
     """
     assert source.path is not None
     notes = Counter[str]()
-    items = usable(read_rows(source.path, source.columns), build, notes)
+    items = list(usable(read_rows(source.path, source.columns), build, notes))
     given = None
     if source.heldout_path is not None:
-        given = usable(read_rows(source.heldout_path, source.columns), build, notes)
+        given = list(usable(read_rows(source.heldout_path, source.columns), build, notes))
     train, heldout = sides(items, given, share, problems)
     if given is not None:
         notes["dropped_from_train_as_heldout"] = len(items) - len(train)

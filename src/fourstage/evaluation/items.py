@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fourstage.data import Tokens
 from fourstage.data.verify import verify_all
 from fourstage.evaluation.suite import Item, difficulties
-from fourstage.evaluation.text import chat_blocks, corpus_blocks, evenly, text_items
+from fourstage.evaluation.text import chat_blocks, corpus_blocks, text_items
 from fourstage.job import EvaluationConfig
 from fourstage.model import Transformer
 from fourstage.rl.rewards import contains, plain, rule_parts, well_formed
@@ -39,7 +40,7 @@ TOKENS_AT_ONCE = 32_768  # of a batch, padding included: the size of its KV cach
 class HeldOut:
     """What no stage trained on; for a source that the data doesn't have, a str that says why."""
 
-    corpus: list[str] | str
+    corpus: Tokens | str
     chats: Sequence[Any] | str  # records with id, messages, prompt_messages and references
     problems: Sequence[Any] | str  # records with id, question, worked, task, entry
     has_true_score: bool
@@ -64,7 +65,7 @@ def policy_items(
     device = next(policy.parameters()).device
     with nullcontext() if parent is None else at_work(parent, device):
         if not isinstance(heldout.corpus, str):
-            blocks = evenly(corpus_blocks(heldout.corpus, tokenizer, policy), config.max_blocks)
+            blocks = corpus_blocks(heldout.corpus, tokenizer, policy, config.max_blocks)
             items += text_items(policy, blocks, parent, tokenizer.unk_id)
         elif not isinstance(heldout.chats, str):
             blocks = chat_blocks(heldout.chats[: config.max_prompts], tokenizer, policy)

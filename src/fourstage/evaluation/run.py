@@ -36,7 +36,7 @@ PAIRS_AT_ONCE = 128
 Telling = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 
 
-def heldout_sets(config: data.DataConfig) -> HeldOut:
+def heldout_sets(config: data.DataConfig, tokenizer: Tokenizer, outputs: Path) -> HeldOut:
     """The held-out side of every source, or why there is none."""
 
     def side(load: Callable[[data.DataConfig], Any]) -> Any:
@@ -52,8 +52,14 @@ def heldout_sets(config: data.DataConfig) -> HeldOut:
         except UserError:
             return data.load_prompts(config)
 
+    def corpus() -> data.Tokens | str:
+        try:
+            return data.tokenized(data.load_corpus(config), tokenizer, outputs).heldout
+        except UserError as error:
+            return str(error)
+
     return HeldOut(
-        corpus=side(data.load_corpus),
+        corpus=corpus(),
         chats=side(chats),
         problems=side(data.load_reasoning),
         has_true_score=config.has_hidden_rule,
@@ -76,7 +82,11 @@ def evaluate_random(
     policy.to(device_of(job))
     with telling("random weights") as tell:
         table, items = tables.evaluate_policy(
-            policy, tokenizer, heldout_sets(job.data), job.evaluation, tell=tell
+            policy,
+            tokenizer,
+            heldout_sets(job.data, tokenizer, job.outputs),
+            job.evaluation,
+            tell=tell,
         )
     policy.cpu()  # training expects it there
     tables.write_evaluation(job.folder, table, items, job.evaluation.seed, "_random")
@@ -95,7 +105,8 @@ def evaluate_run(job: StageJob, result: nn.Module, tokenizer: Tokenizer, telling
         else:
             assert isinstance(result, Transformer)
             judges = known_judges(job, result)
-            heldout, parent = heldout_sets(job.data), parent_policy(job, tokenizer)
+            heldout = heldout_sets(job.data, tokenizer, job.outputs)
+            parent = parent_policy(job, tokenizer)
             table, items = tables.evaluate_policy(
                 result, tokenizer, heldout, job.evaluation, judges, parent, tell
             )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fourstage.batch import padded
-from fourstage.data.datamodule import join
+from fourstage.data import Tokens
 from fourstage.evaluation.suite import Item
 from fourstage.model import Transformer
 from fourstage.model.moe import Router
@@ -34,23 +34,18 @@ class Block:
 
 
 def corpus_blocks(
-    documents: Sequence[str], tokenizer: Tokenizer, policy: Transformer
+    tokens: Tokens, tokenizer: Tokenizer, policy: Transformer, at_most: int | None = None
 ) -> list[Block]:
-    """The documents end to end; each token but the first <bos> is predicted once."""
+    """The text end to end, of which each token but the first <bos> is predicted once; or
+    `at_most` blocks of it, at equal distances."""
     size = min(BLOCK, policy.config.max_seq_len)
-    ids = join(documents, tokenizer)
+    n = -(-(len(tokens) - 1) // size)
+    some = n if at_most is None else min(n, at_most)
     blocks = []
-    for number, at in enumerate(range(0, len(ids) - 1, size)):
-        block = ids[at : at + size + 1]
-        chars = len(tokenizer.decode(block[1:])) - tokenizer.count_unknown(block[1:])
-        blocks.append(Block(number, block, chars))
+    for number in (i * n // some for i in range(some)):
+        ids = tokens.read(number * size, (number + 1) * size + 1)
+        blocks.append(Block(number, ids.tolist(), int(tokenizer.characters[ids[1:]].sum())))
     return blocks
-
-
-def evenly(blocks: list[Block], at_most: int) -> list[Block]:
-    """All of them, or `at_most` at equal distances."""
-    n = min(len(blocks), at_most)
-    return [blocks[i * len(blocks) // n] for i in range(n)]
 
 
 def chat_blocks(chats: Sequence[Any], tokenizer: Tokenizer, policy: Transformer) -> list[Block]:

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fourstage.files import user_cache
+
 SOURCES = Path(__file__).parent
 WIDTH = 16  # floats; all widths must be multiples of it
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp"]
@@ -114,8 +116,7 @@ def _keep(made: Path) -> Path:
 
 def _folders() -> list[Path]:
     """Where compiled kernels are kept: the user's cache, or else next to the sources."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return [Path(cache) / "fourstage", SOURCES / "__pycache__"]
+    return [user_cache(), SOURCES / "__pycache__"]
 
 
 def run(name: str, *arguments: Tensor | ctypes.Structure | int | float | None) -> None:

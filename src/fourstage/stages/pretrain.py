@@ -53,8 +53,9 @@ class PretrainModule(NextTokenModule):
 def prepare(job: StageJob) -> Prepared:
     tokenizer = Tokenizer.from_config(job.tokenizer)
     policy = Transformer(job.model, tokenizer.vocab_size)
-    corpus, length = as_planned(job, data.load_corpus(job.data)), job.settings.block_size
-    loaders = pretrain_data(corpus, tokenizer, block_size=length, **loader_options(job))
+    corpus = as_planned(job, data.load_corpus(job.data))
+    tokens, length = data.tokenized(corpus, tokenizer, job.outputs), job.settings.block_size
+    loaders = pretrain_data(tokens, tokenizer, block_size=length, **loader_options(job))
     notes = loaders.notes
     known = notes["heldout_characters"] - notes["heldout_unknown_characters"]
     module = PretrainModule(policy, job.settings, job.seed, known)
