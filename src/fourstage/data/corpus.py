@@ -52,6 +52,7 @@ class Scan:
     """What one pass over a corpus finds; documents and characters by side."""
 
     digest: str
+    total: int  # characters of the source, before it is split
     documents: dict[str, int]
     characters: dict[str, int]
     notes: dict[str, int]  # what was left out, by reason
@@ -85,14 +86,15 @@ class Documents:
 
     def texts(self) -> Iterator[tuple[bool, str]]:
         """The documents in pieces: whether one begins, and text without held-out prompts."""
-        batches = batched(_pieces(self.config, self.side, Counter()))
-        for found in mapped(cleaner, (heldout_keys(self.config),), batches):
+        for found in mapped(cleaner, (heldout_keys(self.config),), self._batches()):
             yield from ((begins, text) for begins, text, _ in found)
 
     def encoded(self, tokenizer: Tokenizer) -> Iterator[Encoded]:
         """All tokens, in parts of about PIECE characters, <bos> in front of each document."""
-        batches = batched(_pieces(self.config, self.side, Counter()))
-        return mapped(encoder, (heldout_keys(self.config), tokenizer), batches)
+        return mapped(encoder, (heldout_keys(self.config), tokenizer), self._batches())
+
+    def _batches(self) -> Iterator[list[Piece]]:
+        return batched(_pieces(self.config, self.side, self.scan.total, Counter()))
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,10 @@ def scan_corpus(config: DataConfig) -> Scan:
     digest, is_first = hashlib.sha256(), True
     documents, characters, notes = Counter[str](), Counter[str](), Counter[str]()
     sources: dict[str, int] = {}
-    dropped = 0
-    keys = heldout_keys(config)
+    dropped, total, keys = 0, source_characters(config), heldout_keys(config)
     for side in ("train", "heldout"):
         found = Counter[str]()
-        batches = batched(_pieces(config, side, found))
+        batches = batched(_pieces(config, side, total, found))
         for begins, text, lost in chain.from_iterable(mapped(cleaner, (keys,), batches)):
             if begins:
                 documents[side] += 1
@@ -180,7 +181,12 @@ def scan_corpus(config: DataConfig) -> Scan:
             digest.update(b"\x1d")  # an empty text stands between the sides
     check_sides("data.corpus", range(sources["train"]), range(sources["heldout"]), notes)
     notes["paragraphs_dropped_with_a_heldout_prompt"] = dropped
-    return Scan(digest.hexdigest()[:12], dict(documents), dict(characters), dict(notes))
+    return Scan(digest.hexdigest()[:12], total, dict(documents), dict(characters), dict(notes))
+
+
+def source_characters(config: DataConfig) -> int:
+    """Of all documents before they are split."""
+    return sum(len(piece.text) for piece in _whole(config, Counter()))
 
 
 def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -200,10 +206,10 @@ def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 # --- the pieces of a side
 
 
-def _pieces(config: DataConfig, side: str, notes: Counter[str]) -> Iterator[Piece]:
-    """Everything on one side. Notes count records that were left out, and the source's own
-    "documents"."""
-    for piece in with_context(without_blank(_source(config, side, notes))):
+def _pieces(config: DataConfig, side: str, total: int, notes: Counter[str]) -> Iterator[Piece]:
+    """Everything on one side. total: see Scan. Notes count records that were left out, and the
+    source's own "documents"."""
+    for piece in with_context(without_blank(_source(config, side, total, notes))):
         notes["documents"] += piece.begins
         yield replace(piece, searched=side == "train")
     if side == "train":
@@ -217,7 +223,7 @@ def _added(config: DataConfig, side: str) -> list[str]:
     return [render(problem) for problem in sides[side == "heldout"]]
 
 
-def _source(config: DataConfig, side: str, notes: Counter[str]) -> Iterator[Piece]:
+def _source(config: DataConfig, side: str, total: int, notes: Counter[str]) -> Iterator[Piece]:
     """One side of the user's files, or of the language reference."""
     corpus = config.corpus
     if side == "heldout" and corpus.heldout_path is not None:
@@ -226,14 +232,6 @@ def _source(config: DataConfig, side: str, notes: Counter[str]) -> Iterator[Piec
     if corpus.heldout_path is not None:
         yield from _read(config, corpus.path, notes)
         return
-
-    def read() -> Iterator[Piece]:
-        if corpus.path is not None:
-            return _read(config, corpus.path, Counter())
-        topics = language_reference(corpus.reference)
-        return (Piece(text, True) for text in topics)
-
-    total = sum(len(piece.text) for piece in read())
     share = corpus.heldout
     if corpus.max_heldout is not None:
         share = min(share, corpus.max_heldout / max(1, total))
@@ -243,7 +241,14 @@ def _source(config: DataConfig, side: str, notes: Counter[str]) -> Iterator[Piec
                 yield from _cut(document)
         return
     left = int(total * (1 - share))
-    yield from between(read(), *((0, left) if side == "train" else (left, None)))
+    yield from between(_whole(config, notes), *((0, left) if side == "train" else (left, None)))
+
+
+def _whole(config: DataConfig, notes: Counter[str]) -> Iterator[Piece]:
+    """The user's files but those of the held-out side, or the language reference."""
+    if config.corpus.path is not None:
+        return _read(config, config.corpus.path, notes)
+    return (Piece(text, True) for text in language_reference(config.corpus.reference))
 
 
 def _read(config: DataConfig, path: Paths, notes: Counter[str]) -> Iterator[Piece]:

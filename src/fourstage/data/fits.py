@@ -6,6 +6,7 @@ much, by which setting, and what another value would keep.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from fourstage.data.chat import load_chat
@@ -46,14 +47,13 @@ def check_corpus(
 
 
 def _beginning(corpus: Corpus) -> Iterator[str]:
-    """The texts, ENOUGH_TEXT characters of each side at most."""
-    for side in (corpus.train, corpus.heldout):
-        left = ENOUGH_TEXT
-        for _, text in side.texts():
-            yield text
-            left -= len(text)
-            if left <= 0:
-                break
+    """The first texts, at least ENOUGH_TEXT characters if there are so many."""
+    left = ENOUGH_TEXT
+    for _, text in chain(corpus.train.texts(), corpus.heldout.texts()):
+        yield text
+        left -= len(text)
+        if left <= 0:
+            return
 
 
 def check_chats(
