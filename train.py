@@ -24,6 +24,8 @@ from fourstage.errors import did_you_mean
 CONF = str(Path(__file__).resolve().parent / "conf")
 GROUPS = {path.name for path in Path(CONF).iterdir() if path.is_dir()}
 NAMELESS = re.compile(r"|null|true|false|[-+.\d]+", re.IGNORECASE)
+OF_A_FOLDER = re.compile(r"""tokenizer=(["']?)hf:(.*)\1""", re.DOTALL)
+WIDE = 384  # d_model from which a model's own tokenizer has the larger vocabulary
 
 
 @hydra.main(config_path=CONF, config_name="config", version_base="1.3")
@@ -88,9 +90,37 @@ def refuse_nameless_groups(arguments: list[str]) -> None:
             sys.exit(f"{argument}: expected one of {', '.join(options)}; or leave {key} out")
 
 
+def bpe_vocab_size(d_model: int) -> int:
+    """The tokens of tokenizer=bpe for a model: more would be most of a small one's parameters."""
+    return 32_768 if d_model >= WIDE else 4096
+
+
+def name_folders(arguments: list[str]) -> list[str]:
+    """tokenizer=hf:FOLDER as Hydra reads it: tokenizer=hf and tokenizer.path=FOLDER, quoted."""
+    sweeps = not {"-m", "--multirun"}.isdisjoint(arguments)
+    found = []
+    for argument in arguments:
+        named = OF_A_FOLDER.fullmatch(argument)
+        if named is None:
+            if re.match(r"tokenizer=.*,\s*hf:", argument):
+                sys.exit(f"{argument}: a sweep can't hold hf:FOLDER: run each tokenizer by itself")
+            found.append(argument)
+            continue
+        quote, folder = named.groups()
+        if sweeps and not quote and "," in folder:
+            sys.exit(
+                f"{argument}: a sweep can't hold hf:FOLDER: run each tokenizer by itself (or "
+                f"quote a folder with a comma: 'tokenizer=\"hf:{folder}\"')"
+            )
+        escaped = re.sub(r"""(\\*)("|$)""", lambda m: m[1] * 2 + m[2].replace('"', '\\"'), folder)
+        found += ["tokenizer=hf", f'tokenizer.path="{escaped}"']
+    return found
+
+
 def run() -> None:
     """main() with one line per error; Hydra's own report has several, and advises a plus sign for a
     misspelt setting."""
+    sys.argv[1:] = name_folders(sys.argv[1:])
     refuse_nameless_groups(sys.argv[1:])
     reported.run_and_report = lambda call: call()
     try:
@@ -141,6 +171,7 @@ def no_such_setting(key: str) -> str:
 
 
 OmegaConf.register_new_resolver("make_folder", make_folder, replace=True)
+OmegaConf.register_new_resolver("bpe_vocab_size", bpe_vocab_size, replace=True)
 
 if __name__ == "__main__":
     run()

@@ -184,7 +184,7 @@ def pretrain_module(model: Transformer, shape: Shape) -> PretrainModule:
         min_lr=1.0,
         weight_decay=0.0,
     )
-    return PretrainModule(model, settings, seed=0, heldout_chars=1)
+    return PretrainModule(model, settings, seed=0, heldout_chars=1, heldout_bytes=1)
 
 
 class Stopwatch(L.Callback):

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+import train as _resolvers  # noqa: F401  it registers those of conf/
 from fourstage.job import StageJob
 from fourstage.lineage.climb import climb
 from fourstage.lineage.plan import make_plan

@@ -50,7 +50,13 @@ def items(row: str, seed: int, n: int, experts: int = 4, layers: int = 2) -> lis
         problem = {"id": f"problem-{i}", "task": TASKS[i // 3 % 2], "difficulty": level}
         p = right * (1.4, 1.0, 0.6)[i % 3]
         found += [
-            {"set": "corpus", "id": i, "bits": bits * 256 * rng.uniform(0.8, 1.2), "chars": 256},
+            {
+                "set": "corpus",
+                "id": i,
+                "bits": bits * 256 * rng.uniform(0.8, 1.2),
+                "chars": 256,
+                "bytes": 260,
+            },
             {
                 "set": "chat",
                 "id": f"chat-{i}",

@@ -71,7 +71,7 @@ def test_next_token_losses(case):
     module = (
         SFTModule(policy, settings, seed=0)
         if case == "padded"
-        else PretrainModule(policy, settings, seed=0, heldout_chars=1)
+        else PretrainModule(policy, settings, seed=0, heldout_chars=1, heldout_bytes=1)
     )
     logged = Logged("train/loss")
     tiny.fit(

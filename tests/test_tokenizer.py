@@ -7,7 +7,7 @@ import pytest
 from jinja2 import Environment
 
 from fourstage.errors import UserError
-from fourstage.tokenizer import CHARACTERS, LOOK_ALIKES, SPECIALS, Tokenizer, TokenizerConfig
+from fourstage.tokenizer import CHARACTERS, LOOK_ALIKES, SPECIALS, Tokenizer
 
 TURNS = [
     {"role": "user", "content": "Hi"},
@@ -19,7 +19,7 @@ TURNS = [
 
 @pytest.fixture(scope="module")
 def tok():
-    return Tokenizer.from_config(TokenizerConfig(name="char"))
+    return Tokenizer.char()
 
 
 def test_golden_chat_ids_and_mask(tok):

@@ -153,7 +153,9 @@ def test_a_tokenizer_is_a_function_in_a_table(monkeypatch, tmp_path, capsys):
     assert len(json.loads((tmp_path / "report" / "stages.json").read_text())["rows"]) == 6
     chat.main([f"run={folder.name}", f"outputs={tmp_path}", "prompt=HI", "temperature=0"])
     assert capsys.readouterr().out
-    with pytest.raises(UserError, match="tokenizer.name: expected one of char, lower, got 'none'"):
+    with pytest.raises(
+        UserError, match="tokenizer.name: expected one of char, lower, bpe, hf, got 'none'"
+    ):
         make_plan(config(*words, "tokenizer.name=none"))
 
 

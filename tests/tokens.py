@@ -13,7 +13,8 @@ def tokens_of(
 ) -> Tokens:
     """part: tokens in each file."""
     ids = [i for text in documents for i in (tokenizer.bos_id, *tokenizer.encode(text))]
-    row, size = np.array(ids, np.uint16), part or len(ids)
-    parts = [row[at : at + size] for at in range(0, len(row), size)]
+    row, step = np.array(ids, np.uint16), part or len(ids)
+    parts = [row[at : at + step] for at in range(0, len(row), step)]
     unknown = 0 if tokenizer.unk_id is None else ids.count(tokenizer.unk_id)
-    return Tokens(parts, sum(map(len, documents)), unknown)
+    size = int(tokenizer.bytes[ids].sum())
+    return Tokens(parts, sum(map(len, documents)), size, unknown)

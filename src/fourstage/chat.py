@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # PyTorch is imported when a model is needed, so that --help 
     from fourstage.sampling.generate import Sampling
     from fourstage.tokenizer import Tokenizer
 
+PARTIAL = "\ufffd"  # how decoding shows a character whose bytes aren't all there
 HELP = """\
 /stage NAME  talk to another run: random, pretrain, sft, ppo, grpo, an id or a folder
 /reset       forget the conversation
@@ -101,16 +102,19 @@ class Chat:
         while len(prompt := tokenizer.prompt(messages)) > room and len(messages) > 1:
             messages = messages[2:]
         ids: list[int] = []
-        said = ""
+        whole = said = ""
         try:
             for token in self.voice.speak(prompt, self.settings.seed + self.turns):
                 ids.append(token)
                 whole = tokenizer.decode(ids)
-                yield whole[len(said) :]
-                said = whole
+                ready = whole.rstrip(PARTIAL)  # the next token may complete a character
+                if len(ready) > len(said):
+                    yield ready[len(said) :]
+                    said = ready
+            yield whole[len(said) :]
         finally:  # an interrupted answer counts as far as it got
             if ids:
-                self.messages = [*messages, {"role": "assistant", "content": said}]
+                self.messages = [*messages, {"role": "assistant", "content": whole}]
                 self.turns += 1
 
     def reset(self) -> None:

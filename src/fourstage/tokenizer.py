@@ -1,11 +1,14 @@
-"""Text <-> ids, and the chat format: the only file that knows either.
+"""Text <-> ids, and with chat_format.py conversations <-> ids: nothing else knows either.
 
-`char` has one token a character: tab, newline and the 95 printable ASCII characters, plus six
-special tokens. Typographic characters with an ASCII look-alike are replaced one to one, and every
-other character becomes one <unk>. So a text has as many tokens as characters, and bits per
-character are exact. Special-token strings inside a text are plain characters.
+char  one token a character: tab, newline and the 95 printable ASCII characters, and six special
+      tokens. Typographic characters with an ASCII look-alike are replaced one to one, and every
+      other character becomes one <unk>.
+bpe   byte-level BPE trained on the run's own corpus (Sennrich et al. 2016, arXiv 1508.07909; on
+      bytes, Radford et al. 2019): any UTF-8, no <unk>, each digit a token.
+hf    a folder with an existing byte-level BPE tokenizer, with its own chat template.
 
-The chat format, where TEXT is never trimmed:
+Special-token strings inside a text are plain text. The chat format of char and bpe, where TEXT is
+never trimmed:
 
     <bos><user>TEXT<eot><assistant>TEXT<eot><user>TEXT<eot>...
 
@@ -17,7 +20,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +28,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from fourstage.chat_format import (
+    PLAIN_TEMPLATE,
+    ChatFormat,
+    Messages,
+    renderer,
+    template_format,
+)
 from fourstage.errors import UserError
 
 SPECIALS = ("<pad>", "<unk>", "<bos>", "<eot>", "<user>", "<assistant>")
 PAD, UNK, BOS, EOT, USER, ASSISTANT = SPECIALS
+OURS = (PAD, BOS, EOT, USER, ASSISTANT)  # a tokenizer that has them has our chat format
 CHARACTERS = "\t\n" + "".join(map(chr, range(32, 127)))
 LOOK_ALIKES = {
     odd: plain
@@ -46,8 +57,17 @@ LOOK_ALIKES = {
 }
 UNKNOWN_SHOWN_AS = "\ufffd"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half an emoji, as JSON may escape it
-SHORTEST_PROMPT = 5  # <bos><user>, a token of text, <eot><assistant>
-CHUNK = 4096  # encoding a long text in pieces is several times faster
+PIECE = 4096  # characters that are encoded at once: long texts in pieces are several times faster
+PIECES = 1024  # of them at a time, which bounds the memory
+AT_ONCE = 2**16  # characters that are looked up at once: their ids stay in the cache
+
+# Words with the space or sign before them, single digits, signs, line ends, spaces: as GPT-4
+# (tiktoken's cl100k_base), but digits one by one, as Qwen2, by whose name llama.cpp knows it
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LEAST_BPE = len(OURS) + 256
 
 CHAT_TEMPLATE = (
     "{{- '<bos>' -}}"
@@ -64,37 +84,87 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}"
 )
 
-Messages = Sequence[Mapping[str, str]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """conf/tokenizer/*.yaml."""
 
-    name: str = "char"  # of TOKENIZERS
+    name: str = "char"  # of TOKENIZERS, or bpe, or hf
+    vocab_size: int | None = None  # bpe: at most
+    path: str | None = None  # hf: the folder
 
     HASHED_UP_TO: ClassVar[str] = "name"  # see settings.hashed
 
     def __post_init__(self) -> None:
-        if self.name not in TOKENIZERS:
-            raise UserError(f"name: expected one of {', '.join(TOKENIZERS)}, got {self.name!r}")
+        names = (*TOKENIZERS, "bpe", "hf")
+        if self.name not in names:
+            raise UserError(f"name: expected one of {', '.join(names)}, got {self.name!r}")
+        for key, owner in (("vocab_size", "bpe"), ("path", "hf")):
+            if self.name != owner and getattr(self, key) is not None:
+                raise UserError(f"{key}: only for tokenizer={owner}, not {self.name}: leave it out")
+        if self.name == "bpe" and (self.vocab_size is None or self.vocab_size < LEAST_BPE):
+            raise UserError(
+                f"vocab_size: must be at least {LEAST_BPE} (256 bytes and {len(OURS)} special "
+                f"tokens), got {self.vocab_size}"
+            )
+        if self.name == "hf" and not self.path:
+            raise UserError(
+                "path: missing: tokenizer=hf:FOLDER names a folder with a tokenizer.json"
+            )
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the files beside someone else's tokenizer.json say of it."""
+
+    tokens: dict[str, str]  # bos_token, eos_token, ...
+    template: str
+    eos: list[int]  # the ids that end a text; the first is the eos
 
 
 class Tokenizer:
-    """A Hugging Face `tokenizers` object together with this project's chat format."""
+    """A Hugging Face `tokenizers` object together with a chat format; `card` is of one that isn't
+    ours. Raises UserError for one that may lose text, or a template that can't be used."""
 
-    def __init__(self, backend: tokenizers.Tokenizer):
-        self._backend = backend
-        self._backend.encode_special_tokens = True  # not stored in tokenizer.json
-        self.vocab_size: int = backend.get_vocab_size()
-        ids = [backend.token_to_id(token) for token in SPECIALS]
-        if None in ids:
-            missing = SPECIALS[ids.index(None)]
-            raise UserError(f"the tokenizer has no {missing} token: use one that fourstage saved")
-        self.pad_id, self.unk_id, self.bos_id, self.eot_id, self.user_id, self.assistant_id = ids
-        self._text = [backend.id_to_token(i) for i in range(self.vocab_size)]
-        self._plain = ["" if token in SPECIALS else token for token in self._text]
-        self._plain[self.unk_id] = UNKNOWN_SHOWN_AS
+    def __init__(self, backend: tokenizers.Tokenizer, card: Card | None = None):
+        self._backend, self._card = backend, card
+        self._ids = backend.get_vocab()
+        self.vocab_size: int = max(self._ids.values()) + 1
+        added = backend.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special}
+        if card is None:
+            backend.encode_special_tokens = True  # not stored in tokenizer.json
+            self._texts = backend
+            self._is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+            self.pad_id, self.bos_id, eot, user, assistant = (self._ids[t] for t in OURS)
+            self.user_id, self.assistant_id = user, assistant
+            self.unk_id: int | None = self._ids.get(UNK)
+            opened = [eot, assistant]
+            self.format = ChatFormat([self.bos_id, user], opened, [eot, user], opened, [eot])
+        else:
+            check_byte_level(backend)
+            self._texts = without_added_tokens(backend)
+            self._is_byte_level = True
+            ends = [card.tokens.get(kind) for kind in ("bos_token", "pad_token")]
+            usual = self._ids.get("<|endoftext|>", card.eos[0])
+            self.bos_id, self.pad_id = (self._ids.get(token or "", usual) for token in ends)
+            self.unk_id = None
+            self.format = template_format(
+                renderer(card.template, card.tokens),
+                lambda text: backend.encode(text, add_special_tokens=False).ids,
+                special.__contains__,
+                card.eos,
+            )
+        self.eot_id = self.format.end[0]
+        self._shown = {i: self._bytes_of(token, i in added) for token, i in self._ids.items()}
+        self._plain = self._shown | dict.fromkeys(special, b"")
+        if self.unk_id is not None:
+            self._plain[self.unk_id] = UNKNOWN_SHOWN_AS.encode()
+
+    def _bytes_of(self, token: str, is_added: bool) -> bytes:
+        if self._is_byte_level and not is_added and BYTES.keys() >= set(token):
+            return bytes(BYTES[character] for character in token)
+        return token.encode()
 
     @classmethod
     def char(cls) -> "Tokenizer":
@@ -111,24 +181,54 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def from_config(cls, config: TokenizerConfig) -> "Tokenizer":
-        return TOKENIZERS[config.name]()
+    def bpe(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Byte-level BPE with the commonest merges of some texts: the same for the same texts.
+        Texts with too few merges give fewer tokens than `vocab_size`."""
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(OURS),
+            initial_alphabet=list(BYTES),
+            show_progress=False,
+        )
+        backend.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
+        return cls(backend)
 
     @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
-        """The tokenizer that `save` wrote. Raises UserError for a missing or broken file."""
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """The tokenizer that `save` wrote, or any byte-level BPE with a tokenizer.json. Raises
+        UserError for missing or broken files, and for another kind of tokenizer."""
         path = Path(folder) / "tokenizer.json"
         try:
-            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise UserError(f"{path}: no tokenizer there: give a finished run's folder") from None
-        except UserError:
-            raise
+            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{path}: no tokenizer there: give a finished run's folder, or another that has "
+                "this file"
+            ) from None
         except Exception as error:  # tokenizers raises a bare Exception for a broken file
             raise UserError(f"{path}: not a tokenizer.json ({error})") from None
+        backend.no_truncation()
+        backend.no_padding()
+        try:
+            if all(backend.token_to_id(token) is not None for token in OURS):
+                return cls(backend)
+            return cls(backend, read_card(path.parent, backend))
+        except UserError as error:
+            raise UserError(f"{path.parent}: {error}") from None
+
+    load = from_folder
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads.
+        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads,
+        and for a tokenizer that isn't ours generation_config.json, which names its ends.
 
         AutoTokenizer parses special-token strings in a text (its chat template needs that);
         `encode` here never does.
@@ -136,103 +236,241 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": BOS,
-            "eos_token": EOT,
-            "pad_token": PAD,
-            "unk_token": UNK,
-            "additional_special_tokens": [USER, ASSISTANT],
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        rest: dict[str, Any] = {
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
-            "chat_template": CHAT_TEMPLATE,
         }
+        if self._card is None:
+            named = {"bos_token": BOS, "eos_token": EOT, "pad_token": PAD, "unk_token": UNK}
+            config |= {key: token for key, token in named.items() if token in self._ids}
+            config |= {"additional_special_tokens": [USER, ASSISTANT]}
+            config |= {**rest, "chat_template": CHAT_TEMPLATE}
+        else:
+            config |= {**self._card.tokens, **rest, "chat_template": self._card.template}
+            ends = {"eos_token_id": self._card.eos}
+            text = json.dumps(ends, indent=2) + "\n"
+            (folder / "generation_config.json").write_text(text, encoding="utf-8")
         text = json.dumps(config, indent=2) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
+    @cached_property
+    def digest(self) -> str:
+        """12 hexadecimal digits that change with any id that a text or conversation gets."""
+        ids = (self.bos_id, self.pad_id, self.format)
+        return hashlib.sha256(f"{self._backend.to_str()}{ids}".encode()).hexdigest()[:12]
+
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, one a character; unknown characters are `unk_id`."""
-        text = LONE_SURROGATE.sub(UNKNOWN_SHOWN_AS, text)
-        pieces = [text[i : i + CHUNK] for i in range(0, len(text), CHUNK)]
-        encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
-        return [i for encoding in encodings for i in encoding.ids]
+        """The ids of a text; characters that `char` doesn't know are `unk_id`."""
+        if self._table is not None:
+            return self.encode_array(text).tolist()
+        return [i for ids in self._encoded(text) for i in ids]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """uint32 [tokens]: the same ids, for long texts."""
+        if self._table is None:
+            parts = [np.array(ids, dtype=np.uint32) for ids in self._encoded(text)]
+            return np.concatenate(parts or [np.zeros(0, np.uint32)])
+        ids = np.empty(len(text), np.uint32)
+        for at in range(0, len(text), AT_ONCE):
+            code_points = text[at : at + AT_ONCE].encode("utf-32-le", "surrogatepass")
+            part = ids[at : at + AT_ONCE]
+            self._table.take(np.frombuffer(code_points, np.uint32), mode="clip", out=part)
+        return ids
+
+    def _encoded(self, text: str) -> Iterator[list[int]]:
+        """The ids of each piece of a text."""
+        parts = list(pieces(text))
+        for at in range(0, len(parts), PIECES):
+            some = self._texts.encode_batch_fast(parts[at : at + PIECES], add_special_tokens=False)
+            yield from (encoding.ids for encoding in some)
+
+    @cached_property
+    def _table(self) -> np.ndarray | None:
+        """uint32 [code points]: the id of each character, the last one for all above; None if a
+        token can be more than a character, or the normalizer isn't that of `char`."""
+        if self._is_byte_level:
+            return None
+        spec = json.loads(self._backend.to_str())
+        replaced = [
+            {"type": "Replace", "pattern": {"String": odd}, "content": plain}
+            for odd, plain in LOOK_ALIKES.items()
+        ]
+        normalizer = {"type": "Sequence", "normalizers": replaced}
+        if spec["normalizer"] != normalizer or spec["model"].get("merges") != []:
+            return None
+        ids = {ord(token): i for token, i in self._ids.items() if len(token) == 1}
+        ids |= {ord(odd): ids[ord(plain)] for odd, plain in LOOK_ALIKES.items()}
+        table = np.full(max(ids) + 2, self.unk_id, np.uint32)
+        table[list(ids)] = list(ids.values())
+        return table
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._backend.encode_special_tokens = True  # which isn't pickled either
-
-    def encode_array(self, text: str) -> np.ndarray:
-        return np.array(self.encode(text), dtype=np.uint32)
-
-    @property
-    def characters(self) -> np.ndarray:
-        known = [0 if t in SPECIALS else 1 for t in self._text]
-        return np.array(known)
-
-    @cached_property
-    def digest(self) -> str:
-        """12 hexadecimal digits that change with the vocabulary or the merges."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:12]
+        if self._card is None:
+            self._backend.encode_special_tokens = True  # which isn't pickled either
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
-        """The text of some ids, without special tokens unless kept; <unk> shows as U+FFFD."""
-        table = self._text if keep_special else self._plain
-        return "".join([table[i] for i in ids])
+        """The text of some ids, without special tokens unless kept; <unk>, and bytes that are no
+        UTF-8, show as U+FFFD. Ids that no token has, which a padded vocabulary allows, are ""."""
+        table = self._shown if keep_special else self._plain
+        return b"".join([table.get(i, b"") for i in ids]).decode("utf-8", "replace")
+
+    @cached_property
+    def bytes(self) -> np.ndarray:
+        """int64 [vocab_size]: UTF-8 bytes of text that each token stands for; special ones 0."""
+        return self._sizes(len)
+
+    @cached_property
+    def characters(self) -> np.ndarray:
+        """int64 [vocab_size]: characters of text that begin in each token, so that sums are exact
+        even where a token ends inside a character."""
+        return self._sizes(lambda text: sum(byte & 0xC0 != 0x80 for byte in text))
+
+    def _sizes(self, size: Callable[[bytes], int]) -> np.ndarray:
+        found = np.zeros(self.vocab_size, np.int64)
+        for i, text in self._plain.items():
+            found[i] = size(text) if i != self.unk_id else 0
+        return found
 
     def count_unknown(self, ids: Sequence[int]) -> int:
-        return list(ids).count(self.unk_id)
+        return 0 if self.unk_id is None else list(ids).count(self.unk_id)
 
     def unknown_characters(self, text: str) -> Counter[str]:
         """How often each character occurs that the tokenizer doesn't know."""
-        return Counter(self._unknown.findall(text))
+        return Counter() if self._unknown is None else Counter(self._unknown.findall(text))
 
     @cached_property
-    def _unknown(self) -> re.Pattern[str]:
-        known = [token for token in self._text if len(token) == 1] + list(LOOK_ALIKES)
+    def _unknown(self) -> re.Pattern[str] | None:
+        if self.unk_id is None:
+            return None
+        known = [token for token in self._ids if len(token) == 1] + list(LOOK_ALIKES)
         return re.compile(f"[^{re.escape(''.join(known))}]")
 
     def chat(self, messages: Messages) -> tuple[list[int], list[int]]:
         """A conversation as ids, and a mask of equal length: 1 on tokens with loss. Raises
-        UserError for roles other than [system,] user, assistant, user, ... in this order."""
-        ids, mask = [self.bos_id], [0]
-        for role, text in _turns(messages):
-            body = [*self.encode(text), self.eot_id]
-            ids += [self.user_id if role == "user" else self.assistant_id, *body]
-            mask += [0, *([int(role == "assistant")] * len(body))]
-        return ids, mask
+        UserError for roles other than [system,] user, assistant, user, ... in this order, or if
+        the assistant doesn't speak last."""
+        return self.format.conversation(messages, self.encode)
 
     def prompt(self, messages: Messages) -> list[int]:
         """The ids up to the assistant's answer. Raises UserError unless the user spoke last."""
-        if not messages or messages[-1]["role"] != "user":
-            raise UserError("a prompt must end with a message of the user")
-        return [*self.chat(messages)[0], self.assistant_id]
+        return self.format.prompt(messages, self.encode)
 
     def shorten(self, ids: list[int], length: int) -> list[int] | None:
         """A prompt's ids, without the beginning of its text if longer; None if no text fits."""
-        if len(ids) <= length:
-            return ids
-        if length < SHORTEST_PROMPT:
-            return None
-        return ids[:2] + ids[len(ids) - (length - 2) :]
+        return self.format.shorten(ids, length)
+
+    @property
+    def shortest_prompt(self) -> int:
+        """The length of a prompt with one token of text."""
+        return self.format.shortest_prompt
 
 
-def _turns(messages: Messages) -> list[tuple[str, str]]:
-    """(role, text) of the turns, with a system message joined to the first user text."""
-    turns = [(message["role"], message["content"]) for message in messages]
-    if turns and turns[0][0] == "system":
-        if len(turns) < 2 or turns[1][0] != "user":
-            raise UserError("a system message must be followed by a message of the user")
-        turns[:2] = [("user", f"{turns[0][1]}\n\n{turns[1][1]}")]
-    if not turns:
-        raise UserError("a conversation needs at least one message")
-    for i, (role, _) in enumerate(turns):
-        expected = ("user", "assistant")[i % 2]
-        if role != expected:
-            raise UserError(
-                f"message {i + 1} of a conversation has the role '{role}', expected '{expected}' "
-                "(user and assistant take turns, the user first)"
-            )
-    return turns
+def pieces(text: str) -> Iterator[str]:
+    """A text in pieces of at most PIECE characters, each but the last of at least half of that.
+    They end after a line, else before a space, else anywhere. Lone surrogates are replaced."""
+    if not text.isascii():
+        text = LONE_SURROGATE.sub(UNKNOWN_SHOWN_AS, text)
+    at = 0
+    while len(text) - at > PIECE:
+        half, most = at + PIECE // 2, at + PIECE
+        end = text.rfind("\n", half, most) + 1 or text.rfind(" ", half, most)
+        end = most if end == -1 else end
+        yield text[at:end]
+        at = end
+    if at < len(text):
+        yield text[at:]
 
 
+def byte_alphabet() -> dict[str, int]:
+    """The character that each byte is in a byte-level vocabulary (Radford et al. 2019): itself in
+    Latin-1 if that is printable, else the next one from U+0100."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in seen]
+    return {chr(b): b for b in seen} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+BYTES = byte_alphabet()
+
+
+# --- tokenizers that aren't ours
+
+
+def read_card(folder: Path, backend: tokenizers.Tokenizer) -> Card:
+    """From tokenizer_config.json, special_tokens_map.json, chat_template.jinja and
+    generation_config.json, as far as they are there. Raises UserError if nothing ends a text."""
+    config = _read_json(folder / "special_tokens_map.json")
+    config |= _read_json(folder / "tokenizer_config.json")
+    tokens = {}
+    for key, token in config.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if (
+            key.endswith("_token")
+            and isinstance(text, str)
+            and backend.token_to_id(text) is not None
+        ):
+            tokens[key] = text
+    ends = _read_json(folder / "generation_config.json").get("eos_token_id")
+    eos = [backend.token_to_id(tokens["eos_token"])] if "eos_token" in tokens else []
+    known = backend.get_added_tokens_decoder()
+    eos += [i for i in (ends if isinstance(ends, list) else [ends]) if i in known]
+    if not eos:
+        usual = backend.token_to_id("<|endoftext|>")
+        if usual is None:
+            raise UserError("no token ends a text: name its eos_token in tokenizer_config.json")
+        eos = [usual]
+    tokens.setdefault("eos_token", backend.id_to_token(eos[0]))
+    jinja, given = folder / "chat_template.jinja", config.get("chat_template")
+    if jinja.is_file():
+        given = jinja.read_text(encoding="utf-8")
+    elif isinstance(given, list):
+        given = {entry["name"]: entry["template"] for entry in given}.get("default")
+    return Card(tokens, given or PLAIN_TEMPLATE, list(dict.fromkeys(eos)))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path.name}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path.name}: expected keys and values")
+    return found
+
+
+def check_byte_level(backend: tokenizers.Tokenizer) -> None:
+    """Raise UserError for a tokenizer that isn't byte-level BPE: it could lose parts of a text."""
+    spec = json.loads(backend.to_str())
+    before, after = (
+        [part for part in _parts(spec[name]) if part["type"] == "ByteLevel"]
+        for name in ("pre_tokenizer", "decoder")
+    )
+    kind = spec["model"].get("type")
+    if kind != "BPE" or not before or not after or not set(BYTES) <= set(spec["model"]["vocab"]):
+        raise UserError(
+            f"its tokenizer is {kind or 'of an unknown kind'}, not byte-level BPE (as GPT-2's, "
+            "Llama 3's, Qwen's and GLM-4's are): choose another, or tokenizer=bpe"
+        )
+    if any(part["add_prefix_space"] for part in before):
+        raise UserError("its tokenizer puts a space in front of texts (add_prefix_space)")
+
+
+def _parts(spec: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A pre-tokenizer or decoder as the list of those that it is made of."""
+    if spec is None:
+        return []
+    inner = [*spec.get("pretokenizers", ()), *spec.get("decoders", ())]
+    return inner if spec["type"] == "Sequence" else [spec]
+
+
+def without_added_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same for texts alone: even tokens such as <think>, which aren't special, stay text."""
+    spec = json.loads(backend.to_str())
+    return tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
+
+
+# those that need no data; bpe and hf are made in data/vocabulary.py
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {"char": Tokenizer.char}

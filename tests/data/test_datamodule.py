@@ -132,7 +132,7 @@ def corpus_of(train, heldout, part=None):
 
 def test_blocks_make_each_token_a_target_once():
     def rows(n_tokens, block_size, *rows):
-        return blocks(Tokens([np.arange(n_tokens)], 0, 0), block_size, rows).tolist()
+        return blocks(Tokens([np.arange(n_tokens)], 0, 0, 0), block_size, rows).tolist()
 
     assert rows(8, 3, 0, 1, 2) == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, IGNORE, IGNORE]]
     assert rows(7, 3, 1, 0) == [[3, 4, 5, 6], [0, 1, 2, 3]]
@@ -141,7 +141,7 @@ def test_blocks_make_each_token_a_target_once():
 
 @pytest.mark.parametrize("part", [1, 2, 7, 19, 20, 99])
 def test_tokens_are_read_across_files(part):
-    tokens = Tokens([np.arange(at, min(at + part, 20)) for at in range(0, 20, part)], 0, 0)
+    tokens = Tokens([np.arange(at, min(at + part, 20)) for at in range(0, 20, part)], 0, 0, 0)
     assert len(tokens) == 20
     for start in range(22):
         for end in range(start, 23):
@@ -175,9 +175,11 @@ def test_pretrain_batches_and_whole_validation(part):
         "train_tokens": 164,
         "train_characters": 163,
         "train_unknown_characters": 1,
+        "train_bytes": 162,
         "heldout_tokens": 20,
         "heldout_characters": 19,
         "heldout_unknown_characters": 1,
+        "heldout_bytes": 18,
         "dropped_tokens": 4,
     }
 

@@ -85,7 +85,7 @@ def test_bits_are_those_of_a_direct_computation():
         known = block[1:] != TOKENIZER.unk_id
         nats = -logp[torch.arange(len(block) - 1), block[1:]][known].sum().item()
         assert item["bits"] == pytest.approx(nats * 1.442695, abs=1e-2)
-        assert item["chars"] == (block[1:][known] != TOKENIZER.bos_id).sum()
+        assert item["chars"] == (block[1:][known] != TOKENIZER.bos_id).sum() == item["bytes"]
 
 
 def test_unknown_text_is_no_success():

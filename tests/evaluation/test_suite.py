@@ -253,13 +253,15 @@ def test_nothing_in_common_is_no_difference():
 
 
 def block(i, bits, chars):
-    return {"set": "corpus", "id": i, "bits": bits, "chars": chars}
+    return {"set": "corpus", "id": i, "bits": bits, "chars": chars, "bytes": 2 * chars}
 
 
-def test_bits_weigh_by_characters():
+def test_bits_weigh_by_characters_and_bytes():
     """7 bits over 4 characters, not the mean of 1 and 2; a block of no character is none."""
-    cell = metrics([block(0, 1.0, 1), block(1, 6.0, 3), block(2, 2.0, 0)], {}, 0)["bits_per_char"]
-    assert (cell["value"], cell["n"]) == (1.75, 2)
+    found = metrics([block(0, 1.0, 1), block(1, 6.0, 3), block(2, 2.0, 0)], {}, 0)
+    for name, value in (("char", 1.75), ("byte", 0.875)):
+        cell = found[f"bits_per_{name}"]
+        assert (cell["value"], cell["n"]) == (value, 2)
 
 
 def test_accuracy_of_all_of_each_task_and_of_each_difficulty():
@@ -452,7 +454,7 @@ def test_difficulties_are_terciles_within_a_task():
 def test_every_key_has_a_title_and_knows_what_is_better():
     assert len({d.title for d in DEFINITIONS.values()}) == len(DEFINITIONS)
     lower = {name for name, d in DEFINITIONS.items() if d.better == "lower"}
-    assert lower == {"bits_per_char", "router_max_over_mean", "router_dead"}
+    assert lower == {"bits_per_char", "bits_per_byte", "router_max_over_mean", "router_dead"}
     neither = {name for name, d in DEFINITIONS.items() if d.better is None}
     assert neither == {"kl_to_sft", "chat_exact", "answer_tokens", "win_rate_ties", "router_drift"}
     named = definition("pass_at_2/difficulty_hard")

@@ -86,6 +86,7 @@ def test_the_names_and_counts_of_the_suite(done):
         **{name: n for name, n in answers.items() if not name.startswith("distinct")},
         **blocks,
         "bits_per_char": 4,
+        "bits_per_byte": 4,
         "well_formed": 12,
         **{f"reasoning_accuracy{task}": 5 for task in tasks},
         **{f"pass_at_{k}{task}": 3 for task in tasks for k in (1, 2)},  # two samples a problem
@@ -178,7 +179,7 @@ def test_what_the_data_lacks_is_null_with_the_reason():
     whys = nulls(metrics)
     assert list(whys) == list(metrics) == [name for name in FIXED if name != "knowledge_completed"]
     for name, why in whys.items():
-        if name == "bits_per_char" or name.startswith("router"):
+        if name.startswith("bits") or name.startswith("router"):
             assert why == "no corpus: why"
         elif name.startswith(("reasoning", "pass_at")):
             assert why == "no problems: why"
@@ -266,7 +267,7 @@ def test_files_round_trip(tmp_path, done):
         write_evaluation(tmp_path, done.metrics, items, seed=5, suffix=suffix)
         assert stored_items(tmp_path, suffix) == items
         summary = json.loads((tmp_path / f"eval{suffix}.json").read_text())
-        assert summary == {"suite": "5", "seed": 5, "metrics": done.metrics}
+        assert summary == {"suite": "6", "seed": 5, "metrics": done.metrics}
     assert len(list(tmp_path.iterdir())) == 4  # no temporary file is left
     assert stored_items(tmp_path, "_other") == f"{tmp_path.name} has no eval_other.json"
 
@@ -283,7 +284,7 @@ def test_items_of_another_suite_or_broken_ones_are_not_read(tmp_path, done):
     (folder / "eval_items.jsonl").write_text('{"set": "cha')
     assert stored_items(folder) == "sft-a/eval_items.jsonl is missing or broken"
     of_suite_1(folder)
-    assert stored_chats(folder) == f"sft-a/eval.json is of suite 1, not 5 {AGAIN}"
+    assert stored_chats(folder) == f"sft-a/eval.json is of suite 1, not 6 {AGAIN}"
     (folder / "eval.json").write_text("{")
     assert stored_items(folder) == "sft-a has no eval.json"
     write_evaluation(folder, {}, [{"set": "corpus", "id": 0}], seed=0)
@@ -343,7 +344,7 @@ def test_rows_of_another_suite_are_not_judged_and_a_line_says_so(rows, done, cap
     assert list(found) == ["random"] and {item["row"] for item in late} == {"random"}
     assert found["random"]["win_rate_learned"] == {"value": None, "why": NO_SFT}
     assert capsys.readouterr().out.splitlines() == [
-        f"  not judged: pretrain-p/eval.json is of suite 1, not 5 {AGAIN}",
+        f"  not judged: pretrain-p/eval.json is of suite 1, not 6 {AGAIN}",
         "  not judged: sft-gone has no eval.json",
     ]
 
@@ -353,13 +354,15 @@ def test_sft_answers_of_another_suite_leave_the_wins_open(done, tmp_path):
     of_suite_1(tmp_path / "sft-a")
     judges = Judges(done.reward, done.reference, stored_chats(tmp_path / "sft-a"))
     metrics, _ = evaluate_policy(make_policy(), TOKENIZER, HELDOUT, CONFIG, judges, make_policy(3))
-    why = f"sft-a/eval.json is of suite 1, not 5 {AGAIN}"
+    why = f"sft-a/eval.json is of suite 1, not 6 {AGAIN}"
     assert nulls(metrics) == dict.fromkeys(("win_rate", "win_rate_ties", "win_rate_learned"), why)
     assert metrics["kl_to_sft"] == done.metrics["kl_to_sft"]
 
 
 def test_a_row_without_chats_has_nothing_to_judge(tmp_path):
-    write_evaluation(tmp_path, {}, [{"set": "corpus", "id": 0, "bits": 1.0, "chars": 1}], seed=0)
+    write_evaluation(
+        tmp_path, {}, [{"set": "corpus", "id": 0, "bits": 1.0, "chars": 1, "bytes": 1}], seed=0
+    )
     judges = Judges(reward=make_scalar())
     found, late = evaluate_ancestors({"a": (tmp_path, "")}, TOKENIZER, 0, judges, BY_REWARD)
     assert late == []

@@ -185,7 +185,7 @@ def grpo() -> GRPOModule:
 
 STAGES: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "pretrain": (
-        lambda: PretrainModule(make_policy(), settings("pretrain", optimizer="muon"), 0, 1),
+        lambda: PretrainModule(make_policy(), settings("pretrain", optimizer="muon"), 0, 1, 1),
         POLICY,
     ),
     "sft": (lambda: sft(make_policy()), POLICY),

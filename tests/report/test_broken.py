@@ -55,7 +55,7 @@ GARBAGE = [
     '{"a": ',
     json.dumps({"suite": suite.SUITE}),
     "[" * 100_000,
-    '{"set": "corpus", "id": 1, "bits": NaN, "chars": 3}',
+    '{"set": "corpus", "id": 1, "bits": NaN, "chars": 3, "bytes": 3}',
     '{"set": "router", "id": 1, "tokens": 1, "load": [[1], [1, 2]], "drift": null}',
     '{"set": "chat", "id": [], "ids": "x"}',
     'step\n1\n"',

@@ -334,5 +334,5 @@ def test_another_suite_is_named(outputs: Path) -> None:
     path.write_text(path.read_text().replace('"suite": "1"', '"suite": "0"'))
     main([f"outputs={outputs}"])
     text = report_md(outputs)
-    assert "Evaluated by suites 0 and 1; this version has suite 5" in text
+    assert "Evaluated by suites 0 and 1; this version has suite 6" in text
     assert "- grpo: no differences to ppo: grpo was evaluated by suite 0" in text

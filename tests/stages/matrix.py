@@ -65,7 +65,7 @@ def make(stage: str, steps: int) -> tuple[StageModule, list[Any]]:
     for special in ("_muon", "_bf16", "_large"):
         stage = stage.removesuffix(special)
     if stage == "pretrain":
-        module = PretrainModule(make_policy(), settings(stage, **shared), 0, heldout_chars=10)
+        module = PretrainModule(make_policy(), settings(stage, **shared), 0, 10, 10)
         return module, [ragged(8, seed=step) for step in range(steps)]
     if stage in ("sft", "tied", "skipped"):
         policy = tied_policy() if stage == "tied" else make_policy()

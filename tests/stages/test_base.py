@@ -233,7 +233,7 @@ def test_progress_by_the_clock_ends_at_one(elapsed, progress):
         def time_elapsed(self, stage: str = "train") -> float:
             return elapsed
 
-    module = PretrainModule(make_policy(), settings("pretrain", max_time="00:00:01:40"), 0, 1)
+    module = PretrainModule(make_policy(), settings("pretrain", max_time="00:00:01:40"), 0, 1, 1)
     alone = SimpleNamespace(broadcast=lambda value: value)
     clock = Clock(duration="00:00:01:40")
     module.trainer = SimpleNamespace(callbacks=[clock], strategy=alone)
@@ -241,7 +241,7 @@ def test_progress_by_the_clock_ends_at_one(elapsed, progress):
 
 
 def test_ranks_take_the_learning_rate_of_the_first_ones_clock():
-    module = PretrainModule(make_policy(), settings("pretrain", max_time="00:00:01:40"), 0, 1)
+    module = PretrainModule(make_policy(), settings("pretrain", max_time="00:00:01:40"), 0, 1, 1)
     other = SimpleNamespace(broadcast=lambda value: 0.75)  # what rank 0 says
     clock = Timer(duration="00:00:01:40")
     module.trainer = SimpleNamespace(callbacks=[clock], strategy=other)

@@ -17,7 +17,7 @@ def train(optimizer: str, n_steps: int, scale: float | None, precision: str | No
     torch.manual_seed(3)
     policy = Transformer(read_config("moe_nano", init_std=0.06, expert_path="loop"), VOCAB)
     changes = {"optimizer": optimizer, "lr": 2e-3, "clip_norm": 1.0, "max_steps": n_steps}
-    module = PretrainModule(policy, tiny.settings("pretrain", **changes), 0, heldout_chars=1)
+    module = PretrainModule(policy, tiny.settings("pretrain", **changes), 0, 1, 1)
     losses, norms = Logged("train/loss"), Logged("train/grad_norm")
     plugins = []
     if scale is not None:

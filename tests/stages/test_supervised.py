@@ -12,7 +12,7 @@ from fourstage.data.datamodule import sft_data
 from fourstage.data.records import Conversation
 from fourstage.model import Transformer
 from fourstage.stages import PretrainModule, SFTModule, supervised
-from fourstage.stages.pretrain import bits_per_char
+from fourstage.stages.pretrain import bits_per
 from fourstage.stages.supervised import next_token_nll
 from tests.device import REPEATED, ROUNDING, close, repeated
 from tests.stages import tiny
@@ -72,8 +72,8 @@ def test_next_token_nll_by_hand():
     assert next_token_nll(logits, torch.full((1, 3), IGNORE)).item() == 0.0
 
 
-def test_bits_per_char_by_hand():
-    assert bits_per_char(torch.tensor(12 * log(2)), 4).item() == pytest.approx(3.0)
+def test_bits_per_character_by_hand():
+    assert bits_per(torch.tensor(12 * log(2)), 4).item() == pytest.approx(3.0)
 
 
 def test_sft_learns_the_assistants_tokens_and_their_end_of_turn_only():
@@ -127,19 +127,19 @@ def test_validation_is_one_mean_over_all_tokens():
     with torch.no_grad():
         nll = sum(next_token_nll(policy.logits(policy(b.ids).hidden_BTD), b.targets) for b in val)
     n_tokens = sum(int((b.targets != IGNORE).sum()) for b in val)
-    module = PretrainModule(policy, steady("pretrain", lr=1e-12, max_steps=1), 0, heldout_chars=77)
+    module = PretrainModule(policy, steady("pretrain", lr=1e-12, max_steps=1), 0, 77, 99)
     metrics = fit(module, [ragged(2)], val).callback_metrics
     assert metrics["val/loss"].item() == pytest.approx((nll / n_tokens).item(), rel=1e-5)
-    assert metrics["val/bits_per_char"].item() == pytest.approx(
-        (nll / 77 / log(2)).item(), rel=1e-5
-    )
+    for name, size in (("char", 77), ("byte", 99)):
+        expected = (nll / size / log(2)).item()
+        assert metrics[f"val/bits_per_{name}"].item() == pytest.approx(expected, rel=1e-5)
     assert [n for n in metrics if n.startswith("val") and n.endswith("loss")] == ["val/loss"]
     assert module.validated_at == 1
 
 
 def test_a_second_validation_starts_from_nothing():
     policy = make_policy(model=UNBALANCED)
-    module = PretrainModule(policy, steady("pretrain", lr=1e-12, max_steps=2), 0, heldout_chars=77)
+    module = PretrainModule(policy, steady("pretrain", lr=1e-12, max_steps=2), 0, 77, 99)
     seen = []
     monitor = module.validation_metrics
     module.validation_metrics = lambda nll, n: seen.append((nll, n)) or monitor(nll, n)
@@ -255,7 +255,7 @@ def test_the_bias_stands_still_where_told_to_and_while_validating():
     for val in ([], [ragged(8, seed=9)] * 3):
         policy = make_policy()
         s = steady("pretrain", lr=1e-9, max_steps=2, balance_router=True)
-        fit(PretrainModule(policy, s, 0, 1), [batch] * 2, val, val_check_interval=1)
+        fit(PretrainModule(policy, s, 0, 1, 1), [batch] * 2, val, val_check_interval=1)
         moved.append(biases(policy))
         assert policy.load_LE is None  # nothing is left over
     assert distance(*moved) <= REPEATED

@@ -70,7 +70,7 @@ def build(stage: str, model=LOOP, **changes) -> tuple[StageModule, list[Any]]:
         policies = (make_policy(model=model), make_policy(7, model))
         return GRPOModule(*policies, TOKENIZER, s, 0), prompt_batches(3)
     policy, s = make_policy(model=model), steady(stage, **few)
-    module = PretrainModule(policy, s, 0, 1) if stage == "pretrain" else SFTModule(policy, s, 0)
+    module = PretrainModule(policy, s, 0, 1, 1) if stage == "pretrain" else SFTModule(policy, s, 0)
     return module, [ragged(5, seed=i) for i in range(3)]
 
 

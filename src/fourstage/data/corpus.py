@@ -28,8 +28,6 @@ from fourstage.errors import UserError
 from fourstage.files import read_json, user_cache, write_json
 from fourstage.tokenizer import Tokenizer
 
-Encoded = tuple[np.ndarray, int]  # ids, uint32; and the characters that they stand for
-
 LONG = 2000  # characters: a file without blank lines is one paragraph
 CONTEXT = 20_000  # characters around a piece in which a held-out prompt may begin or end
 REMEMBER = 2**24  # bytes of files from which on their scan is kept for the next start
@@ -49,12 +47,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over a corpus finds; documents and characters by side."""
+    """What one pass over a corpus finds; by side documents, characters, and these in UTF-8."""
 
     digest: str
     total: int  # characters of the source, before it is split
     documents: dict[str, int]
     characters: dict[str, int]
+    bytes: dict[str, int]
     notes: dict[str, int]  # what was left out, by reason
 
 
@@ -73,6 +72,10 @@ class Documents:
     def characters(self) -> int:
         return self.scan.characters[self.side]
 
+    @property
+    def bytes(self) -> int:
+        return self.scan.bytes[self.side]
+
     def __iter__(self) -> Iterator[str]:
         """Whole documents, for corpora that fit into memory."""
         parts: list[str] = []
@@ -89,8 +92,8 @@ class Documents:
         for found in mapped(cleaner, (heldout_keys(self.config),), self._batches()):
             yield from ((begins, text) for begins, text, _ in found)
 
-    def encoded(self, tokenizer: Tokenizer) -> Iterator[Encoded]:
-        """All tokens, in parts of about PIECE characters, <bos> in front of each document."""
+    def encoded(self, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+        """All tokens, uint32, in parts of about PIECE characters; bos_id begins a document."""
         return mapped(encoder, (heldout_keys(self.config), tokenizer), self._batches())
 
     def _batches(self) -> Iterator[list[Piece]]:
@@ -160,7 +163,7 @@ def remembered_scan(config: DataConfig) -> Scan:
 def scan_corpus(config: DataConfig) -> Scan:
     """Read both sides once. Raises UserError if one has nothing on it."""
     digest, is_first = hashlib.sha256(), True
-    documents, characters, notes = Counter[str](), Counter[str](), Counter[str]()
+    documents, characters, sizes, notes = (Counter[str]() for _ in range(4))
     sources: dict[str, int] = {}
     dropped, total, keys = 0, source_characters(config), heldout_keys(config)
     for side in ("train", "heldout"):
@@ -171,7 +174,9 @@ def scan_corpus(config: DataConfig) -> Scan:
                 documents[side] += 1
                 digest.update(b"" if is_first else b"\x1d")
                 is_first = False
-            digest.update(text.encode("utf-8", "surrogatepass"))
+            content = text.encode("utf-8", "surrogatepass")
+            digest.update(content)
+            sizes[side] += len(content)
             characters[side] += len(text)
             dropped += lost
         sources[side] = found.pop("documents", 0)
@@ -181,7 +186,8 @@ def scan_corpus(config: DataConfig) -> Scan:
             digest.update(b"\x1d")  # an empty text stands between the sides
     check_sides("data.corpus", range(sources["train"]), range(sources["heldout"]), notes)
     notes["paragraphs_dropped_with_a_heldout_prompt"] = dropped
-    return Scan(digest.hexdigest()[:12], total, dict(documents), dict(characters), dict(notes))
+    counts = (dict(found) for found in (documents, characters, sizes, notes))
+    return Scan(digest.hexdigest()[:12], total, *counts)
 
 
 def source_characters(config: DataConfig) -> int:
@@ -340,19 +346,17 @@ def cleaner(keys: HeldOutKeys) -> Callable[[list[Piece]], list[tuple[bool, str, 
     return lambda pieces: [clean(piece) for piece in pieces]
 
 
-def encoder(keys: HeldOutKeys, tokenizer: Tokenizer) -> Callable[[list[Piece]], Encoded]:
-    """The tokens of the pieces' texts without held-out prompts, and how many characters these
-    have."""
+def encoder(keys: HeldOutKeys, tokenizer: Tokenizer) -> Callable[[list[Piece]], np.ndarray]:
+    """The tokens of the pieces' texts without held-out prompts, uint32."""
     clean = cleaner(keys)
 
-    def encode(pieces: list[Piece]) -> Encoded:
-        parts, characters = [], 0
+    def encode(pieces: list[Piece]) -> np.ndarray:
+        parts = []
         for begins, text, _ in clean(pieces):
-            characters += len(text)
             if begins:
                 parts.append(np.array([tokenizer.bos_id], np.uint32))
             parts.append(tokenizer.encode_array(text))
-        return np.concatenate(parts), characters
+        return np.concatenate(parts)
 
     return encode
 

@@ -21,7 +21,7 @@ from fourstage.batch import IGNORE, PairBatch, PromptBatch, TokenBatch, padded
 from fourstage.data.records import Conversation, Message, Pair, Problem
 from fourstage.data.shards import TokenizedCorpus, Tokens
 from fourstage.errors import UserError
-from fourstage.tokenizer import SHORTEST_PROMPT, Tokenizer
+from fourstage.tokenizer import Tokenizer
 
 WINDOW = 16  # global batches within which rows are sorted by length
 
@@ -130,14 +130,15 @@ def pretrain_data(
     """TokenBatch of [B, block_size], read as they are needed. Validation covers every known
     held-out token once.
 
-    Notes count tokens that are targets, and held-out characters for bits per character. Raises
-    UserError if the train side is shorter than one block.
+    Notes count tokens that are targets, and the characters and UTF-8 bytes that they stand for (an
+    unknown character has no bytes). Raises UserError if the train side is shorter than one block.
     """
     notes: dict[str, int] = {}
     for name, side in (("train", corpus.train), ("heldout", corpus.heldout)):
         notes[f"{name}_tokens"] = len(side) - 1
         notes[f"{name}_characters"] = side.characters
         notes[f"{name}_unknown_characters"] = side.unknown
+        notes[f"{name}_bytes"] = side.bytes
     n_blocks = notes["train_tokens"] // block_size
     if not n_blocks:
         raise UserError(
@@ -248,8 +249,8 @@ def reward_data(
     max_tokens: int,
     **steps: Unpack[Steps],
 ) -> LoaderPair:
-    """PairBatch of [B, T]: prompt, answer and <eot>, both answers after the same prompt. Raises
-    UserError if nothing is left to train or validate on."""
+    """PairBatch of [B, T]: prompt, answer and its end token, both answers after the same prompt.
+    Raises UserError if nothing is left to train or validate on."""
 
     def count(rows: Sequence[Row]) -> dict[str, int]:
         return {"unknown_characters": sum(tokenizer.count_unknown(i) for r in rows for i in r)}
@@ -282,7 +283,7 @@ def fit_pair(pair: Pair, tokenizer: Tokenizer, max_tokens: int) -> Fitted:
 def pair_needs(pair: Pair, tokenizer: Tokenizer) -> int:
     """The least `max_tokens` with which a pair fits."""
     answers = (_answer(pair, side, tokenizer) for side in ("chosen", "rejected"))
-    return SHORTEST_PROMPT + max(map(len, answers))
+    return tokenizer.shortest_prompt + max(map(len, answers))
 
 
 def _answer(pair: Pair, side: str, tokenizer: Tokenizer) -> list[int]:

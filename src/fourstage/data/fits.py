@@ -34,7 +34,8 @@ def check_corpus(
     config: DataConfig, tokenizer: Tokenizer, block_size: int, stage: str = "pretrain"
 ) -> list[str]:
     corpus = load_corpus(config)
-    most = corpus.train.characters + len(corpus.train)  # a token has a character at least
+    # a token has a byte at least, and each document one that begins it
+    most = corpus.train.bytes + len(corpus.train)
     if most < block_size:
         raise UserError(
             f"data.corpus: at most {most} tokens to train on are less than one block of "
@@ -86,7 +87,7 @@ def check_preferences(
     pairs = load_preference(config)
     where = f"stages.{stage}"
     if pairs is None:
-        if max_tokens - max_new_tokens < LEAST_PROMPT:
+        if max_tokens - max_new_tokens < max(LEAST_PROMPT, tokenizer.shortest_prompt):
             raise UserError(
                 f"{where}.max_new_tokens: {max_new_tokens} tokens leave no room for a prompt in "
                 f"{where}.max_tokens={max_tokens}: lower it"
@@ -167,6 +168,8 @@ def lost_on_reading(config: DataConfig, stage: str) -> list[str]:
 
 def check_unknown(where: str, texts: Iterable[str], tokenizer: Tokenizer) -> list[str]:
     """A warning if many characters are all the same <unk> to the model; UserError if most are."""
+    if tokenizer.unk_id is None:
+        return []
     total, unknown = 0, Counter[str]()
     for text in texts:
         total += len(text)

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fourstage.data.corpus import Corpus, Documents
+from fourstage.data.corpus import Corpus
 from fourstage.data.split import short_hash
 from fourstage.errors import UserError
 from fourstage.files import read_json, remove, swap_in, write_json
@@ -42,6 +43,7 @@ class Tokens:
 
     parts: Sequence[np.ndarray]
     characters: int  # of the text
+    bytes: int  # of these characters in UTF-8; unknown ones have none
     unknown: int  # tokens that stand for a character that the tokenizer doesn't know
 
     def __len__(self) -> int:
@@ -87,7 +89,7 @@ def open_tokens(folder: Path) -> TokenizedCorpus:
     def side(name: str) -> Tokens:
         files, dtype = index[name]["files"], np.dtype(index["dtype"])
         parts = [np.memmap(folder / file, dtype, mode="r") for file in files]
-        return Tokens(parts, index[name]["characters"], index[name]["unknown"])
+        return Tokens(parts, *(index[name][what] for what in ("characters", "bytes", "unknown")))
 
     return TokenizedCorpus(*map(side, SIDES))
 
@@ -110,8 +112,8 @@ def write(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
         with bar:
             for name, documents in zip(SIDES, (corpus.train, corpus.heldout), strict=True):
                 most = corpus.train.config.corpus.max_tokens if name == "train" else None
-                encoded = _at_most(documents, tokenizer, most)
-                index[name] = write_side(part, name, encoded, dtype, tokenizer.unk_id, bar)
+                encoded = at_most(documents.encoded(tokenizer), most)
+                index[name] = write_side(part, name, encoded, dtype, tokenizer, bar)
         write_json(part / INDEX, index)
         swap_in(part, folder)
     finally:
@@ -119,32 +121,28 @@ def write(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     write_json(folder / CHECKED, stamps(folder, index))
 
 
-def _at_most(
-    documents: Documents, tokenizer: Tokenizer, most: int | None
-) -> Iterator[tuple[np.ndarray, int]]:
-    """The encoded documents, cut behind `most` tokens."""
-    left = most
-    for ids, characters in documents.encoded(tokenizer):
-        if left is not None and len(ids) >= left:
-            ids = ids[:left]
-            yield ids, int(tokenizer.characters[ids].sum())
+def at_most(encoded: Iterator[np.ndarray], most: int | None) -> Iterator[np.ndarray]:
+    """The first `most` tokens."""
+    for ids in encoded:
+        if most is not None:
+            ids, most = ids[:most], most - len(ids)
+        yield ids
+        if most is not None and most <= 0:
             return
-        left = None if left is None else left - len(ids)
-        yield ids, characters
 
 
 def write_side(
     folder: Path,
     name: str,
-    encoded: Iterator[tuple[np.ndarray, int]],
+    encoded: Iterator[np.ndarray],
     dtype: np.dtype,
-    unk_id: int | None,
+    tokenizer: Tokenizer,
     bar: "Told",
 ) -> dict[str, Any]:
-    """Files of at most SHARD tokens, and their entry in the index: {"files": {name: sha256},
-    "tokens", "characters", "unknown"}."""
+    """Files of at most SHARD tokens, and their entry in the index: {"files": {name: sha256}, and
+    counts of tokens, characters, bytes and unknown characters}."""
     files: dict[str, str] = {}
-    tokens = characters = unknown = 0
+    counts = Counter[str]()
     rest = np.empty(0, np.uint32)
     while True:
         path = folder / f"{name}-{len(files):05}.bin"
@@ -152,24 +150,29 @@ def write_side(
         with open(path, "wb") as file:
             while left:
                 if not len(rest):
-                    rest, more = next(encoded, (rest, 0))
-                    characters += more
-                    unknown += 0 if unk_id is None else int((rest == unk_id).sum())
-                    bar.advance(more)
+                    rest = next(encoded, rest)
                     if not len(rest):
                         break
+                    unknown = (
+                        int((rest == tokenizer.unk_id).sum()) if tokenizer.unk_id is not None else 0
+                    )
+                    characters = int(tokenizer.characters[rest].sum()) + unknown
+                    n_bytes = int(tokenizer.bytes[rest].sum())
+                    counts.update(characters=characters, bytes=n_bytes, unknown=unknown)
+                    bar.advance(characters)
                 some, rest = rest[:left], rest[left:]
                 content = some.astype(dtype).tobytes()
                 file.write(content)
                 digest.update(content)
+                counts["tokens"] += len(some)
                 left -= len(some)
-        tokens += SHARD - left
         if left == SHARD and files:  # nothing was left for it
             path.unlink()
         else:
             files[path.name] = digest.hexdigest()
         if left:
-            return {"files": files, "tokens": tokens, "characters": characters, "unknown": unknown}
+            names = ("tokens", "characters", "bytes", "unknown")
+            return {"files": files, **{name: counts[name] for name in names}}
 
 
 class Told:

@@ -207,7 +207,7 @@ def evaluate_again(
                 "it written anyway"
             )
     if not LADDER[stage].parents:
-        tokenizer = Tokenizer.from_config(job.tokenizer)
+        tokenizer = Tokenizer.from_folder(folder)
         evaluate_random(job, random_weights(job, tokenizer), tokenizer, telling)
     network, tokenizer = (load_scalar if LADDER[stage].leaves == "scalar" else load_policy)(folder)
     evaluate_run(job, network.to(device_of(job)), tokenizer, telling)

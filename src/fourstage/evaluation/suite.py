@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-SUITE = "5"
+SUITE = "6"
 INTERVAL = (0.025, 0.975)  # quantiles
 Z = 1.959964  # the normal distribution's 97.5 % quantile
 BOOTSTRAPS = 2000
@@ -94,8 +94,8 @@ def _mean(value: str | Callable[[Item], Any]) -> Callable[[Item], Any]:
     return read
 
 
-def _bits(item: Item) -> Any:
-    return (item["bits"], item["chars"]) if item["chars"] else None
+def _bits(size: str, item: Item) -> Any:
+    return (item["bits"], item[size]) if item[size] else None
 
 
 def _drift(item: Item) -> Any:
@@ -132,9 +132,16 @@ def _router(title: str, statistic: Callable[[Array], Array], **more: Any) -> Def
 
 DEFINITIONS: dict[str, Definition] = {
     # the held-out corpus
-    "bits_per_char": Definition(
-        title="bits per character", sets=("corpus",), read=_bits, unit="bits", better="lower"
-    ),
+    **{
+        f"bits_per_{name}": Definition(
+            title=f"bits per {what}",
+            sets=("corpus",),
+            read=partial(_bits, size),
+            unit="bits",
+            better="lower",
+        )
+        for name, what, size in (("char", "character", "chars"), ("byte", "byte", "bytes"))
+    },
     # answers: sampled ones to chat prompts, greedy ones to problems
     "well_formed": _share("well-formed answers", ["chat", "reasoning"], "well_formed"),
     # problems: one greedy answer; and `samples` answers at temperature 1

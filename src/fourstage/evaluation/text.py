@@ -1,4 +1,4 @@
-"""Held-out text as the network reads it: bits per character, and what the routers do.
+"""Held-out text as the network reads it: bits per character and byte, and what the routers do.
 
 Shape legend: B rows, T tokens, N = B T, L layers, K chosen experts, E experts.
 """
@@ -31,27 +31,35 @@ class Block:
     id: int | str
     ids: list[int]
     chars: int  # that the predicted ids stand for; <unk> and the ends of documents count as none
+    bytes: int  # of these characters in UTF-8
 
 
 def corpus_blocks(
     tokens: Tokens, tokenizer: Tokenizer, policy: Transformer, at_most: int | None = None
 ) -> list[Block]:
-    """The text end to end, of which each token but the first <bos> is predicted once; or
-    `at_most` blocks of it, at equal distances."""
+    """The text end to end, of which each token but the first one is predicted once; or `at_most`
+    blocks of it, at equal distances."""
     size = min(BLOCK, policy.config.max_seq_len)
     n = -(-(len(tokens) - 1) // size)
     some = n if at_most is None else min(n, at_most)
     blocks = []
     for number in (i * n // some for i in range(some)):
         ids = tokens.read(number * size, (number + 1) * size + 1)
-        blocks.append(Block(number, ids.tolist(), int(tokenizer.characters[ids[1:]].sum())))
+        sizes = (int(n[ids[1:]].sum()) for n in (tokenizer.characters, tokenizer.bytes))
+        blocks.append(Block(number, ids.tolist(), *sizes))
     return blocks
 
 
 def chat_blocks(chats: Sequence[Any], tokenizer: Tokenizer, policy: Transformer) -> list[Block]:
     """The conversations, truncated to the model's context."""
     size = policy.config.max_seq_len + 1
-    return [Block(chat.id, tokenizer.chat(chat.messages)[0][:size], 0) for chat in chats]
+    ids = (
+        tokenizer.chat(chat.messages)[0]
+        if chat.messages[-1]["role"] == "assistant"
+        else tokenizer.prompt(chat.messages)
+        for chat in chats
+    )
+    return [Block(chat.id, row[:size], 0, 0) for chat, row in zip(chats, ids, strict=True)]
 
 
 @torch.no_grad()
@@ -73,7 +81,13 @@ def text_items(
         logp_BT = token_logprobs(policy.logits(hidden_BTD), targets_BT) * known_BT
         bits = (-logp_BT.sum(1) / math.log(2)).tolist()
         items += [
-            {"set": "corpus", "id": block.id, "bits": round(bit, 4), "chars": block.chars}
+            {
+                "set": "corpus",
+                "id": block.id,
+                "bits": round(bit, 4),
+                "chars": block.chars,
+                "bytes": block.bytes,
+            }
             for block, bit in zip(some, bits, strict=True)
         ]
         if not chosen:

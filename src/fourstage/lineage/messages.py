@@ -16,7 +16,6 @@ from fourstage.lineage.plan import Plan, named_parents, recorded
 from fourstage.report.files import Files
 from fourstage.report.ladder import choose, ladder, read_rows, read_runs
 from fourstage.report.tables import NO_COMPARISON, goals, measured, title
-from fourstage.tokenizer import Tokenizer
 from fourstage.tracking.callbacks import clock
 
 
@@ -27,8 +26,7 @@ def show(plan: Plan, console: Console, commit: str | None) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     command = plan.command
-    vocab_size = Tokenizer.from_config(command.tokenizer).vocab_size
-    total, active = command.model.count_params(vocab_size)
+    total, active = command.model.count_params(plan.vocab_size)
     debug = f", debug={command.debug}" if command.debug else ""
     say(
         f"{command.model.name}: {total:,} parameters, {active:,} active; "

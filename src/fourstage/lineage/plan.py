@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fourstage import data
+from fourstage.data.vocabulary import identity_of as tokenizer_identity
+from fourstage.data.vocabulary import loaded, tokenizer_of
 from fourstage.errors import UserError
 from fourstage.files import read_json
 from fourstage.job import EvaluationConfig, LoggerConfig, TrainerConfig
@@ -87,6 +89,7 @@ class Plan:
     command: Command
     store: RunStore
     runs: list[PlannedRun]
+    vocab_size: int = 0  # of the last run
 
 
 def make_plan(config: Mapping[str, Any]) -> Plan:
@@ -105,14 +108,23 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
     if plan.runs[-1].status == "found":
         for run in plan.runs:
             run.status = "found" if run.status == "found" else "not needed"
-    tokenizer = Tokenizer.from_config(command.tokenizer)
+    plan.vocab_size = tokenizer_for(plan, plan.runs[-1]).vocab_size
     for run in plan.runs:
         if run.to_do:
+            tokenizer = tokenizer_for(plan, run)
             check_memory(command, run, tokenizer.vocab_size)
             room = command.model.max_seq_len
             run.warnings += check_records(command.data, run.stage, run.settings, tokenizer, room)
             run.estimate = estimate(command, plan.store, run)
     return plan
+
+
+def tokenizer_for(plan: Plan, run: PlannedRun) -> Tokenizer:
+    """A run's tokenizer: its own if it is finished, its parent's if that is, else the command's."""
+    for folder in (run.folder, *run.parent_folders.values()):
+        if find_status(folder)[0] == "found" and (folder / "tokenizer.json").is_file():
+            return loaded(folder)
+    return tokenizer_of(plan.command.tokenizer, plan.command.data, plan.store.outputs)
 
 
 def needed_stages(command: Command) -> list[str]:
@@ -231,7 +243,7 @@ def identity_of(
         "stage": stage,
         "settings": settings.hashed(),
         "model": architecture(command.model),
-        "tokenizer": hashed(command.tokenizer),
+        "tokenizer": tokenizer_identity(command.tokenizer),
         "seed": command.seed,
         "parents": parents,
         "precision": command.trainer.precision,
@@ -317,9 +329,18 @@ def named_run(plan: Plan, where: str, stage: str, name: str, role: str) -> tuple
                 f"{where}: {folder.name} is of another model ({its.name}: "
                 f"{key} {other}, not {value}): choose its model= or another parent"
             )
-    if command.tokenizer != recorded(TokenizerConfig, record, "tokenizer"):
+    if not same_tokenizer(command, folder, record):
         raise UserError(f"{where}: {folder.name} has another tokenizer: choose its tokenizer=")
     return folder, record
+
+
+def same_tokenizer(command: Command, folder: Path, record: Record) -> bool:
+    """Whether a run's tokenizer is the command's. One that is trained is the run's own, whatever
+    corpus the command has; one from a folder may have moved."""
+    its = recorded(TokenizerConfig, record, "tokenizer")
+    if command.tokenizer.name == "hf" and its is not None and its.name == "hf":
+        return tokenizer_identity(command.tokenizer)["digest"] == loaded(folder).digest
+    return command.tokenizer == its
 
 
 def own_architecture(folder: Path) -> ModelConfig | None:

@@ -10,7 +10,10 @@ from fourstage.report.html import Cell, Paragraph, Table, plain
 from fourstage.report.ladder import HEADLINES, Row, leaves_policy, other_items
 
 NONE = "–"
-COLUMNS = (*HEADLINES[:2], "knowledge_completed", "knowledge_answered", *HEADLINES[2:])
+COLUMNS = (
+    *(HEADLINES[0], "bits_per_byte", HEADLINES[1]),
+    *("knowledge_completed", "knowledge_answered", *HEADLINES[2:]),
+)
 COIN = {"value": 0.5, "low": 0.5, "high": 0.5}
 SHORT = {  # of the stages' own goals
     "bits_per_char": "bits a character",

@@ -1,7 +1,8 @@
-"""Stage 1, pre-training: predict the next character of the corpus.
+"""Stage 1, pre-training: predict the next token of the corpus.
 
 loss = -mean log p(x_t | x_<t), nats per token, over every token of the block
 bits per character = summed -log2 p over the held-out text / its characters
+bits per byte      = the same / its bytes in UTF-8
 """
 
 import math
@@ -12,6 +13,7 @@ from torch import Tensor
 from fourstage import data
 from fourstage.data.datamodule import pretrain_data
 from fourstage.data.fits import check_corpus
+from fourstage.data.vocabulary import tokenizer_of
 from fourstage.job import StageJob
 from fourstage.model import Transformer
 from fourstage.stages.base import at_least
@@ -27,38 +29,44 @@ class Settings(NextTokenSettings):
     block_size: int = at_least(2)  # tokens per row
 
 
-def bits_per_char(nll: Tensor, chars: int) -> Tensor:
-    """Bits per character, from the summed -log p in nats of a text of `chars` characters."""
-    return nll / (chars * math.log(2))
+def bits_per(nll: Tensor, size: int) -> Tensor:
+    """Bits per character or byte, from the summed -log p in nats of a text of `size` of them."""
+    return nll / (size * math.log(2))
 
 
 class PretrainModule(NextTokenModule):
     """Trains a fresh Transformer on the fixed blocks of the corpus."""
 
     def __init__(
-        self, policy: Transformer, settings: Settings, seed: int, heldout_chars: int
+        self,
+        policy: Transformer,
+        settings: Settings,
+        seed: int,
+        heldout_chars: int,
+        heldout_bytes: int,
     ) -> None:
         super().__init__(policy, settings, seed)
-        self.heldout_chars = heldout_chars
+        self.heldout = {"char": heldout_chars, "byte": heldout_bytes}
 
     def validation_metrics(self, nll: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         # every rank reads the whole split, and nll is summed over them
-        bits = bits_per_char(nll / self.trainer.world_size, self.heldout_chars)
-        return {**super().validation_metrics(nll, tokens), "val/bits_per_char": bits}
+        own = nll / self.trainer.world_size
+        bits = {f"val/bits_per_{what}": bits_per(own, n) for what, n in self.heldout.items()}
+        return super().validation_metrics(nll, tokens) | bits
 
 
 # --- what ladder.py asks for
 
 
 def prepare(job: StageJob) -> Prepared:
-    tokenizer = Tokenizer.from_config(job.tokenizer)
+    tokenizer = tokenizer_of(job.tokenizer, job.data, job.outputs)
     policy = Transformer(job.model, tokenizer.vocab_size)
     corpus = as_planned(job, data.load_corpus(job.data))
     tokens, length = data.tokenized(corpus, tokenizer, job.outputs), job.settings.block_size
     loaders = pretrain_data(tokens, tokenizer, block_size=length, **loader_options(job))
     notes = loaders.notes
     known = notes["heldout_characters"] - notes["heldout_unknown_characters"]
-    module = PretrainModule(policy, job.settings, job.seed, known)
+    module = PretrainModule(policy, job.settings, job.seed, known, notes["heldout_bytes"])
     return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
 
 

@@ -70,7 +70,7 @@ SECTIONS = (
     section(
         "ladder",
         "The same held-out items after every stage; the table below has the 95 % intervals.",
-        row("bits per character (lower is better)", "bits_per_char"),
+        row("bits per character and byte (lower is better)", "bits_per_char", "bits_per_byte"),
         row("facts completed and answered", "knowledge_completed", "knowledge_answered"),
         row("facts asked about, in a new wording", "knowledge_reworded"),
         row("well-formed answers", "well_formed"),
@@ -91,7 +91,7 @@ SECTIONS = (
         "losses",
         "Pretrain and sft log nats a token; reward its pair loss.",
         lines("loss", "train/loss", "val/loss"),
-        lines("bits per character, held out", "val/bits_per_char"),
+        lines("bits per character and byte, held out", "val/bits_per_char", "val/bits_per_byte"),
         lines("loss of held-out pairs", "val/pair_nll"),
         lines("gradient norm", "train/grad_norm"),
         lines("learning rate", "train/lr"),

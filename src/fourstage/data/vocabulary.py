@@ -1,0 +1,87 @@
+"""The tokenizer of a config: one that needs no data, one from a folder, or one that is trained.
+
+A trained one is a function of the corpus's train side and of vocab_size. It is kept in
+outputs/data/tokenizers/<digest>/, so that every run on this corpus has the same one and concurrent
+jobs train it once.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from fourstage.data.config import DataConfig
+from fourstage.data.corpus import load_corpus
+from fourstage.data.records import content_digest
+from fourstage.settings import hashed
+from fourstage.tokenizer import TOKENIZERS, Tokenizer, TokenizerConfig
+
+VERSION = 1  # of how a tokenizer is trained: another one is kept elsewhere
+MOST = 100_000_000  # characters of the corpus, from its beginning, that one is trained on
+
+
+def tokenizer_of(config: TokenizerConfig, data: DataConfig, outputs: Path) -> Tokenizer:
+    """The tokenizer that a run's pre-training starts with. Raises UserError for a folder without a
+    usable tokenizer, and for a corpus that can't be read where one has to be trained."""
+    if config.name == "hf":
+        assert config.path is not None
+        return loaded(Path(config.path).expanduser())
+    if config.name == "bpe":
+        assert config.vocab_size is not None
+        corpus = load_corpus(data)
+        digest = content_digest("bpe", str(VERSION), str(config.vocab_size), corpus.digest)
+        folder = outputs / "data" / "tokenizers" / digest
+        if not (folder / "tokenizer.json").is_file():
+            texts = (text for _, text in corpus.train.texts())
+            _train(texts, config.vocab_size, folder)
+        return loaded(folder)
+    return TOKENIZERS[config.name]()
+
+
+def identity_of(config: TokenizerConfig) -> dict[str, Any]:
+    """What of the config counts for a run's id: of a folder what is in it, not where it is. (What
+    a trained tokenizer depends on besides is the corpus, which counts already.)"""
+    found = hashed(config)
+    if config.name == "hf":
+        assert config.path is not None
+        found = {"name": "hf", "digest": loaded(Path(config.path).expanduser()).digest}
+    return found
+
+
+def loaded(folder: Path) -> Tokenizer:
+    """The tokenizer in a folder, read once a process until its files change."""
+    stats = [path.stat() for path in sorted(folder.glob("*.json*")) + sorted(folder.glob("*.ji*"))]
+    return _loaded(folder, *((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats))
+
+
+@lru_cache(maxsize=4)
+def _loaded(folder: Path, *stats: tuple[int, ...]) -> Tokenizer:
+    return Tokenizer.from_folder(folder)
+
+
+def _train(documents: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Train and save a tokenizer, unless another process is quicker."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if (folder / "tokenizer.json").is_file():
+            return
+        print(f"training a tokenizer of {vocab_size:,} tokens on the corpus: {folder}", flush=True)
+        tokenizer = Tokenizer.bpe(first(documents, MOST), vocab_size)
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        tokenizer.save(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+
+
+def first(documents: Iterable[str], most: int) -> Iterator[str]:
+    """The first `most` characters of the documents."""
+    for document in documents:
+        if most <= 0:
+            return
+        yield document[:most]
+        most -= len(document)
