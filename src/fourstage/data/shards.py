@@ -143,6 +143,7 @@ def write_side(
     counts of tokens, characters, bytes and unknown characters}."""
     files: dict[str, str] = {}
     counts = Counter[str]()
+    has_unknown = tokenizer.unk_id is not None
     rest = np.empty(0, np.uint32)
     while True:
         path = folder / f"{name}-{len(files):05}.bin"
@@ -153,9 +154,7 @@ def write_side(
                     rest = next(encoded, rest)
                     if not len(rest):
                         break
-                    unknown = (
-                        int((rest == tokenizer.unk_id).sum()) if tokenizer.unk_id is not None else 0
-                    )
+                    unknown = int((rest == tokenizer.unk_id).sum()) if has_unknown else 0
                     characters = int(tokenizer.characters[rest].sum()) + unknown
                     n_bytes = int(tokenizer.bytes[rest].sum())
                     counts.update(characters=characters, bytes=n_bytes, unknown=unknown)
