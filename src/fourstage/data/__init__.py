@@ -16,11 +16,19 @@ from fourstage.data.records import (
     prompts_only,
 )
 from fourstage.data.shards import Tokens, tokenized
-from fourstage.data.sources import SamplePrompt, digest, left_out, other_source, sample_prompts
+from fourstage.data.sources import (
+    SamplePrompt,
+    digest,
+    left_out,
+    other_source,
+    sample_prompts,
+    taken_out,
+    waits,
+)
 from fourstage.data.userfiles import NOT_READ
 
 __all__ = ["Chats", "Conversation", "Corpus", "DataConfig", "Pair", "Pairs", "Problem", "Problems"]
-__all__ += ["SamplePrompt", "Tokens", "tokenized"]
+__all__ += ["SamplePrompt", "Tokens", "taken_out", "tokenized", "waits"]
 __all__ += ["NOT_READ", "digest", "left_out", "other_source", "prompts_only", "sample_prompts"]
 __all__ += ["fact_questions", "load_chat", "load_corpus", "load_facts", "load_preference"]
 __all__ += ["load_prompts", "load_reasoning"]

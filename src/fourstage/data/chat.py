@@ -5,7 +5,6 @@ from fourstage.data.heldout import cleaned, split_chats
 from fourstage.data.reasoning import worked_problems
 from fourstage.data.records import Chats, Conversation, Problem, Split, content_digest, prompt_text
 from fourstage.data.split import is_heldout
-from fourstage.errors import UserError
 
 
 @cached("chat", "preference", "reasoning", "knowledge")
@@ -16,13 +15,7 @@ def load_chat(config: DataConfig) -> Chats:
         UserError: no path under data=files, a bad file, or a side of the split with nothing on it.
     """
     chat = config.chat
-    if chat.path is None and not config.embedded:
-        raise UserError("stages.sft needs data.chat.path=FILE (conversations to learn from)")
-    if chat.path is None and not config.knowledge.has_facts:
-        raise UserError(
-            "stages.sft needs data.chat.path=FILE (conversations to learn from), or facts to ask "
-            "about (data.knowledge.terms and functions)"
-        )
+    config.check_given("chat")
     chats = cleaned(
         config, "data.chat", split_chats(config), lambda c, keys: keys.in_messages(c.messages)
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fourstage.data.files import Paths, files_of
+from fourstage.data.hub import HubSplit, on_hub, splits
 from fourstage.errors import UserError
 from fourstage.settings import Bounded, at_least, between, share
 
@@ -15,11 +16,49 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(Bounded):
-    """What every source has: a user's files, each a path or a list of them."""
+    """What every source has: a user's files, each a path or a list of them; or a set on the hub,
+    hf:OWNER/NAME, which has the four settings from `revision` on."""
 
     path: Paths | None = None
     heldout_path: Paths | None = None
     columns: dict[str, str] | None = None  # {name in the schema: name in the user's files}
+    revision: str | None = None  # a commit
+    subset: str | list[str] | None = None
+    split: str | None = None
+    heldout_split: str | None = None
+    max_records: int | None = at_least(1, default=None)  # the first usable ones of each side
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if on_hub(self.heldout_path):
+            raise UserError("heldout_path: expected files; of a set on the hub, set heldout_split")
+        if on_hub(self.path):
+            if self.heldout_path is not None and self.heldout_split is not None:
+                raise UserError("heldout_split: heldout_path is given too: leave one of them out")
+            self.on_hub(heldout=False)
+            return
+        for name in ("revision", "subset", "split", "heldout_split"):
+            if getattr(self, name) is not None:
+                raise UserError(f"{name}: only for a set on the hub (path=hf:OWNER/NAME)")
+
+    def on_hub(self, heldout: bool) -> HubSplit | None:
+        """The split on the hub that this side of the source is; None if it isn't on the hub."""
+        if not on_hub(self.path):
+            return None
+        assert isinstance(self.path, str)
+        named = (self.revision, self.subset, self.split, self.heldout_split)
+        train, held = splits(self.path, *named)
+        return train if not heldout else held if self.heldout_path is None else None
+
+    @property
+    def has_heldout(self) -> bool:
+        """True if the held-out side is given, rather than split off."""
+        return self.heldout_path is not None or self.on_hub(heldout=True) is not None
+
+    @property
+    def local_paths(self) -> list[Paths]:
+        """The paths that aren't on the hub."""
+        return [p for p in (self.path, self.heldout_path) if p is not None and not on_hub(p)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +175,47 @@ class DataConfig(Bounded):
     preference: PreferenceConfig
     reasoning: ReasoningConfig
     knowledge: KnowledgeConfig = field(default_factory=KnowledgeConfig)
+    # folder of mirrors of sets on the hub, OWNER/NAME in it; they are the same sets
+    root: str | None = field(default=None, compare=False)
 
     @property
     def embedded(self) -> bool:
         """True if sources without a path come from installed packages."""
         return self.name == "embedded"
+
+    def check_given(self, source: str) -> None:
+        """Raise UserError if a stage's source is neither named nor built in."""
+        has_chats = self.chat.path or (self.embedded and self.knowledge.has_facts)
+        problems = "data.reasoning.path=FILE (a file in gsm8k's schema)"
+        needs = {
+            "corpus": (
+                self.corpus.path or self.embedded,
+                "stages.pretrain needs data.corpus.path=FILE (text to learn from)",
+            ),
+            "chat": (
+                has_chats,
+                "stages.sft needs data.chat.path=FILE (conversations to learn from)"
+                + ", or facts to ask about (data.knowledge.terms and functions)" * self.embedded,
+            ),
+            "preference": (
+                self.preference.path or self.has_hidden_rule,
+                "stages.reward and stages.ppo need data.preference.path=FILE "
+                "(prompts with a chosen and a rejected answer)",
+            ),
+            "reasoning": (self.reasoning.has_problems, f"stages.grpo needs {problems}"),
+        }
+        is_given, message = needs[source]
+        if not is_given:
+            raise UserError(message)
+        takes = (source == "corpus" and self.corpus.problems) or (
+            source == "chat" and self.chat.demonstrations
+        )
+        if takes and not self.reasoning.has_problems:
+            raise UserError(
+                "data.corpus.problems and data.chat.demonstrations take problems from the "
+                f"reasoning source: give {problems}, or "
+                "data.corpus.problems=0 data.chat.demonstrations=0"
+            )
 
     @property
     def title(self) -> str:
@@ -157,10 +232,10 @@ class DataConfig(Bounded):
         """Changes with the settings or files of the named sources."""
         chosen = [getattr(self, name) for name in names]
         sources = [source for source in chosen if isinstance(source, SourceConfig)]
-        named = [p for s in sources for p in (s.path, s.heldout_path) if p]
+        named = [path for source in sources for path in source.local_paths]
         stats = [Path(file).stat() for path in named for file in files_of(path)]
         files = [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats]
-        return self.name, self.heldout, repr(chosen), *files
+        return self.name, self.root, self.heldout, repr(chosen), *files
 
 
 def cached(*names: str) -> Callable[[Callable[[DataConfig], T]], Callable[[DataConfig], T]]:

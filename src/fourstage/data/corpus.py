@@ -14,23 +14,25 @@ from pathlib import Path
 import numpy as np
 
 from fourstage.data.config import DataConfig, cached
-from fourstage.data.files import PIECE, Paths, cut, files_of, is_text, iter_rows, text_pieces
+from fourstage.data.files import PIECE, cut, files_of, is_text, text_pieces
 from fourstage.data.heldout import check_sides, heldout_keys
+from fourstage.data.identity import held_out, is_fetched, made_from
 from fourstage.data.keys import HeldOutKeys
 from fourstage.data.knowledge import statements
 from fourstage.data.reasoning import worked_problems
 from fourstage.data.records import Problem, content_digest
+from fourstage.data.reference import language_reference
 from fourstage.data.schemas import document_from
 from fourstage.data.split import is_heldout, short_hash
-from fourstage.data.userfiles import usable
+from fourstage.data.userfiles import rows_of, usable
 from fourstage.data.workers import mapped
-from fourstage.errors import UserError
 from fourstage.files import read_json, user_cache, write_json
 from fourstage.tokenizer import Tokenizer
 
 LONG = 2000  # characters: a file without blank lines is one paragraph
 CONTEXT = 20_000  # characters around a piece in which a held-out prompt may begin or end
 REMEMBER = 2**24  # bytes of files from which on their scan is kept for the next start
+MOST_OF_A_TOKEN = 8  # characters, in the mean over a text
 SCAN = 1  # version of what a scan finds
 
 
@@ -78,14 +80,7 @@ class Documents:
 
     def __iter__(self) -> Iterator[str]:
         """Whole documents, for corpora that fit into memory."""
-        parts: list[str] = []
-        for begins, text in self.texts():
-            if begins and parts:
-                yield "".join(parts)
-                parts = []
-            parts.append(text)
-        if parts:
-            yield "".join(parts)
+        return whole_documents(Piece(text, begins) for begins, text in self.texts())
 
     def texts(self) -> Iterator[tuple[bool, str]]:
         """The documents in pieces: whether one begins, and text without held-out prompts."""
@@ -127,8 +122,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     Raises:
         UserError: no path under data=files, a bad file, or a text too short to be split.
     """
-    if config.corpus.path is None and not config.embedded:
-        raise UserError("stages.pretrain needs data.corpus.path=FILE (text to learn from)")
+    config.check_given("corpus")
     scan = remembered_scan(config)
     train, heldout = (Documents(config, side, scan) for side in ("train", "heldout"))
     most = config.corpus.max_tokens
@@ -140,15 +134,18 @@ def load_corpus(config: DataConfig) -> Corpus:
 
 
 def remembered_scan(config: DataConfig) -> Scan:
-    """The scan of a corpus; of large files that haven't changed since, as it was found before."""
-    paths = [p for p in (config.corpus.path, config.corpus.heldout_path) if p is not None]
-    files = [Path(file).resolve() for path in paths for file in files_of(path)]
-    if sum(file.stat().st_size for file in files) < REMEMBER:
+    """The scan of a corpus; of large files that haven't changed since, and of sets on the hub, as
+    it was found before."""
+    files = [Path(f).resolve() for path in config.corpus.local_paths for f in files_of(path)]
+    if is_fetched(config, "corpus"):
+        content = f"{made_from(config, 'corpus')} {held_out(config)}"
+    elif sum(file.stat().st_size for file in files) < REMEMBER:
         return scan_corpus(config)
-    keys = heldout_keys(config)
-    searched = [*sorted(keys.prompts), *sorted(keys.problems)]
-    added = [text for side in ("train", "heldout") for text in _added(config, side)]
-    content = content_digest(*searched, "", *statements(config), "", *added)
+    else:
+        keys = heldout_keys(config)
+        searched = [*sorted(keys.prompts), *sorted(keys.problems)]
+        added = [text for side in ("train", "heldout") for text in _added(config, side)]
+        content = content_digest(*searched, "", *statements(config), "", *added)
     key = repr((SCAN, config.fingerprint("corpus"), [str(file) for file in files], content))
     kept = user_cache() / "scans" / f"{short_hash(key, 32)}.json"
     try:
@@ -180,7 +177,7 @@ def scan_corpus(config: DataConfig) -> Scan:
             characters[side] += len(text)
             dropped += lost
         sources[side] = found.pop("documents", 0)
-        if side == "train" or config.corpus.heldout_path is not None:  # else the same rows again
+        if side == "train" or config.corpus.has_heldout:  # else the same rows again
             notes += found
         if side == "train":
             digest.update(b"\x1d")  # an empty text stands between the sides
@@ -191,7 +188,9 @@ def scan_corpus(config: DataConfig) -> Scan:
 
 
 def source_characters(config: DataConfig) -> int:
-    """Of all documents before they are split."""
+    """Of all documents before they are split; 0 if they needn't be."""
+    if config.corpus.has_heldout:
+        return 0
     return sum(len(piece.text) for piece in _whole(config, Counter()))
 
 
@@ -230,45 +229,66 @@ def _added(config: DataConfig, side: str) -> list[str]:
 
 
 def _source(config: DataConfig, side: str, total: int, notes: Counter[str]) -> Iterator[Piece]:
-    """One side of the user's files, or of the language reference."""
-    corpus = config.corpus
-    if side == "heldout" and corpus.heldout_path is not None:
-        yield from between(_read(config, corpus.heldout_path, notes), 0, corpus.max_heldout)
-        return
-    if corpus.heldout_path is not None:
-        yield from _read(config, corpus.path, notes)
+    """One side of the user's files, of a set on the hub, or of the language reference."""
+    corpus, is_train = config.corpus, side == "train"
+    if corpus.has_heldout:
+        whole = _whole(config, notes, heldout=not is_train)
+        yield from whole if is_train else between(whole, 0, corpus.max_heldout)
         return
     share = corpus.heldout
     if corpus.max_heldout is not None:
         share = min(share, corpus.max_heldout / max(1, total))
-    if corpus.path is not None and not is_text(corpus.path):
-        for document in _records(config, corpus.path, notes):
-            if is_heldout(document, share) == (side == "heldout"):
-                yield from _cut(document)
+    if _is_text(config):
+        left = int(total * (1 - share))
+        yield from between(_whole(config, notes), *((0, left) if is_train else (left, None)))
         return
-    left = int(total * (1 - share))
-    yield from between(_whole(config, notes), *((0, left) if side == "train" else (left, None)))
-
-
-def _whole(config: DataConfig, notes: Counter[str]) -> Iterator[Piece]:
-    """The user's files but those of the held-out side, or the language reference."""
-    if config.corpus.path is not None:
-        return _read(config, config.corpus.path, notes)
-    return (Piece(text, True) for text in language_reference(config.corpus.reference))
-
-
-def _read(config: DataConfig, path: Paths, notes: Counter[str]) -> Iterator[Piece]:
-    """The pieces of text files, each of which is a document, or of records."""
-    if is_text(path):
-        for file in files_of(path):
-            yield from _cut(text_pieces(file))
-    else:
-        for document in _records(config, path, notes):
+    for document in whole_documents(_whole(config, notes)):
+        if is_heldout(document, share) != is_train:
             yield from _cut(document)
 
 
-def _records(config: DataConfig, path: Paths, notes: Counter[str]) -> Iterator[str]:
-    return usable(iter_rows(path, config.corpus.columns), document_from, notes)
+def _whole(config: DataConfig, notes: Counter[str], heldout: bool = False) -> Iterator[Piece]:
+    """The source before it is split, or its given held-out side. Only as much is read as
+    max_tokens can need."""
+    corpus = config.corpus
+    most = None
+    if corpus.max_tokens is not None and not heldout:
+        most = MOST_OF_A_TOKEN * corpus.max_tokens + (corpus.max_heldout or 0)
+    return between(_read(config, notes, heldout), 0, most)
+
+
+def _is_text(config: DataConfig, heldout: bool = False) -> bool:
+    """Whether the source is text without records."""
+    corpus = config.corpus
+    path = corpus.heldout_path if heldout else corpus.path
+    return path is None or (corpus.on_hub(heldout) is None and is_text(path))
+
+
+def _read(config: DataConfig, notes: Counter[str], heldout: bool) -> Iterator[Piece]:
+    """The pieces of text files, each of which is a document, of records, or of the reference."""
+    corpus = config.corpus
+    path = corpus.heldout_path if heldout else corpus.path
+    if not _is_text(config, heldout):
+        rows = rows_of(config, "corpus", heldout)
+        for document in usable(rows, document_from, notes, corpus.max_records):
+            yield from _cut(document)
+    elif path is None:
+        yield from (Piece(text, True) for text in language_reference(corpus.reference))
+    else:
+        for file in files_of(path):
+            yield from _cut(text_pieces(file))
+
+
+def whole_documents(pieces: Iterable[Piece]) -> Iterator[str]:
+    """The documents that the pieces are of."""
+    parts: list[str] = []
+    for piece in pieces:
+        if piece.begins and parts:
+            yield "".join(parts)
+            parts = []
+        parts.append(piece.text)
+    if parts:
+        yield "".join(parts)
 
 
 def _cut(document: str | Iterable[str]) -> Iterator[Piece]:
@@ -315,14 +335,6 @@ def with_context(pieces: Iterable[Piece]) -> Iterator[Piece]:
         last = piece
     if last is not None:
         yield last
-
-
-def language_reference(share: float = 1.0) -> list[str]:
-    """A share of the topics of the Python language reference that every interpreter carries (PSF
-    licence)."""
-    from pydoc_data.topics import topics
-
-    return [topics[name].strip() for name in sorted(topics) if is_heldout(name, share)]
 
 
 def render(problem: Problem) -> str:

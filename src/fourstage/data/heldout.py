@@ -36,7 +36,7 @@ def split_chats(config: DataConfig) -> Chats:
                 raise Unusable(row, "too_long", f"longer than {limits} allows")
             return conversation
 
-        return split_file(chat, build, config.heldout, split_problems(config).heldout)
+        return split_file(config, "chat", build, split_problems(config).heldout)
     return split_questions(config) if config.embedded else Split([], [])
 
 
@@ -55,8 +55,7 @@ def split_pairs(config: DataConfig) -> Pairs:
     """
     if config.preference.path is None:
         return Split([], [])
-    problems = split_problems(config).heldout
-    return split_file(config.preference, pair_from, config.heldout, problems)
+    return split_file(config, "preference", pair_from, split_problems(config).heldout)
 
 
 @cached("chat", "preference", "reasoning", "knowledge")

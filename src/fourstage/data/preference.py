@@ -16,7 +16,6 @@ from fourstage.data.records import (
     prompt_text,
     prompts_only,
 )
-from fourstage.errors import UserError
 
 
 @cached("chat", "preference", "reasoning", "knowledge")
@@ -27,13 +26,9 @@ def load_preference(config: DataConfig) -> Pairs | None:
     Raises:
         UserError: no path under data=files, a bad file, or a side of the split with nothing on it.
     """
-    if config.preference.path is None:
-        if config.has_hidden_rule:
-            return None
-        raise UserError(
-            "stages.reward and stages.ppo need data.preference.path=FILE "
-            "(prompts with a chosen and a rejected answer)"
-        )
+    config.check_given("preference")
+    if config.has_hidden_rule:
+        return None
     split = split_pairs(config)
     train, heldout = (
         [p for p in side if p.chosen != p.rejected] for side in (split.train, split.heldout)

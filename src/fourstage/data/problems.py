@@ -37,7 +37,7 @@ def split_problems(config: DataConfig) -> Problems:
     bad file, an unknown task or a bad argument of one.
     """
     if config.reasoning.path is not None:
-        return split_file(config.reasoning, problem_from, config.heldout, ())
+        return split_file(config, "reasoning", problem_from, ())
     return _from_gym(config.reasoning, config.heldout) if config.reasoning.chosen else Split([], [])
 
 

@@ -8,14 +8,12 @@ from fourstage.data.heldout import cleaned
 from fourstage.data.keys import HeldOutKeys
 from fourstage.data.problems import split_problems
 from fourstage.data.records import Problem, Problems, content_digest
-from fourstage.errors import UserError
 
 
 @cached("chat", "preference", "reasoning", "knowledge")
 def load_reasoning(config: DataConfig) -> Problems:
     """Train and held-out problems. Raises UserError without any, for a bad file or bad tasks."""
-    if not config.reasoning.has_problems:
-        raise UserError("stages.grpo needs data.reasoning.path=FILE (a file in gsm8k's schema)")
+    config.check_given("reasoning")
     problems = cleaned(config, "data.reasoning", split_problems(config), _gives_away)
     contents = (*map(_content, problems.train), "", *map(_content, problems.heldout))
     return replace(problems, digest=content_digest(*contents))
@@ -28,12 +26,6 @@ def worked_problems(
     they are `share` of all. Raises as load_reasoning."""
     if count == 0:
         return [], []
-    if not config.reasoning.has_problems:
-        raise UserError(
-            "data.corpus.problems and data.chat.demonstrations take problems from the reasoning "
-            "source: give data.reasoning.path=FILE (a file in gsm8k's schema), or "
-            "data.corpus.problems=0 data.chat.demonstrations=0"
-        )
     problems = load_reasoning(config)
     train = list(islice((p for p in problems.train if p.worked), count))
     heldout = [p for p in problems.heldout if p.worked]

@@ -7,6 +7,7 @@ from typing import Any
 from fourstage.data.chat import load_chat
 from fourstage.data.config import DataConfig
 from fourstage.data.corpus import load_corpus
+from fourstage.data.identity import held_out, is_fetched, made_from
 from fourstage.data.knowledge import known_answers
 from fourstage.data.preference import load_preference, load_prompts
 from fourstage.data.reasoning import load_reasoning
@@ -33,13 +34,28 @@ LOAD: dict[str, Callable[[DataConfig], Split[Any] | None]] = {
 def digest(config: DataConfig, stage: str) -> str:
     """12 hexadecimal digits of the content of the one source that a stage reads.
 
-    That is only the prompts if preferences are sampled, or only prompts are needed.
+    That is only the prompts if preferences are sampled, or only prompts are needed. Where a set on
+    the hub is used, they are of what the source is made from, and nothing is fetched.
 
     Raises:
         UserError: the source is missing or its file is bad.
     """
+    if waits(config, stage):
+        return made_from(config, LADDER[stage].source)
     source = None if LADDER[stage].from_prompts else _read(config, stage)
     return (load_prompts(config) if source is None else source).digest
+
+
+def waits(config: DataConfig, stage: str) -> bool:
+    """Whether a stage's data is only read when the stage is prepared, as it is on the hub."""
+    return is_fetched(config, LADDER[stage].source)
+
+
+def taken_out(config: DataConfig, stage: str) -> dict[str, str]:
+    """{"heldout": digits of what is taken out of a stage's data} where the data's digest doesn't
+    show it, for the record."""
+    held = held_out(config) if waits(config, stage) else None
+    return {"heldout": held} if held else {}
 
 
 def other_source(config: DataConfig, record: Mapping[str, Any]) -> str | None:
@@ -53,8 +69,12 @@ def other_source(config: DataConfig, record: Mapping[str, Any]) -> str | None:
         now = digest(config, stage)
     except UserError:
         return f"there is no {name} that it could have trained on"
-    before = record.get("data", {}).get("digest", now)  # missing in older records
-    return None if now == before else f"its {name} is another than it was trained on"
+    before = record.get("data", {})
+    if now != before.get("digest", now):  # missing in older records
+        return f"its {name} is another than it was trained on"
+    if taken_out(config, stage).get("heldout") != before.get("heldout"):
+        return f"other held-out prompts were taken out of its {name}"
+    return None
 
 
 def left_out(config: DataConfig, stage: str) -> dict[str, int]:

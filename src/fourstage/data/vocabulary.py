@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from fourstage.data.config import DataConfig
 from fourstage.data.corpus import load_corpus
+from fourstage.data.identity import is_fetched
 from fourstage.data.records import content_digest
 from fourstage.settings import hashed
 from fourstage.tokenizer import TOKENIZERS, Tokenizer, TokenizerConfig
@@ -40,6 +41,11 @@ def tokenizer_of(config: TokenizerConfig, data: DataConfig, outputs: Path) -> To
             _train(texts, config.vocab_size, folder)
         return loaded(folder)
     return TOKENIZERS[config.name]()
+
+
+def waits(config: TokenizerConfig, data: DataConfig) -> bool:
+    """Whether the tokenizer can't be made without a set on the hub."""
+    return config.name == "bpe" and is_fetched(data, "corpus")
 
 
 def identity_of(config: TokenizerConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from fourstage import data
 from fourstage.data.vocabulary import identity_of as tokenizer_identity
-from fourstage.data.vocabulary import loaded, tokenizer_of
+from fourstage.data.vocabulary import loaded, tokenizer_of, waits
 from fourstage.errors import UserError
 from fourstage.files import read_json
 from fourstage.job import EvaluationConfig, LoggerConfig, TrainerConfig
@@ -108,22 +108,36 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
     if plan.runs[-1].status == "found":
         for run in plan.runs:
             run.status = "found" if run.status == "found" else "not needed"
-    plan.vocab_size = tokenizer_for(plan, plan.runs[-1]).vocab_size
+    plan.vocab_size = vocab_size(plan, plan.runs[-1])
     for run in plan.runs:
         if run.to_do:
-            tokenizer = tokenizer_for(plan, run)
-            check_memory(command, run, tokenizer.vocab_size)
-            room = command.model.max_seq_len
-            run.warnings += check_records(command.data, run.stage, run.settings, tokenizer, room)
+            check_memory(command, run, vocab_size(plan, run))
+            tokenizer, room = tokenizer_for(plan, run), command.model.max_seq_len
+            if tokenizer is not None and not data.waits(command.data, run.stage):
+                run.warnings += check_records(
+                    command.data, run.stage, run.settings, tokenizer, room
+                )
             run.estimate = estimate(command, plan.store, run)
     return plan
 
 
-def tokenizer_for(plan: Plan, run: PlannedRun) -> Tokenizer:
-    """A run's tokenizer: its own if it is finished, its parent's if that is, else the command's."""
+def vocab_size(plan: Plan, run: PlannedRun) -> int:
+    """Of a run's tokenizer; at most, if it isn't trained yet."""
+    tokenizer = tokenizer_for(plan, run)
+    if tokenizer is not None:
+        return tokenizer.vocab_size
+    assert plan.command.tokenizer.vocab_size is not None
+    return plan.command.tokenizer.vocab_size
+
+
+def tokenizer_for(plan: Plan, run: PlannedRun) -> Tokenizer | None:
+    """A run's tokenizer: its own if it is finished, its parent's if that is, else the command's;
+    None if that is trained on a set on the hub."""
     for folder in (run.folder, *run.parent_folders.values()):
         if find_status(folder)[0] == "found" and (folder / "tokenizer.json").is_file():
             return loaded(folder)
+    if waits(plan.command.tokenizer, plan.command.data):
+        return None
     return tokenizer_of(plan.command.tokenizer, plan.command.data, plan.store.outputs)
 
 
@@ -211,7 +225,8 @@ def plan_run(plan: Plan, stage: str) -> PlannedRun:
             parents[role], group = record["id"], record["group"]
         groups.append(group)
     planned_ids = [run.id for run in plan.runs]
-    foreign = [folders[role] for role, run_id in parents.items() if run_id not in planned_ids]
+    named = [folders[role] for role, run_id in parents.items() if run_id not in planned_ids]
+    foreign = [run for own in named for run in (*store.ancestors(own).values(), own)]
     digest = data.digest(command.data, stage)
     identity = identity_of(command, stage, parents, digest)
     run_id = letters(identity)
@@ -226,11 +241,16 @@ def plan_run(plan: Plan, stage: str) -> PlannedRun:
         parents=parents,
         parent_folders=folders,
         group=[*groups, run_id][0],
-        data={"name": command.data.name, "source": LADDER[stage].source, "digest": digest},
+        data={
+            "name": command.data.name,
+            "source": LADDER[stage].source,
+            "digest": digest,
+            **data.taken_out(command.data, stage),
+        },
         status=status,
         record=record,
         hint=other_budget(store, identity) if status == "train" else "",
-        warnings=[] if status == "found" else foreign_data(plan, foreign),
+        warnings=foreign_data(plan, [folder] if status == "found" else foreign),
     )
 
 
@@ -273,11 +293,10 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
 
 
 def foreign_data(plan: Plan, folders: list[Path]) -> list[str]:
-    """Warnings about those of these runs and their ancestors that trained on other data."""
+    """Warnings about those of these runs that trained on other data."""
     return [
         f"{run.name} may have trained on what is held out now: with these data settings {why}"
-        for folder in folders
-        for run in (*plan.store.ancestors(folder).values(), folder)
+        for run in folders
         if (why := data.other_source(plan.command.data, read_record(run))) is not None
     ]
 

@@ -28,7 +28,7 @@ from fourstage.parallel import strategies
 from fourstage.rl.rollout import fitted_prompt
 from fourstage.sampling.generate import Sampling, generate
 from fourstage.stages.base import steps_done
-from fourstage.stages.prepare import Prepared, rank, say, world_size
+from fourstage.stages.prepare import Prepared, check_fetched, rank, say, world_size
 from fourstage.tracking.callbacks import (
     PlanProgress,
     RouterHealth,
@@ -55,6 +55,7 @@ def train_stage(job: StageJob) -> dict[str, Any]:
         with held_back():
             gc.collect()  # networks of an earlier stage, which are in reference cycles
         quieten()
+        check_fetched(job)
         prepared = LADDER[job.stage].code.prepare(job)
         for transformer in prepared.module.transformers():
             transformer.checkpoint_activations = job.trainer.checkpoint_activations

@@ -10,6 +10,7 @@ from fourstage import data
 from fourstage.batch import PairBatch, TokenBatch
 from fourstage.data.datamodule import LoaderPair, prompt_data
 from fourstage.data.fits import lost_on_reading
+from fourstage.data.vocabulary import tokenizer_of, waits
 from fourstage.errors import UserError
 from fourstage.job import StageJob
 from fourstage.ladder import LADDER
@@ -48,6 +49,21 @@ def check_records(
     return lost + LADDER[stage].code.check_data(config, settings, tokenizer, max_seq_len)
 
 
+def check_fetched(job: StageJob) -> None:
+    """`check_records` for data that the plan couldn't read, as it is on the hub."""
+    if data.waits(job.data, job.stage) or waits(job.tokenizer, job.data):
+        tokenizer, room = tokenizer_of_run(job), job.model.max_seq_len
+        for line in check_records(job.data, job.stage, job.settings, tokenizer, room):
+            say(f"warning: {line}")
+
+
+def tokenizer_of_run(job: StageJob) -> Tokenizer:
+    """The parent's, or what the config says."""
+    if "policy" in job.parents:
+        return Tokenizer.load(job.parents["policy"])
+    return tokenizer_of(job.tokenizer, job.data, job.outputs)
+
+
 def loader_options(job: StageJob) -> dict[str, Any]:
     """Each rank makes its own rows of the global batch."""
     world = world_size(job)
@@ -83,7 +99,8 @@ def device_of(job: StageJob) -> torch.device:
 
 def as_planned(job: StageJob, source: Source) -> Source:
     """The run's data; UserError if it is not what the plan read, on which the run's id depends."""
-    if source.digest != job.digest:
+    waits = data.waits(job.data, job.stage)
+    if (data.digest(job.data, job.stage) if waits else source.digest) != job.digest:
         raise UserError(
             f"data.{LADDER[job.stage].source} has changed since the plan was made: run the "
             "same command again to make a new plan"

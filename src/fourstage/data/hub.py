@@ -1,0 +1,379 @@
+"""Sets on the Hugging Face hub: which are known, and the rows of one split.
+
+A set is pinned by its commit, so name, commit and split identify its rows without a download. Files
+are fetched one by one, when their rows are read, into the hub client's cache (HF_HOME), where a
+second run finds them without a request. A mirror (data.root) is read in place.
+"""
+
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from errno import ENOSPC
+from pathlib import Path
+
+from fourstage.data.files import Paths, Row, iter_rows
+from fourstage.errors import UserError
+
+PREFIX = "hf:"
+NAMED = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@(.*))?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+CARDS = ["README.md", ".huggingface.yaml", "dataset_infos.json"]  # name the subsets' files
+EVERYWHERE = ".gitattributes"  # a small file of every set
+TITLE = re.compile(r" = (?!= ).+(?<! =) = \n?")  # of an article, not of a section
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """One split of a set at one commit: what identifies its rows."""
+
+    repo: str
+    revision: str
+    subsets: tuple[str, ...]  # none: the set's only one, or its default
+    split: str
+
+    @property
+    def name(self) -> str:
+        return f"{PREFIX}{self.repo}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A well-known set. docs/data.md has its licence and size, and where its commit was found.
+
+    columns: {name in our schema: name in the set}, of all fields that are read.
+    """
+
+    revision: str
+    columns: Mapping[str, str]
+    subsets: tuple[str, ...] = ()
+    split: str = "train"
+    heldout_split: str | None = None
+    adapt: Callable[[Iterable[Row]], Iterator[Row]] | None = None
+
+
+def articles(rows: Iterable[Row]) -> Iterator[Row]:
+    """wikitext's lines as articles, each with its title."""
+    article: list[str] = []
+    first: Row | None = None
+    for row in rows:
+        line = row.get("text") or ""
+        if first is None or TITLE.fullmatch(line):
+            if first is not None:
+                yield Row({"text": "".join(article)}, first.where)
+            article, first = [], row
+        article.append(line if line.endswith("\n") else f"{line}\n")
+    if first is not None:
+        yield Row({"text": "".join(article)}, first.where)
+
+
+TEXT, MESSAGES = {"text": "text"}, {"messages": "messages"}
+KNOWN = {
+    "roneneldan/TinyStories": Known(
+        revision="f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
+        columns=TEXT,
+        heldout_split="validation",
+    ),
+    "Salesforce/wikitext": Known(
+        revision="b08601e04326c79dfdd32d625aee71d232d685c3",
+        columns=TEXT,
+        subsets=("wikitext-103-raw-v1",),
+        heldout_split="validation",
+        adapt=articles,
+    ),
+    "HuggingFaceFW/fineweb-edu": Known(
+        revision="87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
+        columns=TEXT,
+        subsets=("sample-10BT",),
+    ),
+    "tatsu-lab/alpaca": Known(
+        revision="dce01c9b08f87459cf36a430d809084718273017",
+        columns={name: name for name in ("instruction", "input", "output")},
+    ),
+    "HuggingFaceTB/smoltalk": Known(
+        revision="5feaf2fd3ffca7c237fc38d1861bc30365d48ffa",
+        columns=MESSAGES,
+        subsets=("all",),
+        heldout_split="test",
+    ),
+    "HuggingFaceH4/ultrachat_200k": Known(
+        revision="8049631c405ae6576f93f445c6b8166f76f5505a",
+        columns=MESSAGES,
+        split="train_sft",
+        heldout_split="test_sft",
+    ),
+    "Anthropic/hh-rlhf": Known(
+        revision="09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa",
+        columns={"chosen": "chosen", "rejected": "rejected"},
+        heldout_split="test",
+    ),
+    "HuggingFaceH4/ultrafeedback_binarized": Known(
+        revision="3949bf5f8c17c394422ccfab0c31ea9c20bdeb85",
+        columns={name: name for name in ("prompt", "chosen", "rejected")},
+        split="train_prefs",
+        heldout_split="test_prefs",
+    ),
+    "openai/gsm8k": Known(
+        revision="740312add88f781978c0658806c59bc2815b9866",
+        columns={"question": "question", "answer": "answer"},
+        subsets=("main",),
+        heldout_split="test",
+    ),
+    "EleutherAI/hendrycks_math": Known(
+        revision="21a5633873b6a120296cce3e2df9d5550074f4a3",
+        columns={"question": "problem", "answer": "solution"},
+        subsets=(
+            "algebra",
+            "counting_and_probability",
+            "geometry",
+            "intermediate_algebra",
+            "number_theory",
+            "prealgebra",
+            "precalculus",
+        ),
+        heldout_split="test",
+    ),
+}
+
+
+def on_hub(path: Paths | None) -> bool:
+    """Whether a path names a set on the hub. Raises UserError for one in a list of files."""
+    if isinstance(path, list) and any(str(one).startswith(PREFIX) for one in path):
+        raise UserError("path: name one set on the hub alone, not in a list of files")
+    return isinstance(path, str) and path.startswith(PREFIX)
+
+
+def splits(
+    path: str, revision: str | None, subset: Paths | None, train: str | None, held: str | None
+) -> tuple[HubSplit, HubSplit | None]:
+    """The train and the held-out split that a source's settings name; None is what is known of the
+    set, or its "train", and no held-out split. Raises UserError, without a request."""
+    found = NAMED.fullmatch(path)
+    if found is None:
+        raise UserError(f"path: expected hf:OWNER/NAME or hf:OWNER/NAME@COMMIT, got {path!r}")
+    repo, short = found.groups()
+    if short is not None and revision is not None:
+        raise UserError(f"revision: {path} names one already: leave one of them out")
+    known = KNOWN.get(repo)
+    commit = short or revision or (known.revision if known else None)
+    if commit is None or not COMMIT.fullmatch(commit):
+        wrong = "no commit is pinned, and the set may change"
+        if commit is not None:
+            wrong = f"expected a commit, 40 hexadecimal digits, got {commit!r}"
+        raise UserError(f"revision: {PREFIX}{repo}: {wrong}: {_how_to_find(repo)}")
+    subsets = (subset,) if isinstance(subset, str) else tuple(subset or ())
+    if known:
+        subsets, train = subsets or known.subsets, train or known.split
+        held = held or known.heldout_split
+    train = train or "train"
+    if train == held:
+        raise UserError(f"split: {train!r} is the held-out split too: set heldout_split=OTHER")
+    return tuple(  # type: ignore[return-value]
+        HubSplit(repo, commit, subsets, name) if name else None for name in (train, held)
+    )
+
+
+def _how_to_find(repo: str) -> str:
+    return (
+        f"take one from `git ls-remote https://huggingface.co/datasets/{repo} main` and write "
+        f"{PREFIX}{repo}@COMMIT"
+    )
+
+
+def hub_rows(
+    wanted: HubSplit, columns: Mapping[str, str] | None, root: str | None
+) -> Iterator[Row]:
+    """The rows of a split in our schema, fetched as far as they are read.
+
+    columns: {name in our schema: name in the set}; None is what is known of the set. root: the
+    folder of mirrors, data.root. Raises UserError, one line that says what to do, for whatever
+    keeps the rows away.
+    """
+    _bars_in_a_terminal_only()
+    mirror = None if root is None else _mirror(root, wanted)
+    known = None if columns else KNOWN.get(wanted.repo)
+    files = _files(wanted, mirror)
+
+    def rows() -> Iterator[Row]:
+        for name in files:
+            path = _fetched(wanted, name) if mirror is None else _mirrored(wanted, name, mirror)
+            label = f"{wanted.name} {name}"
+            try:
+                for row in iter_rows(str(path), known.columns if known else columns):
+                    kept = known.columns if known else row.values
+                    values = {field: row.values[field] for field in kept}
+                    yield Row(values, row.where.replace(str(path), label))
+            except UserError as error:
+                raise UserError(str(error).replace(str(path), label)) from None
+
+    return known.adapt(rows()) if known and known.adapt else rows()
+
+
+def _bars_in_a_terminal_only() -> None:
+    from datasets.utils.logging import disable_progress_bar
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+        disable_progress_bars()
+
+
+def _files(wanted: HubSplit, mirror: Path | None) -> list[str]:
+    """The names of a split's files, in order, as `datasets` finds them: by the set's card, or else
+    by the files' own names. It looks at a folder of empty files, which needs no download."""
+    names, cards = _listing(wanted, mirror)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            (path := Path(folder, name)).parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        for name, card in cards.items():
+            shutil.copyfile(card, Path(folder, name))
+        subsets = wanted.subsets or (None,)
+        return [file for subset in subsets for file in _named(wanted, subset, folder)]
+
+
+def _named(wanted: HubSplit, subset: str | None, folder: str) -> list[str]:
+    import datasets
+
+    try:
+        subsets = datasets.get_dataset_config_names(folder)
+        alone = subsets[0] if len(subsets) == 1 else "default"
+        named = alone if subset is None else subset
+        found: Mapping[str, list[str]] | None = None
+        if named in subsets:
+            cache = f"{folder}/.cache"
+            builder = datasets.load_dataset_builder(folder, name=named, cache_dir=cache)
+            found = {str(split): files for split, files in builder.config.data_files.items()}
+    except (ValueError, FileNotFoundError) as error:
+        reason = _first(error).replace(folder, "it")
+        raise UserError(
+            f"{wanted.name}: `datasets` can't tell its data files ({reason}): use another set, or "
+            "download its files and name them under data=files"
+        ) from None
+    if found is None:
+        lacks = "it has several subsets" if subset is None else f"no subset {subset!r}"
+        raise UserError(f"{wanted.name}: {lacks}: give subset=NAME, one of {', '.join(subsets)}")
+    if wanted.split not in found:
+        raise UserError(
+            f"{wanted.name}: no split {wanted.split!r}: give split=NAME (held out: "
+            f"heldout_split=NAME), one of {', '.join(found)}"
+        )
+    base = Path(folder).resolve()
+    return [Path(file).resolve().relative_to(base).as_posix() for file in found[wanted.split]]
+
+
+def _listing(wanted: HubSplit, mirror: Path | None) -> tuple[list[str], dict[str, Path]]:
+    """The names of all files at the commit, and where the cards among them are."""
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    which = {"repo_id": wanted.repo, "repo_type": "dataset", "revision": wanted.revision}
+    if mirror is not None:
+        files = (path for path in mirror.rglob("*") if path.is_file())
+        there = [path.relative_to(mirror).as_posix() for path in files]
+        try:  # a part may have been downloaded
+            names = [file.path for file in get_cached_repo_tree(**which, local_dir=mirror)]
+        except CachedRepoTreeNotFoundError:
+            names = [name for name in there if not name.startswith(".cache/")]
+        return names, {name: mirror / name for name in CARDS if name in there}
+    with _explained(wanted):
+        try:
+            files = get_cached_repo_tree(**which)
+        except CachedRepoTreeNotFoundError:
+            snapshot_download(**which, allow_patterns=EVERYWHERE)  # keeps the listing
+            files = get_cached_repo_tree(**which)
+        names = [file.path for file in files]
+        return names, {name: _fetched(wanted, name) for name in CARDS if name in names}
+
+
+def _fetched(wanted: HubSplit, name: str) -> Path:
+    """A file in the cache of the hub client, downloaded if it isn't there."""
+    from huggingface_hub import hf_hub_download
+
+    with _explained(wanted):
+        what = {"repo_id": wanted.repo, "filename": name, "repo_type": "dataset"}
+        plan = hf_hub_download(**what, revision=wanted.revision, dry_run=True)
+        if not plan.is_cached:
+            _check_room(wanted, name, plan.file_size or 0)
+        return Path(hf_hub_download(**what, revision=wanted.revision))
+
+
+def _check_room(wanted: HubSplit, name: str, size: int) -> None:
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    if size > (free := shutil.disk_usage(there).free):
+        raise UserError(
+            f"{wanted.name}: {name} has {size / 1e9:,.1f} GB, and {there} has {free / 1e9:,.1f} GB "
+            "free: make room, or set HF_HOME to a folder on another disk"
+        )
+
+
+def _mirror(root: str, wanted: HubSplit) -> Path:
+    folder = Path(root).expanduser() / wanted.repo
+    if not folder.is_dir():
+        raise UserError(f"data.root: {folder} is not there: {_how_to_mirror(wanted, str(folder))}")
+    return folder
+
+
+def _mirrored(wanted: HubSplit, name: str, mirror: Path) -> Path:
+    """A file of a mirror. Raises UserError if it is missing, or known to be of another commit."""
+    path = mirror / name
+    if not path.is_file():
+        raise UserError(f"data.root: {path} is not there: {_how_to_mirror(wanted, str(mirror))}")
+    note = mirror / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+    if note.is_file() and (commit := note.read_text().split("\n")[0]) != wanted.revision:
+        raise UserError(
+            f"data.root: {path} is of commit {commit}, not {wanted.revision}: "
+            f"{_how_to_mirror(wanted, str(mirror))}"
+        )
+    return path
+
+
+def _how_to_mirror(wanted: HubSplit, folder: str) -> str:
+    return (
+        f"hf download {wanted.repo} --repo-type dataset --revision {wanted.revision} "
+        f"--local-dir {folder}"
+    )
+
+
+@contextmanager
+def _explained(wanted: HubSplit) -> Iterator[None]:
+    """Makes one line of whatever goes wrong between here and the hub."""
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/datasets/{wanted.repo}"
+    mirror = _how_to_mirror(wanted, f"FOLDER/{wanted.repo}")
+    elsewhere = f"get it elsewhere with `{mirror}` and set data.root=FOLDER"
+    try:
+        yield
+    except errors.GatedRepoError:
+        said = f"it is gated: accept its terms at {page} and log in (hf auth login, or HF_TOKEN)"
+    except errors.RepositoryNotFoundError:
+        said = f"no such set at {page}: check the name; if it is private, log in (hf auth login)"
+    except errors.RevisionNotFoundError:
+        said = f"commit {wanted.revision} is gone: {_how_to_find(wanted.repo)}"
+    except errors.LocalEntryNotFoundError as error:
+        if constants.is_offline_mode():
+            said = f"not in the cache, and HF_HUB_OFFLINE is set: unset it, or {elsewhere}"
+        else:
+            why = _first(error.__cause__ or error)
+            said = f"{constants.ENDPOINT} can't be reached ({why}): try again, or {elsewhere}"
+    except (errors.HfHubHTTPError, errors.HTTPError) as error:
+        said = f"{constants.ENDPOINT} failed ({_first(error)}): try again, or {elsewhere}"
+    except OSError as error:
+        if error.errno == ENOSPC:
+            said = f"the disk of {constants.HF_HUB_CACHE} is full: make room, or set HF_HOME"
+        else:
+            said = f"the download failed ({_first(error)}): try again"
+    else:
+        return
+    raise UserError(f"{wanted.name}: {said}")
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
