@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +18,7 @@ from fourstage.data.hub import KNOWN, articles
 from fourstage.data.schemas import conversation_from, document_from, pair_from, problem_from
 from fourstage.data.verify import verify_all
 from fourstage.errors import UserError
-from tests.stand_in_hub import Hub, ask, card, parquet, said, serving
+from tests.stand_in_hub import ROOT, Hub, ask, card, environment, parquet, said, serving
 
 C, D = "c" * 40, "d" * 40
 STORY, OTHER = "One day, a cat sat.", "A dog ran to Tim."
@@ -584,3 +587,90 @@ def test_max_records_of_files(files, tmp_path) -> None:
         == 30
     )
     assert problems.notes["unusable_empty_text"] == 1
+
+
+# --- the whole ladder
+
+
+def small_public(n: int = 40) -> dict[str, dict[str, bytes]]:
+    """The sets of data=public with short records. The chats and the stories ask some of gsm8k's
+    test questions, which no stage may train on."""
+    files = known_sets()
+
+    def problem(i: int) -> dict[str, str]:
+        return {
+            "question": f"What is {i} more than {i}?",
+            "answer": f"{i}+{i}={2 * i}\n#### {2 * i}",
+        }
+
+    def pair(i: int) -> dict[str, Any]:
+        prompt = f"Say the number {i}"
+        return {
+            "prompt": prompt,
+            "chosen": said(prompt, f"It is {i}."),
+            "rejected": said(prompt, "No."),
+        }
+
+    stories = [{"text": f"{STORY} It had {i} toys and was glad. " * 3} for i in range(n)]
+    stories += [{"text": f"Mom said: {problem(i)['question']}"} for i in range(n, n + 5)]
+    chats = [{"messages": said(f"Say {i} please", f"It is {i}.")} for i in range(n)]
+    chats += [{"messages": said(problem(i)["question"], str(2 * i))} for i in range(n, n + 5)]
+    gsm8k, talk = files["openai/gsm8k"], files["HuggingFaceTB/smoltalk"]
+    feedback, tales = (
+        files["HuggingFaceH4/ultrafeedback_binarized"],
+        files["roneneldan/TinyStories"],
+    )
+    gsm8k[f"main/train-{SHARD}"] = parquet([problem(i) for i in range(n)])
+    gsm8k[f"main/test-{SHARD}"] = parquet([problem(i) for i in range(n, n + 10)])
+    talk[f"data/all/train-{SHARD}"] = parquet(chats)
+    talk[f"data/all/test-{SHARD}"] = parquet(
+        [{"messages": said("Say hello to Tim", "Hello, Tim.")}]
+    )
+    feedback[f"data/train_prefs-{SHARD}"] = parquet([pair(i) for i in range(n)])
+    feedback[f"data/test_prefs-{SHARD}"] = parquet([pair(i) for i in range(n, n + 10)])
+    tales["data/train-00000-of-00002-2d5a.parquet"] = parquet(stories[: n // 2])
+    tales["data/train-00001-of-00002-2d5a.parquet"] = parquet(stories[n // 2 :])
+    tales["data/validation-00000-of-00001-869c.parquet"] = parquet([{"text": f"{OTHER} " * 20}] * 3)
+    return files
+
+
+WORDS = ("stage=grpo", "data=public", "model=moe_nano", "debug=fast", "logger=none", "trainer=cpu")
+
+
+def train(hub: Hub, home: Path, *words: str, **changes: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "train.py"), *WORDS, *words]
+    environ = environment(hub, home, **changes)
+    return subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_whole_ladder(tmp_path) -> None:
+    """From stand-ins of the sets of data=public; what is held out is in no source; a second ladder
+    makes no request, and neither does a plan."""
+    hub = Hub()
+    for repo, files in small_public().items():
+        hub.add(repo, files)
+    with serving(hub):
+        out = f"outputs={tmp_path / 'outputs'}"
+        planned = train(hub, tmp_path / "home", out, "ancestors=require")
+        assert "ancestors=require: pretrain, sft, reward, ppo must be trained" in planned.stderr
+        assert hub.requests == []
+        done = train(hub, tmp_path / "home", out)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "%|" not in done.stderr
+        assert hub.requests
+        hub.requests.clear()
+        other = train(hub, tmp_path / "home", out, "seed=1")
+        assert other.returncode == 0, other.stderr[-2000:]
+        assert hub.requests == []
+    records = {
+        record["stage"]: record
+        for path in (tmp_path / "outputs" / "runs").glob("*/run.json")
+        if (record := json.loads(path.read_text()))["config"]["seed"] == 0
+    }
+    assert (
+        list(map(records.__contains__, ("pretrain", "sft", "reward", "ppo", "grpo"))) == [True] * 5
+    )
+    assert records["pretrain"]["cost"]["data_paragraphs_dropped_with_a_heldout_prompt"] == 5
+    assert records["sft"]["cost"]["data_dropped_from_train_as_heldout"] == 5
+    assert "heldout" in records["grpo"]["data"]
