@@ -278,3 +278,17 @@ def test_a_terminal_session_ends_cleanly(outputs: Path) -> None:
     chat.send_signal(signal.SIGINT)
     out, err = chat.communicate(timeout=120)
     assert chat.returncode == 0 and err == ""
+
+
+def test_bytes_of_a_character_are_shown_together() -> None:
+    """A token may hold a part of a character; what stays a part is shown at the end."""
+    bpe = Tokenizer.bpe(["ab"], 261)
+    for answer, cut in (("a你🙂b", 0), ("é🙂", 2)):
+        script = Script(answer)
+        token_ids = bpe.encode(answer)
+        token_ids = token_ids[: len(token_ids) - cut]
+        voice = replace(script.voice, tokenizer=bpe, speak=lambda *_, ids=token_ids: iter(ids))
+        chat = Chat(ChatSettings(), voice, script.open_voice)
+        said = [piece for piece in chat.answer("x") if piece]
+        assert said == (["a", "你", "🙂", "b"] if cut == 0 else ["é", "\ufffd"])
+        assert chat.messages[-1]["content"] == "".join(said) == bpe.decode(token_ids)

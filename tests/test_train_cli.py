@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 import train
@@ -22,6 +23,7 @@ from fourstage.ladder import LADDER
 from fourstage.lineage import runner
 from fourstage.lineage.plan import make_plan
 from tests.fakes import CONF, FakeTrain, composed, config, own_files
+from tests.hub_tokenizers import chatml
 
 REPO = CONF.parent
 
@@ -121,7 +123,7 @@ def test_what_hydra_refuses(call, capsys, argument, words) -> None:
         ("debug=null", "fast; or leave debug out"),
         ("data=5", "embedded, files; or leave data out"),
         ("+experiment=true", "no_preferences; or leave experiment out"),
-        ("tokenizer=", "char; or leave tokenizer out"),
+        ("tokenizer=", "bpe, char, hf; or leave tokenizer out"),
         ("stages@stages.grpo=null", "grpo, grpo_dapo, grpo_dr, grpo_gspo, ppo, "),
     ],
 )
@@ -302,6 +304,8 @@ def test_every_shipped_config_makes_a_plan(option, tmp_path, monkeypatch) -> Non
     base = ["stage=grpo", f"outputs={tmp_path}", *own_files(tmp_path / "files")]
     if option in ("data=embedded", "data=public"):
         base = [*base[:2], "debug=fast"]
+    if option == "tokenizer=hf":
+        base.append(f"tokenizer.path={chatml(tmp_path / 'hub')}")
     tree = config(*[o for o in base if o != option], option)
     if option == "data=files":
         return  # its paths are the user's: test_lineage
@@ -356,3 +360,56 @@ def test_a_reader_that_ends_is_not_taken_for_ctrl_c(tmp_path) -> None:
     done = subprocess.run(["bash", "-c", piped], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 1
     assert "the reader of this command's output has ended" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "/a b",
+        "rel/x",
+        "/a=b,c",
+        "/it's",
+        '/a "x"',
+        "/back\\slash\\",
+        '/a\\"b',
+        "/{a}[b](c)",
+        "/ü 你",
+    ],
+)
+def test_a_folder_as_a_tokenizer(folder) -> None:
+    group, path = train.name_folders([f"tokenizer=hf:{folder}", "seed=1"])[:2]
+    assert group == "tokenizer=hf"
+    parsed = OverridesParser.create().parse_override(path)
+    assert (parsed.key_or_group, parsed.value()) == ("tokenizer.path", folder)
+    if '"' not in folder:
+        assert train.name_folders([f'tokenizer="hf:{folder}"']) == [group, path]
+
+
+def test_folders_in_a_sweep() -> None:
+    assert train.name_folders(["-m", "tokenizer=hf:/x", "seed=0,1"])[1:3] == [
+        "tokenizer=hf",
+        'tokenizer.path="/x"',
+    ]
+    others = ["stage=sft", "tokenizer=bpe", "tokenizer.path=hf:x", "data.chat.path=hf:a/b"]
+    assert train.name_folders(others) == others
+    for words in (["-m", "tokenizer=char,hf:/x"], ["tokenizer=char,hf:/x"]):
+        with pytest.raises(SystemExit, match="a sweep can't hold hf:FOLDER: run each tokenizer"):
+            train.name_folders(words)
+    with pytest.raises(SystemExit, match="quote a folder with a comma: 'tokenizer=\"hf:/x,bpe\"'"):
+        train.name_folders(["--multirun", "tokenizer=hf:/x,bpe"])
+
+
+@pytest.mark.parametrize(("model", "size"), [("moe_tiny", 4096), ("moe_small", 32_768)])
+def test_the_vocabulary_follows_the_model(model, size) -> None:
+    expected = {"name": "bpe", "vocab_size": size}
+    assert config("tokenizer=bpe", f"model={model}")["tokenizer"] == expected
+
+
+def test_a_tokenizer_that_is_not_there_is_one_line(call, capsys) -> None:
+    for words, line in (
+        (["tokenizer=hf"], "tokenizer.path: missing: tokenizer=hf:FOLDER names a folder"),
+        (["tokenizer=hf", "tokenizer.path=/no"], "/no/tokenizer.json: no tokenizer there"),
+        (["tokenizer=bpe", "tokenizer.vocab_size=9"], "tokenizer.vocab_size: must be at least 261"),
+    ):
+        assert call(*words)[0] == 1
+        assert capsys.readouterr().err.startswith(line)

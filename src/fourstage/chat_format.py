@@ -24,7 +24,7 @@ PLACEHOLDER = re.compile("\ue000([a-z0-9]+)\ue001")  # private characters, which
 PLAIN_TEMPLATE = (  # of a tokenizer that has none
     "{{- bos_token -}}"
     "{%- for message in messages -%}"
-    "{{- {'user': 'User:\\n', 'assistant': 'Assistant:\\n'}[message['role']] -}}"
+    "{{- {'system': '', 'user': 'User:\\n', 'assistant': 'Assistant:\\n'}[message['role']] -}}"
     "{{- message['content'] -}}"
     "{{- eos_token if message['role'] == 'assistant' else '' -}}{{- '\\n' -}}"
     "{%- endfor -%}"

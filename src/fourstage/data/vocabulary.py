@@ -87,7 +87,7 @@ def _train(documents: Iterable[str], vocab_size: int, folder: Path) -> None:
 def first(documents: Iterable[str], most: int) -> Iterator[str]:
     """The first `most` characters of the documents."""
     for document in documents:
-        if most <= 0:
-            return
         yield document[:most]
         most -= len(document)
+        if most <= 0:
+            return
