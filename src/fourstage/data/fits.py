@@ -183,7 +183,7 @@ def check_unknown(where: str, texts: Iterable[str], tokenizer: Tokenizer) -> lis
         f"(most often {commonest}): the model sees them all as one <unk>"
     )
     if share > MOST_UNKNOWN:
-        raise UserError(f"{line}: transliterate the text, or choose other data")
+        raise UserError(f"{line}: take tokenizer=bpe, transliterate the text, or choose other data")
     return [line]
 
 
