@@ -1,0 +1,184 @@
+"""Which Hugging Face config.json is one of our models, and which ModelConfig that is.
+
+Three architectures map onto ours: Glm4Moe (sigmoid router with a selection bias), Qwen3 (dense,
+with QK-norm) and Llama (dense, without). A key that config.json leaves out has the default that
+transformers 5.23 gives it, written down in DEFAULTS.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fourstage.errors import UserError
+from fourstage.model import ModelConfig
+from fourstage.settings import build
+
+Values = Mapping[str, Any]
+
+LONGEST = 4096  # default max_seq_len at most: the loss of a large vocabulary is cut by it
+
+ARCHITECTURES = {
+    "Glm4MoeForCausalLM": "glm4_moe",
+    "Qwen3ForCausalLM": "qwen3",
+    "LlamaForCausalLM": "llama",
+}
+EVERY = {  # what the three have in common
+    "vocab_size": None,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "glm4_moe": {
+        **EVERY,
+        "num_hidden_layers": 46,
+        "num_attention_heads": 96,
+        "num_key_value_heads": 8,
+        "head_dim": None,  # hidden_size / num_attention_heads
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "moe_intermediate_size": 1408,
+        "n_routed_experts": 128,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "use_qk_norm": False,
+        "num_nextn_predict_layers": 1,
+    },
+    "qwen3": {
+        **EVERY,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "intermediate_size": 22016,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+        "layer_types": None,  # all of them full attention
+    },
+    "llama": {
+        **EVERY,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": None,  # as many as query heads
+        "head_dim": None,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "mlp_bias": False,
+    },
+}
+RENAMED = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
+# what a key must be; without it the network would compute something else
+NEEDED: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "first_k_dense_replace": 0,
+    "n_group": 1,
+    "topk_group": 1,
+    "use_sliding_window": False,
+    "quantization_config": None,
+}
+
+
+def kind_of(config: Values, where: str) -> str:
+    """The model type of a config.json. Raises UserError unless it is one of ARCHITECTURES."""
+    named = config.get("architectures")
+    names = named if isinstance(named, list) and named else [None]
+    kind = ARCHITECTURES.get(names[0]) if names[0] else config.get("model_type")
+    if kind not in DEFAULTS:
+        what = f"architectures: {names[0]!r}" if names[0] else f"model_type: {kind!r}"
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f"{where}: {what} does not map onto our model: needed is one of {known}")
+    return kind
+
+
+def filled(config: Values, where: str) -> dict[str, Any]:
+    """The keys of DEFAULTS with the config's values. Raises UserError for an unknown architecture,
+    a missing vocabulary or a rope that is scaled."""
+    kind = kind_of(config, where)
+    values = {RENAMED.get(key, key): value for key, value in config.items()}
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+    scaled = rope.get("rope_type", rope.get("type", "default"))
+    if scaled != "default":
+        _refuse(where, "rope_scaling", scaled, "null")
+    found = dict(DEFAULTS[kind])
+    for key, default in found.items():
+        given = rope.get(key, values.get(key))
+        found[key] = default if given is None else given
+    if found["vocab_size"] is None:
+        raise UserError(f"{where}: it has no vocab_size")
+    return found
+
+
+def model_config(config: Values, name: str, where: str, *, has_shared: bool = True) -> ModelConfig:
+    """The ModelConfig of a config.json; `where` names the file in messages.
+
+    has_shared: whether the shared experts' weights, if there are any, are more than zeros. Raises
+    UserError, which names the key, for what our network does not compute.
+    """
+    kind, v = kind_of(config, where), filled(config, where)
+    for key, needed in NEEDED.items():
+        if key in v and v[key] != needed:
+            _refuse(where, key, v[key], needed)
+    if set(v.get("layer_types") or ()) - {"full_attention"}:
+        _refuse(where, "layer_types", v["layer_types"], "full_attention in each layer")
+    try:
+        heads = v["num_attention_heads"]
+        values = {
+            **(_experts(v, where, has_shared) if kind == "glm4_moe" else _dense(v, kind)),
+            "name": name,
+            "d_model": v["hidden_size"],
+            "n_layers": v["num_hidden_layers"],
+            "n_heads": heads,
+            "n_kv_heads": v["num_key_value_heads"] or heads,
+            "head_dim": v["head_dim"] or v["hidden_size"] // heads,
+            "max_seq_len": min(v["max_position_embeddings"], LONGEST),
+            "rope_theta": v["rope_theta"],
+            "norm_eps": v["rms_norm_eps"],
+            "tie_embeddings": v["tie_word_embeddings"],
+            "init_std": v["initializer_range"],
+        }
+        return build(ModelConfig, values, where)
+    except (TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: broken ({error}): copy the checkpoint again") from None
+
+
+def _experts(v: Values, where: str, has_shared: bool) -> dict[str, Any]:
+    if v["n_routed_experts"] == 1:
+        _refuse(where, "n_routed_experts", 1, "2 or more")
+    normalised = v["num_experts_per_tok"] > 1  # our rule: the gate of a single expert stays raw
+    if v["norm_topk_prob"] is not normalised:
+        what = f"{json.dumps(normalised)} with num_experts_per_tok {v['num_experts_per_tok']}"
+        _refuse(where, "norm_topk_prob", v["norm_topk_prob"], what)
+    return {
+        "num_experts": v["n_routed_experts"],
+        "top_k": v["num_experts_per_tok"],
+        "d_expert": v["moe_intermediate_size"],
+        # several shared experts are one, as wide as all together
+        "d_shared": v["n_shared_experts"] * v["moe_intermediate_size"] if has_shared else 0,
+        "route_scale": v["routed_scaling_factor"],
+        "qk_norm": v["use_qk_norm"],
+    }
+
+
+def _dense(v: Values, kind: str) -> dict[str, Any]:
+    one = {"num_experts": 1, "top_k": 1, "d_expert": v["intermediate_size"]}
+    return {**one, "qk_norm": kind == "qwen3"}
+
+
+def _refuse(where: str, key: str, value: Any, needed: Any) -> None:
+    said, wanted = (x if isinstance(x, str) else json.dumps(x) for x in (value, needed))
+    raise UserError(f"{where}: {key}: {said[:60]} does not map onto our model: needed is {wanted}")
