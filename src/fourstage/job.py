@@ -129,6 +129,15 @@ class EvaluationConfig(Bounded):
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The pretrained checkpoint that a ladder starts from."""
+
+    name: str  # as tables show it
+    folder: Path
+    digest: str  # of its weights and tokenizer
+
+
 @dataclass(kw_only=True)
 class StageJob:
     """One stage of one plan. All paths exist, except those that the stage itself makes."""
@@ -149,6 +158,7 @@ class StageJob:
     parents: dict[str, Path] = field(default_factory=dict)  # "policy", "reward"
     ancestors: dict[str, Path] = field(default_factory=dict)  # stage -> its finished run's folder
     group: str  # the ladder: its pretrain run's id
+    start: Start | None = None  # of the first stage; None: random weights
     debug: str | None = None
     resume: bool = False  # checkpoints/last.ckpt is there
     keep_checkpoints: bool = False

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fourstage.data import DataConfig
-from fourstage.evaluation.run import heldout_sets, parent_policy, random_weights
+from fourstage.evaluation.run import heldout_sets, parent_policy, start_weights
 from fourstage.job import EvaluationConfig, LoggerConfig, StageJob, TrainerConfig
 from fourstage.stages.prepare import device_of
 from fourstage.tokenizer import TokenizerConfig
@@ -82,15 +82,15 @@ def job(tmp_path, **changes) -> StageJob:
     )
 
 
-def test_random_weights_are_those_of_the_seed_and_draw_nothing_else(tmp_path):
+def test_start_weights_are_those_of_the_seed_and_draw_nothing_else(tmp_path):
     torch.manual_seed(11)
     before = torch.get_rng_state()
-    one, two = (weights(random_weights(job(tmp_path), TOKENIZER)) for _ in range(2))
+    one, two = (weights(start_weights(job(tmp_path), TOKENIZER)) for _ in range(2))
     assert distance(one, two) == 0
     assert torch.equal(torch.get_rng_state(), before)
     other = job(tmp_path)
     other.seed = 4
-    assert distance(one, weights(random_weights(other, TOKENIZER))) > 0
+    assert distance(one, weights(start_weights(other, TOKENIZER))) > 0
     parent = parent_policy(job(tmp_path), TOKENIZER)
     assert distance(one, weights(parent)) == 0  # what pre-training starts from
 

@@ -32,11 +32,11 @@ def test_random_weights_are_measured_by_the_first_process(rank, tmp_path):
     job = SimpleNamespace(stage="pretrain", folder=tmp_path)
     for number, expected in ((0, True), (1, False), (3, False)):
         rank(number)
-        assert runner.measures_random_weights(job) is expected
+        assert runner.measures_start(job) is expected
     rank(0)
-    assert not runner.measures_random_weights(SimpleNamespace(stage="sft", folder=tmp_path))
+    assert not runner.measures_start(SimpleNamespace(stage="sft", folder=tmp_path))
     (tmp_path / "eval_random.json").touch()
-    assert not runner.measures_random_weights(job), "a resumed run has measured them"
+    assert not runner.measures_start(job), "a resumed run has measured them"
 
 
 def test_pairs_are_sampled_by_the_first_process_and_read_by_the_others(rank, tmp_path, monkeypatch):

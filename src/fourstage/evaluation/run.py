@@ -19,14 +19,14 @@ from fourstage.evaluation.items import HeldOut
 from fourstage.evaluation.judges import NO_SFT, Judges
 from fourstage.evaluation.suite import Item
 from fourstage.evaluation.tables import BY_REWARD, BY_SFT
-from fourstage.files import write_json, write_jsonl
-from fourstage.job import EvaluationConfig, LoggerConfig, StageJob, TrainerConfig
+from fourstage.files import read_json, read_jsonl, write_json, write_jsonl
+from fourstage.job import EvaluationConfig, LoggerConfig, StageJob, Start, TrainerConfig
 from fourstage.ladder import LADDER, REFERENCE, REWARD
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.model.weights import load_policy, load_scalar
 from fourstage.runs.records import read_record, write_record
 from fourstage.settings import build
-from fourstage.stages.prepare import device_of
+from fourstage.stages.prepare import device_of, start_policy
 from fourstage.stages.reward import stored_pairs
 from fourstage.tokenizer import Tokenizer, TokenizerConfig
 
@@ -68,25 +68,25 @@ def heldout_sets(config: data.DataConfig, tokenizer: Tokenizer, outputs: Path) -
     )
 
 
-def random_weights(job: StageJob, tokenizer: Tokenizer) -> Transformer:
-    """The weights that the ladder's pre-training starts from, drawn again from the seed."""
+def start_weights(job: StageJob, tokenizer: Tokenizer) -> Transformer:
+    """The weights that the ladder's pre-training starts from: its checkpoint's, or drawn again from
+    the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
-        return Transformer(job.model, tokenizer.vocab_size)
+        return start_policy(job, tokenizer.vocab_size)
 
 
-def evaluate_random(
+def evaluate_start(
     job: StageJob, policy: Transformer, tokenizer: Tokenizer, telling: Telling
 ) -> None:
-    """Evaluate the random weights, before the first step of pre-training."""
+    """Evaluate what pre-training starts from, before its first step."""
     policy.to(device_of(job))
-    with telling("random weights") as tell:
+    heldout = heldout_sets(job.data, tokenizer, job.outputs)
+    name = job.start.name if job.start else "random weights"
+    no_parent = f"{name} {'has' if job.start else 'have'} no parent"
+    with telling(name) as tell:
         table, items = tables.evaluate_policy(
-            policy,
-            tokenizer,
-            heldout_sets(job.data, tokenizer, job.outputs),
-            job.evaluation,
-            tell=tell,
+            policy, tokenizer, heldout, job.evaluation, None, no_parent, tell
         )
     policy.cpu()  # training expects it there
     tables.write_evaluation(job.folder, table, items, job.evaluation.seed, "_random")
@@ -94,8 +94,14 @@ def evaluate_random(
 
 def evaluate_run(job: StageJob, result: nn.Module, tokenizer: Tokenizer, telling: Telling) -> None:
     """eval.json and eval_items.jsonl of the run, from it and its ancestors only; and, if the run
-    makes earlier rows measurable, ladder_eval.json and ladder_eval_items.jsonl."""
+    makes earlier rows measurable, ladder_eval.json and ladder_eval_items.jsonl. A checkpoint that
+    was taken as it is has been evaluated as the start."""
     seed = job.evaluation.seed
+    if job.settings.as_is:
+        write_json(job.folder / "eval.json", read_json(job.folder / "eval_random.json"))
+        items = read_jsonl(job.folder / "eval_items_random.jsonl")
+        write_jsonl(job.folder / "eval_items.jsonl", items)
+        return
     with telling(job.stage) as tell:
         if isinstance(result, ScalarModel):
             tell("held-out pairs")
@@ -193,6 +199,7 @@ def evaluate_again(
         },
         ancestors=ancestors,
         group=record["group"],
+        start=recorded_start(record),
     )
     for run in (folder, *ancestors.values()):
         own = read_record(run)
@@ -208,11 +215,24 @@ def evaluate_again(
             )
     if not LADDER[stage].parents:
         tokenizer = Tokenizer.from_folder(folder)
-        evaluate_random(job, random_weights(job, tokenizer), tokenizer, telling)
+        evaluate_start(job, start_weights(job, tokenizer), tokenizer, telling)
     network, tokenizer = (load_scalar if LADDER[stage].leaves == "scalar" else load_policy)(folder)
     evaluate_run(job, network.to(device_of(job)), tokenizer, telling)
     if config != record["config"]:
         write_record(folder, config={"evaluation": asdict(evaluation), "data": config["data"]})
+
+
+def recorded_start(record: Mapping[str, Any]) -> Start | None:
+    """The checkpoint of a first stage's run. Raises UserError if it isn't there any more."""
+    if (kept := record.get("start")) is None:
+        return None
+    start = Start(**{**kept, "folder": Path(kept["folder"])})
+    if not start.folder.is_dir():
+        raise UserError(
+            f"{start.folder}: the checkpoint that {record['stage']}-{record['id']} started from is "
+            "not there any more: put it back"
+        )
+    return start
 
 
 def data_config(name: str, values: Any) -> data.DataConfig:
@@ -250,7 +270,7 @@ def sft_chats(job: StageJob) -> list[Item] | str:
 def parent_policy(job: StageJob, tokenizer: Tokenizer) -> Transformer | str:
     """The policy that the run started from, on the CPU, or why there is none."""
     if not LADDER[job.stage].parents:
-        return random_weights(job, tokenizer)
+        return start_weights(job, tokenizer)
     if "policy" not in job.parents:
         return "the parent run is not there any more"
     return load_policy(job.parents["policy"])[0]

@@ -116,8 +116,7 @@ def filled(config: Values, where: str) -> dict[str, Any]:
         _refuse(where, "rope_scaling", scaled, "null")
     found = dict(DEFAULTS[kind])
     for key, default in found.items():
-        given = rope.get(key, values.get(key))
-        found[key] = default if given is None else given
+        found[key] = rope.get(key, values.get(key, default))
     if found["vocab_size"] is None:
         raise UserError(f"{where}: it has no vocab_size")
     return found

@@ -42,11 +42,12 @@ PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 @dataclass(frozen=True)
 class Checkpoint:
     """What the plan has to know of a checkpoint. vocab_size: rows of its embedding, which may be
-    more than its tokenizer has tokens."""
+    more than its tokenizer has tokens; max_positions: of the tokens that it was made for."""
 
     folder: Path
     model: ModelConfig
     vocab_size: int
+    max_positions: int
 
 
 def read_checkpoint(folder: Path, name: str) -> Checkpoint:
@@ -59,7 +60,8 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
     if not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder}: no tokenizer.json: save the tokenizer beside the weights")
     model = model_config(config, name, where, has_shared=has_shared_expert(folder))
-    return Checkpoint(folder, model, filled(config, where)["vocab_size"])
+    values = filled(config, where)
+    return Checkpoint(folder, model, values["vocab_size"], values["max_position_embeddings"])
 
 
 def read_config(folder: Path) -> dict[str, Any]:

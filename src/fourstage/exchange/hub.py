@@ -26,7 +26,7 @@ def find_checkpoint(named: str, where: str) -> tuple[Path, str]:
             )
         if not folder.is_dir():
             raise UserError(f"{where}: {folder} is no folder: name the one that it is in")
-        return folder, folder.resolve().name
+        return folder.absolute(), folder.resolve().name
     if (found := NAME.fullmatch(named)) is None:
         raise UserError(f"{where}: there is no folder {named}")
     return download(found["repo"], found["revision"], where), found["repo"].split("/")[1]

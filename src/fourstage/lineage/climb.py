@@ -51,7 +51,7 @@ def climb(
         from fourstage.lineage.plan import make_plan
         from fourstage.lineage.runner import train_stage
 
-        plan = make_plan(config)
+        plan = make_plan(config, overrides)
     except Stopped as stopped:
         stopped.then = "nothing had begun"
         raise
@@ -128,6 +128,7 @@ def train_and_record(plan: Plan, run: PlannedRun, train: Train) -> None:
         versions=versions(),
         **hardware(job.trainer.accelerator),
         config=job.config,
+        **({"start": {**asdict(job.start), "folder": str(job.start.folder)}} if job.start else {}),
     )
     print(f"{'resuming' if job.resume else 'training'} {job.name} in {job.folder}", flush=True)
     try:
@@ -166,6 +167,7 @@ def stage_job(plan: Plan, run: PlannedRun) -> StageJob:
         parents=run.parent_folders,
         ancestors=ancestors,
         group=run.group,
+        start=run.start,
         resume=run.status == "resume",
         config=config,
         plan_left=[(r.stage, r.estimate) for r in later if r.to_do],

@@ -16,6 +16,7 @@ from fourstage.lineage.plan import Plan, named_parents, recorded
 from fourstage.report.files import Files
 from fourstage.report.ladder import choose, ladder, read_rows, read_runs
 from fourstage.report.tables import NO_COMPARISON, goals, measured, title
+from fourstage.stages import StageSettings
 from fourstage.tracking.callbacks import clock
 
 
@@ -40,8 +41,8 @@ def show(plan: Plan, console: Console, commit: str | None) -> None:
         table.add_row(
             run.stage,
             run.id,
-            ", ".join(run.parents.values()),
-            settings.max_time or f"{settings.max_steps} steps x {settings.batch_size}",
+            run.start.name if run.start else ", ".join(run.parents.values()),
+            budget(settings),
             time if run.to_do else "",
             run.status + (" (again)" if command.force and run is plan.runs[-1] else ""),
         )
@@ -57,6 +58,13 @@ def show(plan: Plan, console: Console, commit: str | None) -> None:
                 f"warning: {run.name} was made by commit {made_by[:8]}, this is {commit[:8]} "
                 f"(stage={run.stage} force=true trains it again)"
             )
+
+
+def budget(settings: StageSettings) -> str:
+    """How long a stage trains."""
+    if settings.as_is:
+        return "none: as it is"
+    return settings.max_time or f"{settings.max_steps} steps x {settings.batch_size}"
 
 
 def evaluated_otherwise(plan: Plan) -> str:

@@ -5,7 +5,8 @@ Every mistake in a command is found here, before anything trains.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,8 +16,9 @@ from fourstage.data.vocabulary import identity_of as tokenizer_identity
 from fourstage.data.vocabulary import loaded, tokenizer_of, waits
 from fourstage.errors import UserError
 from fourstage.files import read_json
-from fourstage.job import EvaluationConfig, LoggerConfig, TrainerConfig
+from fourstage.job import EvaluationConfig, LoggerConfig, Start, TrainerConfig
 from fourstage.ladder import LADDER, place, stages
+from fourstage.lineage.start import Adopted, from_checkpoint, from_run, has_checkpoint
 from fourstage.model import ModelConfig
 from fourstage.parallel.memory import GIB, WEIGHTS, bytes_per_gpu, machine_memory
 from fourstage.runs.records import Record, read_record
@@ -70,6 +72,7 @@ class PlannedRun:
     status: Status | Literal["not needed"]
     estimate: float | None = None  # seconds, if it has to be trained
     hint: str = ""  # how to continue an unfinished run that has another budget
+    start: Start | None = None  # the checkpoint that a first stage starts from
     record: Record = field(default_factory=dict)  # of the finished run
     warnings: list[str] = field(default_factory=list)
 
@@ -90,19 +93,25 @@ class Plan:
     store: RunStore
     runs: list[PlannedRun]
     vocab_size: int = 0  # of the last run
+    adopted: Adopted | None = None  # model and tokenizer of a checkpoint
 
 
-def make_plan(config: Mapping[str, Any]) -> Plan:
-    """Check a config and find out which of its runs exist. Raises UserError for any mistake."""
+def make_plan(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
+    """Check a config and find out which of its runs exist. `overrides`: what was typed, which has
+    to agree with a checkpoint. Raises UserError for any mistake."""
+    adopted = None
     if "stages" in config:
         kinds = [(name, row.code.Settings) for name, row in LADDER.items()]
         typed = build(make_dataclass("Stages", kinds, kw_only=True), config["stages"], "stages")
         config = {**config, "stages": vars(typed)}
+        if (adopted := adopt(config, overrides)) is not None:
+            config = {**config, "model": adopted.model, "tokenizer": adopted.tokenizer}
     command = build(Command, config, "")
     command = replace(command, trainer=command.trainer.resolved())
     command.model.check_widths(command.trainer.precision)
-    plan = Plan(command=command, store=RunStore(Path(command.outputs)), runs=[])
-    for stage in needed_stages(command):
+    store = RunStore(Path(command.outputs))
+    plan = Plan(command=command, store=store, runs=[], adopted=adopted)
+    for stage in needed_stages(command.stage, command.stages):
         check_stage(command, stage)
         plan.runs.append(plan_run(plan, stage))
     if plan.runs[-1].status == "found":
@@ -113,7 +122,8 @@ def make_plan(config: Mapping[str, Any]) -> Plan:
         if run.to_do:
             check_memory(command, run, vocab_size(plan, run))
             tokenizer, room = tokenizer_for(plan, run), command.model.max_seq_len
-            if tokenizer is not None and not data.waits(command.data, run.stage):
+            is_read = not (run.settings.as_is or data.waits(command.data, run.stage))
+            if tokenizer is not None and is_read:
                 run.warnings += check_records(
                     command.data, run.stage, run.settings, tokenizer, room
                 )
@@ -141,13 +151,34 @@ def tokenizer_for(plan: Plan, run: PlannedRun) -> Tokenizer | None:
     return tokenizer_of(plan.command.tokenizer, plan.command.data, plan.store.outputs)
 
 
-def needed_stages(command: Command) -> list[str]:
+def adopt(config: Mapping[str, Any], overrides: Sequence[str]) -> Adopted | None:
+    """The model and the tokenizer of the checkpoint that the runs of a command descend from: its
+    own, or that of the first run that it names as a parent. None: there is no checkpoint."""
+    if config.get("stage") not in LADDER or not isinstance(config.get("outputs"), str):
+        return None  # Command says what is wrong
+    settings, store = config["stages"], RunStore(Path(config["outputs"]))
+    for stage in needed_stages(config["stage"], settings):
+        if (named := settings[stage].checkpoint) is not None:
+            return from_checkpoint(named, f"stages.{stage}.parent", config, overrides)
+        for role, name in named_parents(stage, settings[stage]).items():
+            if name in LADDER or LADDER[stage].takes_any_shape:
+                continue
+            folder, model = None, None
+            with suppress(UserError):  # which named_run says
+                folder = store.find(name)
+                model = own_architecture(folder) if has_checkpoint(store, folder) else None
+            if folder is not None and model is not None:
+                return from_run(folder, model, parent_key(stage, role), config, overrides)
+    return None
+
+
+def needed_stages(last: str, settings: Mapping[str, StageSettings]) -> list[str]:
     """The stage that was asked for and those it descends from."""
-    needed = {command.stage}
+    needed = {last}
     for stage in reversed(stages()):
         if stage not in needed:
             continue
-        for role, parent in named_parents(stage, command.stages[stage]).items():
+        for role, parent in named_parents(stage, settings[stage]).items():
             if parent in LADDER and place(parent) >= place(stage):
                 raise UserError(
                     f"{parent_key(stage, role)}: {stage} cannot descend from {parent}: name a run"
@@ -159,8 +190,18 @@ def needed_stages(command: Command) -> list[str]:
 def named_parents(stage: str, settings: StageSettings) -> dict[str, str]:
     """role -> the stage or run that the config names, for each parent of a stage."""
     row = LADDER[stage]
-    if not row.parents and settings.parent is not None:
-        raise UserError(f"stages.{stage}.parent: must be null: it starts from random weights")
+    where = f"stages.{stage}.parent"
+    if row.parents and settings.checkpoint is not None:
+        first = next(name for name, row in LADDER.items() if not row.parents)
+        raise UserError(
+            f"{where}: only {first} starts from a checkpoint: stages.{first}.parent="
+            f"{settings.parent} stages.{first}.max_steps=0 takes it as it is"
+        )
+    if not row.parents and settings.parent is not None and settings.checkpoint is None:
+        raise UserError(
+            f"{where}: must be null: it starts from random weights, or from a pretrained "
+            "checkpoint: hf:FOLDER_OR_NAME"
+        )
     return {role: getattr(settings, key) or row.parents[role] for role, key in row.keys.items()}
 
 
@@ -171,6 +212,8 @@ def parent_key(stage: str, role: str) -> str:
 def check_stage(command: Command, stage: str) -> None:
     """Check a stage's settings against the model and the number of devices."""
     where, values = f"stages.{stage}", asdict(command.stages[stage])
+    if command.stages[stage].as_is:
+        return
     room = command.model.max_seq_len
     for keys in (["block_size"], ["max_tokens"], ["max_prompt_tokens", "max_new_tokens"]):
         if set(keys) <= set(values) and (tokens := sum(values[key] for key in keys)) > room:
@@ -227,8 +270,13 @@ def plan_run(plan: Plan, stage: str) -> PlannedRun:
     planned_ids = [run.id for run in plan.runs]
     named = [folders[role] for role, run_id in parents.items() if run_id not in planned_ids]
     foreign = [run for own in named for run in (*store.ancestors(own).values(), own)]
-    digest = data.digest(command.data, stage)
+    digest = "" if settings.as_is else data.digest(command.data, stage)
     identity = identity_of(command, stage, parents, digest)
+    start = None
+    if plan.adopted is not None:
+        identity["tokenizer"] = {"name": "hf"}  # part of the checkpoint's digest, wherever it lies
+        if not LADDER[stage].parents and (start := plan.adopted.start) is not None:
+            identity["checkpoint"] = start.digest
     run_id = letters(identity)
     forced = command.force and stage == command.stage
     folder = (store.retrain_folder if forced else store.folder)(stage, run_id)
@@ -248,6 +296,7 @@ def plan_run(plan: Plan, stage: str) -> PlannedRun:
             **data.taken_out(command.data, stage),
         },
         status=status,
+        start=start,
         record=record,
         hint=other_budget(store, identity) if status == "train" else "",
         warnings=foreign_data(plan, [folder] if status == "found" else foreign),
@@ -310,7 +359,9 @@ def other_budget(store: RunStore, identity: Mapping[str, Any]) -> str:
         its = record["config"]["stages"][stage]
         budget = {key: its.get(key) for key in ("max_steps", "max_time")}
         if letters({**identity, "settings": {**mine, **budget}}) == record["id"]:
-            other = {key: value or "null" for key, value in budget.items() if value != mine[key]}
+            other = {
+                key: value or "null" for key, value in budget.items() if value != mine.get(key)
+            }
             words = " ".join(f"stages.{stage}.{key}={value}" for key, value in other.items())
             return (
                 f"{record['id']} is unfinished and differs only in its budget: {words} continues "
@@ -348,18 +399,18 @@ def named_run(plan: Plan, where: str, stage: str, name: str, role: str) -> tuple
                 f"{where}: {folder.name} is of another model ({its.name}: "
                 f"{key} {other}, not {value}): choose its model= or another parent"
             )
-    if not same_tokenizer(command, folder, record):
+    its = recorded(TokenizerConfig, record, "tokenizer")
+    if not same_tokenizer(command.tokenizer, its, folder):
         raise UserError(f"{where}: {folder.name} has another tokenizer: choose its tokenizer=")
     return folder, record
 
 
-def same_tokenizer(command: Command, folder: Path, record: Record) -> bool:
+def same_tokenizer(config: TokenizerConfig, its: TokenizerConfig | None, folder: Path) -> bool:
     """Whether a run's tokenizer is the command's. One that is trained is the run's own, whatever
     corpus the command has; one from a folder may have moved."""
-    its = recorded(TokenizerConfig, record, "tokenizer")
-    if command.tokenizer.name == "hf" and its is not None and its.name == "hf":
-        return tokenizer_identity(command.tokenizer)["digest"] == loaded(folder).digest
-    return command.tokenizer == its
+    if its is not None and {config.name, its.name} == {"hf"}:
+        return tokenizer_identity(config)["digest"] == loaded(folder).digest
+    return config == its
 
 
 def own_architecture(folder: Path) -> ModelConfig | None:

@@ -17,7 +17,8 @@ from fourstage import data
 from fourstage.data.verify import verify_all
 from fourstage.errors import UserError
 from fourstage.evaluation.items import contains
-from fourstage.evaluation.run import evaluate_random, evaluate_run
+from fourstage.evaluation.run import evaluate_run, evaluate_start
+from fourstage.files import write_jsonl
 from fourstage.interruptions import advice, explained, held_back
 from fourstage.job import StageJob
 from fourstage.ladder import LADDER
@@ -28,7 +29,14 @@ from fourstage.parallel import strategies
 from fourstage.rl.rollout import fitted_prompt
 from fourstage.sampling.generate import Sampling, generate
 from fourstage.stages.base import steps_done
-from fourstage.stages.prepare import Prepared, check_fetched, rank, say, world_size
+from fourstage.stages.prepare import (
+    Prepared,
+    check_fetched,
+    device_of,
+    rank,
+    say,
+    world_size,
+)
 from fourstage.tracking.callbacks import (
     PlanProgress,
     RouterHealth,
@@ -63,9 +71,11 @@ def train_stage(job: StageJob) -> dict[str, Any]:
             if job.trainer.compile:
                 # each compilation takes a CPU 10 to 20 s, and one for all shapes is as fast
                 transformer.compile_blocks(dynamic=job.trainer.accelerator == "cpu" or None)
-        if measures_random_weights(job):
+        if measures_start(job):
             with meter.evaluating():
-                evaluate_random(job, prepared.result, prepared.tokenizer, telling)
+                evaluate_start(job, prepared.result, prepared.tokenizer, telling)
+        if job.settings.as_is:
+            return take_over(job, prepared, meter)
         notes = {**data.left_out(job.data, job.stage), **prepared.loaders.notes}
         notes = {name: n for name, n in notes.items() if not name.startswith(data.NOT_READ)}
         words = (f"{name.replace('_', ' ')} {count:,}" for name, count in notes.items())
@@ -85,7 +95,28 @@ def train_stage(job: StageJob) -> dict[str, Any]:
     return cost
 
 
-def measures_random_weights(job: StageJob) -> bool:
+def take_over(job: StageJob, prepared: Prepared, meter: CostMeter) -> dict[str, Any]:
+    """A checkpoint as it is becomes a finished run, by the first process alone: no step is taken,
+    so that there is nothing to share and nothing to resume."""
+    if rank() != 0:
+        return {}
+    metrics = build_loggers(job)[0]
+    cost = None  # if it fails
+    try:
+        metrics.keep(0)  # a file without a row
+        save_weights(job.folder, prepared.result, prepared.tokenizer)
+        with meter.evaluating():
+            prepared.result.to(device_of(job))
+            answers = [{"step": 0, **asdict(sample)} for sample in fixed_answers(job, prepared)]
+            write_jsonl(job.folder / "samples.jsonl", answers)
+            evaluate_run(job, prepared.result, prepared.tokenizer, telling)
+        cost = meter.cost(steps=0, devices=1)
+    finally:
+        finish_wandb(job, cost)
+    return cost
+
+
+def measures_start(job: StageJob) -> bool:
     """Whether this process does, before the ranks meet: rank zero of pre-training, once."""
     has_none = not (job.folder / "eval_random.json").exists()
     return not LADDER[job.stage].parents and rank() == 0 and has_none

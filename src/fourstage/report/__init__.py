@@ -9,7 +9,7 @@ For example:
     python -m fourstage report compare all
 
 The first takes the latest finished run that no other started from (or `run=`: an id, <stage>-<id>,
-a folder, or a stage's name) and compares it with its ancestors and the random weights in
+a folder, or a stage's name) and compares it with its ancestors and the weights they began with in
 outputs/report/{report.md, report.html, stages.json} and its drawings in figures/. The second puts
 several ladders side by side (compare.py). The same runs give the same bytes: the files contain no
 times of day.
@@ -102,7 +102,7 @@ def document(
         for (stage, why), names in tables.missing(rows).items()
     ]
     return [
-        Heading(f"From random weights to {tip.stage}", 1),
+        Heading(f"From {_start(rows)} to {tip.stage}", 1),
         *map(Paragraph, _warnings(rows, tip, files)),
         Bullets(sentences(rows)),
         *figures.goal_figures(rows),
@@ -119,8 +119,8 @@ def document(
         Heading("What each stage changed"),
         Paragraph(
             "For every key the paired difference to the policy that the stage started from. The "
-            "alignment tax is what it lost on the goals of other stages; random weights have "
-            "nothing to lose."
+            "alignment tax is what it lost on the goals of other stages"
+            f"{'; random weights have nothing to lose' * rows[0].is_random}."
         ),
         _changes(rows, whole),
         *figures.learning_curves(curves),
@@ -135,6 +135,12 @@ def document(
         Heading("What is missing"),
         Bullets([*files.problems, *absent] or ["nothing"]),
     ]
+
+
+def _start(rows: list[Row]) -> str:
+    """What the ladder starts from, for readers."""
+    names = [row.stage for row in rows if row.run is None and not row.is_random]
+    return names[0] if names else "random weights"
 
 
 def _warnings(rows: list[Row], tip: Run, files: Files) -> list[str]:

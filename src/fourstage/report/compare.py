@@ -147,7 +147,8 @@ def lines(
 ) -> list[Line]:
     """Every figure of every stage that any ladder has."""
     found = []
-    for stage in ("random", *stages()):
+    starts = [row.stage for one in ladders for row in one.by_stage.values() if row.run is None]
+    for stage in (*dict.fromkeys(starts), *stages()):
         rows = [ladder.by_stage.get(stage) for ladder in ladders]
         for name in names:
             values = [figure(row, name) if row else None for row in rows]

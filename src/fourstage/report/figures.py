@@ -81,9 +81,10 @@ def lineage_figures(rows: list[Row]) -> list[Block]:
     nodes = []
     for row in rows:
         if row.run is None:
-            nodes.append(Node("random", ["weights", "before training"], []))
+            kind = ["weights", "before training"] if row.is_random else ["pretrained", "checkpoint"]
+            nodes.append(Node(row.stage, kind, []))
             continue
-        parents = [] if LADDER[row.stage].parents else ["random"]
+        parents = [] if LADDER[row.stage].parents else [first.stage for first in rows[:1]]
         parents += [stage_of[parent] for parent in row.parents if parent in stage_of]
         goal, seconds = own[row.stage], row.cost("seconds")
         time = NONE if seconds is None else duration(seconds)

@@ -13,7 +13,7 @@ from fourstage.errors import UserError
 from fourstage.evaluation import suite
 from fourstage.ladder import LADDER, REFERENCE, REWARD, place, stages
 from fourstage.report.files import FAULTS, Files, Item, Metric, Sample, is_number
-from fourstage.runs.records import read_record
+from fourstage.runs.records import read_record, start_name
 from fourstage.runs.store import find_run
 
 # the columns of the stage table; the last is the reward models', the others are the policies'
@@ -25,6 +25,7 @@ HEADLINES = (
     "reward_model_score",
     "pair_accuracy",
 )
+RANDOM = "random"  # the row of random weights
 ANSWERED = ("chat", "chat_greedy", "reasoning", "reasoning_sampled")  # sets of answers
 
 
@@ -83,11 +84,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the stage table; run is None for the random weights."""
+    """A row of the stage table; run is None for what the ladder starts from, random weights or a
+    pretrained checkpoint."""
 
-    stage: str
+    stage: str  # "random", a stage, or the checkpoint's name
     run: Run | None
-    folder: Path  # which holds its evaluation: pretrain's for the random weights
+    folder: Path  # which holds its evaluation: pretrain's for the start
     suite: str  # of its evaluation; "" if that can't be read
     seed: int
     metrics: dict[str, Metric]
@@ -99,6 +101,11 @@ class Row:
     @property
     def id(self) -> str | None:
         return self.run.id if self.run else None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it is of random weights, which have nothing to lose."""
+        return self.run is None and self.stage == RANDOM
 
     @property
     def parents(self) -> list[str]:
@@ -175,12 +182,13 @@ def ladder(tip: Run, runs: dict[str, Run], files: Files) -> dict[str, Run]:
 
 
 def leaves_policy(stage: str) -> bool:
-    """Whether the row has a policy's metrics; random weights are a policy."""
-    return stage == "random" or LADDER[stage].leaves == "policy"
+    """Whether the row has a policy's metrics; what a ladder starts from is a policy."""
+    return stage not in LADDER or LADDER[stage].leaves == "policy"
 
 
 def read_rows(line: dict[str, Run], files: Files) -> list[Row]:
-    """One row for the random weights and one for each run, with what later models said of it."""
+    """One row for what the ladder starts from and one for each run, with what later models said of
+    it."""
     late_metrics: dict[str, dict[str, Metric]] = {}  # by row: a run's id, or "random"
     late_items: list[Item] = []
     for judge in (line[stage] for stage in (REFERENCE, REWARD) if stage in line):
@@ -211,8 +219,10 @@ def read_rows(line: dict[str, Run], files: Files) -> list[Row]:
     for stage, run in line.items():
         samples = files.samples(run.folder / "samples.jsonl") if leaves_policy(stage) else []
         if not LADDER[stage].parents:
-            add("random", None, run.folder, [sample for sample in samples if sample.step == 0])
-            samples = [sample for sample in samples if sample.step > 0]
+            start = [sample for sample in samples if sample.step == 0]
+            add(start_name(run.record), None, run.folder, start)
+            # a checkpoint as it is has answered once
+            samples = [sample for sample in samples if sample.step > 0] or samples
         last = max((sample.step for sample in samples), default=0)
         add(stage, run, run.folder, [sample for sample in samples if sample.step == last])
     return list(rows.values())
@@ -222,7 +232,7 @@ def other_items(row: Row) -> dict[str, str]:
     """The item sets that a row and its parent don't share, and how they differ."""
     if row.parent is None:
         return {}
-    # random weights have pretrain's settings
+    # what the ladder starts from has pretrain's settings
     mine, its = (r.run.config.get("evaluation") or {} if r.run else {} for r in (row, row.parent))
     said = ", ".join(
         f"{key} {its[key]} before, {mine[key]} after"

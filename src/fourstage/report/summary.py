@@ -67,7 +67,7 @@ def _last_answer(rows: list[Row]) -> list[str]:
 
 def _on_other_goals(rows: list[Row]) -> list[str]:
     """Nothing if no stage could lose anything."""
-    later = [row for row in rows if row.parents and leaves_policy(row.stage)]
+    later = [row for row in rows if _may_lose(row) and leaves_policy(row.stage)]
     unknown = [row.stage for row in later if not row.differences]
     if len(unknown) == len(later):
         return ["What it cost the goals of other stages was not measured."] if later else []
@@ -80,6 +80,11 @@ def _on_other_goals(rows: list[Row]) -> list[str]:
         said = "; ".join(f"{short(name)} ({', '.join(each)})" for name, each in lost.items())
         return [f"The alignment tax, lost on the goals of other stages: {said}.{rest}"]
     return [f"No stage clearly lost on the goal of another: no alignment tax was found.{rest}"]
+
+
+def _may_lose(row: Row) -> bool:
+    """Whether it started from anything but random weights."""
+    return bool(row.parents) or (row.parent is not None and not row.parent.is_random)
 
 
 # --- the ending

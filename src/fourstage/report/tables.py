@@ -160,7 +160,7 @@ def taxes(rows: list[Row]) -> list[tuple[Row, str]]:
     return [
         (row, name)
         for row in rows
-        if row.parent is not None and row.parent.run is not None
+        if row.parent is not None and not row.parent.is_random
         for name in dict.fromkeys(own.values())
         if name != own[row.stage] and name in row.differences
         if verdict(name, row.differences[name]) == "worse"

@@ -14,11 +14,12 @@ Record = dict[str, Any]
 RUN_ID = re.compile("[a-z]{10}")
 # key -> type; a key with a question mark may be missing
 TYPES: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("parents", "data?", "git?", "versions?", "cost"), dict),
+    **dict.fromkeys(("parents", "data?", "git?", "versions?", "start?", "cost"), dict),
     **dict.fromkeys(("config", "config.model", "config.stages"), dict),
     **{f"config.{name}?": dict for name in ("data", "tokenizer", "trainer", "evaluation")},
     **dict.fromkeys(("id", "stage", "group", "status", "started", "config.model.name"), str),
     **dict.fromkeys(("debug", "finished?", "git.commit?"), (str, NoneType)),
+    **{f"start.{key}?": str for key in ("name", "folder", "digest")},
     **dict.fromkeys(("threads?", "config.seed"), int),
     **dict.fromkeys(("cost.seconds", "cost.eval_seconds?"), (int, float)),
 }
@@ -33,6 +34,12 @@ def read_record(folder: Path) -> Record:
     if record["stage"] not in LADDER:
         raise UserError(f"{folder}: of a stage that is not known here ({record['stage'][:40]})")
     return record
+
+
+def start_name(record: Record) -> str:
+    """What the row is called that a first stage starts from: "random", or a checkpoint's name."""
+    name = record.get("start", {}).get("name", "random")
+    return f"{name} (checkpoint)" if name in LADDER else name
 
 
 def what_is_wrong(record: Record) -> str | None:

@@ -35,7 +35,7 @@ class StageSettings(Bounded):
     """What every stage has; `stages.<name>` in the config. Raises UserError for a useless value."""
 
     parent: str | None  # a stage or a run; null: the stage's usual parent
-    max_steps: int  # -1: only max_time counts
+    max_steps: int  # -1: only max_time counts; 0: a checkpoint as it is
     max_time: str | None  # DD:HH:MM:SS, replaces max_steps
     batch_size: int = at_least(1)  # rows (prompts in ppo and grpo) per step, over all ranks
     micro_batch_size: int = at_least(1)  # most rows in one forward and backward
@@ -72,13 +72,15 @@ class StageSettings(Bounded):
             raise UserError(f"max_time: {what}, got {self.max_time!r}")
         if self.seconds == 0:
             raise UserError(f"max_time: must be above 0, got {self.max_time!r}")
-        if self.max_steps < 1 and self.max_steps != -1:
+        if self.max_steps < 1 and self.max_steps != -1 and not self.as_is:
             raise UserError(f"max_steps: must be at least 1, got {self.max_steps}")
         if self.max_time is None and self.max_steps == -1:
             raise UserError("max_steps: -1 means no limit and needs a max_time=DD:HH:MM:SS")
 
     def hashed(self) -> dict[str, Any]:
         """The settings that are part of a run's id, with equal times written alike."""
+        if self.as_is:  # no other setting moves a weight
+            return {"max_steps": 0}
         values = {key: v for key, v in hashed(self).items() if key not in self.NOT_HASHED}
         if self.seconds is not None:
             days, rest = divmod(self.seconds, 24 * 60 * 60)
@@ -88,6 +90,17 @@ class StageSettings(Bounded):
     def pieces(self, model: ModelConfig, processes: int) -> list[int] | None:
         """[processes, rows at once] if the weights depend on how a batch is split, else None."""
         return None
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The folder or the name on the hub of a parent hf:FOLDER_OR_NAME."""
+        is_checkpoint = self.parent is not None and self.parent.startswith("hf:")
+        return self.parent.removeprefix("hf:") if is_checkpoint else None
+
+    @property
+    def as_is(self) -> bool:
+        """Whether the stage only takes over a checkpoint."""
+        return self.checkpoint is not None and self.max_steps == 0 and self.max_time is None
 
     @property
     def seconds(self) -> float | None:

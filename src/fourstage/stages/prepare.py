@@ -1,6 +1,7 @@
 """What the stages share of getting ready to train: their parents' networks, and batches."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from fourstage.data.datamodule import LoaderPair, prompt_data
 from fourstage.data.fits import lost_on_reading
 from fourstage.data.vocabulary import tokenizer_of, waits
 from fourstage.errors import UserError
+from fourstage.exchange.checkpoint import digest, load_checkpoint
 from fourstage.job import StageJob
 from fourstage.ladder import LADDER
 from fourstage.model import ScalarModel, Transformer
@@ -51,7 +53,8 @@ def check_records(
 
 def check_fetched(job: StageJob) -> None:
     """`check_records` for data that the plan couldn't read, as it is on the hub."""
-    if data.waits(job.data, job.stage) or waits(job.tokenizer, job.data):
+    fetched = data.waits(job.data, job.stage) or waits(job.tokenizer, job.data)
+    if fetched and not job.settings.as_is:
         tokenizer, room = tokenizer_of_run(job), job.model.max_seq_len
         for line in check_records(job.data, job.stage, job.settings, tokenizer, room):
             say(f"warning: {line}")
@@ -106,6 +109,23 @@ def as_planned(job: StageJob, source: Source) -> Source:
             "same command again to make a new plan"
         )
     return source
+
+
+def sums_of(outputs: Path) -> Path:
+    """Where the checksums of checkpoints are kept."""
+    return outputs / "data" / "checkpoints"
+
+
+def start_policy(job: StageJob, vocab_size: int) -> Transformer:
+    """What the first stage starts from: a checkpoint, or weights drawn by torch's generator."""
+    if job.start is None:
+        return Transformer(job.model, vocab_size)
+    if digest(job.start.folder, sums_of(job.outputs)) != job.start.digest:
+        raise UserError(
+            f"{job.start.folder} has changed since the run was planned: run the same command again "
+            "to make a new plan"
+        )
+    return load_checkpoint(job.start.folder, job.model, vocab_size)
 
 
 def parent_policy(job: StageJob) -> tuple[Transformer, Tokenizer]:

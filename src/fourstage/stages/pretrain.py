@@ -11,13 +11,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fourstage import data
-from fourstage.data.datamodule import pretrain_data
+from fourstage.data.datamodule import LoaderPair, pretrain_data
 from fourstage.data.fits import check_corpus
 from fourstage.data.vocabulary import tokenizer_of
 from fourstage.job import StageJob
 from fourstage.model import Transformer
 from fourstage.stages.base import at_least
-from fourstage.stages.prepare import Prepared, as_planned, heldout_rows, loader_options
+from fourstage.stages.prepare import (
+    Prepared,
+    as_planned,
+    heldout_rows,
+    loader_options,
+    start_policy,
+)
 from fourstage.stages.supervised import NextTokenModule, NextTokenSettings
 from fourstage.tokenizer import Tokenizer
 
@@ -35,7 +41,7 @@ def bits_per(nll: Tensor, size: int) -> Tensor:
 
 
 class PretrainModule(NextTokenModule):
-    """Trains a fresh Transformer on the fixed blocks of the corpus."""
+    """Trains a Transformer, fresh or from a checkpoint, on the fixed blocks of the corpus."""
 
     def __init__(
         self,
@@ -60,7 +66,10 @@ class PretrainModule(NextTokenModule):
 
 def prepare(job: StageJob) -> Prepared:
     tokenizer = tokenizer_of(job.tokenizer, job.data, job.outputs)
-    policy = Transformer(job.model, tokenizer.vocab_size)
+    policy = start_policy(job, tokenizer.vocab_size)
+    if job.settings.as_is:
+        module = PretrainModule(policy, job.settings, job.seed, 0, 0)
+        return Prepared(module, LoaderPair([], None), [], tokenizer)
     corpus = as_planned(job, data.load_corpus(job.data))
     tokens, length = data.tokenized(corpus, tokenizer, job.outputs), job.settings.block_size
     loaders = pretrain_data(tokens, tokenizer, block_size=length, **loader_options(job))

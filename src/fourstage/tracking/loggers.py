@@ -5,7 +5,7 @@ A W&B run holds, besides the columns of metrics.csv:
     summary eval/<name>            the value, under the metric's name in stages.json
             eval_low/, eval_high/  the ends of its 95 % interval: separate keys, because W&B's
                                    charts and its table of runs take single numbers
-            eval_random/<name>     pretrain only: the row of random weights
+            eval_random/<name>     pretrain only: the row of random weights, or of the checkpoint
             cost/<name>            the cost in run.json
     tables  samples                answers to the fixed prompts while training: the whole history
             samples_by_stage       one row per prompt, one column per stage of this ladder so far
@@ -37,8 +37,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from fourstage.errors import UserError
 from fourstage.files import read_json, read_jsonl, write_atomic
 from fourstage.job import LoggerConfig, StageJob
-from fourstage.ladder import stages
-from fourstage.runs.records import read_record, write_record
+from fourstage.ladder import LADDER, stages
+from fourstage.runs.records import read_record, start_name, write_record
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -222,10 +222,11 @@ def _with_values(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def ladder_table(job: StageJob) -> Table:
     """Every metric that this run measured, of its own row and of earlier ones, with intervals."""
-    names = {"random": "random"} | {f.name.split("-")[1]: s for s, f in job.ancestors.items()}
+    first = start_row(job)
+    names = {"random": first} | {f.name.split("-")[1]: s for s, f in job.ancestors.items()}
     late = job.folder / "ladder_eval.json"
     found = [
-        ("random", "", _stored(job.folder / "eval_random.json")),
+        (first, "", _stored(job.folder / "eval_random.json")),
         (job.stage, job.run_id, _stored(job.folder / "eval.json")),
     ]
     for run_id, metrics in (read_json(late) if late.exists() else {}).items():
@@ -238,8 +239,17 @@ def ladder_table(job: StageJob) -> Table:
     ]
 
 
+def start_row(job: StageJob) -> str:
+    """What the row is called that the ladder starts from, as in its report."""
+    folders = {**job.ancestors, job.stage: job.folder}
+    first = next((folder for s, folder in folders.items() if not LADDER[s].parents), None)
+    with suppress(UserError):  # a broken record
+        return "random" if first is None else start_name(read_record(first))
+    return "random"
+
+
 def samples_by_stage(job: StageJob) -> Table:
-    """The last answers of random weights and of each stage so far: a row per prompt.
+    """The last answers of what the ladder starts from and of each stage so far: a row per prompt.
 
     No rows for a stage that answers nothing (reward); a broken file of an ancestor is left out.
     """
@@ -250,7 +260,7 @@ def samples_by_stage(job: StageJob) -> Table:
     for stage in [stage for stage in stages() if stage in folders and answers_here]:
         with suppress(OSError, ValueError, KeyError):
             for sample in read_jsonl(folders[stage] / "samples.jsonl"):
-                row = "random" if sample["step"] == 0 else stage
+                row = start_row(job) if sample["step"] == 0 else stage
                 name = sample["prompt_id"]
                 # in order of the steps: the last answer stays
                 answers.setdefault(row, {})[name] = sample["answer"]
