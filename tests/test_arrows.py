@@ -53,7 +53,7 @@ FOREIGN = {
     "matplotlib": {"report"},
     "reasoning_gym": {"data"},
     "datasets": {"data"},
-    "huggingface_hub": {"exchange"},
+    "huggingface_hub": {"data", "exchange"},
 }
 MAY_BE_DELETED = {"fourstage.kernels"}
 
