@@ -156,8 +156,10 @@ class Tokenizer:
                 card.eos,
             )
         self.eot_id = self.format.end[0]
-        self._shown = {i: self._bytes_of(token, i in added) for token, i in self._ids.items()}
-        self._plain = self._shown | dict.fromkeys(special, b"")
+        self._shown = [b""] * self.vocab_size  # a vocabulary may have holes
+        for token, i in self._ids.items():
+            self._shown[i] = self._bytes_of(token, i in added)
+        self._plain = [b"" if i in special else text for i, text in enumerate(self._shown)]
         if self.unk_id is not None:
             self._plain[self.unk_id] = UNKNOWN_SHOWN_AS.encode()
 
@@ -314,7 +316,8 @@ class Tokenizer:
         """The text of some ids, without special tokens unless kept; <unk>, and bytes that are no
         UTF-8, show as U+FFFD. Ids that no token has, which a padded vocabulary allows, are ""."""
         table = self._shown if keep_special else self._plain
-        return b"".join([table.get(i, b"") for i in ids]).decode("utf-8", "replace")
+        known = len(table)
+        return b"".join([table[i] for i in ids if i < known]).decode("utf-8", "replace")
 
     @cached_property
     def bytes(self) -> np.ndarray:
@@ -328,9 +331,8 @@ class Tokenizer:
         return self._sizes(lambda text: sum(byte & 0xC0 != 0x80 for byte in text))
 
     def _sizes(self, size: Callable[[bytes], int]) -> np.ndarray:
-        found = np.zeros(self.vocab_size, np.int64)
-        for i, text in self._plain.items():
-            found[i] = size(text) if i != self.unk_id else 0
+        found = np.array([size(text) for text in self._plain], np.int64)
+        found[[] if self.unk_id is None else [self.unk_id]] = 0
         return found
 
     def count_unknown(self, ids: Sequence[int]) -> int:
