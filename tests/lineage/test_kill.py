@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,8 @@ SMALL = ["model=moe_nano", "debug=fast", "logger=none", "trainer=cpu"] + [
 ]
 
 
-def start(stage: str, outputs: Path) -> subprocess.Popen:
-    command = [sys.executable, "train.py", f"stage={stage}", f"outputs={outputs}", *SMALL]
+def start(stage: str, outputs: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "train.py", f"stage={stage}", f"outputs={outputs}", *SMALL, *more]
     return subprocess.Popen(command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -70,6 +71,40 @@ def test_a_killed_stage_resumes_to_the_same_bits(stage: str, calm: Path, tmp_pat
     costs = [read_record(place)["cost"] for place in (found, expected)]
     for name in ("steps", "tokens", "tokens_generated", "flops"):
         assert costs[0].get(name) == costs[1].get(name), name
+
+
+@pytest.mark.slow
+def test_kills_while_tokenizing_and_while_training_from_shards(tmp_path: Path) -> None:
+    """A text that is long enough for several processes, and a tokenizer that is trained on it."""
+    text = tmp_path / "text.txt"
+    lines = (
+        f"Line {i}: {i * i % 7919} naïve 狐狸 🦊 and words, words.\n\n" for i in range(450_000)
+    )
+    text.write_text("".join(lines), "utf-8")
+    own = ["data=files", f"data.corpus.path={text}", "tokenizer=bpe", "data.corpus.problems=0"]
+    calm, outputs = tmp_path / "calm", tmp_path / "outputs"
+    assert start("pretrain", calm, *own).wait() == 0
+
+    def killed_when(seen: Callable[[], bool]) -> None:
+        process = start("pretrain", outputs, *own)
+        while not seen():
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    killed_when(lambda: any(f.stat().st_size for f in outputs.glob("data/.*.part/train-*.bin")))
+    assert not list(outputs.glob("data/*/index.json"))
+    killed_when(lambda: any(outputs.glob("runs/*/checkpoints/last.ckpt")))
+    assert start("pretrain", outputs, *own).wait() == 0
+    for place in ("data/*/*.bin", "data/tokenizers/*/tokenizer.json", "runs/*/model.safetensors"):
+        found, expected = (
+            {p.relative_to(o): p.read_bytes() for p in o.glob(place)} for o in (outputs, calm)
+        )
+        assert found == expected and expected, place
+    (run,), (other,) = outputs.glob("runs/*"), calm.glob("runs/*")
+    assert rows_without_speed(run) == rows_without_speed(other)
+    assert not [*outputs.glob("data/.*.part*"), *outputs.glob("data/tokenizers/*.partial")]
 
 
 def rows_without_speed(run: Path) -> list[dict[str, str]]:
