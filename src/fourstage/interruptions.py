@@ -148,10 +148,14 @@ def advice(
             return f"out of memory: {new_run.replace('lower ', 'lower micro_batch_size, ')}"
         same_run = f"lower {where}.micro_batch_size (now {settings['micro_batch_size']})"
         return f"out of memory: {same_run} and {AGAIN}; or {new_run}"
-    for words in NO_PEER:
-        if words in text:
-            return f"lost another process of this job, whose own output says why ({words}): {AGAIN}"
+    if words := lost_peer(error):
+        return f"lost another process of this job, whose own output says why ({words}): {AGAIN}"
     return None
+
+
+def lost_peer(error: BaseException) -> str | None:
+    """What the error says if it is that another process of the job is gone."""
+    return next((words for words in NO_PEER if words in str(error)), None)
 
 
 def disk_full(error: BaseException) -> str | None:

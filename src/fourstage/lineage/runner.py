@@ -19,7 +19,7 @@ from fourstage.errors import UserError
 from fourstage.evaluation.items import contains
 from fourstage.evaluation.run import evaluate_run, evaluate_start
 from fourstage.files import write_jsonl
-from fourstage.interruptions import advice, explained, held_back
+from fourstage.interruptions import Stopped, advice, explained, held_back, lost_peer
 from fourstage.job import StageJob
 from fourstage.ladder import LADDER
 from fourstage.lineage.resume import Checkpointer, ResumeIO, began_with, kind_of
@@ -161,6 +161,9 @@ def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
     try:
         trainer.fit(module, loaders.train, during, ckpt_path=checkpoint, weights_only=True)
     except Exception as error:
+        asked = trainer.checkpoint_callback.signum
+        if asked and lost_peer(error):  # it was asked too, and has ended before its first step
+            raise Stopped(asked) from error
         started = trainer.checkpoint_callback.saved_at is not None
         known = isinstance(error, UserError) or advice(error, "", asdict(job.settings))
         if checkpoint is None or started or known:
