@@ -98,7 +98,7 @@ def test_what_a_file_holds_cannot_break_a_line() -> None:
 
 def test_a_stop_while_planning_says_that_nothing_was_lost(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(
-        "fourstage.lineage.plan.make_plan", lambda tree: stop_now(signal.SIGTERM, None)
+        "fourstage.lineage.plan.make_plan", lambda tree, overrides: stop_now(signal.SIGTERM, None)
     )
     with pytest.raises(Stopped) as caught:
         climb(config("stage=pretrain", f"outputs={tmp_path}"))

@@ -202,7 +202,7 @@ class Rates(PretrainModule):
 
 def test_the_learning_rate_follows_the_steps():
     s = settings("pretrain", max_steps=4, lr=0.01, warmup=0.5, min_lr=0.0)
-    module = Rates(make_policy(), s, 0, 1)
+    module = Rates(make_policy(), s, 0, 1, 1)
     trainer = fit(module, token_batches(4))
     # progress 1/4, 2/4, 3/4 and 1: half of the warm-up, its end, half of the cosine, its end
     assert module.rates == pytest.approx([0.005, 0.01, 0.005, 0.0])
@@ -222,7 +222,7 @@ def test_the_learning_rate_follows_the_clock(monkeypatch):
             seconds[0] += 25.0
 
     s = settings("pretrain", max_steps=-1, max_time="00:00:01:40", lr=0.01, warmup=0.5, min_lr=0.0)
-    module = Slow(make_policy(), s, 0, 1)
+    module = Slow(make_policy(), s, 0, 1, 1)
     fit(module, token_batches(10), max_time=s.max_time)
     assert module.rates == pytest.approx([0.0, 0.005, 0.01, 0.005])
 
