@@ -19,12 +19,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fourstage.errors import did_you_mean
+from fourstage.errors import UserError, did_you_mean
 
 CONF = str(Path(__file__).resolve().parent / "conf")
 GROUPS = {path.name for path in Path(CONF).iterdir() if path.is_dir()}
 NAMELESS = re.compile(r"|null|true|false|[-+.\d]+", re.IGNORECASE)
 OF_A_FOLDER = re.compile(r"""tokenizer=(["']?)hf:(.*)\1""", re.DOTALL)
+RESOLVING = "UserError raised while resolving interpolation: "
 WIDE = 384  # d_model from which a model's own tokenizer has the larger vocabulary
 
 
@@ -59,7 +60,9 @@ def main(config: DictConfig) -> None:
         sys.exit(130)
     except Exception as error:
         wrong_config = isinstance(error, OmegaConfBaseException)
-        line = str(error).splitlines()[0] if wrong_config else one_line(error)
+        line = one_line(error)
+        if wrong_config:
+            line = str(error).splitlines()[0].removeprefix(RESOLVING)
         if hydra_config.mode == RunMode.MULTIRUN:  # the next jobs run; Hydra shows the first error
             print(f"job {hydra_config.job.num} failed: {line or repr(error)}", file=sys.stderr)
             raise CompactHydraException(line) if line else error from error
@@ -93,6 +96,16 @@ def refuse_nameless_groups(arguments: list[str]) -> None:
 def bpe_vocab_size(d_model: int) -> int:
     """The tokens of tokenizer=bpe for a model: more would be most of a small one's parameters."""
     return 32_768 if d_model >= WIDE else 4096
+
+
+def below(root: str | None, name: str) -> str:
+    """A file in data.root, for an experiment that needs several. Raises UserError without it."""
+    if root is None:
+        raise UserError(
+            f"data.root: not set: data.root=FOLDER names the folder with {name} and the "
+            "experiment's other files"
+        )
+    return f"{root}/{name}"
 
 
 def name_folders(arguments: list[str]) -> list[str]:
@@ -171,6 +184,7 @@ def no_such_setting(key: str) -> str:
 
 
 OmegaConf.register_new_resolver("make_folder", make_folder, replace=True)
+OmegaConf.register_new_resolver("below", below, replace=True)
 OmegaConf.register_new_resolver("bpe_vocab_size", bpe_vocab_size, replace=True)
 
 if __name__ == "__main__":
