@@ -98,6 +98,11 @@ def bpe_vocab_size(d_model: int) -> int:
     return 32_768 if d_model >= WIDE else 4096
 
 
+def debug_room(data: str, short: int, long: int) -> int:
+    """A limit of debug=fast in tokens: records other than the embedded ones may be long."""
+    return short if data == "embedded" else long
+
+
 def below(root: str | None, name: str) -> str:
     """A file in data.root, for an experiment that needs several. Raises UserError without it."""
     if root is None:
@@ -185,6 +190,7 @@ def no_such_setting(key: str) -> str:
 
 OmegaConf.register_new_resolver("make_folder", make_folder, replace=True)
 OmegaConf.register_new_resolver("below", below, replace=True)
+OmegaConf.register_new_resolver("debug_room", debug_room, replace=True)
 OmegaConf.register_new_resolver("bpe_vocab_size", bpe_vocab_size, replace=True)
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -634,7 +635,47 @@ def small_public(n: int = 40) -> dict[str, dict[str, bytes]]:
     return files
 
 
-WORDS = ("stage=grpo", "data=public", "model=moe_nano", "debug=fast", "logger=none", "trainer=cpu")
+def long_public() -> dict[str, dict[str, bytes]]:
+    """The sets of data=public with records as long as the real ones: most don't fit into the limits
+    of debug=fast."""
+    files, n = small_public(), 200
+    words = ("the", "a", "big", "red", "dog", "cat", "ran", "sat", "to", "of", "and", "was", "glad")
+
+    def text(size: int, i: int) -> str:
+        """About `size` characters, other ones for each i."""
+        draw = random.Random(f"{size} {i}")
+        return " ".join(draw.choices(words, k=size // 4)).capitalize() + "."
+
+    def chat(i: int) -> dict[str, Any]:
+        size = i % 50
+        texts = (text(40 + 9 * size, i), text(60 + 60 * size, -i))
+        return {"messages": said(*texts, *texts[: 2 * (i % 2)])}
+
+    def pair(i: int) -> dict[str, Any]:
+        size = i % 50
+        prompt = text(50 + 40 * size, i)
+        chosen, rejected = (said(prompt, text(100 + 50 * size, -i - side)) for side in (0, 1000))
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+    def problem(i: int) -> dict[str, str]:
+        question = f"Tim has {i} cats. {text(60 + 6 * (i % 50), i)} How many are {i} more?"
+        return {"question": question, "answer": f"{text(250, i)}\n{i}+{i}={2 * i}\n#### {2 * i}"}
+
+    for repo, train, held, make in (
+        ("HuggingFaceTB/smoltalk", "data/all/train", "data/all/test", chat),
+        ("HuggingFaceH4/ultrafeedback_binarized", "data/train_prefs", "data/test_prefs", pair),
+        ("openai/gsm8k", "main/train", "main/test", problem),
+    ):
+        files[repo][f"{train}-{SHARD}"] = parquet([make(i) for i in range(n)])
+        files[repo][f"{held}-{SHARD}"] = parquet([make(i) for i in range(n, n + 40)])
+    tales = files["roneneldan/TinyStories"]
+    stories = [{"text": f"{STORY} {text(900, i)}"} for i in range(2 * n)]
+    tales["data/train-00000-of-00002-2d5a.parquet"] = parquet(stories[:n])
+    tales["data/train-00001-of-00002-2d5a.parquet"] = parquet(stories[n:])
+    return files
+
+
+WORDS = ("stage=grpo", "model=moe_nano", "debug=fast", "logger=none", "trainer=cpu")
 
 
 def train(hub: Hub, home: Path, *words: str, **changes: str) -> subprocess.CompletedProcess:
@@ -652,15 +693,16 @@ def test_the_whole_ladder(tmp_path) -> None:
         hub.add(repo, files)
     with serving(hub):
         out = f"outputs={tmp_path / 'outputs'}"
-        planned = train(hub, tmp_path / "home", out, "ancestors=require")
+        words = (out, "data=public")
+        planned = train(hub, tmp_path / "home", *words, "ancestors=require")
         assert "ancestors=require: pretrain, sft, reward, ppo must be trained" in planned.stderr
         assert hub.requests == []
-        done = train(hub, tmp_path / "home", out)
+        done = train(hub, tmp_path / "home", *words)
         assert done.returncode == 0, done.stderr[-2000:]
         assert "%|" not in done.stderr
         assert hub.requests
         hub.requests.clear()
-        other = train(hub, tmp_path / "home", out, "seed=1")
+        other = train(hub, tmp_path / "home", *words, "seed=1")
         assert other.returncode == 0, other.stderr[-2000:]
         assert hub.requests == []
     records = {
@@ -674,3 +716,25 @@ def test_the_whole_ladder(tmp_path) -> None:
     assert records["pretrain"]["cost"]["data_paragraphs_dropped_with_a_heldout_prompt"] == 5
     assert records["sft"]["cost"]["data_dropped_from_train_as_heldout"] == 5
     assert "heldout" in records["grpo"]["data"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [("data=public", "tokenizer=bpe"), ("data=public",), ("experiment=tinystories_gpu",)]
+)
+def test_ladders_on_records_of_real_lengths(tmp_path, words) -> None:
+    """Each limit loses records and leaves some."""
+    hub, outputs = Hub(), tmp_path / "outputs"
+    for repo, files in long_public().items():
+        hub.add(repo, files)
+    with serving(hub):
+        done = train(hub, tmp_path / "home", *words, f"outputs={outputs}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = [json.loads(path.read_text()) for path in (outputs / "runs").glob("*/run.json")]
+    assert len(records) == 5
+    cost = {record["stage"]: record["cost"] for record in records}
+    assert cost["sft"]["data_train_rows"] >= 4 and cost["reward"]["data_train_rows"] >= 4
+    assert cost["reward"]["data_train_dropped"] > 0
+    if "data=public" not in words:
+        (kept,) = (outputs / "data").glob("*/index.json")
+        assert json.loads(kept.read_text())["vocab_size"] <= 4096
