@@ -88,6 +88,7 @@ def test_sweep_seeds(call) -> None:
         (["seed=abc"], "seed: expected a whole number, got 'abc'"),
         (["stage=foo"], "stage: expected one of pretrain, sft, reward, ppo, grpo, got 'foo'"),
         (["stages.pretrain.lr=${nope}"], "Interpolation key 'nope' not found"),
+        (["experiment=real_cpu"], "data.root: not set: data.root=FOLDER names the folder with "),
         (["data.corpus.path=/nope.txt"], "/nope.txt: no such file (paths count from the folder"),
         (["outputs=null"], "outputs: expected a folder, got None"),
         (["outputs="], "outputs: expected a folder, got ''"),
@@ -121,8 +122,8 @@ def test_what_hydra_refuses(call, capsys, argument, words) -> None:
     [
         ("model=null", "dense_small, dense_tiny, moe_large, "),
         ("debug=null", "fast; or leave debug out"),
-        ("data=5", "embedded, files; or leave data out"),
-        ("+experiment=true", "no_preferences; or leave experiment out"),
+        ("data=5", "embedded, files, public; or leave data out"),
+        ("+experiment=true", "no_preferences, own_data, real_cpu, tinystories_gpu; or leave "),
         ("tokenizer=", "bpe, char, hf; or leave tokenizer out"),
         ("stages@stages.grpo=null", "grpo, grpo_dapo, grpo_dr, grpo_gspo, ppo, "),
     ],
@@ -291,7 +292,7 @@ def options() -> list[str]:
         group, name = file.parent.name, file.stem
         if group == "stages":
             group = f"stages@stages.{name.split('_')[0]}"
-        if group != "sweep":  # they start several jobs
+        if group not in ("sweep", "experiment"):  # several jobs; test_experiments.py
             found.append(f"{group}={name}")
     return found
 
