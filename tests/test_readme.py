@@ -23,7 +23,9 @@ COMMANDS = sorted(
     {
         found.replace("\\|", "|").strip().rstrip("`")
         for text in TEXTS.values()
-        for found in re.findall(r"(python (?:train\.py|-m fourstage)[^`\n#]*)", text)
+        for found in re.findall(
+            r"(python (?:train\.py|-m fourstage)[^`\n#]*)", re.sub(r"\\\n +", "", text)
+        )
     }
 )
 
@@ -42,10 +44,14 @@ def combinations(words: list[str]) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c])
-def test_a_training_command_makes_a_plan(command: str, tmp_path: Path) -> None:
+def test_a_training_command_makes_a_plan(command: str, tmp_path: Path, monkeypatch) -> None:
     text = tmp_path / "my texts" / "a, b.txt"
     text.parent.mkdir()
     text.write_text("All the world's a stage, and all the men and women merely players.\n" * 50)
+    if "mine/" in command:
+        (tmp_path / "mine").mkdir()
+        monkeypatch.chdir(tmp_path)
+        exec(re.search(r"(?s)<<'END'\n(.*?)\nEND", TEXTS["docs/data.md"])[1], {})
     command = command.replace("my texts/a, b.txt", str(text)).replace("=FILE", f"='\"{text}\"'")
     words = shlex.split(command)[2:]
     for job in combinations([word for word in words if not word.startswith("-")]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fourstage.data.fits import lost_on_reading
 from fourstage.data.schemas import (
     Unusable,
     conversation_from,
+    document_from,
     pair_from,
     problem_from,
 )
@@ -516,3 +518,27 @@ def test_what_is_no_file(tmp_path):
     for name in ("x" * 5000, "a\0b", "~nobody-of-this-name/a.txt"):
         with pytest.raises(UserError, match="no such file"):
             files_of(name)
+
+
+READ = {
+    "corpus": (document_from, 1),
+    "chat": (conversation_from, 7),
+    "preference": (pair_from, 6),
+    "reasoning": (problem_from, 4),
+}
+
+
+@pytest.mark.parametrize("source", READ)
+def test_the_records_of_the_documentation(source) -> None:
+    text = (CONF.parent / "docs" / "data.md").read_text("utf-8")
+    (section,) = re.findall(rf"(?m)^`data\.{source}\.path`, for .*\n((?:(?!`).*\n)+)", text)
+    rows = [Row(json.loads(line), "docs/data.md") for line in section.splitlines() if "{" in line]
+    build, n = READ[source]
+    found = [build(row) for row in rows]
+    assert len(found) == n and not any(row.unread() for row in rows)
+    if source == "chat":
+        assert {c.messages[-1]["content"] for c in found} == {"5", "Hello."}
+    if source == "preference":
+        assert {(p.chosen, p.rejected) for p in found} == {("Hello.", "What?"), ("5", "6")}
+    if source == "reasoning":
+        assert {p.answer for p in found} == {"5"}
