@@ -60,6 +60,8 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             parts = unquote(urlsplit(self.path).path).strip("/").split("/")
             hub.requests.append(f"{self.command} {'/'.join(parts)}")
             is_api = parts[0] == "api"
+            if is_api and parts[4:5] in ([], ["revision"]):
+                return self.tell("/".join(parts[2:4]), "".join(parts[5:]) or "main", is_head)
             kind, *repo, what, commit = parts[is_api:][:5]
             name = "/".join(parts[is_api:][5:])
             assert kind == "datasets", parts
@@ -85,6 +87,16 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if name not in files:
                 return self.refuse(404, "EntryNotFound")
             self.send(files[name], own, is_head, name)
+
+        def tell(self, repo: str, revision: str, is_head: bool) -> None:
+            own, files = hub.sets.get(repo, ("", {}))
+            if repo in hub.refused:
+                return self.refuse(*hub.refused[repo])
+            if revision not in ("main", own) or not own:
+                return self.refuse(404, "RevisionNotFound" if own else "RepoNotFound")
+            names = [{"rfilename": name} for name in files]
+            said = {"id": repo, "sha": own, "siblings": names, "private": False, "tags": []}
+            self.send(json.dumps(said).encode(), own, is_head)
 
         def refuse(self, status: int, code: str) -> None:
             self.send_response(status)

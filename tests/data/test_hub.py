@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from fourstage import data
+from fourstage.data import hub as hub_module
 from fourstage.data.files import Row
 from fourstage.data.hub import KNOWN, articles
 from fourstage.data.schemas import conversation_from, document_from, pair_from, problem_from
@@ -457,6 +458,45 @@ def test_a_full_disk_and_a_broken_transfer(hub, tmp_path) -> None:
     assert [row["values"]["answer"] for row in again] == ["2+3=<<2+3=5>>5\n#### 5"]
 
 
+def test_a_set_without_a_commit_is_taken_at_its_latest(hub, tmp_path) -> None:
+    """The same set as by its commit, after one request more; a branch likewise."""
+    commit = hub.add("me/latest", known_sets()["openai/gsm8k"], commit="e" * 40)
+    asked = {"subset": "main", "heldout_split": "test"}
+    for path, revision in (("me/latest", None), ("me/latest@main", None), ("me/latest", "main")):
+        settings = {**asked, **({"revision": revision} if revision else {})}
+        (found,) = ask(hub, tmp_path / "a", of(path, "reasoning", **settings), quiet=False)
+        assert [row["values"]["answer"] for row in found] == ["2+3=<<2+3=5>>5\n#### 5"]
+    (by_commit,) = ask(hub, tmp_path / "a", of(f"me/latest@{commit}", "reasoning", **asked))
+    assert by_commit == found
+    (line,) = ask(hub, tmp_path / "b", of("me/latest@dev", "reasoning", **asked))
+    assert line.startswith("data.reasoning: hf:me/latest: it has no revision dev: take one from")
+    (line,) = ask(hub, tmp_path / "b", of("me/latest", "reasoning", **asked), HF_HUB_OFFLINE="1")
+    assert line.startswith("data.reasoning: hf:me/latest: HF_HUB_OFFLINE is set: unset it, name")
+
+
+def test_the_commit_of_a_set_without_one_is_part_of_the_id(files, tmp_path) -> None:
+    """A mirror tells it by the notes of the hub's client, else by its content."""
+    repo = tmp_path / "me" / "mine"
+    repo.mkdir(parents=True)
+    (repo / "train.jsonl").write_text('{"prompt": "Hi", "response": "Hello."}\n')
+
+    def digest(path):
+        hub_module.pinned.cache_clear()
+        config = files(chat={"path": path}, root=str(tmp_path))
+        (at,) = data.fetched(config, "sft")["hub"].values()
+        return data.digest(config, "sft"), at
+
+    first = digest("hf:me/mine")
+    assert first == digest("hf:me/mine") and len(first[1]) == 40
+    (repo / "train.jsonl").write_text('{"prompt": "Hi", "response": "Bye."}\n')
+    second = digest("hf:me/mine")
+    assert second[0] != first[0] and second[1] != first[1]
+    note = repo / ".cache" / "huggingface" / "download" / "train.jsonl.metadata"
+    note.parent.mkdir(parents=True)
+    note.write_text(f"{C}\n1\n")
+    assert digest("hf:me/mine") == digest(f"hf:me/mine@{C}")
+
+
 def test_no_hub(tmp_path) -> None:
     with serving(hub := Hub()):
         pass  # its port is closed now
@@ -479,12 +519,7 @@ def test_no_hub(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"path": "hf:gsm8k"}, "path: expected hf:OWNER/NAME or hf:OWNER/NAME@COMMIT"),
-        (
-            {"path": "hf:me/mine"},
-            "revision: hf:me/mine: no commit is pinned, and the set may change",
-        ),
-        ({"path": "hf:me/mine@main"}, "revision: hf:me/mine: expected a commit, 40 hexadecimal"),
+        ({"path": "hf:gsm8k"}, "path: expected hf:OWNER/NAME or hf:OWNER/NAME@REVISION"),
         ({"path": f"hf:me/mine@{C}", "revision": C}, "revision: .* names one already"),
         ({"path": ["hf:openai/gsm8k"]}, "path: name one set on the hub alone"),
         ({"path": "a.jsonl", "split": "train"}, "split: only for a set on the hub"),
@@ -560,7 +595,7 @@ def test_other_held_out_prompts_are_told(files) -> None:
     config = files(chat=chat, reasoning={"path": "hf:openai/gsm8k"})
     record = {
         "stage": "sft",
-        "data": {"digest": data.digest(config, "sft"), **data.taken_out(config, "sft")},
+        "data": {"digest": data.digest(config, "sft"), **data.fetched(config, "sft")},
     }
     assert data.other_source(config, record) is None
     other = files(chat=chat, reasoning={"path": "hf:EleutherAI/hendrycks_math"})

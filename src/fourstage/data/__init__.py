@@ -19,16 +19,16 @@ from fourstage.data.shards import Tokens, tokenized
 from fourstage.data.sources import (
     SamplePrompt,
     digest,
+    fetched,
     left_out,
     other_source,
     sample_prompts,
-    taken_out,
     waits,
 )
 from fourstage.data.userfiles import NOT_READ
 
 __all__ = ["Chats", "Conversation", "Corpus", "DataConfig", "Pair", "Pairs", "Problem", "Problems"]
-__all__ += ["SamplePrompt", "Tokens", "taken_out", "tokenized", "waits"]
+__all__ += ["SamplePrompt", "Tokens", "fetched", "tokenized", "waits"]
 __all__ += ["NOT_READ", "digest", "left_out", "other_source", "prompts_only", "sample_prompts"]
 __all__ += ["fact_questions", "load_chat", "load_corpus", "load_facts", "load_preference"]
 __all__ += ["load_prompts", "load_reasoning"]

@@ -50,6 +50,10 @@ class SourceConfig(Bounded):
         train, held = splits(self.path, *named)
         return train if not heldout else held if self.heldout_path is None else None
 
+    def splits(self) -> list[HubSplit]:
+        """The splits on the hub that the source has."""
+        return [split for held in (False, True) if (split := self.on_hub(held)) is not None]
+
     @property
     def has_heldout(self) -> bool:
         """True if the held-out side is given, rather than split off."""

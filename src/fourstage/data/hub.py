@@ -1,18 +1,21 @@
 """Sets on the Hugging Face hub: which are known, and the rows of one split.
 
-A set is pinned by its commit, so name, commit and split identify its rows without a download. Files
-are fetched one by one, when their rows are read, into the hub client's cache (HF_HOME), where a
-second run finds them without a request. A mirror (data.root) is read in place.
+Name, commit and split identify rows without a download; a set without a commit is taken at its
+latest one, which is one request. Files are fetched one by one, when their rows are read, into the
+hub client's cache (HF_HOME), where a second run finds them without a request. A mirror (data.root)
+is read in place.
 """
 
+import hashlib
 import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from errno import ENOSPC
+from functools import lru_cache
 from pathlib import Path
 
 from fourstage.data.files import Paths, Row, iter_rows
@@ -28,10 +31,10 @@ TITLE = re.compile(r" = (?!= ).+(?<! =) = \n?")  # of an article, not of a secti
 
 @dataclass(frozen=True)
 class HubSplit:
-    """One split of a set at one commit: what identifies its rows."""
+    """One split of a set. At a commit (see `pinned`) that identifies its rows."""
 
     repo: str
-    revision: str
+    revision: str | None  # None: the latest
     subsets: tuple[str, ...]  # none: the set's only one, or its default
     split: str
 
@@ -153,17 +156,12 @@ def splits(
     set, or its "train", and no held-out split. Raises UserError, without a request."""
     found = NAMED.fullmatch(path)
     if found is None:
-        raise UserError(f"path: expected hf:OWNER/NAME or hf:OWNER/NAME@COMMIT, got {path!r}")
+        raise UserError(f"path: expected hf:OWNER/NAME or hf:OWNER/NAME@REVISION, got {path!r}")
     repo, short = found.groups()
     if short is not None and revision is not None:
         raise UserError(f"revision: {path} names one already: leave one of them out")
     known = KNOWN.get(repo)
     commit = short or revision or (known.revision if known else None)
-    if commit is None or not COMMIT.fullmatch(commit):
-        wrong = "no commit is pinned, and the set may change"
-        if commit is not None:
-            wrong = f"expected a commit, 40 hexadecimal digits, got {commit!r}"
-        raise UserError(f"revision: {PREFIX}{repo}: {wrong}: {_how_to_find(repo)}")
     subsets = (subset,) if isinstance(subset, str) else tuple(subset or ())
     if known:
         subsets, train = subsets or known.subsets, train or known.split
@@ -174,6 +172,37 @@ def splits(
     return tuple(  # type: ignore[return-value]
         HubSplit(repo, commit, subsets, name) if name else None for name in (train, held)
     )
+
+
+@lru_cache
+def pinned(wanted: HubSplit, root: str | None) -> HubSplit:
+    """The split at a commit; says which, if it is the latest. A mirror that doesn't tell its commit
+    is known by its content. Raises UserError if the hub can't be asked."""
+    if wanted.revision is not None and COMMIT.fullmatch(wanted.revision):
+        return wanted
+    if root is not None:
+        return replace(wanted, revision=_commit_of(_mirror(root, wanted)))
+    from huggingface_hub import dataset_info
+
+    with _explained(wanted):
+        commit = dataset_info(wanted.repo, revision=wanted.revision, timeout=30).sha
+    at = wanted.revision or "no commit is pinned: the latest"
+    print(f"{wanted.name}: {at} is {commit}; {wanted.name}@{commit} keeps it", file=sys.stderr)
+    return replace(wanted, revision=commit)
+
+
+def _commit_of(mirror: Path) -> str:
+    """The commit that the hub's client notes beside what it downloads, else a digest."""
+    files = sorted(path for path in mirror.rglob("*") if path.is_file())
+    noted = [path for path in files if path.suffix == ".metadata"]
+    if noted:
+        return noted[0].read_text().split("\n")[0]
+    digest = hashlib.sha1()
+    for path in files:
+        digest.update(f"{path.relative_to(mirror)}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha1").digest())
+    return digest.hexdigest()
 
 
 def _how_to_find(repo: str) -> str:
@@ -193,6 +222,7 @@ def hub_rows(
     keeps the rows away.
     """
     _bars_in_a_terminal_only()
+    wanted = pinned(wanted, root)
     mirror = None if root is None else _mirror(root, wanted)
     known = None if columns else KNOWN.get(wanted.repo)
     files = _files(wanted, mirror)
@@ -335,10 +365,8 @@ def _mirrored(wanted: HubSplit, name: str, mirror: Path) -> Path:
 
 
 def _how_to_mirror(wanted: HubSplit, folder: str) -> str:
-    return (
-        f"hf download {wanted.repo} --repo-type dataset --revision {wanted.revision} "
-        f"--local-dir {folder}"
-    )
+    at = f" --revision {wanted.revision}" if wanted.revision else ""
+    return f"hf download {wanted.repo} --repo-type dataset{at} --local-dir {folder}"
 
 
 @contextmanager
@@ -356,7 +384,12 @@ def _explained(wanted: HubSplit) -> Iterator[None]:
     except errors.RepositoryNotFoundError:
         said = f"no such set at {page}: check the name; if it is private, log in (hf auth login)"
     except errors.RevisionNotFoundError:
-        said = f"commit {wanted.revision} is gone: {_how_to_find(wanted.repo)}"
+        is_commit = COMMIT.fullmatch(wanted.revision or "")
+        what = "commit {} is gone" if is_commit else "it has no revision {}"
+        said = f"{what.format(wanted.revision)}: {_how_to_find(wanted.repo)}"
+    except errors.OfflineModeIsEnabled:
+        other = f"name the commit ({wanted.name}@COMMIT), or {elsewhere}"
+        said = f"HF_HUB_OFFLINE is set: unset it, {other}"
     except errors.LocalEntryNotFoundError as error:
         if constants.is_offline_mode():
             said = f"not in the cache, and HF_HUB_OFFLINE is set: unset it, or {elsewhere}"

@@ -14,6 +14,7 @@ from typing import Any
 
 from fourstage.data.config import DataConfig, SourceConfig, cached
 from fourstage.data.files import files_of
+from fourstage.data.hub import HubSplit, pinned
 from fourstage.data.knowledge import split_questions, statements
 from fourstage.data.problems import split_problems
 from fourstage.data.records import Split, content_digest, prompt_text
@@ -55,26 +56,33 @@ def held_out(config: DataConfig) -> str | None:
     return _digest(config, HELD_OUT)
 
 
+def commits(config: DataConfig, source: str) -> dict[str, str | None]:
+    """hf:OWNER/NAME -> the commit at which a source is read."""
+    return {split.name: split.revision for split in _splits(config, source)}
+
+
+def _splits(config: DataConfig, name: str) -> list[HubSplit]:
+    return [pinned(split, config.root) for split in getattr(config, name).splits()]
+
+
 def _digest(config: DataConfig, names: Iterable[str]) -> str:
-    parts = {"heldout": config.heldout, "parts": [PARTS[name](config) for name in names]}
+    found = [
+        {**PARTS[name](config), "hub": [asdict(split) for split in _splits(config, name)]}
+        for name in names
+    ]
+    parts = {"heldout": config.heldout, "parts": found}
     return short_hash(json.dumps(parts, sort_keys=True, separators=(",", ":")))
 
 
 def _part(config: DataConfig, name: str) -> dict[str, Any]:
-    """A source's splits on the hub or the contents of its files, and its settings; null ones are
-    left out, so that a setting can be added."""
+    """The contents of a source's files, and its settings; null ones are left out, so that a setting
+    can be added."""
     source: SourceConfig = getattr(config, name)
     settings = {k: v for k, v in asdict(source).items() if k not in PATHS and v is not None}
-    hub = [source.on_hub(heldout) for heldout in (False, True)]
     contents = [_file_digest(file) for path in source.local_paths for file in files_of(path)]
     if source.path is None or name == "corpus":
         contents.append(_built_in(config, name))
-    return {
-        "name": name,
-        "settings": settings,
-        "hub": [asdict(split) for split in hub if split],
-        "contents": contents,
-    }
+    return {"name": name, "settings": settings, "contents": contents}
 
 
 def _built_in(config: DataConfig, name: str) -> str:

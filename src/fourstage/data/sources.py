@@ -7,7 +7,7 @@ from typing import Any
 from fourstage.data.chat import load_chat
 from fourstage.data.config import DataConfig
 from fourstage.data.corpus import load_corpus
-from fourstage.data.identity import held_out, is_fetched, made_from
+from fourstage.data.identity import commits, held_out, is_fetched, made_from
 from fourstage.data.knowledge import known_answers
 from fourstage.data.preference import load_preference, load_prompts
 from fourstage.data.reasoning import load_reasoning
@@ -51,11 +51,12 @@ def waits(config: DataConfig, stage: str) -> bool:
     return is_fetched(config, LADDER[stage].source)
 
 
-def taken_out(config: DataConfig, stage: str) -> dict[str, str]:
-    """{"heldout": digits of what is taken out of a stage's data} where the data's digest doesn't
-    show it, for the record."""
+def fetched(config: DataConfig, stage: str) -> dict[str, Any]:
+    """For the record of a stage whose data's digest doesn't show it: {"heldout": digits of what is
+    taken out of the data, "hub": the commit of each set}."""
     held = held_out(config) if waits(config, stage) else None
-    return {"heldout": held} if held else {}
+    at = commits(config, LADDER[stage].source)
+    return {**({"heldout": held} if held else {}), **({"hub": at} if at else {})}
 
 
 def other_source(config: DataConfig, record: Mapping[str, Any]) -> str | None:
@@ -74,7 +75,7 @@ def other_source(config: DataConfig, record: Mapping[str, Any]) -> str | None:
     before = record.get("data", {})
     if now != before.get("digest", now):  # missing in older records
         return f"its {name} is another than it was trained on"
-    if taken_out(config, stage).get("heldout") != before.get("heldout"):
+    if fetched(config, stage).get("heldout") != before.get("heldout"):
         return f"other held-out prompts were taken out of its {name}"
     return None
 

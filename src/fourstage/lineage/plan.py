@@ -293,7 +293,7 @@ def plan_run(plan: Plan, stage: str) -> PlannedRun:
             "name": command.data.name,
             "source": LADDER[stage].source,
             "digest": digest,
-            **data.taken_out(command.data, stage),
+            **data.fetched(command.data, stage),
         },
         status=status,
         start=start,
