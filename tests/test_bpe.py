@@ -163,8 +163,9 @@ def test_save_and_load(bpe, tmp_path):
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({"name": "bpe"}, "vocab_size: must be at least 261 .*, got None"),
-        ({"name": "bpe", "vocab_size": 260}, "vocab_size: must be at least 261"),
+        ({"name": "bpe"}, "vocab_size: must be between 261 .*, got None"),
+        ({"name": "bpe", "vocab_size": 260}, "vocab_size: must be between 261"),
+        ({"name": "bpe", "vocab_size": 10**12}, "vocab_size: must be .* and 1048576, got 10{12}"),
         ({"name": "char", "vocab_size": 999}, "vocab_size: only for tokenizer=bpe, not char"),
         ({"name": "bpe", "vocab_size": 999, "path": "x"}, "path: only for tokenizer=hf, not bpe"),
         ({"name": "hf"}, "path: missing: tokenizer=hf:FOLDER"),

@@ -410,7 +410,7 @@ def test_a_tokenizer_that_is_not_there_is_one_line(call, capsys) -> None:
     for words, line in (
         (["tokenizer=hf"], "tokenizer.path: missing: tokenizer=hf:FOLDER names a folder"),
         (["tokenizer=hf", "tokenizer.path=/no"], "/no/tokenizer.json: no tokenizer there"),
-        (["tokenizer=bpe", "tokenizer.vocab_size=9"], "tokenizer.vocab_size: must be at least 261"),
+        (["tokenizer=bpe", "tokenizer.vocab_size=9"], "tokenizer.vocab_size: must be between 261"),
     ):
         assert call(*words)[0] == 1
         assert capsys.readouterr().err.startswith(line)

@@ -67,7 +67,7 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LEAST_BPE = len(OURS) + 256
+LEAST_BPE, MOST_BPE = len(OURS) + 256, 2**20  # the trainer makes room for all at once
 
 CHAT_TEMPLATE = (
     "{{- '<bos>' -}}"
@@ -102,10 +102,11 @@ class TokenizerConfig:
         for key, owner in (("vocab_size", "bpe"), ("path", "hf")):
             if self.name != owner and getattr(self, key) is not None:
                 raise UserError(f"{key}: only for tokenizer={owner}, not {self.name}: leave it out")
-        if self.name == "bpe" and (self.vocab_size is None or self.vocab_size < LEAST_BPE):
+        size = self.vocab_size or 0
+        if self.name == "bpe" and not LEAST_BPE <= size <= MOST_BPE:
             raise UserError(
-                f"vocab_size: must be at least {LEAST_BPE} (256 bytes and {len(OURS)} special "
-                f"tokens), got {self.vocab_size}"
+                f"vocab_size: must be between {LEAST_BPE} (256 bytes and {len(OURS)} special "
+                f"tokens) and {MOST_BPE}, got {self.vocab_size}"
             )
         if self.name == "hf" and not self.path:
             raise UserError(

@@ -17,6 +17,7 @@ from fourstage.data import corpus as corpus_module
 from fourstage.data import files as files_module
 from fourstage.data import shards, workers
 from fourstage.data.__main__ import main
+from fourstage.data.heldout import split_chats
 from fourstage.data.keys import keys_of
 from fourstage.data.shards import tokenized
 from fourstage.errors import UserError
@@ -89,6 +90,47 @@ def test_max_heldout_limits_every_kind_of_heldout_side(tmp_path):
         if "heldout_path" not in changes:
             kept = sum(map(len, [*found.train, *found.heldout]))
             assert kept == (len(TEXT) if changes["path"] == str(text) else len(TEXT) - 800)
+
+
+def test_a_part_of_which_nothing_is_left_does_not_end_the_text(tmp_path, monkeypatch):
+    """A long line with a held-out prompt goes as a whole; what follows it must stay."""
+    prompt = "how many apples does the old man eat on every day of may"
+    (tmp_path / "chats.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": text, "response": "Three."}) + "\n"
+            for text in (f"{prompt} {i}" for i in range(40))
+        )
+    )
+    line = "one two three four five six seven " * 100
+    path = tmp_path / "text.txt"
+    chats = {"path": str(tmp_path / "chats.jsonl")}
+    config = make("files", corpus={"path": str(path)}, chat=chats)
+    held = split_chats(config).heldout[0].messages[0]["content"]
+    path.write_text(line + held + " " + line)
+    monkeypatch.setattr(files_module.cut, "__defaults__", (500,))
+    monkeypatch.setattr(corpus_module, "PIECE", 1)
+    corpus = data.load_corpus(config)
+    assert corpus.notes["paragraphs_dropped_with_a_heldout_prompt"]
+    tokens = tokenized(corpus, TOK, tmp_path).train
+    assert tokens.characters == corpus.train.characters > 5000
+    assert tokens.read(0, 10**9).tolist() == ids_of(corpus.train)
+
+
+def test_a_file_that_changes_meanwhile_is_not_kept(corpus, tmp_path, monkeypatch):
+    path, write_side = tmp_path / "text.txt", shards.write_side
+
+    def changing(*arguments):
+        path.write_text(TEXT.replace("more", "less"))
+        return write_side(*arguments)
+
+    monkeypatch.setattr(shards, "write_side", changing)
+    with pytest.raises(UserError, match="a file has changed while it was read"):
+        tokenized(corpus, TOK, tmp_path)
+    assert not shards.folders(tmp_path) and not list((tmp_path / "data").glob(".*part*"))
+    monkeypatch.setattr(shards, "write_side", write_side)
+    again = data.load_corpus(corpus.train.config)
+    assert again.digest != corpus.digest
+    tokenized(again, TOK, tmp_path)
 
 
 def test_a_corpus_is_written_once(corpus, tmp_path, monkeypatch):

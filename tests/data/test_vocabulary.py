@@ -57,6 +57,27 @@ def test_one_of_a_corpus_is_trained_once(corpus, tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / "data" / "tokenizers").glob("*/tokenizer.json"))) == 2
 
 
+def test_a_damaged_one_is_trained_again(corpus, tmp_path):
+    before = tokenizer_of(BPE, corpus, tmp_path).digest
+    (folder,) = (tmp_path / "data" / "tokenizers").glob("*/")
+    (folder / "tokenizer.json").write_text("{")
+    assert tokenizer_of(BPE, corpus, tmp_path).digest == before
+
+
+def test_one_of_a_file_that_changes_meanwhile_is_not_kept(corpus, tmp_path, monkeypatch):
+    load_corpus(corpus)
+    trained = Tokenizer.bpe
+
+    def changing(*arguments):
+        (tmp_path / "corpus.txt").write_text(TEXT + "More.\n")
+        return trained(*arguments)
+
+    monkeypatch.setattr(Tokenizer, "bpe", changing)
+    with pytest.raises(UserError, match="a file has changed while it was read"):
+        tokenizer_of(BPE, corpus, tmp_path)
+    assert not list((tmp_path / "data" / "tokenizers").glob("*/tokenizer.json"))
+
+
 TRAIN = """
 import sys
 from pathlib import Path

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from fourstage.data.schemas import document_from
 from fourstage.data.split import is_heldout, short_hash
 from fourstage.data.userfiles import rows_of, usable
 from fourstage.data.workers import mapped
+from fourstage.errors import UserError
 from fourstage.files import read_json, user_cache, write_json
 from fourstage.tokenizer import Tokenizer
 
@@ -34,6 +36,7 @@ CONTEXT = 20_000  # characters around a piece in which a held-out prompt may beg
 REMEMBER = 2**24  # bytes of files from which on their scan is kept for the next start
 MOST_OF_A_TOKEN = 8  # characters, in the mean over a text
 SCAN = 1  # version of what a scan finds
+READ = ("corpus", "chat", "preference", "reasoning", "knowledge")  # what a corpus is made from
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Corpus:
     heldout: Documents
     digest: str
     notes: dict[str, int]
+    seen: tuple[Any, ...]  # the sizes and times of the files when they were read
 
     @property
     def text(self) -> str:
@@ -110,8 +114,17 @@ class Corpus:
         config = self.train.config
         return str(config.corpus.path or config.name)
 
+    def check_unchanged(self) -> None:
+        """Raise UserError if a file has changed since: what was made of it since is not of the
+        digest, and mustn't be kept under its name."""
+        if self.train.config.fingerprint(*READ) != self.seen:
+            raise UserError(
+                "data: a file has changed while it was read: wait until it is complete, and run "
+                "the same command again"
+            )
 
-@cached("corpus", "chat", "preference", "reasoning", "knowledge")
+
+@cached(*READ)
 def load_corpus(config: DataConfig) -> Corpus:
     """Documents for pretrain.
 
@@ -123,11 +136,12 @@ def load_corpus(config: DataConfig) -> Corpus:
         UserError: no path under data=files, a bad file, or a text too short to be split.
     """
     config.check_given("corpus")
+    seen = config.fingerprint(*READ)
     scan = remembered_scan(config)
     train, heldout = (Documents(config, side, scan) for side in ("train", "heldout"))
     most = config.corpus.max_tokens
     digest = scan.digest if most is None else short_hash(f"{scan.digest} {most}")
-    return Corpus(train, heldout, digest, scan.notes)
+    return Corpus(train, heldout, digest, scan.notes, seen)
 
 
 # --- one pass over everything

@@ -112,8 +112,9 @@ def write(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
         with bar:
             for name, documents in zip(SIDES, (corpus.train, corpus.heldout), strict=True):
                 most = corpus.train.config.corpus.max_tokens if name == "train" else None
-                encoded = at_most(documents.encoded(tokenizer), most)
+                encoded = at_most(filter(len, documents.encoded(tokenizer)), most)
                 index[name] = write_side(part, name, encoded, dtype, tokenizer, bar)
+        corpus.check_unchanged()
         write_json(part / INDEX, index)
         swap_in(part, folder)
     finally:

@@ -5,7 +5,6 @@ outputs/data/tokenizers/<digest>/, so that every run on this corpus has the same
 jobs train it once.
 """
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -15,9 +14,11 @@ from typing import Any
 from filelock import FileLock
 
 from fourstage.data.config import DataConfig
-from fourstage.data.corpus import load_corpus
+from fourstage.data.corpus import Corpus, load_corpus
 from fourstage.data.identity import is_fetched
 from fourstage.data.records import content_digest
+from fourstage.errors import UserError
+from fourstage.files import swap_in
 from fourstage.settings import hashed
 from fourstage.tokenizer import TOKENIZERS, Tokenizer, TokenizerConfig
 
@@ -36,10 +37,7 @@ def tokenizer_of(config: TokenizerConfig, data: DataConfig, outputs: Path) -> To
         corpus = load_corpus(data)
         digest = content_digest("bpe", str(VERSION), str(config.vocab_size), corpus.digest)
         folder = outputs / "data" / "tokenizers" / digest
-        if not (folder / "tokenizer.json").is_file():
-            texts = (text for _, text in corpus.train.texts())
-            _train(texts, config.vocab_size, folder)
-        return loaded(folder)
+        return _kept(folder) or _train(corpus, config.vocab_size, folder)
     return TOKENIZERS[config.name]()
 
 
@@ -69,19 +67,29 @@ def _loaded(folder: Path, *stats: tuple[int, ...]) -> Tokenizer:
     return Tokenizer.from_folder(folder)
 
 
-def _train(documents: Iterable[str], vocab_size: int, folder: Path) -> None:
+def _kept(folder: Path) -> Tokenizer | None:
+    """The tokenizer that was trained before; None if there is none, or it is damaged."""
+    try:
+        return loaded(folder)
+    except UserError:
+        return None
+
+
+def _train(corpus: Corpus, vocab_size: int, folder: Path) -> Tokenizer:
     """Train and save a tokenizer, unless another process is quicker."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if (folder / "tokenizer.json").is_file():
-            return
+        if (kept := _kept(folder)) is not None:
+            return kept
         print(f"training a tokenizer of {vocab_size:,} tokens on the corpus: {folder}", flush=True)
-        tokenizer = Tokenizer.bpe(first(documents, MOST), vocab_size)
+        texts = (text for _, text in corpus.train.texts())
+        tokenizer = Tokenizer.bpe(first(texts, MOST), vocab_size)
+        corpus.check_unchanged()
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         tokenizer.save(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        swap_in(partial, folder)
+    return loaded(folder)
 
 
 def first(documents: Iterable[str], most: int) -> Iterator[str]:
