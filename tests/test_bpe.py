@@ -203,9 +203,40 @@ def lossy():
     return made
 
 
+def changed(**parts):
+    """With other parts than usual tokenizers have."""
+
+    def make():
+        spec = json.loads(backend(["<|endoftext|>"]).to_str())
+        model = {**spec["model"], **parts.pop("model", {})}
+        return tokenizers.Tokenizer.from_str(json.dumps({**spec, "model": model, **parts}))
+
+    return make
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+BYTE_LEVEL["use_regex"] = True
+
+
 @pytest.mark.parametrize(
     ("make", "line"),
     [
+        (changed(normalizer={"type": "Lowercase"}), "its tokenizer changes texts"),
+        (changed(normalizer={"type": "NFKC"}), "its tokenizer changes texts"),
+        (
+            changed(normalizer={"type": "Strip", "strip_left": True, "strip_right": True}),
+            "its tokenizer changes texts",
+        ),
+        (
+            changed(
+                pre_tokenizer={
+                    "type": "Sequence",
+                    "pretokenizers": [{"type": "WhitespaceSplit"}, BYTE_LEVEL],
+                }
+            ),
+            "its tokenizer changes texts",
+        ),
+        (changed(model={"dropout": 0.1}), r"leaves out merges at random \(dropout\)"),
         (word_piece, "its tokenizer is WordPiece, not byte-level BPE"),
         (sentence_piece, "its tokenizer is BPE, not byte-level BPE"),
         (lossy, "its tokenizer is BPE, not byte-level BPE"),
@@ -234,6 +265,17 @@ def test_broken_folders(tmp_path):
         (folder / "tokenizer_config.json").write_text(text)
         with pytest.raises(UserError, match=f"hub: .*{line}"):
             Tokenizer.from_folder(folder)
+    jinja = folder / "chat_template.jinja"
+    jinja.write_bytes(b"caf\xe9")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    with pytest.raises(UserError, match="chat_template.jinja: not UTF-8 text"):
+        Tokenizer.from_folder(folder)
+    jinja.unlink()
+    for given in (5, {"a": "b"}, [{"name": "default"}], ["x"]):
+        config = {"eos_token": "<|im_end|>", "chat_template": given}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match="chat_template: expected a text"):
+            Tokenizer.from_folder(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not a tokenizer.json"):
         Tokenizer.from_folder(folder)
@@ -245,6 +287,14 @@ def test_truncation_and_padding_of_a_folder_are_not_used(tmp_path):
     made.enable_padding(length=8)
     tokenizer = Tokenizer.from_folder(write(tmp_path / "hub", made))
     assert tokenizer.decode(tokenizer.encode("a long text")) == "a long text"
+
+
+@pytest.mark.parametrize("named", [{"a": 1}, [[1]], 300.0, "x", 9999])
+def test_ends_that_are_no_tokens_are_left_out(tmp_path, named):
+    folder = chatml(tmp_path / "hub")
+    expected = Tokenizer.from_folder(folder).digest
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    assert Tokenizer.from_folder(folder).digest == expected
 
 
 def test_named_templates_and_vocabularies_with_holes(tmp_path):

@@ -67,6 +67,8 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# it must come back: all kinds of characters and spaces, in NFC, which Qwen's tokenizers make
+PROBE = " A text\t of  all\r\n kinds: caf\u00e9, \u2460 \ufb01 \u4f60 \U0001f642 12\n "
 LEAST_BPE, MOST_BPE = len(OURS) + 256, 2**20  # the trainer makes room for all at once
 
 CHAT_TEMPLATE = (
@@ -220,12 +222,17 @@ class Tokenizer:
             raise UserError(f"{path}: not a tokenizer.json ({error})") from None
         backend.no_truncation()
         backend.no_padding()
+        is_ours = all(backend.token_to_id(token) is not None for token in OURS)
         try:
-            if all(backend.token_to_id(token) is not None for token in OURS):
-                return cls(backend)
-            return cls(backend, read_card(path.parent, backend))
+            found = cls(backend, None if is_ours else read_card(path.parent, backend))
+            if found._is_byte_level and found.decode(found.encode(PROBE)) != PROBE:
+                raise UserError(
+                    "its tokenizer changes texts (see normalizer and pre_tokenizer in "
+                    "tokenizer.json): choose another, or tokenizer=bpe"
+                )
         except UserError as error:
             raise UserError(f"{path.parent}: {error}") from None
+        return found
 
     load = from_folder
 
@@ -417,19 +424,32 @@ def read_card(folder: Path, backend: tokenizers.Tokenizer) -> Card:
     ends = _read_json(folder / "generation_config.json").get("eos_token_id")
     eos = [backend.token_to_id(tokens["eos_token"])] if "eos_token" in tokens else []
     known = backend.get_added_tokens_decoder()
-    eos += [i for i in (ends if isinstance(ends, list) else [ends]) if i in known]
+    ends = [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)]
+    eos += [i for i in ends if i in known]
     if not eos:
         usual = backend.token_to_id("<|endoftext|>")
         if usual is None:
             raise UserError("no token ends a text: name its eos_token in tokenizer_config.json")
         eos = [usual]
     tokens.setdefault("eos_token", backend.id_to_token(eos[0]))
+    return Card(tokens, _template(folder, config) or PLAIN_TEMPLATE, list(dict.fromkeys(eos)))
+
+
+def _template(folder: Path, config: dict[str, Any]) -> str | None:
+    """The chat template; of several the one that is named "default"."""
     jinja, given = folder / "chat_template.jinja", config.get("chat_template")
-    if jinja.is_file():
-        given = jinja.read_text(encoding="utf-8")
-    elif isinstance(given, list):
-        given = {entry["name"]: entry["template"] for entry in given}.get("default")
-    return Card(tokens, given or PLAIN_TEMPLATE, list(dict.fromkeys(eos)))
+    try:
+        if jinja.is_file():
+            return jinja.read_text(encoding="utf-8")
+        if isinstance(given, list):
+            given = {entry["name"]: entry["template"] for entry in given}.get("default")
+    except UnicodeDecodeError:
+        raise UserError(f"{jinja.name}: not UTF-8 text: copy it again") from None
+    except (TypeError, KeyError):
+        given = {}
+    if not isinstance(given, str | None):
+        raise UserError("tokenizer_config.json: chat_template: expected a text: copy it again")
+    return given
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -457,6 +477,8 @@ def check_byte_level(backend: tokenizers.Tokenizer) -> None:
             f"its tokenizer is {kind or 'of an unknown kind'}, not byte-level BPE (as GPT-2's, "
             "Llama 3's, Qwen's and GLM-4's are): choose another, or tokenizer=bpe"
         )
+    if spec["model"].get("dropout"):
+        raise UserError("its tokenizer leaves out merges at random (dropout): set it to null")
     if any(part["add_prefix_space"] for part in before):
         raise UserError("its tokenizer puts a space in front of texts (add_prefix_space)")
 
