@@ -118,6 +118,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def expanded(path: str) -> Path:
+    """With the home folder for ~, if there is one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def exists(path: Path) -> bool:
     """Whether a file or folder is there; False for names that are too long or hold a NUL."""
     try:

@@ -122,3 +122,11 @@ def test_folders(tmp_path, monkeypatch) -> None:
     Path("owner/tiny/run.json").touch()
     with pytest.raises(UserError, match="is a run of fourstage: .* stages.sft.parent=owner/tiny"):
         find_checkpoint("owner/tiny", KEY)
+
+
+def test_a_folder_in_the_home_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    assert find_checkpoint("~/mine", "parent") == (tmp_path / "mine", "mine")
+    with pytest.raises(UserError, match="there is no folder ~nobody-of-this-name/x"):
+        find_checkpoint("~nobody-of-this-name/x", "parent")

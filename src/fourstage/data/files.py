@@ -10,14 +10,13 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fourstage.errors import UserError
-from fourstage.files import exists
+from fourstage.files import exists, expanded
 
 Paths = str | list[str]
 
@@ -72,9 +71,7 @@ def files_of(paths: Paths) -> list[str]:
         if not paths:
             raise UserError("an empty list of files: name one")
         return [file for path in paths for file in files_of(path)]
-    path = Path(paths)
-    with suppress(RuntimeError):  # ~ without a home folder
-        path = path.expanduser()
+    path = expanded(paths)
     if not paths or not exists(path):
         where = paths[:200] or repr(paths)
         raise UserError(f"{where}: no such file (paths count from the folder of the command)")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fourstage.data.files import Paths, Row, iter_rows
 from fourstage.errors import UserError
+from fourstage.files import expanded
 
 PREFIX = "hf:"
 NAMED = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@(.*))?")
@@ -344,7 +345,7 @@ def _check_room(wanted: HubSplit, name: str, size: int) -> None:
 
 
 def _mirror(root: str, wanted: HubSplit) -> Path:
-    folder = Path(root).expanduser() / wanted.repo
+    folder = expanded(root) / wanted.repo
     if not folder.is_dir():
         raise UserError(f"data.root: {folder} is not there: {_how_to_mirror(wanted, str(folder))}")
     return folder

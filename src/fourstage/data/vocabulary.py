@@ -18,7 +18,7 @@ from fourstage.data.corpus import Corpus, load_corpus
 from fourstage.data.identity import is_fetched
 from fourstage.data.records import content_digest
 from fourstage.errors import UserError
-from fourstage.files import swap_in
+from fourstage.files import expanded, swap_in
 from fourstage.settings import hashed
 from fourstage.tokenizer import TOKENIZERS, Tokenizer, TokenizerConfig
 
@@ -31,7 +31,7 @@ def tokenizer_of(config: TokenizerConfig, data: DataConfig, outputs: Path) -> To
     usable tokenizer, and for a corpus that can't be read where one has to be trained."""
     if config.name == "hf":
         assert config.path is not None
-        return loaded(Path(config.path).expanduser())
+        return loaded(expanded(config.path))
     if config.name == "bpe":
         assert config.vocab_size is not None
         corpus = load_corpus(data)
@@ -52,7 +52,7 @@ def identity_of(config: TokenizerConfig) -> dict[str, Any]:
     found = hashed(config)
     if config.name == "hf":
         assert config.path is not None
-        found = {"name": "hf", "digest": loaded(Path(config.path).expanduser()).digest}
+        found = {"name": "hf", "digest": loaded(expanded(config.path)).digest}
     return found
 
 

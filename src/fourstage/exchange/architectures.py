@@ -95,10 +95,10 @@ NEEDED: dict[str, Any] = {
 def kind_of(config: Values, where: str) -> str:
     """The model type of a config.json. Raises UserError unless it is one of ARCHITECTURES."""
     named = config.get("architectures")
-    names = named if isinstance(named, list) and named else [None]
-    kind = ARCHITECTURES.get(names[0]) if names[0] else config.get("model_type")
-    if kind not in DEFAULTS:
-        what = f"architectures: {names[0]!r}" if names[0] else f"model_type: {kind!r}"
+    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
+    kind = ARCHITECTURES.get(name) if name else config.get("model_type")
+    if not isinstance(kind, str) or kind not in DEFAULTS:
+        what = f"architectures: {name!r}" if name else f"model_type: {kind!r}"
         known = ", ".join(ARCHITECTURES)
         raise UserError(f"{where}: {what} does not map onto our model: needed is one of {known}")
     return kind
@@ -114,11 +114,18 @@ def filled(config: Values, where: str) -> dict[str, Any]:
     scaled = rope.get("rope_type", rope.get("type", "default"))
     if scaled != "default":
         _refuse(where, "rope_scaling", scaled, "null")
+    if any(isinstance(one, dict) for one in rope.values()):
+        _refuse(where, "rope_parameters", rope, "the same in each layer")
     found = dict(DEFAULTS[kind])
     for key, default in found.items():
         found[key] = rope.get(key, values.get(key, default))
     if found["vocab_size"] is None:
         raise UserError(f"{where}: it has no vocab_size")
+    if "num_nextn_predict_layers" in found:
+        found["num_nextn_predict_layers"] = found["num_nextn_predict_layers"] or 0
+    for key in ("vocab_size", "num_nextn_predict_layers"):
+        if not isinstance(found.get(key, 0), int):
+            raise UserError(f"{where}: {key}: expected a whole number, got {found[key]!r}")
     return found
 
 
@@ -132,9 +139,9 @@ def model_config(config: Values, name: str, where: str, *, has_shared: bool = Tr
     for key, needed in NEEDED.items():
         if key in v and v[key] != needed:
             _refuse(where, key, v[key], needed)
-    if set(v.get("layer_types") or ()) - {"full_attention"}:
-        _refuse(where, "layer_types", v["layer_types"], "full_attention in each layer")
     try:
+        if any(one != "full_attention" for one in v.get("layer_types") or ()):
+            _refuse(where, "layer_types", v["layer_types"], "full_attention in each layer")
         heads = v["num_attention_heads"]
         values = {
             **(_experts(v, where, has_shared) if kind == "glm4_moe" else _dense(v, kind)),

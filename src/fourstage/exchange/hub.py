@@ -6,7 +6,7 @@ from pathlib import Path
 from fourstage.errors import UserError
 from fourstage.exchange.architectures import model_config
 from fourstage.exchange.checkpoint import INDEX, TOKENIZER_FILES, read_config
-from fourstage.files import exists
+from fourstage.files import exists, expanded
 
 NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -17,8 +17,7 @@ def find_checkpoint(named: str, where: str) -> tuple[Path, str]:
     `named` is a folder, or OWNER/NAME[@REVISION] on the hub if there is no such folder; `where` is
     the key that names it, for messages. Raises UserError if there is neither.
     """
-    if exists(Path(named)):
-        folder = Path(named)
+    if exists(folder := expanded(named)):
         if (folder / "run.json").is_file():
             raise UserError(
                 f"{where}: {folder} is a run of fourstage: name it as the parent of a later "

@@ -13,6 +13,7 @@ from typing import Any
 from fourstage.errors import UserError
 from fourstage.exchange.checkpoint import digest, read_checkpoint
 from fourstage.exchange.hub import find_checkpoint
+from fourstage.files import expanded
 from fourstage.job import Start
 from fourstage.model import ModelConfig
 from fourstage.runs.records import read_record
@@ -98,5 +99,5 @@ def check_typed(
                     f"{asked[name]}: leave {key} out"
                 )
         path = config["tokenizer"].get("path")
-        if group == "tokenizer" and (path is None or Path(path).resolve() != folder.resolve()):
+        if group == "tokenizer" and (path is None or expanded(path).resolve() != folder.resolve()):
             raise UserError(f"{word}: {whose} brings its own tokenizer: leave {key} out")
