@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import hydra
 from hydra._internal import utils as reported
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException, HydraException
+from hydra.errors import CompactHydraException, HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -163,6 +164,12 @@ def line_of(error: Exception) -> str:
     if found := re.search(r"Ambiguous value for argument '(.+?)'", text, re.DOTALL):
         key, _, value = found[1].partition("=")
         return f"{found[1]}: to run each, add -m; for one value with a comma, '{key}=\"{value}\"'"
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        if value and re.fullmatch(r"\+*[\w.@/]+", key):
+            escaped = value.replace('"', '\\"')
+            quoted = shlex.quote(f'{key}="{escaped}"')
+            return f"{error.override}: Hydra can't read the value: quote it: {quoted}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = [line for line in lines[:2] if not line.startswith(("See ", "full_key:"))]
     return ": ".join(said) or repr(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 
 import train
@@ -398,6 +400,23 @@ def test_folders_in_a_sweep() -> None:
             train.name_folders(words)
     with pytest.raises(SystemExit, match="quote a folder with a comma: 'tokenizer=\"hf:/x,bpe\"'"):
         train.name_folders(["--multirun", "tokenizer=hf:/x,bpe"])
+
+
+@pytest.mark.parametrize("value", ["hf:/a b, c=d", "it's.txt", "x(1).txt", "[a.txt"])
+def test_a_value_that_hydra_cannot_read_is_shown_quoted(value) -> None:
+    def parsed(word):
+        return OverridesParser.create().parse_overrides([word])[0]
+
+    with pytest.raises(OverrideParseException) as caught:
+        parsed(f"data.corpus.path={value}")
+    line = train.line_of(caught.value)
+    assert line.startswith(f"data.corpus.path={value}: Hydra can't read the value: quote it: ")
+    (word,) = shlex.split(line.partition("quote it: ")[2])
+    assert parsed(word).value() == value
+    for word in ("seed", "foo bar=1"):
+        with pytest.raises(OverrideParseException) as caught:
+            parsed(word)
+        assert "quote it" not in train.line_of(caught.value)
 
 
 @pytest.mark.parametrize(("model", "size"), [("moe_tiny", 4096), ("moe_small", 32_768)])

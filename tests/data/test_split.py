@@ -2,6 +2,7 @@
 
 import pytest
 
+from fourstage.data import split
 from fourstage.data.split import expressions, is_heldout, normalise, whole_expressions
 
 
@@ -43,6 +44,13 @@ def test_the_share_is_met_and_nested():
 
 def test_the_split_is_the_same_in_every_process_and_version():
     assert [i for i in range(40) if is_heldout(f"prompt {i}", 0.1)] == GOLDEN
+
+
+@pytest.mark.parametrize("long", [1, 3, 7, 10**6])
+def test_long_texts_are_normalised_in_parts(monkeypatch, long):
+    monkeypatch.setattr(split, "LONG", long)
+    for text in ("", " ", "\n\n a\tb  c\u2003d\u3000\x1ce \r\n", "no-space-at-all", "ab cd " * 9):
+        assert split.single_spaced(text) == " ".join(text.split())
 
 
 GOLDEN = [14, 15, 19]

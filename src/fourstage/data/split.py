@@ -11,6 +11,7 @@ _NUMBER = r"-?\d+"
 _SUM = re.compile(rf"^{_NUMBER}(?: [+-] {_NUMBER})+ = \?$")
 _PRODUCT = re.compile(rf"^{_NUMBER}(?: \* {_NUMBER})+ = \?$")
 _GCD = re.compile(r"^gcd\(\d+(?:, \d+)+\) = \?$")
+SPACE, LONG = re.compile(r"\s"), 2**16  # characters that are split at once
 EXPRESSION = re.compile(
     rf"(?<![\w.]){_NUMBER}(?:[ \t]*[-+*][ \t]*{_NUMBER})+(?!\w|\.\d)|gcd\([\d, ]+\)"
 )
@@ -22,7 +23,7 @@ def normalise(text: str) -> str:
     "3 + 5 = ?" and "5 + 3 = ?" have one key, and so have swapped factors and arguments of gcd. In
     a sum the terms move with their signs.
     """
-    text = " ".join(text.lower().split())
+    text = single_spaced(text.lower())
     if _SUM.match(text):
         terms = re.findall(rf"[+-] {_NUMBER}", "+ " + text)
         return " ".join(sorted(terms)) + " = ?"
@@ -31,6 +32,17 @@ def normalise(text: str) -> str:
     if _GCD.match(text):
         return "gcd(" + ", ".join(sorted(re.findall(_NUMBER, text))) + ") = ?"
     return text
+
+
+def single_spaced(text: str) -> str:
+    """ " ".join(text.split()), without a list of all words of a long text."""
+    parts, at = [], 0
+    while at < len(text):
+        space = SPACE.search(text, at + LONG)
+        end = space.end() if space else len(text)
+        parts += [" ".join(words)] if (words := text[at:end].split()) else []
+        at = end
+    return " ".join(parts)
 
 
 def short_hash(text: str, length: int = 12) -> str:
