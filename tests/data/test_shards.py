@@ -300,6 +300,21 @@ def test_an_error_in_a_process_is_the_users():
         list(workers.mapped(fail, (0,), range(50)))
 
 
+def be_killed(_):
+    def on(x):
+        if x == 30:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+    return on
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a second core")
+def test_a_killed_process_is_one_line():
+    with pytest.raises(UserError, match="was killed, by the system perhaps for lack of memory"):
+        list(workers.mapped(be_killed, (0,), range(50)))
+
+
 def test_few_items_need_no_process(monkeypatch):
     monkeypatch.setattr(workers, "ProcessPoolExecutor", None)
     assert len(list(workers.mapped(square, (1,), range(workers.FEW)))) == workers.FEW

@@ -7,8 +7,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import Any, TypeVar
+
+from fourstage.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -21,7 +24,8 @@ def mapped(
     make: Callable[..., Callable[[T], R]], arguments: tuple[Any, ...], items: Iterable[T]
 ) -> Iterator[R]:
     """make(*arguments)(item) of each item, in order. `make` is a function of a module, and what it
-    is given and what it returns can be pickled: each process calls it once."""
+    is given and what it returns can be pickled: each process calls it once.
+    Raises UserError if a process was killed."""
     items = iter(items)
     yield from map(make(*arguments), islice(items, FEW))
     rest = list(islice(items, 1))
@@ -42,6 +46,11 @@ def mapped(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that reads the corpus was killed, by the system perhaps for lack of memory: "
+            "run the same command again, with fewer other programs or on fewer cores (taskset)"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
