@@ -172,12 +172,19 @@ def shorten(folder):
     path.write_bytes(path.read_bytes()[:-2])
 
 
+def without_dtype(folder):
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({k: index[k] for k in index if k != "dtype"}))
+
+
 @pytest.mark.parametrize(
     ("harm", "why"),
     [
         (damage, "train-00000.bin is damaged"),
         (shorten, "the heldout files are not of the size that was written"),
         (lambda folder: (folder / "index.json").write_text("{"), "not complete"),
+        (without_dtype, "not complete"),
+        (lambda folder: (folder / "checked.json").write_text("[1]") and damage(folder), "damaged"),
         (lambda folder: (folder / "train-00000.bin").unlink(), "not complete"),
         (lambda folder: (folder / "index.json").unlink(), "not complete"),
     ],
@@ -419,6 +426,10 @@ def test_the_command_lists_checks_and_removes(corpus, tmp_path, capsys):
         main(["rm", "nope", *options])
     with shards.lock(folder_of(tmp_path)), pytest.raises(UserError, match="wait for it"):
         main(["rm", name, *options])
+    for content in ("{", "[]", '{"corpus": "x"}'):
+        (folder_of(tmp_path) / "index.json").write_text(content)
+        main(options)
+        assert "not complete" in capsys.readouterr().out
     main(["rm", "all", *options])
     assert not shards.folders(tmp_path)
     for wrong in (["rm"], ["list", "x"], ["show"], ["check", "x=y"]):

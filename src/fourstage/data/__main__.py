@@ -15,8 +15,9 @@ outputs=FOLDER. Needs no PyTorch.
 import sys
 from pathlib import Path
 
-from fourstage.data.shards import CHECKED, fault, folders, read_index, remove_tokens
+from fourstage.data.shards import INDEX, fault, folders, remove_tokens
 from fourstage.errors import UserError, did_you_mean
+from fourstage.files import read_json
 from fourstage.interruptions import run_command
 from fourstage.runs.store import RunStore
 
@@ -29,20 +30,20 @@ def show_all(outputs: Path) -> None:
     table = Table(Column("name", no_wrap=True), *(Column(name, overflow="fold") for name in others))
     records = RunStore(outputs).records().values()
     for folder in folders(outputs):
-        index = read_index(folder)
-        if index is None:
-            table.add_row(folder.name, "not complete")
-            continue
-        runs = [r["id"] for r in records if r.get("data", {}).get("digest") == index["corpus"]]
-        table.add_row(
-            folder.name,
-            index["text"],
-            f"{index['train']['tokens']:,}",
-            f"{index['heldout']['tokens']:,}",
-            f"{index['vocab_size']:,} tokens",
-            f"{disk_use(folder) / 1e6:.1f}",
-            ", ".join(runs),
-        )
+        try:
+            index = read_json(folder / INDEX)
+            runs = [r["id"] for r in records if r.get("data", {}).get("digest") == index["corpus"]]
+            row = (
+                index["text"],
+                f"{index['train']['tokens']:,}",
+                f"{index['heldout']['tokens']:,}",
+                f"{index['vocab_size']:,} tokens",
+                f"{disk_use(folder) / 1e6:.1f}",
+                ", ".join(runs),
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            row = ("not complete",)
+        table.add_row(folder.name, *row)
     if not table.row_count:
         print(f"{outputs / 'data'} has no tokens yet: pretrain writes them")
         return
@@ -58,8 +59,7 @@ def check(outputs: Path) -> None:
     """Raises UserError if a folder is damaged."""
     bad = []
     for folder in folders(outputs):
-        (folder / CHECKED).unlink(missing_ok=True)
-        why = fault(folder)
+        why = fault(folder, compare=True)
         print(f"{folder.name}: {why or 'as it was written'}")
         bad += [folder.name] if why else []
     if bad:

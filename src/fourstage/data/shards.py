@@ -234,31 +234,24 @@ def remove_tokens(folder: Path) -> None:
         raise UserError(f"{folder.name}: a process writes or checks it now: wait for it") from None
 
 
-def read_index(folder: Path) -> dict[str, Any] | None:
-    """None if the folder isn't complete."""
-    try:
-        return read_json(folder / INDEX)
-    except (OSError, ValueError):
-        return None
-
-
-def fault(folder: Path) -> str | None:
+def fault(folder: Path, compare: bool = False) -> str | None:
     """Why a folder can't be used; None if it can. Its checksums are compared if a file isn't the
-    one that was written or compared here before."""
+    one that was written or compared here before, or if asked to."""
     try:
         index = read_json(folder / INDEX)
         sums = {name: digest for side in SIDES for name, digest in index[side]["files"].items()}
         now = stamps(folder, index)
+        size = np.dtype(index["dtype"]).itemsize
+        sizes = {side: size * index[side]["tokens"] for side in SIDES}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"not complete ({error})"
-    size = np.dtype(index["dtype"]).itemsize
-    for side in SIDES:
-        if sum(now[name][0] for name in index[side]["files"]) != size * index[side]["tokens"]:
+    for side, written in sizes.items():
+        if sum(now[name][0] for name in index[side]["files"]) != written:
             return f"the {side} files are not of the size that was written"
-    try:
-        before = read_json(folder / CHECKED)
-    except (OSError, ValueError):
-        before = {}
+    before = {}
+    if not compare:
+        with suppress(OSError, ValueError, TypeError):
+            before = dict(read_json(folder / CHECKED))
     for name, digest in sums.items():
         if before.get(name) != now[name]:
             with open(folder / name, "rb") as file:

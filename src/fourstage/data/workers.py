@@ -46,7 +46,10 @@ def mapped(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BrokenProcessPool:
+    except (BrokenProcessPool, OSError) as error:
+        # the latter if one is killed while another is started
+        if isinstance(error, OSError) and str(error) != "handle is closed":
+            raise
         raise UserError(
             "a process that reads the corpus was killed, by the system perhaps for lack of memory: "
             "run the same command again, with fewer other programs or on fewer cores (taskset)"
