@@ -99,9 +99,9 @@ def bpe_vocab_size(d_model: int) -> int:
     return 32_768 if d_model >= WIDE else 4096
 
 
-def debug_room(data: str, short: int, long: int) -> int:
-    """A limit of debug=fast in tokens: records other than the embedded ones may be long."""
-    return short if data == "embedded" else long
+def where(value: str, is_this: str, then: int, otherwise: int) -> int:
+    """A setting that depends on another one."""
+    return then if value == is_this else otherwise
 
 
 def below(root: str | None, name: str) -> str:
@@ -197,7 +197,7 @@ def no_such_setting(key: str) -> str:
 
 OmegaConf.register_new_resolver("make_folder", make_folder, replace=True)
 OmegaConf.register_new_resolver("below", below, replace=True)
-OmegaConf.register_new_resolver("debug_room", debug_room, replace=True)
+OmegaConf.register_new_resolver("where", where, replace=True)
 OmegaConf.register_new_resolver("bpe_vocab_size", bpe_vocab_size, replace=True)
 
 if __name__ == "__main__":

@@ -287,6 +287,16 @@ def test_command_line_over_debug_over_experiment_over_base(tmp_path) -> None:
     assert without_debug.stages.grpo.max_steps == 5
 
 
+@pytest.mark.parametrize(("name", "problems"), [("embedded", 50), ("public", 50), ("files", 0)])
+def test_debug_asks_for_no_file_that_the_stage_does_not_need(name, problems) -> None:
+    tree = config("debug=fast", f"data={name}")["data"]
+    assert tree["corpus"]["problems"] == tree["chat"]["demonstrations"] == problems
+    assert (
+        config("debug=fast", f"data={name}", "data.corpus.problems=7")["data"]["corpus"]["problems"]
+        == 7
+    )
+
+
 def options() -> list[str]:
     """Every choice of every config group, as an override."""
     found = []
