@@ -87,7 +87,8 @@ def test_the_ladder_climbs_with_bpe(tmp_path, capsys):
     other = ["data.corpus.problems=7", f"stages.grpo.parent={sft.name}", "stage=grpo"]
     plan = make_plan(config(*words, *other))
     assert plan.vocab_size == 500 and "training" not in capsys.readouterr().out
-    with pytest.raises(UserError, match="sft-.* has another tokenizer: choose its tokenizer="):
+    line = "sft-.* has another tokenizer: choose tokenizer=bpe tokenizer.vocab_size=500"
+    with pytest.raises(UserError, match=line):
         make_plan(config(*words, *other, "tokenizer.vocab_size=501"))
 
 

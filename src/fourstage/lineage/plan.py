@@ -401,7 +401,11 @@ def named_run(plan: Plan, where: str, stage: str, name: str, role: str) -> tuple
             )
     its = recorded(TokenizerConfig, record, "tokenizer")
     if not same_tokenizer(command.tokenizer, its, folder):
-        raise UserError(f"{where}: {folder.name} has another tokenizer: choose its tokenizer=")
+        words = "its tokenizer="
+        if its is not None:
+            size = f" tokenizer.vocab_size={its.vocab_size}" if its.vocab_size else ""
+            words = f"tokenizer={its.name}{f':{folder}' if its.name == 'hf' else size}"
+        raise UserError(f"{where}: {folder.name} has another tokenizer: choose {words}")
     return folder, record
 
 
