@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fourstage.errors import UserError
 
@@ -124,6 +127,20 @@ def expanded(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+@contextmanager
+def locked(lock: FileLock, what: str) -> Iterator[None]:
+    """Hold a lock; says what it waits for, if another process has it."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for {what}, which another process is writing", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def exists(path: Path) -> bool:

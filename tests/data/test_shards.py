@@ -160,6 +160,18 @@ def test_two_jobs_write_once(corpus, tmp_path, monkeypatch):
     assert len(written) == 1 and len(found) == 3
 
 
+def test_a_job_that_waits_says_so(corpus, tmp_path, capsys):
+    tokenized(corpus, TOK, tmp_path)
+    folder = folder_of(tmp_path)
+    with shards.lock(folder):
+        job = threading.Thread(target=tokenized, args=(corpus, TOK, tmp_path))
+        job.start()
+        time.sleep(0.2)
+    job.join()
+    said = f"waiting for the tokens in {folder}, which another process is writing"
+    assert said in capsys.readouterr().out
+
+
 def damage(folder):
     path = folder / "train-00000.bin"
     content = bytearray(path.read_bytes())

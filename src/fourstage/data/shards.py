@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from fourstage.data.corpus import Corpus
 from fourstage.data.split import short_hash
 from fourstage.errors import UserError
-from fourstage.files import read_json, remove, swap_in, write_json
+from fourstage.files import locked, read_json, remove, swap_in, write_json
 from fourstage.tokenizer import Tokenizer
 
 INDEX, CHECKED = "index.json", "checked.json"
@@ -74,7 +74,7 @@ def tokenized(corpus: Corpus, tokenizer: Tokenizer, outputs: Path) -> TokenizedC
     store = outputs / "data"
     store.mkdir(parents=True, exist_ok=True)
     folder = store / short_hash(f"{corpus.digest} {tokenizer.digest}")
-    with lock(folder):
+    with locked(lock(folder), f"the tokens in {folder}"):
         if (why := fault(folder)) is not None:
             if folder.exists():
                 print(f"{folder}: {why}: tokenizing again", flush=True)

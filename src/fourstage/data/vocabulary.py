@@ -18,7 +18,7 @@ from fourstage.data.corpus import Corpus, load_corpus
 from fourstage.data.identity import is_fetched
 from fourstage.data.records import content_digest
 from fourstage.errors import UserError
-from fourstage.files import expanded, swap_in
+from fourstage.files import expanded, locked, swap_in
 from fourstage.settings import hashed
 from fourstage.tokenizer import TOKENIZERS, Tokenizer, TokenizerConfig
 
@@ -78,7 +78,7 @@ def _kept(folder: Path) -> Tokenizer | None:
 def _train(corpus: Corpus, vocab_size: int, folder: Path) -> Tokenizer:
     """Train and save a tokenizer, unless another process is quicker."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with locked(FileLock(folder.with_suffix(".lock")), f"the tokenizer in {folder}"):
         if (kept := _kept(folder)) is not None:
             return kept
         print(f"training a tokenizer of {vocab_size:,} tokens on the corpus: {folder}", flush=True)
