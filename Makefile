@@ -44,7 +44,7 @@ test: $(READY)  ## run the tests (a few minutes)
 	$(PY) -m pytest
 
 test-slow: $(READY)  ## run the slow tests: kill and resume training, several processes
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow -n 0
 
 setup: $(READY)  ## make .venv and install the tested versions
 
