@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from benchmarks import (
     generate,
     grpo,
     kernels,
+    large_text,
     peers,
     profile,
     scaling,
@@ -430,3 +433,48 @@ def test_the_truth_of_a_case_is_true(name: str) -> None:
     drawn = case.draw(np.random.default_rng(1), 200_000)
     values = suite.linear(drawn) if drawn.ndim == 2 else drawn
     assert abs(values.mean() - case.truth) < 4 * values.std() / 200_000**0.5
+
+
+# --- large_text
+
+
+def test_texts_of_a_size_and_records_are_the_same_each_time(tmp_path: Path) -> None:
+    one, other, rows = (tmp_path / name for name in ("a.txt", "b.txt", "c.jsonl"))
+    large_text.write_text(one, 1)
+    large_text.write_text(other, 1)
+    assert one.read_bytes() == other.read_bytes()
+    assert 1_000_000 <= one.stat().st_size < 1_001_000
+    large_text.write_records(rows, 50)
+    texts = [json.loads(line)["text"] for line in rows.read_text().splitlines()]
+    assert len(texts) == len(set(texts)) == 50
+    assert texts == one.read_text().split("\n\n")[:50]
+
+
+def test_memory_of_a_process_and_those_below_it() -> None:
+    """A shell whose child holds 50 MB more than it did a moment before."""
+    say = "print(flush=True); input()"
+    code = f"{say}; x = bytes(range(250)) * 200_000; {say}"
+    shell = ["sh", "-c", f'"{sys.executable}" -c "{code}"; true']
+    process = subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    before = large_text.private_mb(process.pid)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    process.stdout.readline()
+    assert 49 < large_text.private_mb(process.pid) - before < 52
+    process.communicate("\n", timeout=60)
+    assert large_text.private_mb(process.pid) == 0
+
+
+def test_a_training_that_fails_is_one_line(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", "import sys; print('one'); sys.exit('two')"]
+    with pytest.raises(UserError, match="^train.py: two$"):
+        large_text.taken(words, tmp_path / "log.txt")
+
+
+@pytest.mark.slow
+def test_large_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    large_text.main(["megabytes=1", "records=300", f"folder={tmp_path}"])
+    figures = last_line(capsys.readouterr().out, "large_text")["figures"]
+    assert {name.rsplit("_", 2)[0] for name in figures} == {"1_mb", "300_records"}
+    assert all(value > 0 for value in figures.values())
