@@ -130,12 +130,12 @@ def expanded(path: str) -> Path:
 
 
 @contextmanager
-def locked(lock: FileLock, what: str) -> Iterator[None]:
+def locked(lock: FileLock, what: str, doing: str = "writing") -> Iterator[None]:
     """Hold a lock; says what it waits for, if another process has it."""
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"waiting for {what}, which another process is writing", flush=True)
+        print(f"waiting for {what}, which another process is {doing}", flush=True)
         lock.acquire()
     try:
         yield

@@ -11,7 +11,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from fourstage.errors import UserError
-from fourstage.files import exists
+from fourstage.files import exists, locked
 from fourstage.ladder import LADDER, place, stages
 from fourstage.runs.records import RUN_ID, Record, read_record
 
@@ -107,16 +107,11 @@ class RunStore:
     def locked(self, name: str, run_id: str) -> Iterator[None]:
         """Hold a run's lock while training it. A crash leaves none behind."""
         lock = self._lock(run_id)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"waiting for {name}, which another process is training", flush=True)
-            lock.acquire()
-        try:
-            yield
-        finally:
-            Path(lock.lock_file).unlink(missing_ok=True)  # waiting processes make a new one
-            lock.release()
+        with locked(lock, name, "training"):
+            try:
+                yield
+            finally:
+                Path(lock.lock_file).unlink(missing_ok=True)  # waiting processes make a new one
 
     def _lock(self, run_id: str) -> FileLock:
         assert RUN_ID.fullmatch(run_id), run_id
