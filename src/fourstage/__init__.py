@@ -11,6 +11,9 @@ __version__ = "0.1.0"
 # read once, when PyTorch is loaded: every entry point imports this package first.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
+# The hub's client warns of each of its tries; what they come to is one line of ours.
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
 for _name in ("stdin", "stdout", "stderr"):  # a closed one (`<&-`) is None, which nobody expects
     if getattr(sys, _name) is None:
         _mode = "r" if _name == "stdin" else "w"
