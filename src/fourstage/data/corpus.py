@@ -275,7 +275,7 @@ def _is_text(config: DataConfig, heldout: bool = False) -> bool:
     """Whether the source is text without records."""
     corpus = config.corpus
     path = corpus.heldout_path if heldout else corpus.path
-    return path is None or (corpus.on_hub(heldout) is None and is_text(path))
+    return corpus.on_hub(heldout) is None and (path is None or is_text(path))
 
 
 def _read(config: DataConfig, notes: Counter[str], heldout: bool) -> Iterator[Piece]:
