@@ -36,6 +36,7 @@ class Hub:
         self.refused: dict[str, tuple[int, str]] = {}  # repository -> status and error code
         self.declared: dict[str, int] = {}  # file -> a size to pretend
         self.truncated: set[str] = set()  # files whose transfer breaks off
+        self.pages: set[str] = set()  # repositories for which a proxy answers with a page
         self.requests: list[str] = []
         self.url = ""
 
@@ -60,6 +61,8 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             parts = unquote(urlsplit(self.path).path).strip("/").split("/")
             hub.requests.append(f"{self.command} {'/'.join(parts)}")
             is_api = parts[0] == "api"
+            if "/".join(parts[2:4]) in hub.pages:
+                return self.send(b"<html>", "", is_head)
             if is_api and parts[4:5] in ([], ["revision"]):
                 return self.tell("/".join(parts[2:4]), "".join(parts[5:]) or "main", is_head)
             kind, *repo, what, commit = parts[is_api:][:5]

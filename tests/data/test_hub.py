@@ -351,6 +351,16 @@ def test_a_mirror_is_the_same_set(hub, read, tmp_path) -> None:
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("repo", ["roneneldan/TinyStories", "Salesforce/wikitext"])
+def test_the_held_out_split_is_what_a_corpus_holds_out(repo, read, files, tmp_path) -> None:
+    for name, body in known_sets()[repo].items():
+        (path := tmp_path / repo / name).parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(body)
+    corpus = data.load_corpus(files(root=str(tmp_path), corpus={"path": f"hf:{repo}"}))
+    for side, heldout in ((corpus.train, False), (corpus.heldout, True)):
+        assert list(side) == [document_from(row) for row in rows(read, repo, heldout)]
+
+
 def test_a_mirror_of_another_commit_or_a_part_is_refused(hub, tmp_path) -> None:
     repo = tmp_path / "openai" / "gsm8k"
     for name, body in known_sets()["openai/gsm8k"].items():
@@ -399,12 +409,20 @@ def test_each_error_is_a_line_that_says_what_to_do(hub, home) -> None:
     hub.add("me/code", {"README.md": b"---\nlicense: mit\n---\n", "code.py": b"print()"})
     hub.add("me/other", {"train.jsonl": b'{"a": "x", "b": "y"}'})
     hub.add("me/bad", {"train.jsonl": b'{"a": "x", '})
+    hub.add("me/card", {"README.md": b"---\nconfigs: [: x\n---\n", "train.jsonl": b"{}"})
+    hub.add("me/zip", {"data.zip": b"PK"})
+    hub.pages.add("me/page")
     hub.refused |= {"me/gated": (403, "GatedRepo"), "me/broken": (500, "")}
     lines = {
         f"me/gated@{C}": f"it is gated: accept its terms at {hub.url}/datasets/me/gated and log in",
         f"me/none@{C}": f"no such set at {hub.url}/datasets/me/none: check the name",
         f"me/mine@{D}": f"commit {D} is gone: take one from `git ls-remote https://huggingface.co/",
         f"me/code@{C}": "`datasets` can't tell its data files (No (supported) data files found",
+        f"me/card@{C}": "`datasets` can't tell its data files (while parsing a flow node): use",
+        f"me/zip@{C}": "`datasets` can't tell its data files (File is not a zip file): use",
+        f"me/page@{C}": f"what {hub.url} answers is not a hub's: check HF_ENDPOINT and the proxy",
+        "me/page": f"what {hub.url} answers is not a hub's: check HF_ENDPOINT and the proxy",
+        f"me/..@{C}": "the hub has no such names (Repo id must use",
     }
     asked = [of(path, "reasoning", subset="main") for path in lines]
     hub.add("me/mine", {"data/train.jsonl": b"{}"})
@@ -520,6 +538,7 @@ def test_no_hub(tmp_path) -> None:
     ("settings", "line"),
     [
         ({"path": "hf:gsm8k"}, "path: expected hf:OWNER/NAME or hf:OWNER/NAME@REVISION"),
+        ({"path": "hf:me/mine@"}, "path: expected hf:OWNER/NAME or hf:OWNER/NAME@REVISION"),
         ({"path": f"hf:me/mine@{C}", "revision": C}, "revision: .* names one already"),
         ({"path": ["hf:openai/gsm8k"]}, "path: name one set on the hub alone"),
         ({"path": "a.jsonl", "split": "train"}, "split: only for a set on the hub"),

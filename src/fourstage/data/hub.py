@@ -7,6 +7,7 @@ is read in place.
 """
 
 import hashlib
+import logging
 import re
 import shutil
 import sys
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from errno import ENOSPC
 from functools import lru_cache
+from json import JSONDecodeError
 from pathlib import Path
 
 from fourstage.data.files import Paths, Row, iter_rows
@@ -23,7 +25,7 @@ from fourstage.errors import UserError
 from fourstage.files import expanded
 
 PREFIX = "hf:"
-NAMED = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@(.*))?")
+NAMED = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@(.+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CARDS = ["README.md", ".huggingface.yaml", "dataset_infos.json"]  # name the subsets' files
 EVERYWHERE = ".gitattributes"  # a small file of every set
@@ -222,7 +224,7 @@ def hub_rows(
     folder of mirrors, data.root. Raises UserError, one line that says what to do, for whatever
     keeps the rows away.
     """
-    _bars_in_a_terminal_only()
+    _quieten()
     wanted = pinned(wanted, root)
     mirror = None if root is None else _mirror(root, wanted)
     known = None if columns else KNOWN.get(wanted.repo)
@@ -243,10 +245,12 @@ def hub_rows(
     return known.adapt(rows()) if known and known.adapt else rows()
 
 
-def _bars_in_a_terminal_only() -> None:
+def _quieten() -> None:
+    """Bars in a terminal only, and nothing about a card without metadata, which is fine."""
     from datasets.utils.logging import disable_progress_bar
     from huggingface_hub.utils import disable_progress_bars
 
+    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         disable_progress_bar()
         disable_progress_bars()
@@ -278,7 +282,7 @@ def _named(wanted: HubSplit, subset: str | None, folder: str) -> list[str]:
             cache = f"{folder}/.cache"
             builder = datasets.load_dataset_builder(folder, name=named, cache_dir=cache)
             found = {str(split): files for split, files in builder.config.data_files.items()}
-    except (ValueError, FileNotFoundError) as error:
+    except Exception as error:  # of its own, or of YAML, zip files ...
         reason = _first(error).replace(folder, "it")
         raise UserError(
             f"{wanted.name}: `datasets` can't tell its data files ({reason}): use another set, or "
@@ -397,6 +401,10 @@ def _explained(wanted: HubSplit) -> Iterator[None]:
         else:
             why = _first(error.__cause__ or error)
             said = f"{constants.ENDPOINT} can't be reached ({why}): try again, or {elsewhere}"
+    except errors.HFValidationError as error:
+        said = f"the hub has no such names ({_first(error)})"
+    except JSONDecodeError:  # the page of a proxy, say
+        said = f"what {constants.ENDPOINT} answers is not a hub's: check HF_ENDPOINT and the proxy"
     except (errors.HfHubHTTPError, errors.HTTPError) as error:
         said = f"{constants.ENDPOINT} failed ({_first(error)}): try again, or {elsewhere}"
     except OSError as error:
