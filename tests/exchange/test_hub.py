@@ -3,6 +3,7 @@ failure. The hub is a function here."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -89,6 +90,8 @@ def response(status: int) -> object:
             "ed \\(bad\\): try",
         ),
         (lambda: OSError(28, "No space left on device"), "No space left"),
+        (lambda: errors.HTTPError("connection lost"), "ed \\(connection lost\\): try"),
+        (lambda: json.JSONDecodeError("Expecting", "<html>", 0), "not a hub's: check HF"),
     ],
 )
 def test_failures_are_one_line(error, line, monkeypatch) -> None:

@@ -1,6 +1,7 @@
 """Where the checkpoint lies that `hf:FOLDER` or `hf:OWNER/NAME[@REVISION]` names."""
 
 import re
+from json import JSONDecodeError
 from pathlib import Path
 
 from fourstage.errors import UserError
@@ -55,8 +56,10 @@ def download(repo: str, revision: str | None, where: str) -> Path:
             "is no folder here, not in the hub's cache, and the hub can't be reached: download it "
             f"elsewhere (hf download {repo} --local-dir FOLDER) and name that folder"
         )
-    except errors.HfHubHTTPError as error:
+    except errors.HTTPError as error:
         why = f"could not be downloaded ({str(error).splitlines()[0]}): try again later"
+    except JSONDecodeError:  # the page of a proxy, say
+        why = "could not be found: the answer is not a hub's: check HF_ENDPOINT and the proxy"
     except OSError as error:
         why = f"could not be downloaded ({error}): try again later"
     raise UserError(f"{where}: {shown} {why}")
