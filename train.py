@@ -1,5 +1,6 @@
 """Climb the ladder up to a stage: python train.py stage=grpo model=moe_small (see --help)."""
 
+import logging
 import os
 import re
 import shlex
@@ -44,6 +45,7 @@ def main(config: DictConfig) -> None:
 
     handle_stops(stop_now)
     escape_output()
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line for each request to a hub
     hydra_config = HydraConfig.get()
     try:
         check_environment()
