@@ -492,6 +492,24 @@ def test_a_set_without_a_commit_is_taken_at_its_latest(hub, tmp_path) -> None:
     assert line.startswith("data.reasoning: hf:me/latest: HF_HUB_OFFLINE is set: unset it, name")
 
 
+@pytest.mark.parametrize("split", ["validation", None])
+def test_both_sides_of_a_corpus_on_the_hub_are_the_set_s(files, tmp_path, split) -> None:
+    """A held-out split as it is, or else a share of the records by their hash."""
+    repo = tmp_path / "me" / "texts"
+    repo.mkdir(parents=True)
+    for name in ("train", "validation"):
+        rows = [json.dumps({"text": f"{name} story {i}"}) + "\n" for i in range(60)]
+        (repo / f"{name}.jsonl").write_text("".join(rows))
+    settings = {"path": f"hf:me/texts@{C}", **({"heldout_split": split} if split else {})}
+    corpus = data.load_corpus(files(corpus=settings, root=str(tmp_path)))
+    train, heldout = set(corpus.train), set(corpus.heldout)
+    both = {f"train story {i}" for i in range(60)}
+    if split:
+        assert train == both and heldout == {f"validation story {i}" for i in range(60)}
+    else:
+        assert train | heldout == both and not train & heldout and 0 < len(heldout) < 20
+
+
 def test_the_commit_of_a_set_without_one_is_part_of_the_id(files, tmp_path) -> None:
     """A mirror tells it by the notes of the hub's client, else by its content."""
     repo = tmp_path / "me" / "mine"
