@@ -343,6 +343,8 @@ def test_a_mirror_is_the_same_set(hub, read, tmp_path) -> None:
         for name, body in files.items():
             (path := tmp_path / "mirror" / repo / name).parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(body)
+    data = tmp_path / "mirror" / "HuggingFaceTB" / "smoltalk" / "data"
+    data.symlink_to(data.rename(tmp_path / "elsewhere"))
     asked = [
         of(repo, SOURCES[repo], heldout=held, root=str(tmp_path / "mirror")) for repo, held in read
     ]

@@ -8,6 +8,7 @@ is read in place.
 
 import hashlib
 import logging
+import os
 import re
 import shutil
 import sys
@@ -196,7 +197,7 @@ def pinned(wanted: HubSplit, root: str | None) -> HubSplit:
 
 def _commit_of(mirror: Path) -> str:
     """The commit that the hub's client notes beside what it downloads, else a digest."""
-    files = sorted(path for path in mirror.rglob("*") if path.is_file())
+    files = _inside(mirror)
     noted = [path for path in files if path.suffix == ".metadata"]
     if noted:
         return noted[0].read_text().split("\n")[0]
@@ -206,6 +207,13 @@ def _commit_of(mirror: Path) -> str:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha1").digest())
     return digest.hexdigest()
+
+
+def _inside(mirror: Path) -> list[Path]:
+    """The files of a mirror, in order, also those in linked folders."""
+    walked = os.walk(mirror, followlinks=True)
+    paths = (Path(folder, name) for folder, _, names in walked for name in names)
+    return sorted(path for path in paths if path.is_file())
 
 
 def _how_to_find(repo: str) -> str:
@@ -307,8 +315,7 @@ def _listing(wanted: HubSplit, mirror: Path | None) -> tuple[list[str], dict[str
 
     which = {"repo_id": wanted.repo, "repo_type": "dataset", "revision": wanted.revision}
     if mirror is not None:
-        files = (path for path in mirror.rglob("*") if path.is_file())
-        there = [path.relative_to(mirror).as_posix() for path in files]
+        there = [path.relative_to(mirror).as_posix() for path in _inside(mirror)]
         try:  # a part may have been downloaded
             names = [file.path for file in get_cached_repo_tree(**which, local_dir=mirror)]
         except CachedRepoTreeNotFoundError:
