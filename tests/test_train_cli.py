@@ -297,6 +297,14 @@ def test_debug_asks_for_no_file_that_the_stage_does_not_need(name, problems) -> 
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "facts"), [("embedded", (30, 10)), ("public", (0, 0)), ("files", (0, 0))]
+)
+def test_debug_adds_no_built_in_facts_to_other_data(name, facts) -> None:
+    knowledge = config("debug=fast", f"data={name}")["data"]["knowledge"]
+    assert (knowledge["terms"], knowledge["functions"]) == facts
+
+
 def options() -> list[str]:
     """Every choice of every config group, as an override."""
     found = []
