@@ -282,7 +282,7 @@ def test_an_ancestor_of_other_data_keeps_its_held_out_items(ladder, capsys) -> N
     data = record["config"]["data"]
     nothing = {**data, "name": "files"}  # no path: no corpus, no chat
     write_record(places[-1], config={"data": nothing})
-    reasons = "there is no corpus that it could have trained on"
+    reasons = "there is no corpus to compare with its own (data.corpus.path names one)"
     with pytest.raises(UserError):  # grpo itself has nothing to be asked now
         evaluate(["run=grpo", "ladder=true", f"outputs={ladder}"])
     said = capsys.readouterr().err

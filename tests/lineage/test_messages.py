@@ -102,7 +102,7 @@ def test_a_parent_that_did_not_train_on_this_data_is_warned_of(base, tmp_path, c
     run([*without, named, "seed=2"], "sft")
     assert (
         f"warning: pretrain-{parent} may have trained on what is held out now: with these data "
-        "settings there is no corpus that it could have trained on\n"
+        "settings there is no corpus to compare with its own (data.corpus.path names one)\n"
     ) in capsys.readouterr().out
     (tmp_path / "other.txt").write_text("Another text altogether, of many words.\n" * 40)
     run([*base, named, f"data.corpus.path={tmp_path}/other.txt", "seed=3"], "sft")

@@ -213,7 +213,8 @@ def _inside(mirror: Path) -> list[Path]:
     """The files of a mirror, in order, also those in linked folders."""
     walked = os.walk(mirror, followlinks=True)
     paths = (Path(folder, name) for folder, _, names in walked for name in names)
-    return sorted(path for path in paths if path.is_file())
+    of_git = mirror / ".git"
+    return sorted(p for p in paths if p.is_file() and of_git not in p.parents)
 
 
 def _how_to_find(repo: str) -> str:

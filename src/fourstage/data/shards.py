@@ -192,7 +192,8 @@ class Told:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        if self.console.is_terminal:
+            self.bar.stop()
         seconds = time.monotonic() - self.start
         if seconds > 2:
             self.console.print(f"{self.what}: {self.note()}", highlight=False)

@@ -71,7 +71,7 @@ def other_source(config: DataConfig, record: Mapping[str, Any]) -> str | None:
     try:
         now = digest(config, stage)
     except UserError:
-        return f"there is no {name} that it could have trained on"
+        return f"there is no {name} to compare with its own (data.{name}.path names one)"
     before = record.get("data", {})
     if now != before.get("digest", now):  # missing in older records
         return f"its {name} is another than it was trained on"
