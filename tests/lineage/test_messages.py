@@ -63,6 +63,19 @@ def test_the_next_command_goes_where_the_ladder_goes(base, capsys) -> None:
     assert said == f"  {python_word()} train.py stage=sft {' '.join(only_text)} data.chat.path=FILE"
 
 
+def test_the_next_command_names_the_runs_that_this_one_named(base, capsys) -> None:
+    """Else ppo would begin at another sft run than its reward model."""
+    run(base, "sft")
+    sft = f"sft-{ids(base)['sft']}"
+    words = [*base, f"stages.reward.parent={sft}"]
+    climb(config(*words, "stage=reward", "seed=1"), overrides=words, train=Evaluated())
+    following = capsys.readouterr().out.splitlines()[-1]
+    assert f"stages.reward.parent={sft}" in following and f"stages.ppo.parent={sft}" in following
+    words.append(f"stages.ppo.parent={sft}")
+    climb(config(*words, "stage=reward", "seed=2"), overrides=words, train=Evaluated())
+    assert capsys.readouterr().out.splitlines()[-1].count("stages.ppo.parent") == 1
+
+
 def test_the_next_command_names_the_script_and_its_config_folder(base, capsys, monkeypatch) -> None:
     script = ["/elsewhere/train.py", "--config-dir=mine", "stage=pretrain"]
     monkeypatch.setattr("sys.argv", script)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fourstage.data import DataConfig
 from fourstage.ladder import LADDER
-from fourstage.lineage.plan import Plan, named_parents, recorded
+from fourstage.lineage.plan import Plan, named_parents, parent_key, recorded
 from fourstage.report.files import Files
 from fourstage.report.ladder import choose, ladder, read_rows, read_runs
 from fourstage.report.tables import NO_COMPARISON, goals, measured, title
@@ -104,7 +104,8 @@ def ending(plan: Plan, folder: Path, overrides: Sequence[str]) -> str:
     shows = ["report"] if LADDER[stage].leaves == "scalar" else ["chat", "report"]
     commands = [command_of(plan, show, f"run={folder.name}") for show in shows]
     if (following := next_stage(plan)) is not None:
-        commands.append(train_command(following, [*overrides, *missing_file(plan, following)]))
+        more = [*same_parents(plan, following), *missing_file(plan, following)]
+        commands.append(train_command(following, [*overrides, *more]))
     lines = [gain(plan.store.outputs, folder.name), f"run: {folder}", "next:"]
     return "\n".join([*lines, *(f"  {command}" for command in commands)])
 
@@ -121,6 +122,20 @@ def next_stage(plan: Plan) -> str | None:
         name for name in heirs if settings[name].parent == stage != LADDER[name].parents["policy"]
     ]
     return next(iter([*told, *heirs]), None)
+
+
+def same_parents(plan: Plan, stage: str) -> list[str]:
+    """The settings that name, for the next stage, the runs that this command named for its own."""
+    planned = [run.stage for run in plan.runs]
+    named: dict[str, str] = {}
+    for folder in (f for run in plan.runs for f in run.parent_folders.values()):
+        its = folder.name.rpartition("-")[0]
+        if its not in planned:
+            named[its] = folder.name
+    wanted = named_parents(stage, plan.command.stages[stage])
+    return [
+        f"{parent_key(stage, role)}={named[its]}" for role, its in wanted.items() if its in named
+    ]
 
 
 def missing_file(plan: Plan, stage: str) -> list[str]:
