@@ -176,6 +176,7 @@ MISTAKES = [
     ("stages.ppo.parent=nope", "stages.ppo.parent: unknown run 'nope'"),
     ("stages.ppo.parent=12345", "stages.ppo.parent: expected text or null, got 12345"),
     ("data.corpus.path=null", "stages.pretrain needs data.corpus.path=FILE"),
+    ("data.root=/no/such", "data.root: /no/such is not there: name the folder that holds"),
     ("data.reasoning.path=/nope.jsonl", "/nope.jsonl: no such file"),
 ]
 

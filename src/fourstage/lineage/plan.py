@@ -15,7 +15,7 @@ from fourstage import data
 from fourstage.data.vocabulary import identity_of as tokenizer_identity
 from fourstage.data.vocabulary import loaded, tokenizer_of, waits
 from fourstage.errors import UserError
-from fourstage.files import read_json
+from fourstage.files import expanded, read_json
 from fourstage.job import EvaluationConfig, LoggerConfig, Start, TrainerConfig
 from fourstage.ladder import LADDER, place, stages
 from fourstage.lineage.start import Adopted, from_checkpoint, from_run, has_checkpoint
@@ -109,6 +109,8 @@ def make_plan(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
     command = build(Command, config, "")
     command = replace(command, trainer=command.trainer.resolved())
     command.model.check_widths(command.trainer.precision)
+    if (root := command.data.root) is not None and not expanded(root).is_dir():
+        raise UserError(f"data.root: {root} is not there: name the folder that holds OWNER/NAME")
     store = RunStore(Path(command.outputs))
     plan = Plan(command=command, store=store, runs=[], adopted=adopted)
     for stage in needed_stages(command.stage, command.stages):
