@@ -53,6 +53,7 @@ def test_a_training_command_makes_a_plan(command: str, tmp_path: Path, monkeypat
         monkeypatch.chdir(tmp_path)
         exec(re.search(r"(?s)<<'END'\n(.*?)\nEND", TEXTS["docs/data.md"])[1], {})
     command = command.replace("my texts/a, b.txt", str(text)).replace("=FILE", f"='\"{text}\"'")
+    command = command.replace("data.root=mirror", f"data.root={tmp_path}")
     words = shlex.split(command)[2:]
     for job in combinations([word for word in words if not word.startswith("-")]):
         if {"sweep=seeds", "sweep=slurm"} & set(job):
