@@ -179,7 +179,8 @@ def test_the_weights_are_an_artifact_that_takes_no_second_place_on_disk(landed) 
             "debug": "fast",
         }
         files = {entry["path"]: entry["local_path"] for entry in model["manifest"]["contents"]}
-        assert set(files) == {"model.safetensors", "config.json", "tokenizer.json", "run.json"}
+        names = {"model.safetensors", "config.json", "run.json"}
+        assert set(files) == names | {"tokenizer.json", "tokenizer_config.json"}
         assert files["model.safetensors"] == str(run / "model.safetensors")
         assert all(Path(path).exists() for path in files.values())
     outputs = run.parent.parent

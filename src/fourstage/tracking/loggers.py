@@ -293,6 +293,9 @@ def _log_model(run: Run, job: StageJob) -> None:
     )
     for name in ("config.json", "tokenizer.json", "run.json"):  # run.json is yet to change
         artifact.add_file(str(job.folder / name))
+    for name in ("tokenizer_config.json", "generation_config.json"):  # the chat template, the ends
+        if (job.folder / name).exists():
+            artifact.add_file(str(job.folder / name))
     run.log_artifact(artifact)
 
 
