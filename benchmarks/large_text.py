@@ -3,7 +3,7 @@
     python -m benchmarks.large_text [megabytes=1,2000] [records=1000000] [tokenizer=char]
         [folder=outputs/large_text]
 
-Writes a plain text of each size and a JSON Lines file of so many records (0: none), and pre-trains
+Writes a plain text of each size and a JSON Lines file of so many records, and pre-trains
 moe_nano for a few steps on each, twice: the second run finds the tokens on the disk. Memory is the
 largest private memory (RssAnon) that all its processes had together; pages of the token files,
 which the system can drop, are not in it. Needs Linux. The last line is one JSON object.
@@ -114,9 +114,8 @@ def main(arguments: list[str]) -> None:
     outputs = folder / "outputs"
     rows, figures = [], {}
     texts = {f"{size}_mb": (folder / f"{size}.txt", write_text, size) for size in options.megabytes}
-    if options.records:
-        file = folder / "records.jsonl"
-        texts[f"{options.records}_records"] = file, write_records, options.records
+    file = folder / "records.jsonl"
+    texts[f"{options.records}_records"] = file, write_records, options.records
     for name, (path, write, size) in texts.items():
         write(path, size)
         shutil.rmtree(outputs, ignore_errors=True)
