@@ -15,10 +15,11 @@ import pytest
 import torch
 import yaml
 
-from fourstage.chat import Chat, ChatSettings, Voice, converse, furthest, load_voice, main, parse
+from fourstage.chat import Chat, ChatSettings, Voice, converse, furthest, load_voice, main
 from fourstage.errors import UserError
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.model.weights import save_weights
+from fourstage.settings import from_arguments
 from fourstage.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -157,12 +158,13 @@ def test_one_shot_says_so_on_stderr(outputs: Path, capsys: pytest.CaptureFixture
 )
 def test_wrong_arguments(argument: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        parse([argument])
+        from_arguments(ChatSettings, [argument])
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
 def test_arguments() -> None:
-    settings = parse(["run=12345", "prompt=1 + 1 = ?", "temperature=0", "seed=3"])
+    arguments = ["run=12345", "prompt=1 + 1 = ?", "temperature=0", "seed=3"]
+    settings = from_arguments(ChatSettings, arguments)
     assert settings == ChatSettings(run="12345", prompt="1 + 1 = ?", temperature=0.0, seed=3)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from fourstage.errors import UserError
 from fourstage.interruptions import run_command
 from fourstage.ladder import LADDER, stages
-from fourstage.settings import MOST_SEED, Bounded, at_least, between, build
+from fourstage.settings import MOST_SEED, Bounded, at_least, between, from_arguments
 
 if TYPE_CHECKING:  # PyTorch is imported when a model is needed, so that --help is quick
     from fourstage.sampling.generate import Sampling
@@ -54,21 +54,6 @@ class ChatSettings(Bounded):
         super().__post_init__()
         if self.prompt is not None and not self.prompt.strip():
             raise UserError("prompt: it is empty: leave out prompt= to talk, or ask something")
-
-
-def parse(arguments: list[str]) -> ChatSettings:
-    """key=value arguments. Raises UserError for an unknown key or a value of the wrong type."""
-    kinds = {f.name: f.type for f in fields(ChatSettings)}
-    values: dict[str, object] = {}
-    for argument in arguments:
-        key, equals, text = argument.partition("=")
-        if not equals:
-            raise UserError(f"{argument!r}: expected key=value, such as run=sft (see --help)")
-        values[key] = text
-        with suppress(ValueError):  # build says what was expected
-            if kinds.get(key) in ("int", "float"):
-                values[key] = int(text) if kinds[key] == "int" else float(text)
-    return build(ChatSettings, values, "")
 
 
 @dataclass(frozen=True)
@@ -229,7 +214,7 @@ def furthest(outputs: Path) -> Path:
 
 
 def main(arguments: list[str]) -> None:
-    settings = parse(arguments)
+    settings = from_arguments(ChatSettings, arguments)
     chat = start(settings)
 
     def write(text: str) -> None:

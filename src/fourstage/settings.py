@@ -7,6 +7,7 @@ which values make sense. Nothing else in the package knows about config files.
 import math
 import types
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, asdict, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -80,6 +81,29 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     except UserError as error:
         message = str(error)
         raise UserError(message if message.startswith(where) else _join(where, message)) from None
+
+
+def from_arguments(cls: type[T], arguments: Sequence[str]) -> T:
+    """An instance from a command's key=value arguments. Raises UserError as `build` does."""
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals:
+            raise UserError(f"{argument!r}: expected key=value, such as run=sft (see --help)")
+        values[key] = _from_text(hints.get(key, str), text)
+    return build(cls, values, "")
+
+
+def _from_text(hint: Any, text: str) -> Any:
+    """The text as the number or truth value that `hint` wants; `build` refuses what is neither."""
+    kinds = {hint, *get_args(hint)}
+    if bool in kinds and text in ("true", "false"):
+        return text == "true"
+    for kind in kinds & {int, float}:
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def hashed(config: Any) -> dict[str, Any]:

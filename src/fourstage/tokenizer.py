@@ -264,6 +264,11 @@ class Tokenizer:
         text = json.dumps(config, indent=2) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
+    @property
+    def eos_ids(self) -> list[int]:
+        """The tokens that end an answer or a text, the answer's first."""
+        return list(dict.fromkeys([self.eot_id, *(self._card.eos if self._card else ())]))
+
     @cached_property
     def digest(self) -> str:
         """12 hexadecimal digits that change with any id that a text or conversation gets."""

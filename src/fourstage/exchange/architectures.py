@@ -1,4 +1,4 @@
-"""Which Hugging Face config.json is one of our models, and which ModelConfig that is.
+"""Which Hugging Face config.json is one of our models, and which config.json one of ours has.
 
 Three architectures map onto ours: Glm4Moe (sigmoid router with a selection bias), Qwen3 (dense,
 with QK-norm) and Llama (dense, without). A key that config.json leaves out has the default that
@@ -15,6 +15,8 @@ from fourstage.settings import build
 
 Values = Mapping[str, Any]
 
+# transformers 5 skips what belongs to layers 46 and 92 of a Glm4Moe (extra layers of GLM-4.5's)
+MOST_LAYERS = 46
 LONGEST = 4096  # default max_seq_len at most: the loss of a large vocabulary is cut by it
 
 ARCHITECTURES = {
@@ -160,6 +162,76 @@ def model_config(config: Values, name: str, where: str, *, has_shared: bool = Tr
         return build(ModelConfig, values, where)
     except (TypeError, ZeroDivisionError) as error:
         raise UserError(f"{where}: broken ({error}): copy the checkpoint again") from None
+
+
+# --- the other way
+
+
+def exported_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    """The config.json of one of our models, with each key that a reader's default could get wrong.
+
+    Raises UserError for a model that stock software would load wrongly.
+    """
+    kind = "glm4_moe" if not model.dense else "qwen3" if model.qk_norm else "llama"
+    if kind == "glm4_moe" and model.n_layers > MOST_LAYERS:
+        raise UserError(
+            f"{model.n_layers} layers: transformers leaves out layer {MOST_LAYERS} of a "
+            f"Glm4MoeForCausalLM, so {MOST_LAYERS} layers at most can be exported"
+        )
+    names = {kind: name for name, kind in ARCHITECTURES.items()}
+    return {
+        "architectures": [names[kind]],
+        "model_type": kind,
+        "vocab_size": vocab_size,
+        "hidden_size": model.d_model,
+        "num_hidden_layers": model.n_layers,
+        "num_attention_heads": model.n_heads,
+        "num_key_value_heads": model.n_kv_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_seq_len,
+        "initializer_range": model.init_std,
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tie_embeddings,
+        "rope_theta": model.rope_theta,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        **(_exported_dense(model) if model.dense else _exported_experts(model)),
+    }
+
+
+def _exported_experts(model: ModelConfig) -> dict[str, Any]:
+    # twice, as some readers look only here; without it half of each head would be rotated
+    rope = {"rope_type": "default", "rope_theta": model.rope_theta, "partial_rotary_factor": 1.0}
+    return {
+        "rope_parameters": rope,
+        "partial_rotary_factor": 1.0,
+        "intermediate_size": model.top_k * model.d_expert,  # of dense layers, which there are none
+        "moe_intermediate_size": model.d_expert,
+        "n_routed_experts": model.num_experts,
+        # vLLM, SGLang and llama.cpp need a shared expert: one of zeros, if ours has none
+        "n_shared_experts": max(1, -(-model.d_shared // model.d_expert)),
+        "num_experts_per_tok": model.top_k,
+        "norm_topk_prob": model.top_k > 1,
+        "routed_scaling_factor": model.route_scale,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+        "num_nextn_predict_layers": 0,
+        "use_qk_norm": model.qk_norm,
+    }
+
+
+def _exported_dense(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "intermediate_size": model.d_expert,
+        **({"use_sliding_window": False} if model.qk_norm else {"mlp_bias": False}),
+    }
+
+
+# --- parts of model_config
 
 
 def _experts(v: Values, where: str, has_shared: bool) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from fourstage.exchange.architectures import filled, model_config
 from fourstage.files import read_json, write_json
 from fourstage.model import ModelConfig, Transformer
 from fourstage.model.moe import MoE, SwiGLU
+from fourstage.model.transformer import Block
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARED = ".mlp.shared_experts."
@@ -159,28 +160,40 @@ def weights(network: Transformer, fused: bool = False) -> dict[str, Tensor]:
 
     fused: the routed experts of a layer as two tensors, [E, 2 F, D] and [E, D, F].
     """
-    found: dict[str, Tensor] = {
-        "model.embed_tokens.weight": network.embedding.weight,
-        "model.norm.weight": network.norm.weight,
+    found = end_weights(network)
+    for i, block in enumerate(network.blocks):
+        found |= block_weights(i, block, fused)
+    return found
+
+
+def end_weights(network: Transformer) -> dict[str, Tensor]:
+    """Of the embedding, the last norm and the head."""
+    found = {
+        "model.embed_tokens.weight": network.embedding.weight.detach(),
+        "model.norm.weight": network.norm.weight.detach(),
     }
     if network.head is not None:
-        found["lm_head.weight"] = network.head.weight
-    for i, block in enumerate(network.blocks):
-        attention = block.attention
-        q, k, v = attention.qkv.weight.split([n * attention.head_dim for n in attention.heads])
-        named = {
-            "input_layernorm": block.attention_norm.weight,
-            "post_attention_layernorm": block.mlp_norm.weight,
-            "self_attn.q_proj": q,
-            "self_attn.k_proj": k,
-            "self_attn.v_proj": v,
-            "self_attn.o_proj": attention.out.weight,
-        }
-        if attention.has_norms():
-            named["self_attn.q_norm"] = attention.q_norm.weight
-            named["self_attn.k_norm"] = attention.k_norm.weight
-        found |= {f"model.layers.{i}.{name}.weight": x for name, x in named.items()}
-        found |= {f"model.layers.{i}.mlp.{name}": x for name, x in _mlp(block.mlp, fused).items()}
+        found["lm_head.weight"] = network.head.weight.detach()
+    return found
+
+
+def block_weights(i: int, block: Block, fused: bool = False) -> dict[str, Tensor]:
+    """Of the i-th block."""
+    attention = block.attention
+    q, k, v = attention.qkv.weight.split([n * attention.head_dim for n in attention.heads])
+    named = {
+        "input_layernorm": block.attention_norm.weight,
+        "post_attention_layernorm": block.mlp_norm.weight,
+        "self_attn.q_proj": q,
+        "self_attn.k_proj": k,
+        "self_attn.v_proj": v,
+        "self_attn.o_proj": attention.out.weight,
+    }
+    if attention.has_norms():
+        named["self_attn.q_norm"] = attention.q_norm.weight
+        named["self_attn.k_norm"] = attention.k_norm.weight
+    found = {f"model.layers.{i}.{name}.weight": x for name, x in named.items()}
+    found |= {f"model.layers.{i}.mlp.{name}": x for name, x in _mlp(block.mlp, fused).items()}
     return {name: x.detach() for name, x in found.items()}
 
 

@@ -8,13 +8,16 @@ renamed, so that a kill never leaves half a file.
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from fourstage.errors import UserError
 from fourstage.files import read_json, write_json
@@ -76,8 +79,35 @@ class Shape(Bounded):
     tokenizer_sha256: str | None = None  # of tokenizer.json
 
 
-def _load(folder: Path, kind: Kind) -> tuple[Any, Tokenizer]:
-    try:
+@dataclass(frozen=True)
+class Stored:
+    """A finished run's model on disk, found to be intact."""
+
+    folder: Path
+    shape: Shape
+    tokenizer: Tokenizer
+
+    def network(self) -> Transformer | ScalarModel:
+        """Of its shape, with random weights."""
+        network = Transformer(self.shape.model, self.shape.vocab_size)
+        return network if self.shape.kind == "policy" else ScalarModel(network)
+
+    def fill(self, module: nn.Module, prefix: str) -> None:
+        """Give a part of the network its weights; `prefix` is the part's name, with a dot. They
+        stay in the mapped file until they are used. Raises UserError for numbers that aren't
+        finite, and for a part that the file doesn't have."""
+        with readable(self.folder), safe_open(self.folder / WEIGHTS, "pt") as file:
+            state = {name: file.get_tensor(prefix + name) for name in module.state_dict()}
+        for name, weight in state.items():
+            check_finite(self.folder, prefix + name, weight)
+        with fitting(self.folder):
+            module.load_state_dict(state, assign=True)
+
+
+def open_stored(folder: Path, kind: Kind | None = None) -> Stored:
+    """What load_policy and load_scalar load. Raises UserError if it is missing, damaged, or of
+    another kind than asked for."""
+    with readable(folder):
         shape = build(Shape, read_json(folder / "config.json"), f"{folder}/config.json")
         tokenizer = Tokenizer.load(folder)
         sums = {WEIGHTS: shape.weights_sha256, TOKENIZER: shape.tokenizer_sha256}
@@ -87,7 +117,31 @@ def _load(folder: Path, kind: Kind) -> tuple[Any, Tokenizer]:
                     f"{folder / name}: damaged, its bytes are not those that training wrote: copy "
                     "it again, or train it again"
                 )
+        with safe_open(folder / WEIGHTS, "pt"):  # whether it has a header
+            pass
+    if kind not in (shape.kind, None):
+        wanted = {"policy": "a language model", "scalar": "a reward model"}
+        raise UserError(f"{folder}: holds {wanted[shape.kind]}, but {wanted[kind]} is needed here")
+    return Stored(folder, shape, tokenizer)
+
+
+def _load(folder: Path, kind: Kind) -> tuple[Any, Tokenizer]:
+    stored = open_stored(folder, kind)
+    with readable(folder):
         weights = load_file(folder / WEIGHTS)
+    network = stored.network()
+    for name, weight in weights.items():
+        check_finite(folder, name, weight)
+    with fitting(folder):
+        network.load_state_dict(weights)
+    return network, stored.tokenizer
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """UserError for a finished run's files that are missing or broken."""
+    try:
+        yield
     except (FileNotFoundError, NotADirectoryError) as error:
         missing = Path(error.filename or WEIGHTS).name
         raise UserError(f"{folder}: no {missing}: is it a finished run?") from error
@@ -98,16 +152,17 @@ def _load(folder: Path, kind: Kind) -> tuple[Any, Tokenizer]:
     except (ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: broken weights or config ({reason}): train it again") from error
-    if shape.kind != kind:
-        wanted = {"policy": "a language model", "scalar": "a reward model"}
-        raise UserError(f"{folder}: holds {wanted[shape.kind]}, but {wanted[kind]} is needed here")
-    network = Transformer(shape.model, shape.vocab_size)
-    network = network if kind == "policy" else ScalarModel(network)
-    for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
-            raise UserError(f"{folder}: {name} is not finite: train it again with a lower lr")
+
+
+@contextmanager
+def fitting(folder: Path) -> Iterator[None]:
+    """UserError where load_state_dict finds that weights have other names or shapes."""
     try:
-        network.load_state_dict(weights)
+        yield
     except RuntimeError as error:
         raise UserError(f"{folder}: the weights do not fit the shape in config.json") from error
-    return network, tokenizer
+
+
+def check_finite(folder: Path, name: str, weight: Tensor) -> None:
+    if not all(map(torch.isfinite, weight.aminmax())):
+        raise UserError(f"{folder}: {name} is not finite: train it again with a lower lr")

@@ -32,6 +32,12 @@ class Bullets:
 
 
 @dataclass(frozen=True)
+class Code:
+    text: str
+    language: str
+
+
+@dataclass(frozen=True)
 class Cell:
     """A table cell of (text, tone) parts; tone: "", "small", "better", "worse" or "unclear". It is
     only a colour, so the text has to say the same."""
@@ -91,7 +97,7 @@ class Fold:
     blocks: Sequence[Block]
 
 
-Block = Heading | Paragraph | Bullets | Table | Answers | Figures | Fold
+Block = Heading | Paragraph | Bullets | Code | Table | Answers | Figures | Fold
 
 
 def write(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> None:
@@ -138,6 +144,8 @@ def _markdown_block(block: Block) -> str:
             return _line(text)
         case Bullets(items):
             return "\n".join(f"- {_line(item)}" for item in items)
+        case Code(text, language):
+            return _fenced(text, language)
         case Table(header, rows):
             lines = [[*map(_inline, header)], ["---"] * len(header)]
             lines += [[_inline(plain(cell)) for cell in row] for row in rows]
@@ -175,11 +183,11 @@ def _inline(text: str) -> str:
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line)
 
 
-def _fenced(text: str) -> str:
+def _fenced(text: str, language: str = "text") -> str:
     """A code block whose fence is longer than any run of backticks in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{visible(text)}\n{fence}"
+    return f"{fence}{language}\n{visible(text)}\n{fence}"
 
 
 def visible(text: str) -> str:
@@ -284,6 +292,8 @@ def _html_block(block: Block) -> str:
             return f"<p>{_text(text)}</p>"
         case Bullets(items):
             return "<ul>\n" + "\n".join(f"<li>{_text(item)}</li>" for item in items) + "\n</ul>"
+        case Code(text, _):
+            return f"<pre>\n{_text(text)}</pre>"
         case Table(header, rows):
             head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
             lines = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)

@@ -1,0 +1,278 @@
+"""Export a run as a folder that other people's tools read: transformers, vLLM, llama.cpp.
+
+    python -m fourstage export run=NAME to=FOLDER [format=hf|gguf] [dtype=float32|bfloat16]
+
+For example:
+
+    python -m fourstage export run=grpo to=my-model
+    python -m fourstage export run=grpo to=my-model-gguf format=gguf dtype=bfloat16
+
+hf      config.json, model.safetensors, generation_config.json, the tokenizer with its chat template
+        and a model card, of a class that transformers ships: Glm4MoeForCausalLM, or of a dense
+        model Qwen3ForCausalLM or LlamaForCausalLM. A dense reward model becomes a sequence
+        classifier.
+gguf    one file for llama.cpp and what builds on it, and the model card.
+
+A folder that exists is kept, unless force=true replaces it. Other settings: outputs=outputs.
+docs/serving.md says how to serve what comes out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from fourstage.errors import UserError
+from fourstage.exchange.architectures import exported_config
+from fourstage.exchange.checkpoint import SHARED, SINGLE, block_weights, end_weights
+from fourstage.files import expanded, locked, remove, swap_in, write_json
+from fourstage.interruptions import run_command
+from fourstage.model import ModelConfig, ScalarModel, Transformer
+from fourstage.model.weights import Stored, open_stored
+from fourstage.runs.store import find_run
+from fourstage.settings import from_arguments
+from fourstage.tokenizer import Tokenizer
+
+CARD = "README.md"
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # as safetensors names them
+BIAS = ".e_score_correction_bias"  # always float32, as transformers keeps it
+HEAD = "lm_head.weight"
+
+FILES = {CARD, SINGLE, "config.json", "generation_config.json", "tokenizer.json"}
+FILES |= {"tokenizer_config.json"}
+TRANSFORMERS = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")
+inputs = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "What is an LLM?"}],
+    add_generation_prompt=True,
+    return_dict=True,
+    return_tensors="pt",
+)
+ids = model.generate(**inputs, max_new_tokens=200)[0]
+print(tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+
+Part = dict[str, Tensor]  # weights by Hugging Face's names
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """The command line."""
+
+    run: str
+    to: str
+    format: Literal["hf", "gguf"] = "hf"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    force: bool = False
+    outputs: str = "outputs"
+
+    def __post_init__(self) -> None:
+        for key in ("run", "to"):
+            if not getattr(self, key).strip():
+                raise UserError(f"{key}: it is empty")
+
+
+def export_run(run: Path, to: Path, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write a finished run's model into the folder `to`, in Hugging Face's format.
+
+    The weights pass through memory a block at a time. Raises UserError for a run whose model no
+    class of transformers computes, and for broken files.
+    """
+    stored = open_stored(run)
+    with torch.device("meta"):
+        network = stored.network()
+    parts = stored_parts(stored, network)
+    if stored.shape.kind == "scalar" and not stored.shape.model.dense:
+        raise UserError(
+            f"{run.name}: holds a reward model with experts, for which transformers has no class: "
+            "only dense ones (model=dense_tiny) can be exported"
+        )
+    write_folder(to, network, stored.tokenizer, parts, dtype)
+
+
+def stored_parts(stored: Stored, network: Transformer | ScalarModel) -> Iterator[Part]:
+    """The weights of a run whose network is on the meta device, a block at a time."""
+    is_scalar = isinstance(network, ScalarModel)
+    backbone, prefix = (network.backbone, "backbone.") if is_scalar else (network, "")
+    if is_scalar:
+        stored.fill(network.head, "head.")
+    for name in ("embedding", "norm", "head"):
+        if (module := getattr(backbone, name)) is not None:
+            stored.fill(module, f"{prefix}{name}.")
+    yield _ends(network)
+    for i, block in enumerate(backbone.blocks):
+        stored.fill(block, f"{prefix}blocks.{i}.")
+        yield block_weights(i, block)
+        block.to("meta")
+
+
+def network_parts(network: Transformer | ScalarModel) -> Iterator[Part]:
+    """The weights of a network in memory."""
+    yield _ends(network)
+    backbone = network.backbone if isinstance(network, ScalarModel) else network
+    for i, block in enumerate(backbone.blocks):
+        yield block_weights(i, block)
+
+
+def _ends(network: Transformer | ScalarModel) -> Part:
+    if isinstance(network, ScalarModel):
+        return {**end_weights(network.backbone), "score.weight": network.head.weight.detach()}
+    return end_weights(network)
+
+
+def write_folder(
+    to: Path,
+    network: Transformer | ScalarModel,
+    tokenizer: Tokenizer,
+    parts: Iterable[Part] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a model's config.json, generation_config.json, weights and tokenizer.
+
+    parts: the weights, where the network itself is on the meta device.
+    """
+    is_scalar = isinstance(network, ScalarModel)
+    backbone = network.backbone if is_scalar else network
+    config = exported_config(backbone.config, backbone.vocab_size)
+    eos = tokenizer.eos_ids
+    ends = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": eos if len(eos) > 1 else eos[0],
+        "pad_token_id": tokenizer.pad_id,
+    }
+    config |= {**ends, "dtype": str(dtype).removeprefix("torch.")}
+    to.mkdir(parents=True)
+    tokenizer.save(to)
+    if is_scalar:
+        name = config["architectures"][0].replace("CausalLM", "SequenceClassification")
+        config |= {"architectures": [name], "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+        remove(to / "generation_config.json")
+    else:
+        write_json(to / "generation_config.json", ends)
+    write_json(to / "config.json", config)
+
+    def named(found: Iterable[Part]) -> Iterator[tuple[str, Tensor]]:
+        for part in found:
+            yield from completed(part, backbone.config).items()
+
+    layout = {
+        name: (torch.float32 if name.endswith(BIAS) else dtype, x.shape)
+        for name, x in named(network_parts(network))
+    }
+    write_safetensors(to / SINGLE, layout, named(parts or network_parts(network)))
+
+
+def completed(part: Part, model: ModelConfig) -> Part:
+    """With what other people's classes need: for a model with experts a head of its own, and shared
+    experts that are there and as wide as config.json says, if need be with zeros.
+
+    A SwiGLU unit whose weights are zeros adds nothing, so that this changes no logit.
+    """
+    if model.dense:
+        return part
+    if model.tie_embeddings and "model.embed_tokens.weight" in part:
+        return {**part, HEAD: part["model.embed_tokens.weight"]}
+    found = dict(part)
+    for name, x in part.items():
+        if not name.endswith(BIAS):
+            continue
+        width = max(1, -(-model.d_shared // model.d_expert)) * model.d_expert
+        for kind in ("gate", "up", "down"):
+            at = f"{name.split('.mlp.')[0]}{SHARED}{kind}_proj.weight"
+            shape = (model.d_model, width) if kind == "down" else (width, model.d_model)
+            whole = torch.zeros(shape, device=x.device)
+            if (own := part.get(at)) is not None:
+                whole[: own.shape[0], : own.shape[1]] = own
+            found[at] = whole
+    return found
+
+
+def write_safetensors(
+    path: Path,
+    layout: dict[str, tuple[torch.dtype, torch.Size]],
+    tensors: Iterable[tuple[str, Tensor]],
+) -> None:
+    """A safetensors file of the tensors, which need not all be in memory at once.
+
+    The format: the header's length in 8 bytes, the header in JSON, and the values, wider numbers
+    first, so that each is aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda x: -x[1][0].itemsize):
+        begin, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, tensor in tensors:
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])
+            plain = tensor.detach().to("cpu", layout[name][0]).contiguous()
+            file.write(plain.view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# --- the command
+
+
+def export(settings: ExportSettings, card: Callable[[Path, str], str]) -> Path:
+    """Carry out the command; returns the folder. `card` writes the model card of a run, with an
+    example of its use. Raises UserError if that can't be done, and leaves nothing half-written."""
+    run = find_run(Path(settings.outputs), settings.run)
+    to = expanded(settings.to).absolute()
+    part, lock = to.with_name(f".{to.name}.part"), to.with_name(f".{to.name}.lock")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with locked(FileLock(lock), str(to)):
+            check_target(to, settings.force)
+            remove(part)  # a kill may have left it
+            try:
+                if settings.format == "hf":
+                    export_run(run, part, dtype=getattr(torch, settings.dtype))
+                    text = card(run, TRANSFORMERS)
+                (part / CARD).write_text(text, encoding="utf-8")
+                swap_in(part, to)
+            finally:
+                remove(part)
+                lock.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{to}: cannot be written ({error.strerror}): nothing is there") from None
+    return to
+
+
+def check_target(to: Path, force: bool) -> None:
+    """Raise UserError for a folder that must not be replaced."""
+    if to.is_file():
+        raise UserError(f"{to}: is a file: name a folder with to=")
+    found = [path.name for path in sorted(to.iterdir())] if to.is_dir() else []
+    if found and not force:
+        raise UserError(f"{to} exists: give another to=, or force=true to replace it")
+    if others := [name for name in found if name not in FILES and not name.endswith(".gguf")]:
+        raise UserError(f"{to} holds {others[0]}, which no export wrote: give another to=")
+
+
+def main(arguments: list[str]) -> None:
+    from fourstage.report.card import model_card
+
+    settings = from_arguments(ExportSettings, arguments)
+    to = export(settings, partial(model_card, Path(settings.outputs)))
+    size = sum(path.stat().st_size for path in to.iterdir())
+    print(f"exported {settings.run} to {to} ({size / 1e6:,.1f} MB); docs/serving.md: how to use it")
+
+
+if __name__ == "__main__":
+    run_command(main)
