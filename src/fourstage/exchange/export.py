@@ -1,20 +1,7 @@
-"""Export a run as a folder that other people's tools read: transformers, vLLM, llama.cpp.
+"""A run's model as a folder that stock software reads: config.json, safetensors and a tokenizer.
 
-    python -m fourstage export run=NAME to=FOLDER [format=hf|gguf] [dtype=float32|bfloat16]
-
-For example:
-
-    python -m fourstage export run=grpo to=my-model
-    python -m fourstage export run=grpo to=my-model-gguf format=gguf dtype=bfloat16
-
-hf      config.json, model.safetensors, generation_config.json, the tokenizer with its chat template
-        and a model card, of a class that transformers ships: Glm4MoeForCausalLM, or of a dense
-        model Qwen3ForCausalLM or LlamaForCausalLM. A dense reward model becomes a sequence
-        classifier.
-gguf    one file for llama.cpp and what builds on it, and the model card.
-
-A folder that exists is kept, unless force=true replaces it. Other settings: outputs=outputs.
-docs/serving.md says how to serve what comes out.
+The network's weights are written under the names and in the shapes of a class that transformers
+ships (architectures.py), so no code of ours is needed to load them.
 """
 
 from __future__ import annotations
@@ -23,8 +10,6 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,12 +20,9 @@ from torch import Tensor
 from fourstage.errors import UserError
 from fourstage.exchange.architectures import exported_config
 from fourstage.exchange.checkpoint import SHARED, SINGLE, block_weights, end_weights
-from fourstage.files import expanded, locked, remove, swap_in, write_json
-from fourstage.interruptions import run_command
+from fourstage.files import locked, remove, swap_in, write_json
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.model.weights import Stored, open_stored
-from fourstage.runs.store import find_run
-from fourstage.settings import from_arguments
 from fourstage.tokenizer import Tokenizer
 
 CARD = "README.md"
@@ -67,23 +49,6 @@ print(tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=
 Part = dict[str, Tensor]  # weights by Hugging Face's names
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportSettings:
-    """The command line."""
-
-    run: str
-    to: str
-    format: Literal["hf", "gguf"] = "hf"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    force: bool = False
-    outputs: str = "outputs"
-
-    def __post_init__(self) -> None:
-        for key in ("run", "to"):
-            if not getattr(self, key).strip():
-                raise UserError(f"{key}: it is empty")
-
-
 def export_run(run: Path, to: Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Write a finished run's model into the folder `to`, in Hugging Face's format.
 
@@ -91,19 +56,17 @@ def export_run(run: Path, to: Path, *, dtype: torch.dtype = torch.float32) -> No
     class of transformers computes, and for broken files.
     """
     stored = open_stored(run)
-    with torch.device("meta"):
-        network = stored.network()
-    parts = stored_parts(stored, network)
     if stored.shape.kind == "scalar" and not stored.shape.model.dense:
         raise UserError(
             f"{run.name}: holds a reward model with experts, for which transformers has no class: "
             "only dense ones (model=dense_tiny) can be exported"
         )
-    write_folder(to, network, stored.tokenizer, parts, dtype)
+    network = stored.empty_network()
+    write_folder(to, network, stored.tokenizer, stored_parts(stored, network), dtype)
 
 
 def stored_parts(stored: Stored, network: Transformer | ScalarModel) -> Iterator[Part]:
-    """The weights of a run whose network is on the meta device, a block at a time."""
+    """The weights of a run, a block at a time; `network` is the run's empty one."""
     is_scalar = isinstance(network, ScalarModel)
     backbone, prefix = (network.backbone, "backbone.") if is_scalar else (network, "")
     if is_scalar:
@@ -226,32 +189,38 @@ def write_safetensors(
         os.fsync(file.fileno())
 
 
-# --- the command
+# --- into its place
 
 
-def export(settings: ExportSettings, card: Callable[[Path, str], str]) -> Path:
-    """Carry out the command; returns the folder. `card` writes the model card of a run, with an
-    example of its use. Raises UserError if that can't be done, and leaves nothing half-written."""
-    run = find_run(Path(settings.outputs), settings.run)
-    to = expanded(settings.to).absolute()
+def export(
+    run: Path,
+    to: Path,
+    card: Callable[[str], str],
+    *,
+    format: Literal["hf", "gguf"] = "hf",
+    dtype: torch.dtype = torch.float32,
+    force: bool = False,
+) -> None:
+    """Export a finished run into the folder `to`, with a model card. `card` writes that, with an
+    example of use in it. Raises UserError if it can't be done, and leaves nothing half-written."""
     part, lock = to.with_name(f".{to.name}.part"), to.with_name(f".{to.name}.lock")
     try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        with locked(FileLock(lock), str(to)):
-            check_target(to, settings.force)
-            remove(part)  # a kill may have left it
-            try:
-                if settings.format == "hf":
-                    export_run(run, part, dtype=getattr(torch, settings.dtype))
-                    text = card(run, TRANSFORMERS)
+        check_target(to, force)
+        try:
+            part.mkdir(parents=True, exist_ok=True)  # else the lock would be waited for in vain
+            with locked(FileLock(lock), str(to)):
+                check_target(to, force)
+                remove(part)  # a kill may have left something in it
+                if format == "hf":
+                    export_run(run, part, dtype=dtype)
+                    text = card(TRANSFORMERS)
                 (part / CARD).write_text(text, encoding="utf-8")
                 swap_in(part, to)
-            finally:
-                remove(part)
-                lock.unlink(missing_ok=True)
+        finally:
+            remove(part)
+            lock.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{to}: cannot be written ({error.strerror}): nothing is there") from None
-    return to
+        raise UserError(f"{to}: cannot be written ({error.strerror})") from None
 
 
 def check_target(to: Path, force: bool) -> None:
@@ -263,16 +232,3 @@ def check_target(to: Path, force: bool) -> None:
         raise UserError(f"{to} exists: give another to=, or force=true to replace it")
     if others := [name for name in found if name not in FILES and not name.endswith(".gguf")]:
         raise UserError(f"{to} holds {others[0]}, which no export wrote: give another to=")
-
-
-def main(arguments: list[str]) -> None:
-    from fourstage.report.card import model_card
-
-    settings = from_arguments(ExportSettings, arguments)
-    to = export(settings, partial(model_card, Path(settings.outputs)))
-    size = sum(path.stat().st_size for path in to.iterdir())
-    print(f"exported {settings.run} to {to} ({size / 1e6:,.1f} MB); docs/serving.md: how to use it")
-
-
-if __name__ == "__main__":
-    run_command(main)

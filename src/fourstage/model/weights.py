@@ -92,10 +92,20 @@ class Stored:
         network = Transformer(self.shape.model, self.shape.vocab_size)
         return network if self.shape.kind == "policy" else ScalarModel(network)
 
+    def empty_network(self) -> Transformer | ScalarModel:
+        """Of its shape, without weights: `fill` gives them to a part. Raises UserError unless the
+        file has those of all parts, and no others."""
+        with torch.device("meta"):
+            network = self.network()
+        with readable(self.folder), safe_open(self.folder / WEIGHTS, "pt") as file:
+            if set(file.keys()) != set(network.state_dict()):
+                raise UserError(misfit(self.folder))
+        return network
+
     def fill(self, module: nn.Module, prefix: str) -> None:
-        """Give a part of the network its weights; `prefix` is the part's name, with a dot. They
-        stay in the mapped file until they are used. Raises UserError for numbers that aren't
-        finite, and for a part that the file doesn't have."""
+        """Give a part of the empty network its weights; `prefix` is the part's name, with a dot.
+        They stay in the mapped file until they are used. Raises UserError for numbers that aren't
+        finite, and for other shapes."""
         with readable(self.folder), safe_open(self.folder / WEIGHTS, "pt") as file:
             state = {name: file.get_tensor(prefix + name) for name in module.state_dict()}
         for name, weight in state.items():
@@ -160,7 +170,11 @@ def fitting(folder: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise UserError(f"{folder}: the weights do not fit the shape in config.json") from error
+        raise UserError(misfit(folder)) from error
+
+
+def misfit(folder: Path) -> str:
+    return f"{folder}: the weights do not fit the shape in config.json"
 
 
 def check_finite(folder: Path, name: str, weight: Tensor) -> None:

@@ -1,0 +1,73 @@
+"""Export a run as a folder that other people's tools read: transformers, vLLM, llama.cpp.
+
+    python -m fourstage export run=NAME to=FOLDER [format=hf|gguf] [dtype=float32|bfloat16]
+
+For example:
+
+    python -m fourstage export run=grpo to=my-model
+    python -m fourstage export run=grpo to=my-model-gguf format=gguf dtype=bfloat16
+
+hf      config.json, model.safetensors, generation_config.json, the tokenizer with its chat template
+        and a model card, of a class that transformers ships: Glm4MoeForCausalLM, or of a dense
+        model Qwen3ForCausalLM or LlamaForCausalLM. A dense reward model becomes a sequence
+        classifier.
+gguf    one file for llama.cpp and what builds on it, and the model card.
+
+A folder that exists is kept, unless force=true replaces it. Other settings: outputs=outputs.
+docs/serving.md says how to serve what comes out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fourstage.errors import UserError
+from fourstage.files import expanded
+from fourstage.interruptions import run_command
+from fourstage.runs.store import find_run
+from fourstage.settings import from_arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """The command line."""
+
+    run: str = ""
+    to: str = ""
+    format: Literal["hf", "gguf"] = "hf"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    force: bool = False
+    outputs: str = "outputs"
+
+    def __post_init__(self) -> None:
+        for key, example in (("run", "run=grpo"), ("to", "to=my-model")):
+            if not getattr(self, key).strip():
+                raise UserError(f"{key}: missing: give one, as in {example}")
+
+
+def main(arguments: list[str]) -> None:
+    """Carry out the command. Raises UserError for an unknown run or argument."""
+    import torch
+
+    from fourstage.exchange.export import export
+    from fourstage.report.card import model_card
+
+    settings = from_arguments(ExportSettings, arguments)
+    outputs, to = Path(settings.outputs), expanded(settings.to).absolute()
+    run = find_run(outputs, settings.run)
+    export(
+        run,
+        to,
+        lambda usage: model_card(outputs, run, usage),
+        format=settings.format,
+        dtype=getattr(torch, settings.dtype),
+        force=settings.force,
+    )
+    size = sum(path.stat().st_size for path in to.iterdir())
+    print(f"exported {run.name} to {to} ({size / 1e6:,.1f} MB); docs/serving.md: how to use it")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,411 @@
+"""An exported run is the same model to transformers, to our own import, and byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fourstage.errors import UserError
+from fourstage.exchange.__main__ import main
+from fourstage.exchange.architectures import exported_config
+from fourstage.exchange.checkpoint import load_checkpoint, read_checkpoint
+from fourstage.exchange.export import export, export_run, write_folder, write_safetensors
+from fourstage.model import ScalarModel
+from fourstage.tokenizer import Tokenizer
+from tests.exchange.exports import EXPERTS, NANO, SHAPES, bpe, logits, network, rounded, save_run
+from tests.hub_tokenizers import chatml
+
+IDS_BT = torch.randint(103, (3, 60), generator=torch.Generator().manual_seed(1))
+FILES = ["config.json", "generation_config.json", "model.safetensors"]
+FILES += ["tokenizer.json", "tokenizer_config.json"]
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": " What is\n2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "Sure?"},
+]
+
+
+def reimported(folder: Path, name: str = "it"):
+    """The network that stages.pretrain.parent=hf:FOLDER starts from."""
+    model = read_checkpoint(folder, name).model
+    return load_checkpoint(folder, model, Tokenizer.from_folder(folder).vocab_size).eval()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
+
+
+# --- the same model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_in_transformers(shape: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = network(SHAPES[shape])
+    export_run(save_run(tmp_path, model), tmp_path / "it", dtype=dtype)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "it", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(map(len, info.values())), info
+    expected = logits(model if dtype == torch.float32 else rounded(model), IDS_BT)
+    assert expected.std() > 0.1
+    with torch.no_grad():
+        found = theirs(IDS_BT).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_there_and_back_again_is_the_same_bytes(shape: str, tokenizer: str, tmp_path: Path) -> None:
+    words = Tokenizer.char() if tokenizer == "char" else bpe()
+    model = network(SHAPES[shape], words.vocab_size)
+    one, two = tmp_path / "one", tmp_path / "two"
+    export_run(save_run(tmp_path, model, words), one)
+    again = reimported(one)
+    torch.testing.assert_close(logits(again, IDS_BT), logits(model, IDS_BT), atol=1e-5, rtol=0)
+    write_folder(two, again, Tokenizer.from_folder(one))
+    assert sorted(files(one)) == FILES and files(one) == files(two)
+
+
+@pytest.mark.parametrize("shape", ["moe_nano", "odd_shared", "tied", "dense_tiny"])
+def test_there_and_back_again_in_bfloat16(shape: str, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    export_run(save_run(tmp_path, network(SHAPES[shape])), one, dtype=torch.bfloat16)
+    write_folder(two, reimported(one), Tokenizer.from_folder(one), dtype=torch.bfloat16)
+    assert files(one) == files(two)
+    kinds = {x.dtype for name, x in load_file(one / "model.safetensors").items() if "_bias" in name}
+    assert kinds <= {torch.float32}  # transformers keeps the routers' biases so
+
+
+def test_a_network_in_memory_gives_the_bytes_of_its_run(tmp_path: Path) -> None:
+    for shape in ("odd_shared", "tied", "llama"):
+        model = network(SHAPES[shape])
+        export_run(save_run(tmp_path / shape, model), tmp_path / f"{shape}-run")
+        write_folder(tmp_path / f"{shape}-memory", model, Tokenizer.char())
+        assert files(tmp_path / f"{shape}-run") == files(tmp_path / f"{shape}-memory")
+
+
+# --- the files
+
+
+def test_the_config_of_a_model_with_experts() -> None:
+    shape = replace(NANO, d_shared=NANO.d_expert + 1, tie_embeddings=True, max_seq_len=640)
+    assert exported_config(shape, 103) == {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "vocab_size": 103,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "max_position_embeddings": 640,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "rope_theta": 10000.0,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 1.0,
+        },
+        "partial_rotary_factor": 1.0,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+        "num_nextn_predict_layers": 0,
+        "use_qk_norm": True,
+    }
+    assert exported_config(SHAPES["top_1"], 103)["norm_topk_prob"] is False
+
+
+@pytest.mark.parametrize("shape", EXPERTS)
+def test_weights_are_those_of_the_run(shape: str, tmp_path: Path) -> None:
+    model, config = network(SHAPES[shape]), SHAPES[shape]
+    export_run(save_run(tmp_path, model), tmp_path / "it")
+    found, own = load_file(tmp_path / "it" / "model.safetensors"), model.state_dict()
+    layer, mlp = "model.layers.1.", "blocks.1.mlp."
+    D, F, S = config.d_model, config.d_expert, config.d_shared
+    H, G, C = config.n_heads, config.n_kv_heads, config.head_dim
+
+    def same(name: str, expected: torch.Tensor) -> None:
+        assert torch.equal(found.pop(layer + name), expected), name
+
+    qkv = own["blocks.1.attention.qkv.weight"]
+    same("self_attn.q_proj.weight", qkv[: H * C])
+    same("self_attn.k_proj.weight", qkv[H * C : (H + G) * C])
+    same("self_attn.v_proj.weight", qkv[(H + G) * C :])
+    same("self_attn.o_proj.weight", own["blocks.1.attention.out.weight"])
+    same("input_layernorm.weight", own["blocks.1.attention_norm.weight"])
+    same("post_attention_layernorm.weight", own["blocks.1.mlp_norm.weight"])
+    if config.qk_norm:
+        same("self_attn.q_norm.weight", own["blocks.1.attention.q_norm.weight"])
+        same("self_attn.k_norm.weight", own["blocks.1.attention.k_norm.weight"])
+    same("mlp.gate.weight", own[f"{mlp}router.proj.weight"])
+    same("mlp.gate.e_score_correction_bias", own[f"{mlp}router.expert_bias_E"])
+    for e in range(config.num_experts):
+        gate_up, down = own[f"{mlp}experts.gate_up_EDF"][e], own[f"{mlp}experts.down_EFD"][e]
+        same(f"mlp.experts.{e}.gate_proj.weight", gate_up[:, :F].T)
+        same(f"mlp.experts.{e}.up_proj.weight", gate_up[:, F:].T)
+        same(f"mlp.experts.{e}.down_proj.weight", down.T)
+    width = -(-max(S, 1) // F) * F  # no shared expert: one of zeros
+    gate, up, down = torch.zeros(width, D), torch.zeros(width, D), torch.zeros(D, width)
+    if S:
+        gate[:S], up[:S] = own[f"{mlp}shared.gate_up.weight"].chunk(2)
+        down[:, :S] = own[f"{mlp}shared.down.weight"]
+    same("mlp.shared_experts.gate_proj.weight", gate)
+    same("mlp.shared_experts.up_proj.weight", up)
+    same("mlp.shared_experts.down_proj.weight", down)
+    assert not [name for name in found if name.startswith(layer)]
+    head = own["embedding.weight" if config.tie_embeddings else "head.weight"]
+    assert torch.equal(found["lm_head.weight"], head)  # written where it is tied, too
+    assert torch.equal(found["model.embed_tokens.weight"], own["embedding.weight"])
+    assert torch.equal(found["model.norm.weight"], own["norm.weight"])
+
+
+def test_generation_ends_where_an_answer_does(tmp_path: Path) -> None:
+    words = Tokenizer.char()
+    export_run(save_run(tmp_path, network(NANO)), tmp_path / "it")
+    ends = json.loads((tmp_path / "it" / "generation_config.json").read_text())
+    assert ends == {
+        "bos_token_id": words.bos_id,
+        "eos_token_id": words.eot_id,
+        "pad_token_id": words.pad_id,
+    }
+    config = json.loads((tmp_path / "it" / "config.json").read_text())
+    assert config.items() >= ends.items()
+
+
+def test_a_tokenizer_of_the_hub_keeps_its_template_and_its_ends(tmp_path: Path) -> None:
+    words = Tokenizer.from_folder(chatml(tmp_path / "theirs"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    export_run(save_run(tmp_path, network(NANO, words.vocab_size), words), one)
+    again = Tokenizer.from_folder(one)
+    assert again.prompt(MESSAGES) == words.prompt(MESSAGES) and again.eos_ids == words.eos_ids
+    write_folder(two, reimported(one), again)
+    assert files(one) == files(two)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_the_tokenizer_in_transformers(tokenizer: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    words = Tokenizer.char() if tokenizer == "char" else bpe()
+    export_run(save_run(tmp_path, network(NANO, words.vocab_size), words), tmp_path / "it")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "it")
+    found = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
+    assert list(found) == words.prompt(MESSAGES)
+    text = "Two words, 12 things.\n"
+    assert theirs(text)["input_ids"] == words.encode(text)
+    assert theirs.decode(words.encode(text)) == text
+
+
+def test_tensors_wider_in_bytes_come_first(tmp_path: Path) -> None:
+    """A reader of a mapped file needs numbers of four bytes at multiples of four."""
+    parts = {
+        "a": torch.ones(3, dtype=torch.bfloat16),
+        "b": torch.arange(5.0),
+        "c": torch.ones(2, 2),
+    }
+    layout = {name: (x.dtype, x.shape) for name, x in parts.items()}
+    write_safetensors(tmp_path / "x.safetensors", layout, parts.items())
+    found = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(found[name], x) for name, x in parts.items())
+    header = json.loads((tmp_path / "x.safetensors").read_bytes()[8:].partition(b"}}")[0] + b"}}")
+    assert [header[name]["data_offsets"] for name in "bca"] == [[0, 20], [20, 36], [36, 42]]
+
+
+# --- reward models
+
+
+def test_a_dense_reward_model_is_a_sequence_classifier(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    for shape in ("dense_tiny", "llama"):
+        torch.manual_seed(0)
+        model = ScalarModel(network(SHAPES[shape]))
+        export_run(save_run(tmp_path / shape, model, stage="reward"), tmp_path / f"{shape}-it")
+        assert "generation_config.json" not in files(tmp_path / f"{shape}-it")
+        theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / f"{shape}-it", output_loading_info=True
+        )
+        assert not any(map(len, info.values())), info
+        length_B = torch.tensor([60, 7, 23])
+        ids_BT = IDS_BT.clamp(min=1)
+        ids_BT[torch.arange(60) >= length_B[:, None]] = 0  # <pad>
+        with torch.no_grad():
+            expected = model.last(ids_BT, length_B)
+            found = theirs(ids_BT, attention_mask=(ids_BT != 0).long()).logits
+        torch.testing.assert_close(found.squeeze(1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_reward_model_with_experts_has_no_class(tmp_path: Path) -> None:
+    run = save_run(tmp_path, ScalarModel(network(NANO)), stage="reward")
+    with pytest.raises(UserError, match="for which transformers has no class: only dense ones"):
+        export(run, tmp_path / "it", lambda usage: "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+
+
+# --- the command, and what it refuses
+
+
+def typed(outputs: Path, *arguments: str) -> None:
+    main([f"outputs={outputs}", *arguments])
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = network(NANO)
+    run = save_run(tmp_path, model)
+    typed(tmp_path, "run=sft", f"to={tmp_path / 'new' / 'it'}")
+    assert f"exported {run.name} to {tmp_path / 'new' / 'it'} (0.4 MB)" in capsys.readouterr().out
+    found = reimported(tmp_path / "new" / "it")
+    torch.testing.assert_close(logits(found, IDS_BT), logits(model, IDS_BT), atol=1e-5, rtol=0)
+    card = (tmp_path / "new" / "it" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert f"# {run.name}" in card and "AutoModelForCausalLM.from_pretrained" in card
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["it"]  # nothing beside it
+
+
+def test_a_folder_is_kept_unless_forced(tmp_path: Path) -> None:
+    save_run(tmp_path, network(NANO))
+    to = tmp_path / "it"
+    typed(tmp_path, "run=sft", f"to={to}")
+    (to / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(UserError, match="exists: give another to=, or force=true to replace it"):
+        typed(tmp_path, "run=sft", f"to={to}")
+    assert (to / "model.safetensors").read_bytes() == b"mine"
+    typed(tmp_path, "run=sft", f"to={to}", "force=true")
+    assert len((to / "model.safetensors").read_bytes()) > 1000
+    (to / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds notes.txt, which no export wrote"):
+        typed(tmp_path, "run=sft", f"to={to}", "force=true")
+    assert (to / "notes.txt").read_text() == "mine"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    typed(tmp_path, "run=sft", f"to={empty}")
+    assert (empty / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["to=it"], "run: missing: give one, as in run=grpo"),
+        (["run=sft"], "to: missing: give one, as in to=my-model"),
+        (["run=sft", "to=it", "dtype=int8"], "dtype: expected one of float32, bfloat16"),
+        (["run=sft", "to=it", "format=onnx"], "format: expected one of hf, gguf"),
+        (["run=sft", "to=it", "force=1"], "force: expected true or false"),
+        (["run=sft", "to=it", "dtypes=float32"], "dtypes: unknown key, did you mean dtype?"),
+        (["run=nothing", "to=it"], "unknown run 'nothing'"),
+        (["run=sft", "to=runs/sft-sftxxxxxxx/run.json"], "is a file: name a folder with to="),
+        (["run=sft", "to=runs/sft-sftxxxxxxx/run.json/it"], "cannot be written (Not a directory)"),
+        (["run=sft", f"to={'a' * 300}"], "cannot be written (File name too long)"),
+    ],
+)
+def test_bad_input(arguments, message, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path, network(NANO))
+    with pytest.raises(UserError) as caught:
+        typed(tmp_path, *arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_an_unfinished_run(tmp_path: Path) -> None:
+    run = save_run(tmp_path, network(NANO))
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    with pytest.raises(UserError, match="this run is not finished"):
+        typed(tmp_path, f"run={run.name}", f"to={tmp_path / 'it'}")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda run: (run / "model.safetensors").unlink(), "no model.safetensors"),
+        (lambda run: (run / "tokenizer.json").write_text("{}"), "not a tokenizer.json"),
+        (lambda run: os.truncate(run / "model.safetensors", 9000), "damaged"),
+    ],
+)
+def test_a_damaged_run(harm, message, tmp_path) -> None:
+    run = save_run(tmp_path, network(NANO))
+    harm(run)
+    with pytest.raises(UserError, match=message):
+        typed(tmp_path, "run=sft", f"to={tmp_path / 'it'}")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.pop("blocks.1.mlp_norm.weight"), "do not fit the shape"),
+        (lambda x: x.update({"norm.weight": torch.ones(3)}), "do not fit the shape"),
+        (lambda x: x["blocks.1.attention.out.weight"].fill_(float("nan")), "is not finite"),
+        (lambda x: x.update({"more.weight": torch.ones(3)}), "do not fit the shape"),
+    ],
+)
+def test_weights_of_another_shape(change, message, tmp_path) -> None:
+    """A run of an older version, without a checksum."""
+    run = save_run(tmp_path, network(NANO))
+    weights = load_file(run / "model.safetensors")
+    change(weights)
+    save_file(weights, run / "model.safetensors")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "weights_sha256": None}))
+    with pytest.raises(UserError, match=message):
+        typed(tmp_path, "run=sft", f"to={tmp_path / 'it'}")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_more_layers_than_transformers_reads(tmp_path: Path) -> None:
+    deep = replace(NANO, d_model=4, d_expert=4, head_dim=2, n_layers=47)
+    with pytest.raises(UserError, match="transformers leaves out layer 46 of a Glm4MoeForCausalLM"):
+        write_folder(tmp_path / "it", network(deep), Tokenizer.char())
+    write_folder(tmp_path / "it", network(replace(deep, n_layers=46)), Tokenizer.char())
+    write_folder(
+        tmp_path / "dense", network(replace(deep, num_experts=1, top_k=1)), Tokenizer.char()
+    )
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """With a limit to the size of a file, as a full disk would end it in the middle."""
+    save_run(tmp_path, network(NANO))
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
+        "import sys; from fourstage.interruptions import run_command;"
+        "from fourstage.exchange.__main__ import main; run_command(main)"
+    )
+    words = [f"outputs={tmp_path}", "run=sft", f"to={tmp_path / 'it'}"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"error: {tmp_path / 'it'}: cannot be written (File too large)\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_what_a_kill_left_is_cleared_up(tmp_path: Path) -> None:
+    save_run(tmp_path, network(NANO))
+    part = tmp_path / ".it.part"
+    part.mkdir()
+    (part / "model.safetensors").write_bytes(b"half")
+    typed(tmp_path, "run=sft", f"to={tmp_path / 'it'}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["it", "runs"]
+    assert len((tmp_path / "it" / "model.safetensors").read_bytes()) > 1000
