@@ -19,10 +19,13 @@ from fourstage.exchange.architectures import exported_config
 from fourstage.exchange.checkpoint import load_checkpoint, read_checkpoint
 from fourstage.exchange.export import export, export_run, write_folder, write_safetensors
 from fourstage.model import ScalarModel
+from fourstage.model.weights import load_policy
+from fourstage.runs.store import find_run
 from fourstage.tokenizer import Tokenizer
 from tests.exchange.exports import EXPERTS, NANO, SHAPES, bpe, logits, network, rounded, save_run
 from tests.hub_tokenizers import chatml
 
+ROOT = Path(__file__).parents[2]
 IDS_BT = torch.randint(103, (3, 60), generator=torch.Generator().manual_seed(1))
 FILES = ["config.json", "generation_config.json", "model.safetensors"]
 FILES += ["tokenizer.json", "tokenizer_config.json"]
@@ -409,3 +412,31 @@ def test_what_a_kill_left_is_cleared_up(tmp_path: Path) -> None:
     typed(tmp_path, "run=sft", f"to={tmp_path / 'it'}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["it", "runs"]
     assert len((tmp_path / "it" / "model.safetensors").read_bytes()) > 1000
+
+
+@pytest.mark.slow  # it trains a ladder
+def test_every_stage_of_a_trained_ladder(tmp_path: Path) -> None:
+    """Also bpe and float32, and the whole way round: export, hf: import, export."""
+    transformers = pytest.importorskip("transformers")
+    common = ["trainer=cpu", "logger=none", f"outputs={tmp_path}"]
+
+    def train(*arguments: str) -> None:
+        command = [sys.executable, "train.py", *common, *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    words = ["debug=fast", "tokenizer=bpe", "tokenizer.vocab_size=400"]
+    train("stage=grpo", "model=moe_nano", *words)
+    for stage in ("pretrain", "sft", "ppo", "grpo"):
+        to = tmp_path / stage
+        typed(tmp_path, f"run={stage}", f"to={to}")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(to)
+        model, tokenizer = load_policy(find_run(tmp_path, stage))
+        ids = torch.tensor([tokenizer.prompt(MESSAGES)])
+        with torch.no_grad():
+            found = theirs(ids).logits
+        torch.testing.assert_close(found, logits(model.eval(), ids), atol=1e-4, rtol=0)
+    one, two = tmp_path / "grpo", tmp_path / "again"
+    train("stage=pretrain", f"stages.pretrain.parent=hf:{one}", "stages.pretrain.max_steps=0")
+    typed(tmp_path, "run=pretrain", f"to={two}")
+    assert files(one) == files(two)
