@@ -16,6 +16,7 @@ import torch
 from benchmarks import (
     common,
     coverage,
+    export,
     generate,
     grpo,
     kernels,
@@ -349,6 +350,19 @@ def test_time_to_loss(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert 0 < line["figures"]["moe_nano_3s_loss"] < 4.6
     with pytest.raises(UserError, match="^train.py: .*stages.pretrain.lr"):
         time_to_loss.main([str(text), "seconds=3", variants, "stages.pretrain.lr=-1"])
+
+
+# --- export
+
+
+def test_export(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    export.main(["model=moe_nano", "formats=hf", f"folder={tmp_path}"])
+    line = last_line(capsys.readouterr().out, "export")
+    assert line["figures"]["model_mb"] == pytest.approx(0.32, abs=0.1)
+    assert line["figures"]["hf_float32_memory_per_size"] > 100  # PyTorch's own, mostly
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="export.*: exit code 1"):
+        export.main(["model=moe_nano", "formats=onnx", f"folder={tmp_path}"])
 
 
 # --- scaling

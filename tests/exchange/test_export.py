@@ -414,29 +414,32 @@ def test_what_a_kill_left_is_cleared_up(tmp_path: Path) -> None:
     assert len((tmp_path / "it" / "model.safetensors").read_bytes()) > 1000
 
 
-@pytest.mark.slow  # it trains a ladder
-def test_every_stage_of_a_trained_ladder(tmp_path: Path) -> None:
-    """Also bpe and float32, and the whole way round: export, hf: import, export."""
+def test_every_stage_of_a_trained_ladder(ladder: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    common = ["trainer=cpu", "logger=none", f"outputs={tmp_path}"]
-
-    def train(*arguments: str) -> None:
-        command = [sys.executable, "train.py", *common, *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    words = ["debug=fast", "tokenizer=bpe", "tokenizer.vocab_size=400"]
-    train("stage=grpo", "model=moe_nano", *words)
     for stage in ("pretrain", "sft", "ppo", "grpo"):
         to = tmp_path / stage
-        typed(tmp_path, f"run={stage}", f"to={to}")
+        typed(ladder, f"run={stage}", f"to={to}")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(to)
-        model, tokenizer = load_policy(find_run(tmp_path, stage))
+        model, tokenizer = load_policy(find_run(ladder, stage))
         ids = torch.tensor([tokenizer.prompt(MESSAGES)])
         with torch.no_grad():
             found = theirs(ids).logits
         torch.testing.assert_close(found, logits(model.eval(), ids), atol=1e-4, rtol=0)
-    one, two = tmp_path / "grpo", tmp_path / "again"
-    train("stage=pretrain", f"stages.pretrain.parent=hf:{one}", "stages.pretrain.max_steps=0")
+    assert "| sft | " in (to / "README.md").read_text()  # the table of stages
+
+
+@pytest.mark.slow  # two processes that train
+def test_a_ladder_from_an_export_gives_the_export_again(tmp_path: Path) -> None:
+    def train(*arguments: str) -> None:
+        command = [sys.executable, "train.py", "stage=pretrain", *arguments]
+        command += ["trainer=cpu", "logger=none", f"outputs={tmp_path}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    train("model=moe_nano", "debug=fast", "tokenizer=bpe", "tokenizer.vocab_size=400")
+    typed(tmp_path, "run=pretrain", f"to={one}")
+    train(f"stages.pretrain.parent=hf:{one}", "stages.pretrain.max_steps=0")
     typed(tmp_path, "run=pretrain", f"to={two}")
     assert files(one) == files(two)
+    assert (one / "README.md").read_text() != (two / "README.md").read_text()

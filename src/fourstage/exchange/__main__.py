@@ -20,6 +20,7 @@ docs/serving.md says how to serve what comes out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -55,12 +56,12 @@ def main(arguments: list[str]) -> None:
     from fourstage.report.card import model_card
 
     settings = from_arguments(ExportSettings, arguments)
-    outputs, to = Path(settings.outputs), expanded(settings.to).absolute()
-    run = find_run(outputs, settings.run)
+    run = find_run(Path(settings.outputs), settings.run)
+    to = expanded(settings.to).absolute()
     export(
         run,
         to,
-        lambda usage: model_card(outputs, run, usage),
+        partial(model_card, run),
         format=settings.format,
         dtype=getattr(torch, settings.dtype),
         force=settings.force,

@@ -22,7 +22,7 @@ from fourstage.exchange.architectures import exported_config
 from fourstage.exchange.checkpoint import SHARED, SINGLE, block_weights, end_weights
 from fourstage.files import locked, remove, swap_in, write_json
 from fourstage.model import ModelConfig, ScalarModel, Transformer
-from fourstage.model.weights import Stored, open_stored
+from fourstage.model.weights import Kind, Stored, open_stored
 from fourstage.tokenizer import Tokenizer
 
 CARD = "README.md"
@@ -32,7 +32,8 @@ HEAD = "lm_head.weight"
 
 FILES = {CARD, SINGLE, "config.json", "generation_config.json", "tokenizer.json"}
 FILES |= {"tokenizer_config.json"}
-TRANSFORMERS = """\
+USAGE: dict[Kind, str] = {
+    "policy": """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
@@ -44,13 +45,29 @@ inputs = tokenizer.apply_chat_template(
     return_tensors="pt",
 )
 ids = model.generate(**inputs, max_new_tokens=200)[0]
-print(tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+print(tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True))""",
+    "scalar": """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForSequenceClassification.from_pretrained(".")
+inputs = tokenizer.apply_chat_template(
+    [
+        {"role": "user", "content": "What is an LLM?"},
+        {"role": "assistant", "content": "An LLM is a large language model."},
+    ],
+    return_dict=True,
+    return_tensors="pt",
+)
+print(model(**inputs).logits)  # higher is better""",
+}
 
 Part = dict[str, Tensor]  # weights by Hugging Face's names
 
 
-def export_run(run: Path, to: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write a finished run's model into the folder `to`, in Hugging Face's format.
+def export_run(run: Path, to: Path, *, dtype: torch.dtype = torch.float32) -> Kind:
+    """Write a finished run's model into the folder `to`, in Hugging Face's format; returns what it
+    is.
 
     The weights pass through memory a block at a time. Raises UserError for a run whose model no
     class of transformers computes, and for broken files.
@@ -63,6 +80,7 @@ def export_run(run: Path, to: Path, *, dtype: torch.dtype = torch.float32) -> No
         )
     network = stored.empty_network()
     write_folder(to, network, stored.tokenizer, stored_parts(stored, network), dtype)
+    return stored.shape.kind
 
 
 def stored_parts(stored: Stored, network: Transformer | ScalarModel) -> Iterator[Part]:
@@ -212,8 +230,7 @@ def export(
                 check_target(to, force)
                 remove(part)  # a kill may have left something in it
                 if format == "hf":
-                    export_run(run, part, dtype=dtype)
-                    text = card(TRANSFORMERS)
+                    text = card(USAGE[export_run(run, part, dtype=dtype)])
                 (part / CARD).write_text(text, encoding="utf-8")
                 swap_in(part, to)
         finally:

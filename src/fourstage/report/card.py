@@ -7,11 +7,22 @@ from pathlib import Path
 from fourstage.report import tables
 from fourstage.report.files import Files
 from fourstage.report.html import Bullets, Code, Heading, Paragraph, markdown
-from fourstage.report.ladder import Run, choose, ladder, read_rows, read_runs, with_differences
+from fourstage.report.ladder import (
+    RANDOM,
+    Run,
+    ladder,
+    leaves_policy,
+    read_rows,
+    read_run,
+    read_runs,
+    with_differences,
+)
+from fourstage.runs.records import start_name
 
 FRONT = """\
 ---
 library_name: transformers
+pipeline_tag: {task}
 tags:
 - fourstage
 ---
@@ -19,38 +30,45 @@ tags:
 """
 
 
-def model_card(outputs: Path, folder: Path, usage: str) -> str:
-    """The card of a run in Markdown, with the front matter that Hugging Face's hub reads; `usage`
-    is an example in Python."""
+def model_card(folder: Path, usage: str) -> str:
+    """The card of a finished run in Markdown, with the front matter that Hugging Face's hub reads;
+    `usage` is an example in Python."""
     files = Files()
-    runs = read_runs(outputs, files)
-    tip = choose(runs, str(folder), outputs)
+    runs = read_runs(folder.parent.parent, files)
+    tip = read_run(folder)
     line = ladder(tip, runs, files)
     rows = with_differences(read_rows(line, files), files)
+    is_policy = leaves_policy(tip.stage)
+    kind, task = ("A language", "generation") if is_policy else ("A reward", "classification")
     facts = ", ".join(f"{key} {value}" for key, value in tip.facts().items())
     blocks = [
         Heading(tip.name, 1),
         Paragraph(
-            f"A language model that fourstage trained up to its stage {tip.stage}: {facts}. It is "
-            "made for research on what each stage of training does, not for use: expect wrong "
-            "answers."
+            f"{kind} model trained by fourstage up to the stage {tip.stage}: {facts}. It is for "
+            "research on what each stage of training does: expect wrong answers."
         ),
         Heading("Use"),
         Code(usage, "python"),
         Heading("Lineage"),
-        Bullets([_run(run) for run in line.values()]),
+        Bullets(_lineage(line)),
         Heading("What each stage did"),
         Paragraph(
-            "On held-out data: value, 95 % interval and n; below it the paired difference to the "
-            "stage that it started from."
+            "Measured on held-out data: the value, its 95 % interval and n, then the paired "
+            "difference to the stage that it started from, with its interval."
         ),
         tables.stage_table(rows),
     ]
-    return FRONT + markdown(blocks)
+    return FRONT.format(task=f"text-{task}") + markdown(blocks)
 
 
-def _run(run: Run) -> str:
-    """A run in one line."""
-    parents = " and ".join(run.parents.values()) or "random weights"
-    commit = str(run.record.get("git", {}).get("commit"))[:12]
-    return f"{run.name}, from {parents}, commit {commit}"
+def _lineage(line: dict[str, Run]) -> list[str]:
+    """What each run started from and which commit trained it, a line each."""
+    names = {run.id: run.name for run in line.values()}
+    found = []
+    for run in line.values():
+        parents = " and ".join(names.get(parent, parent) for parent in run.parents.values())
+        start = start_name(run.record)
+        parents = parents or ("random weights" if start == RANDOM else start)
+        commit = (run.record.get("git") or {}).get("commit")
+        found.append(f"{run.name}, from {parents}" + f"; commit {commit[:12]}" * bool(commit))
+    return found

@@ -127,15 +127,20 @@ def read_runs(outputs: Path, files: Files) -> dict[str, Run]:
     root = outputs / "runs"
     for folder in sorted(path for path in root.glob("*") if path.is_dir()):
         try:
-            record = read_record(folder)
+            run = read_run(folder)
         except UserError as error:
             files.problems.append(str(error).removeprefix(f"{root}/"))
             continue
-        parents = dict(sorted(record["parents"].items()))
-        run = Run(folder, record["stage"], record["id"], parents, record)
         if runs.setdefault(run.id, run) is not run:
             files.lost(folder / "run.json", f"is a copy of {runs[run.id].folder.name}: not read")
     return runs
+
+
+def read_run(folder: Path) -> Run:
+    """Raises UserError for a record that is missing or broken."""
+    record = read_record(folder)
+    parents = dict(sorted(record["parents"].items()))
+    return Run(folder, record["stage"], record["id"], parents, record)
 
 
 def choose(runs: dict[str, Run], name: str | None, outputs: Path) -> Run:
