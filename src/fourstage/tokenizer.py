@@ -473,7 +473,7 @@ def check_byte_level(backend: tokenizers.Tokenizer) -> None:
     """Raise UserError for a tokenizer that isn't byte-level BPE: it could lose parts of a text."""
     spec = json.loads(backend.to_str())
     before, after = (
-        [part for part in _parts(spec[name]) if part["type"] == "ByteLevel"]
+        [part for part in parts(spec[name]) if part["type"] == "ByteLevel"]
         for name in ("pre_tokenizer", "decoder")
     )
     kind = spec["model"].get("type")
@@ -488,7 +488,7 @@ def check_byte_level(backend: tokenizers.Tokenizer) -> None:
         raise UserError("its tokenizer puts a space in front of texts (add_prefix_space)")
 
 
-def _parts(spec: dict[str, Any] | None) -> list[dict[str, Any]]:
+def parts(spec: dict[str, Any] | None) -> list[dict[str, Any]]:
     """A pre-tokenizer or decoder as the list of those that it is made of."""
     if spec is None:
         return []

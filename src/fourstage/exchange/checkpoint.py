@@ -224,7 +224,7 @@ def _swiglu(gate_up: Tensor, down: Tensor) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
             yield file
@@ -239,7 +239,7 @@ def _names(folder: Path) -> list[str]:
     """Of the tensors, without reading one."""
     found = []
     for path in weight_files(folder):
-        with _opened(path) as file:
+        with opened(path) as file:
             found += file.keys()
     return found
 
@@ -247,11 +247,11 @@ def _names(folder: Path) -> list[str]:
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor, one at a time: it is a view of the file and lasts until the next."""
     for path in weight_files(folder):
-        with _opened(path) as file:
+        with opened(path) as file:
             names = list(file.keys())
         while names:
             read = 0
-            with _opened(path) as file:
+            with opened(path) as file:
                 while names and read < AT_ONCE:
                     tensor = file.get_tensor(name := names.pop(0))
                     read += tensor.nbytes
@@ -260,7 +260,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _same_as_embedding(folder: Path, head_VD: Tensor) -> bool:
     for path in weight_files(folder):
-        with _opened(path) as file:
+        with opened(path) as file:
             if (name := "model.embed_tokens.weight") in file.keys():  # noqa: SIM118  not a dict
                 return torch.equal(file.get_tensor(name), head_VD)
     return False
