@@ -54,6 +54,7 @@ FOREIGN = {
     "reasoning_gym": {"data"},
     "datasets": {"data"},
     "huggingface_hub": {"data", "exchange"},
+    "gguf": {"exchange"},
 }
 MAY_BE_DELETED = {"fourstage.kernels"}
 

@@ -3,22 +3,20 @@
 Keys and tensors have the names that llama.cpp's loader asks for (tried: llama-cpp-python 0.3.36).
 Matrices keep the folder's dtype; norms, routers and selection biases are float32.
 
-What llama.cpp does otherwise than we:
+What llama.cpp does differently from us:
 
 - With the character tokenizer, a character that has no token is left out: no <unk>, and no
   ASCII look-alike for a typographic quote or dash.
 - It doesn't normalise: a text that isn't in NFC may get other tokens than from a tokenizer that
   does, as Qwen's.
-- Added tokens in a text, such as <think>, are parsed, in a chat also special ones.
+- Added tokens in a text, such as <think>, are parsed; in a chat special ones too.
 - Activations are rounded to bfloat16 before they meet bfloat16 weights, and keys and values to
   float16, unless it is told otherwise (type_k, type_v; --cache-type-k, --cache-type-v).
-
-Shape legend: D d_model, E experts, F width of an expert, H heads.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +27,17 @@ from torch import Tensor
 
 from fourstage.errors import UserError
 from fourstage.exchange.architectures import Values, filled, kind_of
-from fourstage.exchange.checkpoint import opened, read_config, weight_files
+from fourstage.exchange.checkpoint import SINGLE, opened, read_config
 from fourstage.tokenizer import BYTES, SPLIT, Tokenizer, parts, read_card
 
 FAMILIES = {"glm4_moe": "glm4moe", "qwen3": "qwen3", "llama": "llama"}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 SIGMOID = 2  # of the gating functions
 KEY_TYPES = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
 
 # Hugging Face's names and llama.cpp's, in the order of the file
 FIRST = {"model.embed_tokens.weight": "token_embd.weight"}
-BLOCK = {
+ATTENTION = {
     "input_layernorm.weight": "attn_norm.weight",
     "self_attn.q_proj.weight": "attn_q.weight",
     "self_attn.k_proj.weight": "attn_k.weight",
@@ -46,10 +45,15 @@ BLOCK = {
     "self_attn.q_norm.weight": "attn_q_norm.weight",
     "self_attn.k_norm.weight": "attn_k_norm.weight",
     "self_attn.o_proj.weight": "attn_output.weight",
+}
+DENSE = {
     "post_attention_layernorm.weight": "ffn_norm.weight",
     "mlp.gate_proj.weight": "ffn_gate.weight",
     "mlp.up_proj.weight": "ffn_up.weight",
     "mlp.down_proj.weight": "ffn_down.weight",
+}
+EXPERTS = {  # *: all of a layer as one tensor
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
     "mlp.gate.weight": "ffn_gate_inp.weight",
     "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
     "mlp.experts.*.gate_proj.weight": "ffn_gate_exps.weight",
@@ -75,23 +79,15 @@ NEVER = "<pad> <pad>"  # a merge that no text needs: the list must not be empty
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor of the folder."""
-
-    path: Path
-    shape: list[int]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
 class Entry:
-    """A tensor of the GGUF file."""
+    """A tensor of the file. sources: their names in the folder, several if they are stacked;
+    heads: whose rows llama.cpp turns in another order, or 0."""
 
     name: str
     sources: list[str]
-    is_stack: bool  # of all experts
     shape: list[int]
     dtype: torch.dtype
+    heads: int
 
 
 def write_gguf(source: Path, path: Path, name: str) -> None:
@@ -107,13 +103,12 @@ def write_gguf(source: Path, path: Path, name: str) -> None:
         raise UserError("format=gguf needs the package gguf: pip install -e .[gguf]") from None
     config, where = read_config(source), str(source / "config.json")
     if "SequenceClassification" in str(config.get("architectures")):
-        raise UserError("a reward model writes no text, so that it has no use in llama.cpp")
+        raise UserError("a reward model writes no text: format=gguf is for models that do")
     kind, values = kind_of(config, where), filled(config, where)
-    stored = read_headers(source)
-    entries = list(layout(kind, values, stored))
-    kinds = gguf.GGMLQuantizationType
+    entries = layout(kind, values, source / SINGLE)
+    kinds, types = gguf.GGMLQuantizationType, gguf.LlamaFileType
     stored_as = {torch.float32: kinds.F32, torch.bfloat16: kinds.BF16}
-    file_types = {torch.float32: 0, torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16}
+    file_types = {torch.float32: types.ALL_F32, torch.bfloat16: types.MOSTLY_BF16}
     keys = {
         "general.type": "model",
         "general.name": name,
@@ -130,61 +125,53 @@ def write_gguf(source: Path, path: Path, name: str) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-    with open(path, "ab") as file:  # numpy, by which gguf writes, doesn't say that a disk is full
+    with open(path, "ab") as file:  # numpy, with which gguf writes, doesn't say that a disk is full
         for x in entries:
             file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
-            file.write(read(x, kind, values, stored).view(torch.uint8).numpy().data)
+            file.write(read(x, source / SINGLE).view(torch.uint8).numpy().data)
         file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
 
 
 # --- weights
 
 
-def read_headers(folder: Path) -> dict[str, Stored]:
-    """Name -> where it is, of all tensors."""
-    found = {}
-    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}
-    for path in weight_files(folder):
-        with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118  not a dict
-                part = file.get_slice(name)
-                found[name] = Stored(path, part.get_shape(), dtypes[part.get_dtype()])
+def layout(kind: str, values: Values, path: Path) -> list[Entry]:
+    """The tensors of the file, in its order, from those of a safetensors file."""
+    block = ATTENTION | (EXPERTS if kind == "glm4_moe" else DENSE)
+    names = dict(FIRST)
+    for i in range(values["num_hidden_layers"]):
+        names |= {f"model.layers.{i}.{theirs}": f"blk.{i}.{ours}" for theirs, ours in block.items()}
+    names |= LAST
+    turned = {}
+    if kind == "llama":  # the others turn pairs as they are in the folder
+        heads = values["num_attention_heads"]
+        turned = {"attn_q": heads, "attn_k": values["num_key_value_heads"] or heads}
+    found = []
+    with opened(path) as file:
+        stored = set(file.keys())
+        for theirs, ours in names.items():
+            sources = [theirs]
+            if "*" in theirs:
+                sources = [theirs.replace("*", str(e)) for e in range(values["n_routed_experts"])]
+            if sources[0] not in stored:
+                continue  # norms of queries and keys, or a head: not every model has them
+            one = file.get_slice(sources[0])
+            shape = [len(sources)] * ("*" in theirs) + one.get_shape()
+            is_plain = len(shape) == 1 or "ffn_gate_inp" in ours
+            dtype = torch.float32 if is_plain else DTYPES[one.get_dtype()]
+            found.append(Entry(ours, sources, shape, dtype, turned.get(ours.split(".")[-2], 0)))
     return found
 
 
-def layout(kind: str, values: Values, stored: Mapping[str, Stored]) -> Iterator[Entry]:
-    """The tensors of the file, in its order."""
-    names = dict(FIRST)
-    for i in range(values["num_hidden_layers"]):
-        names |= {f"model.layers.{i}.{theirs}": f"blk.{i}.{ours}" for theirs, ours in BLOCK.items()}
-    for theirs, ours in {**names, **LAST}.items():
-        is_stack = "*" in theirs
-        count = values["n_routed_experts"] if is_stack and kind == "glm4_moe" else 1
-        sources = [theirs.replace("*", str(e)) for e in range(count)]
-        if sources[0] not in stored:
-            continue  # another kind of MLP, no norms of queries and keys, a tied head
-        if kind == "glm4_moe":
-            ours = ours.replace("ffn_norm", "post_attention_norm")
-        one = stored[sources[0]]
-        shape = [count, *one.shape] if is_stack else one.shape
-        is_plain = len(shape) == 1 or theirs.endswith("mlp.gate.weight")
-        yield Entry(ours, sources, is_stack, shape, torch.float32 if is_plain else one.dtype)
-
-
-def read(entry: Entry, kind: str, values: Values, stored: Mapping[str, Stored]) -> Tensor:
-    """Its values, contiguous."""
-    with ExitStack() as stack:
-        paths = {stored[name].path for name in entry.sources}
-        files = {path: stack.enter_context(opened(path)) for path in paths}
-        found = [files[stored[name].path].get_tensor(name) for name in entry.sources]
-        x = torch.stack(found) if entry.is_stack else found[0]
-        if kind == "llama" and entry.name.endswith(("attn_q.weight", "attn_k.weight")):
-            # llama.cpp turns neighbours (0, 1), (2, 3), ...; ours are half a head apart
-            is_q = entry.name.endswith("attn_q.weight")
-            heads = values["num_attention_heads"]
-            heads = heads if is_q else values["num_key_value_heads"] or heads
-            x = x.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(x.shape)
-        return x.to(entry.dtype).contiguous()
+def read(entry: Entry, path: Path) -> Tensor:
+    """A tensor of the file, contiguous."""
+    with opened(path) as file:
+        x = torch.stack([file.get_tensor(name) for name in entry.sources]).view(entry.shape)
+    if entry.heads:
+        # llama.cpp turns the pairs (0, 1), (2, 3), ...; in Hugging Face's format the two of a pair
+        # are half a head apart
+        x = x.unflatten(0, (entry.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return x.to(entry.dtype).contiguous()
 
 
 def model_keys(kind: str, values: Values) -> dict[str, Any]:
@@ -231,29 +218,30 @@ def tokenizer_keys(source: Path, vocab_size: int) -> dict[str, Any]:
     card = read_card(source, backend)
     bos, eos = tokenizer.bos_id, backend.token_to_id(card.tokens["eos_token"])
     around = backend.encode("").ids  # what software puts round a text
-    merges = [x if isinstance(x, str) else " ".join(x) for x in spec["model"]["merges"]]
     texts, kinds = tokens(spec, vocab_size)
-    # llama.cpp takes a template's bos_token from the ids, where there is always one
-    no_bos = "" if "bos_token" in card.tokens else "{%- set bos_token = '' -%}"
+    template = card.template
+    if "bos_token" in template and "bos_token" not in card.tokens:
+        # llama.cpp would put the token of bos_token_id there, which every file has
+        template = "{%- set bos_token = '' -%}" + template
     found = {
         "model": "gpt2",
         "pre": pre_tokenizer(spec),
         "tokens": texts,
         "token_type": kinds,
-        "merges": merges or [NEVER],
+        "merges": [" ".join(pair) for pair in spec["model"]["merges"]] or [NEVER],
         "bos_token_id": bos,
-        "eos_token_id": eos,
-        "eot_token_id": tokenizer.eot_id,
         "padding_token_id": tokenizer.pad_id,
         "add_bos_token": around[:1] == [bos],
         "add_eos_token": around[-1:] == [eos] and around != [bos],
     }
-    if others := [i for i in tokenizer.eos_ids if i not in (eos, tokenizer.eot_id)]:
-        found["eom_token_id"] = others[0]  # one more end; there is no key for a fourth
+    ends = list(dict.fromkeys([eos, *tokenizer.eos_ids]))  # the second, if any, is the answer's
+    ends = ends if len(ends) > 1 else 2 * ends
+    names = ("eos_token_id", "eot_token_id", "eom_token_id")  # there is no key for a fourth
+    found |= dict(zip(names, ends, strict=False))
     if tokenizer.unk_id is not None:
         found["unknown_token_id"] = tokenizer.unk_id
     keys = {f"tokenizer.ggml.{key}": value for key, value in found.items()}
-    return keys | {"tokenizer.chat_template": no_bos + card.template}
+    return keys | {"tokenizer.chat_template": template}
 
 
 def tokens(spec: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
