@@ -80,6 +80,13 @@ def test_there_and_back_again_is_the_same_bytes(shape: str, tokenizer: str, tmp_
     assert sorted(files(one)) == FILES and files(one) == files(two)
 
 
+def test_a_model_of_width_one(tmp_path: Path) -> None:
+    model = network(replace(NANO, d_model=1, d_expert=1, expert_path="loop"))
+    export_run(save_run(tmp_path, model), tmp_path / "it")
+    again = reimported(tmp_path / "it")
+    torch.testing.assert_close(logits(again, IDS_BT), logits(model, IDS_BT), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("shape", ["moe_nano", "odd_shared", "tied", "dense_tiny"])
 def test_there_and_back_again_in_bfloat16(shape: str, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
@@ -286,6 +293,32 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert f"# {run.name}" in card and "AutoModelForCausalLM.from_pretrained" in card
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["it"]  # nothing beside it
+
+
+def test_the_command_for_llama_cpp(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    run = save_run(tmp_path, network(NANO))
+    to = tmp_path / "it"
+    for force in ("false", "true"):
+        typed(tmp_path, "run=sft", f"to={to}", "format=gguf", f"force={force}")
+        assert sorted(path.name for path in to.iterdir()) == ["README.md", "model.gguf"]
+    assert (to / "model.gguf").read_bytes()[:4] == b"GGUF"
+    card = (to / "README.md").read_text()
+    assert "library_name: gguf\n" in card and 'Llama("model.gguf"' in card
+    typed(tmp_path, f"run={run.name}", f"to={to}", "force=true")  # the other format in its place
+    assert sorted(path.name for path in to.iterdir()) == sorted([*FILES, "README.md"])
+    save_run(tmp_path, ScalarModel(network(SHAPES["dense_tiny"])), stage="reward")
+    with pytest.raises(UserError, match="holds a reward model, but a language model is needed"):
+        typed(tmp_path, "run=reward", f"to={tmp_path / 'other'}", "format=gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["it", "runs"]
+
+
+def test_without_gguf(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    save_run(tmp_path, network(NANO))
+    with pytest.raises(UserError, match="format=gguf needs the package gguf: pip install -e"):
+        typed(tmp_path, "run=sft", f"to={tmp_path / 'it'}", "format=gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 def test_a_folder_is_kept_unless_forced(tmp_path: Path) -> None:

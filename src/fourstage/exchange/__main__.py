@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
     export(
         run,
         to,
-        partial(model_card, run),
+        partial(model_card, run, {"hf": "transformers", "gguf": "gguf"}[settings.format]),
         format=settings.format,
         dtype=getattr(torch, settings.dtype),
         force=settings.force,

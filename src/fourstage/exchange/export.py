@@ -20,19 +20,20 @@ from torch import Tensor
 from fourstage.errors import UserError
 from fourstage.exchange.architectures import exported_config
 from fourstage.exchange.checkpoint import SHARED, SINGLE, block_weights, end_weights
+from fourstage.exchange.gguf import package, write_gguf
 from fourstage.files import locked, remove, swap_in, write_json
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.model.weights import Kind, Stored, open_stored
 from fourstage.tokenizer import Tokenizer
 
-CARD = "README.md"
+CARD, GGUF = "README.md", "model.gguf"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # as safetensors names them
 BIAS = ".e_score_correction_bias"  # always float32, as transformers keeps it
 HEAD = "lm_head.weight"
 
-FILES = {CARD, SINGLE, "config.json", "generation_config.json", "tokenizer.json"}
+FILES = {CARD, SINGLE, GGUF, "config.json", "generation_config.json", "tokenizer.json"}
 FILES |= {"tokenizer_config.json"}
-USAGE: dict[Kind, str] = {
+USAGE = {
     "policy": """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -60,19 +61,28 @@ inputs = tokenizer.apply_chat_template(
     return_tensors="pt",
 )
 print(model(**inputs).logits)  # higher is better""",
+    "gguf": """\
+from llama_cpp import Llama
+
+model = Llama("model.gguf", n_ctx=0)
+messages = [{"role": "user", "content": "What is an LLM?"}]
+said = model.create_chat_completion(messages, max_tokens=200)
+print(said["choices"][0]["message"]["content"])""",
 }
 
 Part = dict[str, Tensor]  # weights by Hugging Face's names
 
 
-def export_run(run: Path, to: Path, *, dtype: torch.dtype = torch.float32) -> Kind:
-    """Write a finished run's model into the folder `to`, in Hugging Face's format; returns what it
-    is.
+def export_run(
+    run: Path, to: Path, *, dtype: torch.dtype = torch.float32, kind: Kind | None = None
+) -> Kind:
+    """Write a finished run's model into the folder `to`, in Hugging Face's format, and return its
+    kind.
 
-    The weights pass through memory a block at a time. Raises UserError for a run whose model no
-    class of transformers computes, and for broken files.
+    The weights pass through memory a block at a time. Raises UserError for a model of another kind
+    than asked for, or one that no class of transformers computes, and for broken files.
     """
-    stored = open_stored(run)
+    stored = open_stored(run, kind)
     if stored.shape.kind == "scalar" and not stored.shape.model.dense:
         raise UserError(
             f"{run.name}: holds a reward model with experts, for which transformers has no class: "
@@ -201,7 +211,7 @@ def write_safetensors(
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in tensors:
             file.seek(8 + len(text) + header[name]["data_offsets"][0])
-            plain = tensor.detach().to("cpu", layout[name][0]).contiguous()
+            plain = tensor.detach().to("cpu", layout[name][0]).contiguous().flatten()
             file.write(plain.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
@@ -222,20 +232,27 @@ def export(
     """Export a finished run into the folder `to`, with a model card. `card` writes that, with an
     example of use in it. Raises UserError if it can't be done, and leaves nothing half-written."""
     part, lock = to.with_name(f".{to.name}.part"), to.with_name(f".{to.name}.lock")
+    if format == "gguf":
+        package()  # before anything is written
     try:
         check_target(to, force)
-        try:
-            part.mkdir(parents=True, exist_ok=True)  # else the lock would be waited for in vain
-            with locked(FileLock(lock), str(to)):
+        part.mkdir(parents=True, exist_ok=True)  # else the lock would be waited for in vain
+        with locked(FileLock(lock), str(to)):
+            try:
                 check_target(to, force)
                 remove(part)  # a kill may have left something in it
                 if format == "hf":
-                    text = card(USAGE[export_run(run, part, dtype=dtype)])
-                (part / CARD).write_text(text, encoding="utf-8")
+                    usage = USAGE[export_run(run, part, dtype=dtype)]
+                else:
+                    export_run(run, part / "hf", dtype=dtype, kind="policy")
+                    write_gguf(part / "hf", part / GGUF, run.name)
+                    remove(part / "hf")
+                    usage = USAGE["gguf"]
+                (part / CARD).write_text(card(usage), encoding="utf-8")
                 swap_in(part, to)
-        finally:
-            remove(part)
-            lock.unlink(missing_ok=True)
+            finally:
+                remove(part)
+                lock.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{to}: cannot be written ({error.strerror})") from None
 
@@ -247,5 +264,5 @@ def check_target(to: Path, force: bool) -> None:
     found = [path.name for path in sorted(to.iterdir())] if to.is_dir() else []
     if found and not force:
         raise UserError(f"{to} exists: give another to=, or force=true to replace it")
-    if others := [name for name in found if name not in FILES and not name.endswith(".gguf")]:
+    if others := [name for name in found if name not in FILES]:
         raise UserError(f"{to} holds {others[0]}, which no export wrote: give another to=")

@@ -97,10 +97,7 @@ def write_gguf(source: Path, path: Path, name: str) -> None:
     gguf, for a reward model, and for a tokenizer that llama.cpp can't have; OSError if the file
     can't be written.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("format=gguf needs the package gguf: pip install -e .[gguf]") from None
+    gguf = package()
     config, where = read_config(source), str(source / "config.json")
     if "SequenceClassification" in str(config.get("architectures")):
         raise UserError("a reward model writes no text: format=gguf is for models that do")
@@ -130,6 +127,15 @@ def write_gguf(source: Path, path: Path, name: str) -> None:
             file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
             file.write(read(x, source / SINGLE).view(torch.uint8).numpy().data)
         file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
+
+
+def package() -> Any:
+    """gguf, which is optional. Raises UserError if it isn't installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("format=gguf needs the package gguf: pip install -e .[gguf]") from None
+    return gguf
 
 
 # --- weights

@@ -21,7 +21,7 @@ from fourstage.runs.records import start_name
 
 FRONT = """\
 ---
-library_name: transformers
+library_name: {library}
 pipeline_tag: {task}
 tags:
 - fourstage
@@ -30,9 +30,9 @@ tags:
 """
 
 
-def model_card(folder: Path, usage: str) -> str:
-    """The card of a finished run in Markdown, with the front matter that Hugging Face's hub reads;
-    `usage` is an example in Python."""
+def model_card(folder: Path, library: str, usage: str) -> str:
+    """The card of a finished run in Markdown, with the front matter that Hugging Face's hub reads.
+    `usage` is an example in Python, for the library."""
     files = Files()
     runs = read_runs(folder.parent.parent, files)
     tip = read_run(folder)
@@ -58,7 +58,7 @@ def model_card(folder: Path, usage: str) -> str:
         ),
         tables.stage_table(rows),
     ]
-    return FRONT.format(task=f"text-{task}") + markdown(blocks)
+    return FRONT.format(library=library, task=f"text-{task}") + markdown(blocks)
 
 
 def _lineage(line: dict[str, Run]) -> list[str]:
@@ -69,6 +69,6 @@ def _lineage(line: dict[str, Run]) -> list[str]:
         parents = " and ".join(names.get(parent, parent) for parent in run.parents.values())
         start = start_name(run.record)
         parents = parents or ("random weights" if start == RANDOM else start)
-        commit = (run.record.get("git") or {}).get("commit")
-        found.append(f"{run.name}, from {parents}" + f"; commit {commit[:12]}" * bool(commit))
+        commit = run.record.get("git", {}).get("commit")
+        found.append(f"{run.name}, from {parents}" + (f"; commit {commit[:12]}" if commit else ""))
     return found
