@@ -211,7 +211,8 @@ def write_safetensors(
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in tensors:
             file.seek(8 + len(text) + header[name]["data_offsets"][0])
-            plain = tensor.detach().to("cpu", layout[name][0]).contiguous().flatten()
+            dtype, shape = layout[name]
+            plain = torch.empty(shape, dtype=dtype).copy_(tensor.detach())
             file.write(plain.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
