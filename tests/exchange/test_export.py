@@ -37,9 +37,9 @@ MESSAGES = [
 ]
 
 
-def reimported(folder: Path, name: str = "it"):
+def reimported(folder: Path, **changes):
     """The network that stages.pretrain.parent=hf:FOLDER starts from."""
-    model = read_checkpoint(folder, name).model
+    model = replace(read_checkpoint(folder, "it").model, **changes)
     return load_checkpoint(folder, model, Tokenizer.from_folder(folder).vocab_size).eval()
 
 
@@ -81,9 +81,10 @@ def test_there_and_back_again_is_the_same_bytes(shape: str, tokenizer: str, tmp_
 
 
 def test_a_model_of_width_one(tmp_path: Path) -> None:
-    model = network(replace(NANO, d_model=1, d_expert=1, expert_path="loop"))
+    shape = {"d_model": 1, "d_expert": 1, "expert_path": "loop"}
+    model = network(replace(NANO, **shape))
     export_run(save_run(tmp_path, model), tmp_path / "it")
-    again = reimported(tmp_path / "it")
+    again = reimported(tmp_path / "it", **shape)
     torch.testing.assert_close(logits(again, IDS_BT), logits(model, IDS_BT), atol=1e-5, rtol=0)
 
 
