@@ -28,7 +28,9 @@ from torch import Tensor
 from fourstage.errors import UserError
 from fourstage.exchange.architectures import Values, filled, kind_of
 from fourstage.exchange.checkpoint import SINGLE, opened, read_config
-from fourstage.tokenizer import BYTES, SPLIT, Tokenizer, parts, read_card
+from fourstage.tokenizer import SPLIT, Tokenizer
+from fourstage.tokenizer.byte_level import BYTES, parts
+from fourstage.tokenizer.card import read_card
 
 FAMILIES = {"glm4_moe": "glm4moe", "qwen3": "qwen3", "llama": "llama"}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}

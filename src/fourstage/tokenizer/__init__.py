@@ -1,4 +1,4 @@
-"""Text <-> ids, and with chat_format.py conversations <-> ids: nothing else knows either.
+"""Text <-> ids, and with chat_format.py conversations <-> ids: no other room knows either.
 
 char  one token a character: tab, newline and the 95 printable ASCII characters, and six special
       tokens. Typographic characters with an ASCII look-alike are replaced one to one, and every
@@ -30,14 +30,10 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from fourstage.chat_format import (
-    PLAIN_TEMPLATE,
-    ChatFormat,
-    Messages,
-    renderer,
-    template_format,
-)
 from fourstage.errors import UserError
+from fourstage.tokenizer.byte_level import BYTES, check_byte_level, without_added_tokens
+from fourstage.tokenizer.card import Card, read_card
+from fourstage.tokenizer.chat_format import ChatFormat, Messages, renderer, template_format
 
 SPECIALS = ("<pad>", "<unk>", "<bos>", "<eot>", "<user>", "<assistant>")
 PAD, UNK, BOS, EOT, USER, ASSISTANT = SPECIALS
@@ -114,15 +110,6 @@ class TokenizerConfig:
             raise UserError(
                 "path: missing: tokenizer=hf:FOLDER names a folder with a tokenizer.json"
             )
-
-
-@dataclass(frozen=True)
-class Card:
-    """What the files beside someone else's tokenizer.json say of it."""
-
-    tokens: dict[str, str]  # bos_token, eos_token, ...
-    template: str
-    eos: list[int]  # the ids that end a text; the first is the eos
 
 
 class Tokenizer:
@@ -396,110 +383,6 @@ def pieces(text: str) -> Iterator[str]:
         at = end
     if at < len(text):
         yield text[at:]
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The character that each byte is in a byte-level vocabulary (Radford et al. 2019): itself in
-    Latin-1 if that is printable, else the next one from U+0100."""
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in seen]
-    return {chr(b): b for b in seen} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-BYTES = byte_alphabet()
-
-
-# --- tokenizers that aren't ours
-
-
-def read_card(folder: Path, backend: tokenizers.Tokenizer) -> Card:
-    """From tokenizer_config.json, special_tokens_map.json, chat_template.jinja and
-    generation_config.json, as far as they are there. Raises UserError if nothing ends a text."""
-    config = _read_json(folder / "special_tokens_map.json")
-    config |= _read_json(folder / "tokenizer_config.json")
-    tokens = {}
-    for key, token in config.items():
-        text = token.get("content") if isinstance(token, dict) else token
-        if (
-            key.endswith("_token")
-            and isinstance(text, str)
-            and backend.token_to_id(text) is not None
-        ):
-            tokens[key] = text
-    ends = _read_json(folder / "generation_config.json").get("eos_token_id")
-    eos = [backend.token_to_id(tokens["eos_token"])] if "eos_token" in tokens else []
-    known = backend.get_added_tokens_decoder()
-    ends = [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)]
-    eos += [i for i in ends if i in known]
-    if not eos:
-        usual = backend.token_to_id("<|endoftext|>")
-        if usual is None:
-            raise UserError("no token ends a text: name its eos_token in tokenizer_config.json")
-        eos = [usual]
-    tokens.setdefault("eos_token", backend.id_to_token(eos[0]))
-    return Card(tokens, _template(folder, config) or PLAIN_TEMPLATE, list(dict.fromkeys(eos)))
-
-
-def _template(folder: Path, config: dict[str, Any]) -> str | None:
-    """The chat template; of several the one that is named "default"."""
-    jinja, given = folder / "chat_template.jinja", config.get("chat_template")
-    try:
-        if jinja.is_file():
-            return jinja.read_text(encoding="utf-8")
-        if isinstance(given, list):
-            given = {entry["name"]: entry["template"] for entry in given}.get("default")
-    except UnicodeDecodeError:
-        raise UserError(f"{jinja.name}: not UTF-8 text: copy it again") from None
-    except (TypeError, KeyError):
-        given = {}
-    if not isinstance(given, str | None):
-        raise UserError("tokenizer_config.json: chat_template: expected a text: copy it again")
-    return given
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path.name}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path.name}: expected keys and values")
-    return found
-
-
-def check_byte_level(backend: tokenizers.Tokenizer) -> None:
-    """Raise UserError for a tokenizer that isn't byte-level BPE: it could lose parts of a text."""
-    spec = json.loads(backend.to_str())
-    before, after = (
-        [part for part in parts(spec[name]) if part["type"] == "ByteLevel"]
-        for name in ("pre_tokenizer", "decoder")
-    )
-    kind = spec["model"].get("type")
-    if kind != "BPE" or not before or not after or not set(BYTES) <= set(spec["model"]["vocab"]):
-        raise UserError(
-            f"its tokenizer is {kind or 'of an unknown kind'}, not byte-level BPE (as GPT-2's, "
-            "Llama 3's, Qwen's and GLM-4's are): choose another, or tokenizer=bpe"
-        )
-    if spec["model"].get("dropout"):
-        raise UserError("its tokenizer leaves out merges at random (dropout): set it to null")
-    if any(part["add_prefix_space"] for part in before):
-        raise UserError("its tokenizer puts a space in front of texts (add_prefix_space)")
-
-
-def parts(spec: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A pre-tokenizer or decoder as the list of those that it is made of."""
-    if spec is None:
-        return []
-    inner = [*spec.get("pretokenizers", ()), *spec.get("decoders", ())]
-    return inner if spec["type"] == "Sequence" else [spec]
-
-
-def without_added_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same for texts alone: even tokens such as <think>, which aren't special, stay text."""
-    spec = json.loads(backend.to_str())
-    return tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
 
 
 # those that need no data; bpe and hf are made in data/vocabulary.py
