@@ -48,7 +48,7 @@ test-slow: $(READY)  ## run the slow tests: kill and resume training, several pr
 
 setup: $(READY)  ## make .venv and install the tested versions
 
-setup-dev: $(READY_DEV)  ## the same plus transformers and trl, for the parity tests
+setup-dev: $(READY_DEV)  ## the same plus transformers, trl, peft and openai, for tests against them
 
 lint: $(READY)  ## ruff: check lint and format, change nothing
 	$(PY) -m ruff check .

@@ -16,7 +16,7 @@ from fourstage.lineage.plan import make_plan
 from tests.fakes import config
 
 ROOT = Path(__file__).parent.parent
-DOCS = ("data", "results", "runs", "setup")
+DOCS = ("data", "results", "runs", "serving", "setup")
 FILES = ("README.md", "sweeps/README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in DOCS))
 TEXTS = {name: (ROOT / name).read_text("utf-8") for name in FILES}
 COMMANDS = sorted(

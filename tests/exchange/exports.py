@@ -1,28 +1,30 @@
-"""Small models of every shape that is exported, as finished runs."""
+"""Small models of every shape that is exported: as finished runs, as exported folders, and what our
+own decoder answers."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import random
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fourstage.exchange.export import write_folder
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.model.weights import save_weights
+from fourstage.sampling.generate import Sampling, generate
 from fourstage.tokenizer import Tokenizer
-from tests.fakes import config
+from tests.model.configs import read_config
 
-NANO, TINY, DENSE = (
-    ModelConfig(**config(f"model={name}")["model"])
-    for name in ("moe_nano", "moe_tiny", "dense_tiny")
-)
-SHAPES = {
+NANO = read_config("moe_nano", init_std=0.2)  # weights far apart, so that what differs shows
+DENSE = read_config("dense_tiny", init_std=0.1)
+SHAPES: dict[str, ModelConfig] = {
     "moe_nano": NANO,
-    "moe_tiny": TINY,
-    "top_1": replace(NANO, top_k=1, route_scale=1.5),
+    "moe_tiny": read_config("moe_tiny", init_std=0.1),
+    "top_1": replace(NANO, top_k=1, route_scale=2.5),
     "shared": replace(NANO, d_shared=2 * NANO.d_expert),
     "odd_shared": replace(NANO, d_shared=NANO.d_expert + 13),
     "tied": replace(NANO, tie_embeddings=True),
@@ -30,19 +32,22 @@ SHAPES = {
     "wide_heads": replace(NANO, head_dim=64, n_kv_heads=2),
     "dense_tiny": DENSE,
     "dense_tied": replace(DENSE, tie_embeddings=True),
-    "llama": replace(DENSE, qk_norm=False),
+    "llama": replace(DENSE, qk_norm=False, tie_embeddings=True),
 }
 EXPERTS = [name for name, shape in SHAPES.items() if not shape.dense]
+SERVED = ("moe_nano", "top_1", "odd_shared", "tied", "dense_tiny", "llama")  # a class or trait each
+TEXTS = ["The quick brown fox jumps over the lazy dog. Say it is 12 + 3 = 15?\n", "It is so. "] * 20
+TIE = 1e-4  # logits that other software may order in another way
 
 
 @cache
-def bpe() -> Tokenizer:
-    texts = ["The quick brown fox jumps over the lazy dog, and then over 12 naïve 狐狸."] * 3
-    return Tokenizer.bpe(texts, 300)
+def tokenizer(name: str) -> Tokenizer:
+    """char or bpe."""
+    return Tokenizer.char() if name == "char" else Tokenizer.bpe(TEXTS, 320)
 
 
 def network(shape: ModelConfig, vocab_size: int = 103, seed: int = 0) -> Transformer:
-    """With weights large enough that what differs shows, gains and biases that aren't neutral."""
+    """Random weights, gains and selection biases that are not neutral."""
     torch.manual_seed(seed)
     made = Transformer(shape, vocab_size).eval()
     with torch.no_grad():
@@ -50,27 +55,8 @@ def network(shape: ModelConfig, vocab_size: int = 103, seed: int = 0) -> Transfo
             if "norm" in name:
                 x.uniform_(0.5, 1.5)
             elif name.endswith("expert_bias_E"):
-                x.normal_(std=0.3)
-            elif name != "embedding.weight":
-                x.mul_(5)
+                x.normal_(std=0.5)
     return made
-
-
-def save_run(
-    outputs: Path, model: nn.Module, tokenizer: Tokenizer | None = None, stage: str = "sft"
-) -> Path:
-    """As a finished run of the stage."""
-    run_id = stage.ljust(10, "x")
-    folder = outputs / "runs" / f"{stage}-{run_id}"
-    folder.mkdir(parents=True)
-    save_weights(folder, model, tokenizer or Tokenizer.char())
-    backbone = model.backbone if isinstance(model, ScalarModel) else model
-    record = {"id": run_id, "stage": stage, "parents": {}, "debug": None, "group": run_id}
-    record |= {"status": "finished", "started": "2026-01-01", "finished": "2026-01-02"}
-    shape = {"seed": 0, "model": {"name": backbone.config.name}, "stages": {stage: {}}}
-    record |= {"config": shape, "cost": {"seconds": 1.0}}
-    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
-    return folder
 
 
 def rounded(model: Transformer) -> Transformer:
@@ -84,3 +70,89 @@ def rounded(model: Transformer) -> Transformer:
 @torch.no_grad()
 def logits(model: Transformer, ids_BT: Tensor) -> Tensor:
     return model.logits(model(ids_BT).hidden_BTD)
+
+
+def save_run(
+    outputs: Path, model: nn.Module, words: Tokenizer | None = None, stage: str = "sft"
+) -> Path:
+    """As a finished run of the stage."""
+    run_id = stage.ljust(10, "x")
+    folder = outputs / "runs" / f"{stage}-{run_id}"
+    folder.mkdir(parents=True)
+    save_weights(folder, model, words or tokenizer("char"))
+    backbone = model.backbone if isinstance(model, ScalarModel) else model
+    record = {"id": run_id, "stage": stage, "parents": {}, "debug": None, "group": run_id}
+    record |= {"status": "finished", "started": "2026-01-01", "finished": "2026-01-02"}
+    shape = {"seed": 0, "model": {"name": backbone.config.name}, "stages": {stage: {}}}
+    record |= {"config": shape, "cost": {"seconds": 1.0}}
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    return folder
+
+
+# --- as a folder that answers
+
+
+@dataclass(frozen=True)
+class Export:
+    """An exported folder, and the model that it was made of."""
+
+    folder: Path
+    model: Transformer
+    tokenizer: Tokenizer
+
+
+def exported(shape: str, folder: Path, kind: str = "char") -> Export:
+    """One of SHAPES with a tokenizer."""
+    words = tokenizer(kind)
+    model = network(SHAPES[shape], words.vocab_size)
+    write_folder(folder, model, words)
+    return Export(folder, model, words)
+
+
+def questions(words: Tokenizer, n: int) -> list[str]:
+    """n texts, no two of as many tokens."""
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abc de 12+=?\n", k=i + 1)) for i in range(3 * n)]
+    by_length = {len(words.encode(text)): text for text in texts}
+    assert len(by_length) >= n
+    return list(by_length.values())[:n]
+
+
+def prompts(words: Tokenizer, n: int) -> list[list[int]]:
+    """The ids up to the answer of n questions."""
+    return [words.prompt([asked(text)]) for text in questions(words, n)]
+
+
+def asked(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def shown(words: Tokenizer, ids: list[int]) -> str:
+    """A text as other software shows it: <unk> is a special token and left out."""
+    return words.decode([i for i in ids if i != words.unk_id])
+
+
+def greedy(export: Export, rows: list[list[int]], length: int) -> list[list[int]]:
+    """Our own answers, with the token that ends them."""
+    how = Sampling(max_new_tokens=length, stop_id=export.tokenizer.eot_id, temperature=0)
+    return generate(export.model, rows, how).answer_ids
+
+
+@torch.no_grad()
+def ties(
+    export: Export, rows: list[list[int]], ours: list[list[int]], theirs: list[list[int]]
+) -> int:
+    """How many answers differ because two tokens' logits were within TIE where they part; fails
+    for one that differs for another reason."""
+    count = 0
+    for prompt, own, other in zip(rows, ours, theirs, strict=True):
+        if own == other:
+            continue
+        same = next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), None)
+        assert same is not None, f"one answer is the beginning of the other: {own}, {other}"
+        hidden = export.model(torch.tensor([prompt + own[:same]])).hidden_BTD[0, -1]
+        logits = export.model.logits(hidden)
+        gap = (logits[own[same]] - logits[other[same]]).abs().item()
+        assert gap < TIE, f"token {same} is {other[same]}, not {own[same]}: {gap:.2g} apart"
+        count += 1
+    return count

@@ -21,7 +21,7 @@ from fourstage.errors import UserError
 from fourstage.exchange.architectures import exported_config
 from fourstage.exchange.checkpoint import SHARED, SINGLE, block_weights, end_weights
 from fourstage.exchange.gguf import package, write_gguf
-from fourstage.files import locked, remove, swap_in, write_json
+from fourstage.files import locked, read_json, remove, swap_in, write_json
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.model.weights import Kind, Stored, open_stored
 from fourstage.tokenizer import Tokenizer
@@ -48,19 +48,18 @@ inputs = tokenizer.apply_chat_template(
 ids = model.generate(**inputs, max_new_tokens=200)[0]
 print(tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True))""",
     "scalar": """\
+import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
 model = AutoModelForSequenceClassification.from_pretrained(".")
-inputs = tokenizer.apply_chat_template(
-    [
-        {"role": "user", "content": "What is an LLM?"},
-        {"role": "assistant", "content": "An LLM is a large language model."},
-    ],
-    return_dict=True,
-    return_tensors="pt",
-)
-print(model(**inputs).logits)  # higher is better""",
+conversation = [
+    {"role": "user", "content": "What is an LLM?"},
+    {"role": "assistant", "content": "A large language model."},
+]
+inputs = tokenizer.apply_chat_template(conversation, return_dict=True, return_tensors="pt")
+with torch.no_grad():
+    print(model(**inputs).logits.item())  # higher is better""",
     "gguf": """\
 from llama_cpp import Llama
 
@@ -146,6 +145,13 @@ def write_folder(
     config |= {**ends, "dtype": str(dtype).removeprefix("torch.")}
     to.mkdir(parents=True)
     tokenizer.save(to)
+    more = {
+        "pad_token": tokenizer.decode([tokenizer.pad_id], keep_special=True),  # Llama's has none
+        "padding_side": "left",  # answers of a batch go on behind its prompts
+        "model_max_length": backbone.config.max_seq_len,
+    }
+    words = to / "tokenizer_config.json"
+    write_json(words, dict(sorted((read_json(words) | more).items())))
     if is_scalar:
         name = config["architectures"][0].replace("CausalLM", "SequenceClassification")
         config |= {"architectures": [name], "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
