@@ -53,6 +53,7 @@ FOREIGN = {
     "matplotlib": {"report"},
     "reasoning_gym": {"data"},
     "datasets": {"data"},
+    "lm_eval": {"evaluation"},
     "huggingface_hub": {"data", "exchange"},
     "gguf": {"exchange"},
 }

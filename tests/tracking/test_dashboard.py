@@ -30,6 +30,7 @@ OPTIONAL = {
     "eval*/pass_at_4*",
     "eval*/pass_at_8*",
     "eval*/knowledge_reworded",  # the first prompts are about held-out facts
+    "benchmark*",  # `python -m fourstage benchmark` does
     "eval_random/distinct_2",  # random weights may answer no two words
 }
 

@@ -6,7 +6,7 @@ import csv
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import pytest
 
 from fourstage.files import read_jsonl
 from fourstage.lineage.climb import climb
-from fourstage.runs.records import read_record
+from fourstage.runs.benchmarks import Benchmark, add_benchmarks
+from fourstage.runs.records import read_record, write_record
 from fourstage.runs.store import RunStore
+from fourstage.tracking.loggers import log_benchmarks
 from tests.fakes import QUICK, config
 
 
@@ -40,7 +42,7 @@ def read_back(folder: Path, run: Path) -> Landed:
     for record in map(json.loads, lines):
         records.setdefault(record["type"], []).append(record.get(record["type"], {}))
     tables = {}
-    for record in records["history"]:
+    for record in records.get("history", []):
         for key, value in record["item"].items():
             if key.endswith(".path"):  # the last one logged stays
                 tables[key[: -len(".path")]] = json.loads((folder / "files" / value).read_text())
@@ -186,3 +188,36 @@ def test_the_weights_are_an_artifact_that_takes_no_second_place_on_disk(landed) 
     outputs = run.parent.parent
     copies = [p for p in (outputs / "wandb").rglob("*") if p.is_file() and p.suffix != ".wandb"]
     assert all(path.stat().st_size < (run / "model.safetensors").stat().st_size for path in copies)
+
+
+def test_public_benchmarks_are_a_wandb_run_of_their_own(own_ladder, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(own_ladder / "wandb"))
+    one = Benchmark(
+        **dict(task="arc", version="1", metric="acc", filter="none", n=40, few_shot=5, limit=None),
+        **dict(value=0.5, low=0.4, high=0.6, chance=0.25, better="higher", is_share=True),
+        chat_template=False,
+    )
+    folders = {stage: RunStore(own_ladder).find(stage) for stage in ("pretrain", "sft", "grpo")}
+    add_benchmarks(folders["pretrain"] / "benchmark.json", "1", [one])
+    no_interval = replace(one, value=0.25, low=None, high=None)
+    add_benchmarks(folders["pretrain"] / "benchmark_random.json", "1", [no_interval])
+    add_benchmarks(folders["sft"] / "benchmark.json", "1", [one])
+    write_record(folders["pretrain"], wandb="aaaaaaaa", config={"logger": {"name": "wandb"}})
+    for folder in folders.values():  # sft was not logged, and grpo has no benchmarks
+        log_benchmarks(folder, own_ladder)
+    [folder] = (own_ladder / "wandb").glob("offline-run-*")
+    found = read_back(folder, folders["pretrain"])
+    [run] = found.records["run"]
+    record = read_record(folders["pretrain"])
+    assert run["run_id"] == "aaaaaaaa-benchmark" and run["display_name"] == record["name"]
+    assert (run["run_group"], run["job_type"]) == (record["group"], "pretrain")
+    assert run["tags"] == ["pretrain", "benchmark", "debug"]
+    ours = {key: value for key, value in found.summary.items() if key.startswith("benchmark")}
+    assert ours == {
+        "benchmark/arc/acc/5-shot": 0.5,
+        "benchmark_low/arc/acc/5-shot": 0.4,
+        "benchmark_high/arc/acc/5-shot": 0.6,
+        "benchmark_random/arc/acc/5-shot": 0.25,
+    }
+    assert "history" not in found.records and "wandb" not in read_record(folders["sft"])

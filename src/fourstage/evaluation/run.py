@@ -24,7 +24,7 @@ from fourstage.job import EvaluationConfig, LoggerConfig, StageJob, Start, Train
 from fourstage.ladder import LADDER, REFERENCE, REWARD
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.model.weights import load_policy, load_scalar
-from fourstage.runs.records import read_record, write_record
+from fourstage.runs.records import Record, read_record, write_record
 from fourstage.settings import build
 from fourstage.stages.prepare import device_of, start_policy
 from fourstage.stages.reward import stored_pairs
@@ -160,10 +160,7 @@ def evaluate_again(
     # the number of threads decides the last digits of sums; older records don't have it
     torch.set_num_threads(record.get("threads", torch.get_num_threads()))
     stage = record["stage"]
-    config = dict(record["config"])
-    for key in ("data", "tokenizer", "trainer", "evaluation"):
-        if key not in config:
-            raise UserError(f"{folder / 'run.json'}: it has no config.{key}: train the run again")
+    config = checked_config(folder, record)
     if like is not None:
         theirs = read_record(like)["config"]
         config["evaluation"] = theirs["evaluation"]
@@ -176,31 +173,8 @@ def evaluate_again(
         else:
             config["data"] = theirs["data"]
     config["evaluation"] = {**config["evaluation"], **changes}
-    evaluation = build(EvaluationConfig, config["evaluation"], "evaluation")
-    evaluation.check_room(config["model"]["max_seq_len"])
-    job = StageJob(
-        stage=stage,
-        run_id=record["id"],
-        folder=folder,
-        outputs=outputs,
-        settings=build(LADDER[stage].code.Settings, config["stages"][stage], f"stages.{stage}"),
-        model=build(ModelConfig, config["model"], "model"),
-        tokenizer=build(TokenizerConfig, config["tokenizer"], "tokenizer"),
-        data=data_config(folder.name, config["data"]),
-        digest=record.get("data", {}).get("digest", ""),
-        trainer=build(TrainerConfig, config["trainer"], "trainer"),
-        logger=LoggerConfig(name="none"),
-        evaluation=evaluation,
-        seed=record["config"]["seed"],
-        parents={
-            role: path
-            for role, parent in record["parents"].items()
-            for path in folder.parent.glob(f"*-{parent}")
-        },
-        ancestors=ancestors,
-        group=record["group"],
-        start=recorded_start(record),
-    )
+    job = recorded_job(folder, record, config, ancestors, outputs)
+    job.evaluation.check_room(config["model"]["max_seq_len"])
     for run in (folder, *ancestors.values()):
         own = read_record(run)
         why = other_data(own, own["config"]["data"])
@@ -219,7 +193,50 @@ def evaluate_again(
     network, tokenizer = (load_scalar if LADDER[stage].leaves == "scalar" else load_policy)(folder)
     evaluate_run(job, network.to(device_of(job)), tokenizer, telling)
     if config != record["config"]:
-        write_record(folder, config={"evaluation": asdict(evaluation), "data": config["data"]})
+        write_record(folder, config={"evaluation": asdict(job.evaluation), "data": config["data"]})
+
+
+def checked_config(folder: Path, record: Record) -> dict[str, Any]:
+    """A copy of the config in a run's record. Raises UserError if a part that jobs need is not
+    there."""
+    for key in ("data", "tokenizer", "trainer", "evaluation"):
+        if key not in record["config"]:
+            raise UserError(f"{folder / 'run.json'}: it has no config.{key}: train the run again")
+    return dict(record["config"])
+
+
+def recorded_job(
+    folder: Path,
+    record: Record,
+    config: Mapping[str, Any],
+    ancestors: dict[str, Path],
+    outputs: Path,
+) -> StageJob:
+    """The job of a finished run, as its record and a `config` like the one in it say."""
+    stage = record["stage"]
+    return StageJob(
+        stage=stage,
+        run_id=record["id"],
+        folder=folder,
+        outputs=outputs,
+        settings=build(LADDER[stage].code.Settings, config["stages"][stage], f"stages.{stage}"),
+        model=build(ModelConfig, config["model"], "model"),
+        tokenizer=build(TokenizerConfig, config["tokenizer"], "tokenizer"),
+        data=data_config(folder.name, config["data"]),
+        digest=record.get("data", {}).get("digest", ""),
+        trainer=build(TrainerConfig, config["trainer"], "trainer"),
+        logger=LoggerConfig(name="none"),
+        evaluation=build(EvaluationConfig, config["evaluation"], "evaluation"),
+        seed=record["config"]["seed"],
+        parents={
+            role: path
+            for role, parent in record["parents"].items()
+            for path in folder.parent.glob(f"*-{parent}")
+        },
+        ancestors=ancestors,
+        group=record["group"],
+        start=recorded_start(record),
+    )
 
 
 def recorded_start(record: Mapping[str, Any]) -> Start | None:

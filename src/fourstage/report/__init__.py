@@ -19,6 +19,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from fourstage.errors import UserError
@@ -68,7 +69,9 @@ def write_report(
 
 def stages_json(rows: list[Row], suite: str) -> str:
     """The stage table for programs: for each stage the metrics as the evaluation wrote them, and
-    the paired differences to the policy that it started from."""
+    the paired differences to the policy that it started from; public benchmarks if any stage has
+    them."""
+    asked = any(row.benchmarks for row in rows)
     table = [
         {
             "stage": row.stage,
@@ -76,6 +79,7 @@ def stages_json(rows: list[Row], suite: str) -> str:
             "parents": row.parents,
             "metrics": _with_old_names(row.metrics),
             "differences": _with_old_names(row.differences),
+            **({"benchmarks": [asdict(one) for one in row.benchmarks.values()]} if asked else {}),
         }
         for row in rows
     ]
@@ -123,6 +127,7 @@ def document(
             f"{'; random weights have nothing to lose' * rows[0].is_random}."
         ),
         _changes(rows, whole),
+        *_benchmarks(rows),
         *figures.learning_curves(curves),
         *figures.over_optimisation_blocks(curves.get("ppo")),
         *figures.difficulty_blocks(rows),
@@ -190,6 +195,18 @@ def _kl(rows: list[Row]) -> list[Block]:
     shown = {stage: tables.measured("kl_to_sft", cell) for stage, cell in cells.items()}
     known = ", ".join(f"{stage} {text}" for stage, text in shown.items() if text != NONE)
     return [Paragraph(f"KL from the sft policy, nats an answer: {known}.")] if known else []
+
+
+def _benchmarks(rows: list[Row]) -> list[Block]:
+    if not any(row.benchmarks for row in rows):
+        return []
+    text = (
+        "Measured by lm-eval on each stage's export: the value with its 95 % interval, n items, "
+        "and what guessing gives. An interval that lm-eval has no standard error for is left out. "
+        "Generated answers are asked for in the chat format from sft on, and after the bare prompt "
+        "before that. Differences between stages are not paired here."
+    )
+    return [Heading("Public benchmarks"), Paragraph(text), tables.benchmark_table(rows)]
 
 
 def _answers(rows: list[Row]) -> list[Block]:

@@ -20,6 +20,7 @@ from fourstage.report.ladder import Row, Run, choose, ladder, read_rows, read_ru
 from fourstage.report.tables import COSTS, NONE, Goal, goals, keys, missing, shown, title
 
 # what of a run's config may change its figures
+PUBLIC = "As lm-eval measured them; shares are between 0 and 1."
 SETTINGS = ("seed", "model", "tokenizer", "data", "stages", "trainer", "evaluation")
 
 
@@ -58,6 +59,10 @@ def write_comparison(outputs: Path, names: Sequence[str]) -> Path:
     ladders = [Ladder(*one) for one in zip(labels, found, rows, strict=True)]
     whole, parts = keys(row for by_stage in rows for row in by_stage.values())
     figures = lines(ladders, [*whole, *parts], Row.value)
+    asked = sorted(
+        {key for by_stage in rows for row in by_stage.values() for key in row.benchmarks}
+    )
+    public = lines(ladders, asked, Row.benchmark)
     costs = lines(ladders, [cost.key for cost in COSTS], Row.cost)
     content = {
         "suite": files.suite,
@@ -70,11 +75,11 @@ def write_comparison(outputs: Path, names: Sequence[str]) -> Path:
             for ladder in ladders
         ],
         "differs": differs,
-        "metrics": [asdict(line) for line in figures],
+        "metrics": [asdict(line) for line in (*figures, *public)],
         "costs": [asdict(line) for line in costs],
     }
     folder = outputs / "report"
-    blocks = document(ladders, figures, costs, differs, files)
+    blocks = document(ladders, figures, public, costs, differs, files)
     write(folder, "compare", f"fourstage: {len(ladders)} ladders", blocks)
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     (folder / "compare.json").write_text(text, encoding="utf-8")
@@ -167,6 +172,7 @@ def lines(
 def document(
     ladders: Sequence[Ladder],
     figures: Sequence[Line],
+    public: Sequence[Line],
     costs: Sequence[Line],
     differs: Mapping[str, list[str]],
     files: Files,
@@ -187,6 +193,11 @@ def document(
         ),
         _table([line for line in figures if "/" not in line.key], labels),
         *([Heading("By task and by difficulty"), _table(by_part, labels)] if by_part else []),
+        *(
+            [Heading("Public benchmarks"), Paragraph(PUBLIC), _table(public, labels)]
+            if public
+            else []
+        ),
         Heading("What it cost"),
         _table(costs, labels),
         Heading("What is missing"),

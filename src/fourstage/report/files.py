@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fourstage.evaluation import suite
+from fourstage.runs.benchmarks import Benchmark, parse_benchmarks
 from fourstage.settings import build
 
 Metric = dict[str, Any]  # {"value", "n", "low", "high"}, or {"value": None, "why"}
@@ -96,6 +97,12 @@ class Files:
     def samples(self, path: Path) -> list[Sample]:
         """The valid rows of a samples.jsonl."""
         return self._rows(path, lambda row: build(Sample, row, ""))
+
+    def benchmarks(self, path: Path) -> list[Benchmark]:
+        """The results in a benchmark.json; none if nobody has measured any."""
+        if not path.exists():
+            return []
+        return self._read(path, lambda text: parse_benchmarks(_object(text)).tasks, [])
 
     def curves(self, path: Path) -> dict[str, Points]:
         """The columns of a metrics.csv against its steps, without empty and non-finite cells."""

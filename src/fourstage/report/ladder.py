@@ -13,6 +13,7 @@ from fourstage.errors import UserError
 from fourstage.evaluation import suite
 from fourstage.ladder import LADDER, REFERENCE, REWARD, place, stages
 from fourstage.report.files import FAULTS, Files, Item, Metric, Sample, is_number
+from fourstage.runs.benchmarks import Benchmark
 from fourstage.runs.records import read_record, start_name
 from fourstage.runs.store import find_run
 
@@ -97,6 +98,7 @@ class Row:
     answers: dict[str, Sample]  # by prompt
     parent: Row | None  # the policy that it started from, if that row is there
     differences: dict[str, Metric] = field(default_factory=dict)  # to the parent, paired
+    benchmarks: dict[str, Benchmark] = field(default_factory=dict)  # by key
 
     @property
     def id(self) -> str | None:
@@ -115,6 +117,10 @@ class Row:
     def value(self, name: str) -> float | None:
         """A metric's value; None if it wasn't measured."""
         return self.metrics.get(name, {}).get("value")
+
+    def benchmark(self, key: str) -> float | None:
+        """A public benchmark's value; None if it wasn't measured."""
+        return self.benchmarks[key].value if key in self.benchmarks else None
 
     def cost(self, name: str) -> float | None:
         """A number of its run's costs; None if there is none."""
@@ -218,7 +224,11 @@ def read_rows(line: dict[str, Run], files: Files) -> list[Row]:
         answers = {sample.prompt: sample for sample in samples}
         parent = rows.get(run.parents.get("policy")) if run and leaves_policy(stage) else None
         used, seed = evaluation.suite, evaluation.seed
-        row = Row(stage, run, folder, used, seed, metrics, items, answers, parent)
+        public = files.benchmarks(folder / f"benchmark{suffix}.json")
+        by_key = {one.key: one for one in public}
+        row = Row(
+            *(stage, run, folder, used, seed, metrics, items, answers, parent), benchmarks=by_key
+        )
         rows[row.id] = row
 
     for stage, run in line.items():

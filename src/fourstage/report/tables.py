@@ -8,6 +8,7 @@ from fourstage.ladder import LADDER
 from fourstage.report.files import Metric
 from fourstage.report.html import Cell, Paragraph, Table, plain
 from fourstage.report.ladder import HEADLINES, Row, leaves_policy, other_items
+from fourstage.runs.benchmarks import Benchmark
 
 NONE = "–"
 COLUMNS = (
@@ -284,6 +285,38 @@ def apart(name: str, before: Metric, after: Metric) -> str:
     if about(name).better == "lower":
         above, below = below, above
     return "apart: better" if above else "apart: worse" if below else "overlap"
+
+
+# --- public benchmarks
+
+
+def benchmark_table(rows: list[Row]) -> Table:
+    """A row for each stage that was measured, a column for each metric of each task."""
+    shown = [row for row in rows if row.benchmarks]
+    known = {key: one for row in shown for key, one in row.benchmarks.items()}
+    return Table(
+        ["stage", *(_benchmark_title(known[key]) for key in sorted(known))],
+        [
+            [r.stage, *(_benchmark_cell(r.benchmarks.get(key)) for key in sorted(known))]
+            for r in shown
+        ],
+    )
+
+
+def _benchmark_title(one: Benchmark) -> str:
+    parts = [f"{one.task}: {one.shown_metric}"]
+    parts += [f"mean of {one.subtasks} tasks"] * (one.subtasks is not None)
+    parts += [f"{one.few_shot}-shot"] * bool(one.few_shot)
+    parts += [f"the first {one.limit} items"] * (one.limit is not None)
+    return ", ".join(parts) + " (lower is better)" * (one.better == "lower")
+
+
+def _benchmark_cell(one: Benchmark | None) -> str | Cell:
+    if one is None:
+        return NONE
+    parts = [(one.measured, ""), (f"n {one.n}, chance {one.guessed}", "small")]
+    parts += [(f"{one.truncated} prompts truncated", "small")] * bool(one.truncated)
+    return Cell(parts)
 
 
 # --- costs

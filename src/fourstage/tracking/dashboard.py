@@ -38,7 +38,7 @@ REAL_RUNS = "Tags() not in ['debug']"  # debug runs would distort a mean over se
 
 def known_keys(outputs: Path) -> tuple[set[str], list[str]]:
     """The summary keys of the finished runs under `outputs`; a line for each unreadable folder."""
-    from fourstage.tracking.loggers import summary
+    from fourstage.tracking.loggers import benchmark_summary, summary
 
     keys: set[str] = set()
     broken: list[str] = []
@@ -47,6 +47,7 @@ def known_keys(outputs: Path) -> tuple[set[str], list[str]]:
             record = read_record(folder)
             if record["status"] == "finished":
                 keys |= summary(folder, record["cost"]).keys()
+                keys |= benchmark_summary(folder).keys()
         except UserError as error:
             broken.append(str(error))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

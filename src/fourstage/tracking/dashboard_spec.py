@@ -85,6 +85,7 @@ SECTIONS = (
         row("chat: exact and contained answers", "chat_exact", "chat_contained"),
         row("chat: stopped, well-formed", "chat_stop_rate", "chat_format_rate"),
         row("distinct words and pairs of words", "distinct_1", "distinct_2"),
+        bars("public benchmarks", "benchmark/*", "benchmark_random/*"),
         Panel("table", "every metric with its interval", ("ladder",)),
     ),
     section(

@@ -7,6 +7,7 @@ A W&B run holds, besides the columns of metrics.csv:
                                    charts and its table of runs take single numbers
             eval_random/<name>     pretrain only: the row of random weights, or of the checkpoint
             cost/<name>            the cost in run.json
+            benchmark*/<key>       public benchmarks, in a W&B run of their own (log_benchmarks)
     tables  samples                answers to the fixed prompts while training: the whole history
             samples_by_stage       one row per prompt, one column per stage of this ladder so far
             ladder                 everything this run measured: its own row, and what it adds to
@@ -38,7 +39,9 @@ from fourstage.errors import UserError
 from fourstage.files import read_json, read_jsonl, write_atomic
 from fourstage.job import LoggerConfig, StageJob
 from fourstage.ladder import LADDER, stages
+from fourstage.runs.benchmarks import FILE, START_FILE, read_benchmarks
 from fourstage.runs.records import read_record, start_name, write_record
+from fourstage.settings import build
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -114,9 +117,24 @@ def build_loggers(job: StageJob) -> list[Logger]:
     if mode == "disabled" or rank_zero_only.rank != 0:
         return loggers
     import wandb
+
+    folder = set_up_wandb(job.outputs)
+    if mode == "online":
+        try:
+            return [*loggers, WandbLogger(experiment=start_wandb(job, "online"))]
+        except wandb.errors.Error as error:
+            why = str(error).splitlines()[0]
+    if why:
+        _say_offline(why, folder)
+    return [*loggers, WandbLogger(experiment=start_wandb(job, "offline"))]
+
+
+def set_up_wandb(outputs: Path) -> Path:
+    """Make W&B's folder and have it read its variables. Raises UserError for one it refuses."""
+    import wandb
     from pydantic import ValidationError
 
-    folder = job.outputs.resolve() / "wandb"
+    folder = outputs.resolve() / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_DATA_DIR", str(folder))  # for artifacts; default: the home folder
     os.environ.pop("WANDB_RUN_ID", None)  # every stage would have this id
@@ -133,14 +151,7 @@ def build_loggers(job: StageJob) -> list[Logger]:
             f"WANDB_{'_'.join(map(str, wrong['loc'])).upper()}: {wrong['msg']}, got "
             f"{wrong['input']!r}: correct it, unset it, or take logger=none"
         ) from None
-    if mode == "online":
-        try:
-            return [*loggers, WandbLogger(experiment=start_wandb(job, "online"))]
-        except wandb.errors.Error as error:
-            why = str(error).splitlines()[0]
-    if why:
-        _say_offline(why, folder)
-    return [*loggers, WandbLogger(experiment=start_wandb(job, "offline"))]
+    return folder
 
 
 def start_wandb(job: StageJob, mode: Literal["online", "offline"]) -> Run:
@@ -218,6 +229,55 @@ def _stored(path: Path) -> dict[str, Any]:
 
 def _with_values(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: cell for name, cell in metrics.items() if cell["value"] is not None}
+
+
+def log_benchmarks(folder: Path, outputs: Path) -> None:
+    """Log a finished run's public benchmarks, if the run was logged, as a W&B run of their own with
+    its name, group and job type (by which the dashboards group) and the tag `benchmark`. The run's
+    own W&B run stays closed: one that is opened again offline is a second folder, whose history
+    begins anew."""
+    record = read_record(folder)
+    config = build(LoggerConfig, record["config"].get("logger", {}), "logger")
+    mode, _ = wandb_mode(config)
+    found = benchmark_summary(folder)
+    if mode == "disabled" or "wandb" not in record or not found:
+        return
+    import wandb
+
+    set_up_wandb(outputs)
+    options = {
+        "name": folder.name,
+        "project": config.project,
+        "entity": config.entity,
+        "id": f"{record['wandb']}-benchmark",  # the next call's results replace these
+        "group": record["group"],
+        "job_type": record["stage"],
+        "tags": [record["stage"], "benchmark", *["debug"] * (record["debug"] is not None)],
+        "config": {**record["config"], "run": record["id"]},
+        "dir": outputs.resolve(),
+    }
+    quiet = wandb.Settings(silent=True, quiet=True, console="off")
+    try:
+        resume = "allow" if mode == "online" else None
+        run = wandb.init(**options, mode=mode, resume=resume, settings=quiet)
+    except wandb.errors.Error as error:
+        print(f"W&B: {str(error).splitlines()[0]}: logging offline")
+        run = wandb.init(**options, mode="offline", settings=quiet)
+    run.summary.update(found)
+    run.finish()
+
+
+def benchmark_summary(folder: Path) -> dict[str, float]:
+    """benchmark/<task>/<metric>, benchmark_low/ and benchmark_high/; in the first stage's run
+    benchmark_random/ for what the ladder starts from. Raises OSError, ValueError."""
+    found: dict[str, float | None] = {}
+    for one in read_benchmarks(folder / FILE):
+        name = one.key.removeprefix("benchmark/")
+        found |= {f"benchmark/{name}": one.value}
+        found |= {f"benchmark_low/{name}": one.low, f"benchmark_high/{name}": one.high}
+    for one in read_benchmarks(folder / START_FILE):
+        found[f"benchmark_random/{one.key.removeprefix('benchmark/')}"] = one.value
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def ladder_table(job: StageJob) -> Table:

@@ -1,0 +1,484 @@
+"""Public benchmarks: lm-eval on an export says what our own network says of the same items."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fourstage.errors import UserError
+from fourstage.evaluation import suite
+from fourstage.evaluation.benchmark import main
+from fourstage.files import read_json
+from fourstage.model import Transformer
+from fourstage.model.weights import load_policy
+from fourstage.report import main as report
+from fourstage.report.charts import Drawing
+from fourstage.runs.benchmarks import add_benchmarks, parse_benchmarks, read_benchmarks
+from fourstage.sampling.generate import Sampling, stream
+from fourstage.tokenizer import Tokenizer
+
+pytest.importorskip("lm_eval", reason="the extra lm-eval isn't installed")
+
+ANSWER = 24  # tokens of a generated answer
+CHOICES = [
+    ("2 + 3 = ?", ["5", "6"], 0),
+    ("Is water wet?", ["no", "yes"], 1),
+    ("What is an LLM?", ["a large language model", "a tree", "a small river"], 0),
+    ("Who trains?", ["the optimizer", "nobody", "the loss", "a cat"], 0),
+    ("10 - 4 = ?", ["14", "4", "6"], 2),
+    ("Which is longest?", ["one", "three hundred", "ten"], 1),
+    ("Say x.", ["x", "y", "z", "w"], 3),
+]
+TEXTS = ["The optimizer changes the weights.", "A network is a function.", "Hello there, you two."]
+ACC, NORM, EXACT = (
+    {"metric": name, "aggregation": "mean", "higher_is_better": True}
+    for name in ("acc", "acc_norm", "exact_match")
+)
+
+
+def write_task(folder: Path, name: str, rows: list[dict], **config: object) -> None:
+    """A task's YAML, and its items in the format of `datasets`."""
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "test_split": "test",
+        "metadata": {"version": 1.0},
+        **config,
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+
+
+def write_choice(folder: Path, name: str = "own_choice", rows=CHOICES, text: str = "") -> None:
+    write_task(
+        folder,
+        name,
+        [dict(zip(("q", "choices", "answer"), row, strict=True)) for row in rows],
+        output_type="multiple_choice",
+        doc_to_text=text or "Question: {{q}}\nAnswer:",
+        doc_to_choice="choices",
+        doc_to_target="answer",
+        metric_list=[ACC, NORM],
+    )
+
+
+def write_talk(
+    folder: Path, rows: list[tuple[str, str]], name: str = "own_talk", **options
+) -> None:
+    write_task(
+        folder,
+        name,
+        [{"q": q, "a": a} for q, a in rows],
+        output_type="generate_until",
+        doc_to_text="{{q}}",
+        doc_to_target="{{a}}",
+        generation_kwargs={"until": ["\n\n"], "do_sample": False, **options},
+        metric_list=[EXACT],
+    )
+
+
+def greedy(folder: Path, question: str, is_chat: bool) -> str:
+    """What the run answers, by our own sampler: to a chat prompt, or after <bos> and the text."""
+    network, tokenizer = load_policy(folder)
+    prompt = [tokenizer.bos_id, *tokenizer.encode(question)]
+    if is_chat:
+        prompt = tokenizer.prompt([{"role": "user", "content": question}])
+    sampling = Sampling(max_new_tokens=ANSWER, stop_id=tokenizer.eot_id, temperature=0)
+    special = {tokenizer.unk_id, tokenizer.bos_id, tokenizer.eot_id, tokenizer.pad_id}
+    special |= {tokenizer.user_id, tokenizer.assistant_id}
+    ids = [i for i in stream(network, prompt, sampling) if i not in special]
+    return tokenizer.decode(ids).split("\n\n")[0]
+
+
+@pytest.fixture(scope="module")
+def tasks(ladder, tmp_path_factory) -> Path:
+    """One multiple choice, one generative, one perplexity; the generative one's answers are those
+    of sft for a third of its items, and those of pretrain for another."""
+    folder = tmp_path_factory.mktemp("tasks")
+    write_choice(folder)
+    questions = [f"{i} + {2 * i} = ?" for i in range(9)]
+    sft, pretrain = run_of(ladder, "sft"), run_of(ladder, "pretrain")
+    known = [greedy(sft, questions[i], True) for i in range(3)]
+    known += [greedy(pretrain, questions[i], False) for i in range(3, 6)]
+    write_talk(
+        folder, list(zip(questions, [*known, *["?!"] * 3], strict=True)), max_gen_toks=ANSWER
+    )
+    write_task(
+        folder,
+        "own_text",
+        [{"text": text} for text in TEXTS],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="text",
+        metric_list=[{"metric": "bits_per_byte"}, {"metric": "word_perplexity"}],
+    )
+    return folder
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without intervals and drawings, which take seconds."""
+    monkeypatch.setattr(suite, "BOOTSTRAPS", 10)
+    empty = Drawing("<svg></svg>", None)
+    monkeypatch.setattr("fourstage.report.figures.intervals", lambda *_: empty)
+    monkeypatch.setattr(Drawing, "files", lambda *_: {})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def indexed_once() -> Iterator[None]:
+    """Finding all of lm-eval's tasks takes seconds."""
+    from fourstage.evaluation import harness
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "TaskManager", cache(harness.TaskManager))
+        yield
+
+
+def run_of(outputs: Path, stage: str) -> Path:
+    [folder] = (outputs / "runs").glob(f"{stage}-*")
+    return folder
+
+
+def benchmark(outputs: Path, *arguments: str) -> None:
+    main([f"outputs={outputs}", *arguments])
+
+
+@pytest.fixture(scope="module")
+def measured(ladder, tasks, tmp_path_factory) -> Path:
+    """A copy of the ladder after `benchmark ladder=true`."""
+    outputs = shutil.copytree(ladder, tmp_path_factory.mktemp("measured") / "outputs")
+    names = "tasks=own_choice,own_talk,own_text"
+    benchmark(outputs, "run=grpo", "ladder=true", names, f"include_path={tasks}")
+    return outputs
+
+
+@pytest.fixture
+def own(measured, tmp_path) -> Path:
+    return shutil.copytree(measured, tmp_path / "outputs")
+
+
+def found(outputs: Path, stage: str, task: str, metric: str) -> dict:
+    file = "benchmark_random.json" if stage == "random" else "benchmark.json"
+    stored = read_json(run_of(outputs, "pretrain" if stage == "random" else stage) / file)
+    assert stored["lm_eval"].startswith("0.")
+    [one] = [x for x in stored["tasks"] if (x["task"], x["metric"]) == (task, metric)]
+    return one
+
+
+def network_of(outputs: Path, stage: str) -> tuple[Transformer, Tokenizer]:
+    """The run's, or for "random" the one that the ladder's seed draws."""
+    network, tokenizer = load_policy(run_of(outputs, stage.replace("random", "pretrain")))
+    if stage == "random":
+        torch.manual_seed(0)
+        network = Transformer(network.config, tokenizer.vocab_size)
+    return network.eval(), tokenizer
+
+
+@torch.no_grad()
+def logprob(network: Transformer, ids: list[int], answer: int) -> float:
+    """Of the last `answer` ids."""
+    hidden_BTD = network(torch.tensor([ids])).hidden_BTD
+    log_probs = network.logits(hidden_BTD).log_softmax(-1)[0]
+    at = range(len(ids) - answer - 1, len(ids) - 1)
+    return sum(log_probs[i, ids[i + 1]].item() for i in at)
+
+
+STAGES = ("random", "pretrain", "sft", "grpo")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_multiple_choice_is_the_likeliest_choice_after_bos(measured, stage) -> None:
+    network, tokenizer = network_of(measured, stage)
+    right, right_norm = [], []
+    for question, choices, answer in CHOICES:
+        context = [tokenizer.bos_id, *tokenizer.encode(f"Question: {question}\nAnswer:")]
+        ids = [tokenizer.encode(f" {choice}") for choice in choices]
+        said = [logprob(network, context + x, len(x)) for x in ids]
+        by_length = [x / len(choice) for x, choice in zip(said, choices, strict=True)]
+        right.append(said.index(max(said)) == answer)
+        right_norm.append(by_length.index(max(by_length)) == answer)
+    for metric, each in (("acc", right), ("acc_norm", right_norm)):
+        one = found(measured, stage, "own_choice", metric)
+        share, half = statistics.mean(each), 1.96 * statistics.stdev(each) / math.sqrt(len(each))
+        expected = (share, max(share - half, 0), min(share + half, 1))
+        assert (one["value"], one["low"], one["high"]) == pytest.approx(expected, abs=1e-6)
+        assert one["n"] == len(CHOICES) and not one["chat_template"]
+        assert (one["few_shot"], one["limit"], one["better"]) == (0, None, "higher")
+        guess = (1 / 2 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 3 + 1 / 3 + 1 / 4) / 7
+        assert one["chance"] == pytest.approx(guess, abs=1e-6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bits_per_byte_are_those_of_our_network_from_bos_on(measured, stage) -> None:
+    network, tokenizer = network_of(measured, stage)
+    nats = 0.0
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        nats -= logprob(network, [tokenizer.bos_id, *ids], len(ids))
+    one = found(measured, stage, "own_text", "bits_per_byte")
+    assert one["value"] == pytest.approx(nats / math.log(2) / sum(map(len, TEXTS)), rel=1e-4)
+    assert one["chance"] == pytest.approx(math.log2(tokenizer.vocab_size), abs=1e-5)
+    assert (one["low"], one["high"], one["better"]) == (None, None, "lower")
+    assert one["why"] == "lm-eval has no standard error for this metric"
+    words = found(measured, stage, "own_text", "word_perplexity")
+    per_word = sum(map(len, TEXTS)) / sum(len(text.split()) for text in TEXTS)
+    assert words["chance"] == pytest.approx(tokenizer.vocab_size**per_word, rel=1e-6)
+
+
+def test_answers_are_greedy_and_in_the_chat_format_from_sft_on(measured, tasks) -> None:
+    rows = [json.loads(line) for line in (tasks / "own_talk.jsonl").read_text().splitlines()]
+    for stage in ("pretrain", "sft", "ppo", "grpo"):
+        folder, is_chat = run_of(measured, stage), stage != "pretrain"
+        right = [greedy(folder, row["q"], is_chat) == row["a"] for row in rows]
+        one = found(measured, stage, "own_talk", "exact_match")
+        assert one["value"] == pytest.approx(statistics.mean(right), abs=1e-6)
+        assert one["chat_template"] == is_chat and one["chance"] == 0 and one["n"] == 9
+        if stage in ("pretrain", "sft"):
+            assert sum(right) >= 3
+    assert not found(measured, "random", "own_talk", "exact_match")["chat_template"]
+
+
+def test_a_reward_run_is_passed_over_and_no_export_is_left(measured) -> None:
+    assert not (run_of(measured, "reward") / "benchmark.json").exists()
+    assert not list(measured.glob("benchmark-*"))
+
+
+def test_the_same_command_gives_the_same_bytes_and_others_are_added(own, tasks, capsys) -> None:
+    path = run_of(own, "sft") / "benchmark.json"
+    before = path.read_bytes()
+    benchmark(own, "run=sft", "tasks=own_choice,own_talk", f"include_path={tasks}")
+    assert path.read_bytes() == before
+    benchmark(own, "run=sft", "tasks=own_choice", f"include_path={tasks}", "limit=2")
+    benchmark(own, "run=sft", "tasks=own_choice", f"include_path={tasks}", "num_fewshot=1")
+    text = capsys.readouterr().out
+    assert "sft on own_choice (7), own_talk (9)\nsft: own_choice: acc " in text
+    keys = [one.key for one in read_benchmarks(path) if one.task == "own_choice"]
+    more = [f"benchmark/own_choice/acc{x}" for x in ("", "/1-shot", "/limit 2")]
+    assert keys == sorted([*more, *(x.replace("acc", "acc_norm") for x in more)])
+    assert {one.n for one in read_benchmarks(path) if one.limit} == {2}
+
+
+def test_a_group_is_one_value(own, tasks, tmp_path) -> None:
+    folder = shutil.copytree(tasks, tmp_path / "group")
+    write_choice(folder, "other_choice", CHOICES[:3])
+    metrics = [{"metric": "acc", "weight_by_size": True}]
+    group = {"group": "both", "task": ["own_choice", "other_choice"]}
+    text = yaml.safe_dump({**group, "aggregate_metric_list": metrics, "metadata": {"version": 2}})
+    (folder / "both.yaml").write_text(text)
+    benchmark(own, "run=sft", "tasks=both,other_choice", f"include_path={folder}")
+    whole, part = (found(own, "sft", task, "acc") for task in ("both", "other_choice"))
+    all_of_own = found(own, "sft", "own_choice", "acc")
+    assert (whole["subtasks"], whole["n"], whole["version"]) == (2, 10, "2")
+    for key in ("value", "chance"):
+        assert whole[key] == pytest.approx((7 * all_of_own[key] + 3 * part[key]) / 10, abs=1e-5)
+
+
+def test_long_prompts_are_counted_and_long_answers_get_half_the_context(own, tmp_path) -> None:
+    long = "word " * 150  # 750 characters, and so many tokens
+    write_choice(tmp_path, rows=[*CHOICES[:3], (long, ["a", "b"], 0)])
+    write_talk(tmp_path, [("Hi", "?!"), ("word " * 60, "?!")], max_gen_toks=1000)
+    benchmark(own, "run=sft", "tasks=own_choice,own_talk", f"include_path={tmp_path}")
+    assert found(own, "sft", "own_choice", "acc")["truncated"] == 1
+    one = found(own, "sft", "own_talk", "exact_match")
+    assert (one["max_gen_toks"], one["truncated"]) == (256, 1)
+
+
+def test_another_version_of_lm_eval_replaces_the_file(own) -> None:
+    path = run_of(own, "sft") / "benchmark.json"
+    some = read_benchmarks(path)
+    assert not add_benchmarks(path, read_json(path)["lm_eval"], some[:1])
+    assert len(read_benchmarks(path)) == len(some)
+    assert add_benchmarks(path, "9", some[:1]) == some
+    assert parse_benchmarks(read_json(path)) == parse_benchmarks(
+        {"lm_eval": "9", "tasks": read_json(path)["tasks"][:1]}
+    )
+
+
+# --- where they are shown
+
+
+def test_the_report_shows_them_and_one_without_them_has_no_such_part(own, undrawn) -> None:
+    report([f"outputs={own}"])
+    rows = read_json(own / "report" / "stages.json")["rows"]
+    assert [len(row["benchmarks"]) for row in rows] == [5, 5, 5, 0, 5, 5]
+    assert rows[2]["benchmarks"] == read_json(run_of(own, "sft") / "benchmark.json")["tasks"]
+    text = (own / "report" / "report.md").read_text()
+    part = text.partition("## Public benchmarks")[2].partition("\n## ")[0]
+    one = found(own, "sft", "own_choice", "acc")
+    ends = f"[{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
+    assert f"| sft | {100 * one['value']:.1f} % {ends} n 7, chance 35.7 % |" in part
+    assert "own_text: bits_per_byte (lower is better)" in part and "| reward |" not in part
+    for path in own.glob("runs/*/benchmark*.json"):
+        path.unlink()
+    report([f"outputs={own}"])
+    assert "Public benchmarks" not in (own / "report" / "report.md").read_text()
+    assert all("benchmarks" not in r for r in read_json(own / "report" / "stages.json")["rows"])
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"lm_eval": "1", "tasks": [{"task": "x"}]}', "{"])
+def test_a_broken_file_is_named_and_kept(own, undrawn, tasks, text) -> None:
+    path = run_of(own, "sft") / "benchmark.json"
+    path.write_text(text)
+    report([f"outputs={own}"])
+    shown = (own / "report" / "report.md").read_text()
+    assert f"- {path.parent.name}/benchmark.json " in shown.partition("## What is missing")[2]
+    with pytest.raises(UserError, match=r"benchmark\.json: broken .*: remove it"):
+        benchmark(own, "run=sft", "tasks=own_choice", f"include_path={tasks}")
+    assert path.read_text() == text
+
+
+def test_compare_has_a_line_for_each_stage(own, undrawn) -> None:
+    first = run_of(own, "pretrain")
+    other = shutil.copytree(first, first.with_name("pretrain-zzzzzzzzzz"))
+    record = read_json(other / "run.json") | {"id": "zzzzzzzzzz"}
+    (other / "run.json").write_text(json.dumps(record))
+    stored = read_json(other / "benchmark.json")
+    [acc] = [x for x in stored["tasks"] if (x["task"], x["metric"]) == ("own_choice", "acc")]
+    values = [acc["value"], 0.75]
+    acc["value"] = 0.75
+    (other / "benchmark.json").write_text(json.dumps(stored))
+    report(["compare", run_of(own, "grpo").name, other.name, f"outputs={own}"])
+    lines = read_json(own / "report" / "compare.json")["metrics"]
+    by_key = {(line["stage"], line["key"]): line for line in lines}
+    line = by_key["pretrain", "benchmark/own_choice/acc"]
+    assert line["values"] == values and line["n"] == 2
+    assert line["mean"] == pytest.approx(statistics.mean(values), abs=1e-6)
+    assert line["sd"] == pytest.approx(statistics.stdev(values), abs=1e-6)
+    assert by_key["sft", "benchmark/own_choice/acc"]["values"][1] is None
+    assert "## Public benchmarks" in (own / "report" / "compare.md").read_text()
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run=", "tasks=own_choice"], "run: name a run, as in run=sft"),
+        (["run=sft"], "tasks: name one or more, as in tasks=arc_easy,gsm8k"),
+        (
+            ["run=sft", "tasks=own_choce"],
+            "tasks: unknown task 'own_choce': did you mean own_choice",
+        ),
+        (["run=sft", "tasks=qqqqqqqqqq"], "unknown task 'qqqqqqqqqq': `lm_eval ls tasks` lists"),
+        (["run=sft", "tasks=arc_easy"], "the data of arc_easy can't be had .*: download it where"),
+        (["run=reward", "tasks=own_choice"], "reward-.*: holds a reward model, which gives no"),
+        (["run=nobody", "tasks=own_choice"], "unknown run 'nobody'"),
+        (["run=sft", "tasks=own_choice", "limit=0"], "limit: must be at least 1, got 0"),
+        (["run=sft", "tasks=own_choice", "limit=few"], "limit: expected a whole number"),
+        (["run=sft", "tasks=own_choice", "num_fewshot=-1"], "num_fewshot: must be at least 0"),
+        (["run=sft", "tasks=own_choice", "include_path=/no"], "include_path: there is no folder"),
+        (["run=sft", "tasks=own_choice", "num_fewshot=99"], "own_choice: lm-eval can't run it"),
+        (["run=sft", "task=own_choice"], "task: unknown key, did you mean tasks"),
+    ],
+)
+def test_mistakes_are_one_line(ladder, tasks, arguments, says) -> None:
+    words = arguments if "/no" in arguments[-1] else [*arguments, f"include_path={tasks}"]
+    with pytest.raises(UserError, match=says) as error:
+        benchmark(ladder, *words)
+    assert "\n" not in str(error.value)
+    assert not list(ladder.glob("benchmark-*")) and not list(ladder.glob("runs/*/benchmark*"))
+
+
+def test_broken_tasks_are_one_line(ladder, tmp_path) -> None:
+    (tmp_path / "broken.yaml").write_text("task: [broken\n")
+    write_choice(tmp_path, "half", text="{{q")
+    write_choice(tmp_path, "huge", [("word " * 200, ["a", "b"], 0)])
+    for name, says in (
+        ("broken", r"unknown task 'broken': .*broken\.yaml is broken \(ParserError: "),
+        ("half", "tasks: half can't be loaded .TemplateSyntaxError: "),
+        ("huge", "huge: no item fits into the context of 512 tokens: give fewer examples"),
+    ):
+        with pytest.raises(UserError, match=says) as error:
+            benchmark(ladder, "run=sft", f"tasks={name}", f"include_path={tmp_path}")
+        assert "\n" not in str(error.value)
+
+
+def test_an_unfinished_run_is_refused(own_ladder, tasks) -> None:
+    folder = run_of(own_ladder, "sft")
+    record = read_json(folder / "run.json") | {"status": "running"}
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="this run is not finished"):
+        benchmark(own_ladder, f"run={folder.name}", "tasks=own_choice", f"include_path={tasks}")
+
+
+def test_without_lm_eval_a_line_says_what_to_install(ladder, tasks, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="benchmark needs lm-eval: install it with `pip install"):
+        benchmark(ladder, "run=sft", "tasks=own_choice", f"include_path={tasks}")
+
+
+def test_ctrl_c_keeps_what_is_done_and_leaves_no_export(own_ladder, tasks, monkeypatch) -> None:
+    from fourstage.evaluation import harness
+
+    words = ["run=sft", "tasks=own_choice,own_talk", f"include_path={tasks}"]
+    measure = harness.measure
+
+    def interrupted(model, name, *rest, **options):
+        if name == "own_talk":
+            raise KeyboardInterrupt
+        return measure(model, name, *rest, **options)
+
+    monkeypatch.setattr(harness, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(own_ladder, *words)
+    folder = run_of(own_ladder, "sft")
+    assert {one.task for one in read_benchmarks(folder / "benchmark.json")} == {"own_choice"}
+
+    def stopped(*_):
+        assert list(own_ladder.glob("benchmark-*/model/model.safetensors"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness, "Model", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(own_ladder, *words)
+    assert not list(own_ladder.glob("benchmark-*")) and not list(folder.glob(".*"))
+
+
+# --- lm-eval's own command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_lm_evals_own_command_says_the_same(measured, tasks, tmp_path, stage) -> None:
+    from fourstage.exchange.export import export_run
+
+    export_run(run_of(measured, stage), tmp_path / "model")
+    for task, bos, template in (
+        ("own_choice", ",add_bos_token=True", []),
+        ("own_talk", ",add_bos_token=True", ["--apply_chat_template"] * (stage == "sft")),
+        ("own_text", "", []),
+    ):
+        command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", task]
+        command += ["--model_args", f"pretrained={tmp_path / 'model'},dtype=float32{bos}"]
+        command += ["--include_path", str(tasks), "--batch_size", "16", "--device", "cpu"]
+        command += ["--output_path", str(tmp_path / task), *template]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        [path] = (tmp_path / task).rglob("results_*.json")
+        results = json.loads(path.read_text())["results"][task]
+        ours = [x for x in read_benchmarks(run_of(measured, stage) / "benchmark.json")]
+        ours = [one for one in ours if one.task == task]
+        theirs = {k for k in results if "," in k and "_stderr" not in k}
+        assert {f"{one.metric},{one.filter}" for one in ours} == theirs
+        for one in ours:
+            value = results[f"{one.metric},{one.filter}"]
+            assert one.value == pytest.approx(value, rel=1e-5, abs=1e-6)
+            stderr = results[f"{one.metric}_stderr,{one.filter}"]
+            if one.low is None:
+                assert stderr == "N/A"
+            else:
+                assert one.high == pytest.approx(min(value + 1.96 * stderr, 1), abs=1e-6)
