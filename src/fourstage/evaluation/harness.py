@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from fourstage.errors import UserError, did_you_mean
-from fourstage.files import read_json
 from fourstage.runs.benchmarks import Benchmark
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a bootstrap forks
@@ -132,20 +131,14 @@ def count_items(item: Task | Group, limit: int | None) -> int:
 
 
 class Model(HFLM):
-    """An exported folder. Knows which items' prompts its context didn't hold whole.
-
-    A context begins with <bos>, as the texts of pre-training do, if the tokenizer has one. A
-    perplexity's first token is predicted from <bos>, which is itself not predicted.
-    """
+    """An exported folder. Knows which items' prompts its context didn't hold whole."""
 
     def __init__(self, folder: Path, batch_size: int) -> None:
-        has_bos = read_json(folder / "tokenizer_config.json").get("bos_token") is not None
         super().__init__(
             pretrained=str(folder),
             device="cuda" if torch.cuda.is_available() else "cpu",
             dtype="float32",
             batch_size=batch_size,
-            add_bos_token=True if has_bos else None,
         )
         self.truncated: set[tuple[str, int]] = set()
 
@@ -160,13 +153,6 @@ class Model(HFLM):
             raise UserError(f"an answer is longer than the context of {self.max_length} tokens")
         self.note(requests, [len(x) + len(y) for x, y in pairs], self.max_length + 1)
         return super().loglikelihood(requests, disable_tqdm)
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
-        usual, self.add_bos_token = self.add_bos_token, False  # lm-eval puts one before the text
-        try:
-            return super().loglikelihood_rolling(requests, disable_tqdm)
-        finally:
-            self.add_bos_token = usual
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
         lengths = [len(self.tok_encode(request.args[0])) for request in requests]
@@ -244,6 +230,7 @@ def measure(
         values = [row[metric] for rows in samples for row in rows]
         is_share = all(isinstance(x, int | float) and 0 <= x <= 1 for x in values)
         stderr = results["results"][name].get(f"{metric}_stderr,{filter_name}")
+        stderr = stderr if isinstance(stderr, float) and math.isfinite(stderr) else None
         low, high, why = _interval(value, stderr, is_share)
         pairs = zip(tasks, samples, strict=True)
         guesses = [chance(model, task, metric, rows) for task, rows in pairs]
@@ -258,6 +245,7 @@ def measure(
                 chat_template=with_template,
                 limit=limit,
                 value=_number(value),
+                stderr=_number(stderr),
                 low=low,
                 high=high,
                 chance=_number(_mean(guesses, counts)),
@@ -301,11 +289,11 @@ def _samples(results: Any, task: Task, filter_name: str, metric: str) -> list[di
 
 
 def _interval(
-    value: float, stderr: Any, is_share: bool
+    value: float, stderr: float | None, is_share: bool
 ) -> tuple[float | None, float | None, str | None]:
     if _number(value) is None:
         return None, None, "it is not finite"
-    if not isinstance(stderr, float) or _number(stderr) is None:
+    if stderr is None:
         return None, None, NO_STDERR
     low, high = value - Z * stderr, value + Z * stderr
     if is_share:

@@ -21,7 +21,8 @@ class Benchmark:
     filter: how the answer was read off what the model said. n: items; truncated: those of them
     whose prompt the context doesn't hold whole. subtasks: of how many tasks a group's value is the
     mean. max_gen_toks: the limit of a generated answer.
-    low, high: the 95 % interval, None where lm-eval has no standard error, which `why` says.
+    low, high: the 95 % interval, 1.96 stderr wide on each side, None where lm-eval has no standard
+    error, which `why` says.
     chance: what guessing gives, None if that isn't known. is_share: between 0 and 1.
     """
 
@@ -34,6 +35,7 @@ class Benchmark:
     chat_template: bool
     limit: int | None
     value: float | None
+    stderr: float | None
     low: float | None
     high: float | None
     chance: float | None
