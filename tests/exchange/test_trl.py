@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 import textwrap
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fourstage.exchange.checkpoint import load_checkpoint, read_checkpoint
+from fourstage.exchange.gguf import write_gguf
 from fourstage.model import Transformer
 from tests.exchange.exports import Export, asked, exported, greedy, prompts, shown
 
@@ -161,17 +163,27 @@ def test_lora(shape: str, tmp_path: Path) -> None:
             assert (new.mlp.experts.down_EFD - old.mlp.experts.down_EFD).abs().max() > 1e-3
 
 
+def examples(page: Path) -> list[str]:
+    """The Python on a page."""
+    blocks = re.findall(r"(?m)(?:^(?:    .*)?\n)+", page.read_text("utf-8"))
+    return [textwrap.dedent(block) for block in blocks if "import" in block]
+
+
 def test_the_page(tmp_path: Path, monkeypatch, capsys) -> None:
     """docs/serving.md's Python, on a small model: it learns the answer."""
     export = exported("odd_shared", tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"(?m)(?:^(?:    .*)?\n)+", PAGE.read_text("utf-8"))
-    codes = [textwrap.dedent(block) for block in blocks if "import" in block]
-    assert len(codes) == 2
-    exec(codes[0], {})
+    pipeline, llama_cpp, trl = examples(PAGE)
+    exec(pipeline, {})
     ids = greedy(export, [export.tokenizer.prompt([asked("7 - 9 + 2 = ?")])], 200)[0]
     assert capsys.readouterr().out == shown(export.tokenizer, ids) + "\n"
-    exec(codes[1].replace("1e-3", "1e-2"), {})
+    if importlib.util.find_spec("llama_cpp"):
+        Path("my-gguf").mkdir()
+        write_gguf(export.folder, Path("my-gguf/model.gguf"), "it")
+        exec(llama_cpp, {})
+        ids = greedy(export, [export.tokenizer.prompt([asked("What is an LLM?")])], 400)[0]
+        assert capsys.readouterr().out == shown(export.tokenizer, ids) + "\n"
+    exec(trl.replace("1e-3", "1e-2"), {})
     trained = replace(export, model=imported(tmp_path / "merged"))
     ids = greedy(trained, [export.tokenizer.prompt([asked("What is an LLM?")])], 40)[0]
     assert shown(export.tokenizer, ids) == "A large language model."
