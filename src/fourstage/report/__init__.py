@@ -19,7 +19,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 from fourstage.errors import UserError
@@ -69,17 +68,16 @@ def write_report(
 
 def stages_json(rows: list[Row], suite: str) -> str:
     """The stage table for programs: for each stage the metrics as the evaluation wrote them, and
-    the paired differences to the policy that it started from; public benchmarks if any stage has
-    them."""
-    asked = any(row.benchmarks for row in rows)
+    the paired differences to the policy that it started from. Public benchmarks are metrics whose
+    names begin with benchmark/."""
     table = [
         {
             "stage": row.stage,
             "run": row.id,
             "parents": row.parents,
-            "metrics": _with_old_names(row.metrics),
+            "metrics": _with_old_names(row.metrics)
+            | {key: one.cell for key, one in row.benchmarks.items()},
             "differences": _with_old_names(row.differences),
-            **({"benchmarks": [asdict(one) for one in row.benchmarks.values()]} if asked else {}),
         }
         for row in rows
     ]

@@ -225,10 +225,8 @@ def read_rows(line: dict[str, Run], files: Files) -> list[Row]:
         parent = rows.get(run.parents.get("policy")) if run and leaves_policy(stage) else None
         used, seed = evaluation.suite, evaluation.seed
         public = files.benchmarks(folder / f"benchmark{suffix}.json")
-        by_key = {one.key: one for one in public}
-        row = Row(
-            *(stage, run, folder, used, seed, metrics, items, answers, parent), benchmarks=by_key
-        )
+        row = Row(stage, run, folder, used, seed, metrics, items, answers, parent)
+        row = replace(row, benchmarks={one.key: one for one in public})
         rows[row.id] = row
 
     for stage, run in line.items():

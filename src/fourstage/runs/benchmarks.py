@@ -57,6 +57,12 @@ class Benchmark:
         return f"benchmark/{self.task}/{self.metric}{''.join(parts)}"
 
     @property
+    def cell(self) -> dict[str, float | int | None]:
+        """The figures, as metrics of the suite have them; with what guessing gives."""
+        names = ("value", "n", "low", "high", "chance")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def shown_metric(self) -> str:
         """The metric for readers."""
         return self.metric + f" ({self.filter})" * (self.filter != "none")
