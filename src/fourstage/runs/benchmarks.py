@@ -35,12 +35,12 @@ class Benchmark:
     chat_template: bool
     limit: int | None
     value: float | None
-    stderr: float | None
     low: float | None
     high: float | None
     chance: float | None
     better: Literal["higher", "lower"] | None
     is_share: bool
+    stderr: float | None = None
     truncated: int = 0
     subtasks: int | None = None
     max_gen_toks: int | None = None
