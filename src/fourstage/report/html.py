@@ -216,7 +216,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .35rem .7rem; text-align
 td { font-size: .92rem; } td span { display: block; white-space: nowrap; }
 th { font-size: .85rem; vertical-align: bottom; }
 th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; min-width: 6.5rem;
-  max-width: 11rem; font-weight: 600; }
+  max-width: 11rem; overflow-wrap: break-word; font-weight: 600; }
 .small, .unclear { font-size: .8rem; color: var(--quiet); }
 .better, .worse { font-size: .8rem; font-weight: 600; }
 .better { color: var(--better); } .worse { color: var(--worse); }
