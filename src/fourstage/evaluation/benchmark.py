@@ -132,10 +132,11 @@ def line(row: str, found: Sequence[Benchmark]) -> str:
 
 def table(results: Mapping[Subject, Sequence[Benchmark]]) -> Table:
     """A row for each subject, a column for each metric, and below them what guessing gives."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     some = next(iter(results.values()))
-    shown = Table("", *(f"{one.task}\n{one.shown_metric}, n {one.n}" for one in some))
+    titles = [f"{one.task}\n{one.shown_metric}, n {one.n}" for one in some]
+    shown = Table(Column(no_wrap=True), *(Column(title, overflow="fold") for title in titles))
     for row, found in results.items():
         shown.add_row(row.name, *(one.measured for one in found))
     shown.add_row("chance", *(one.guessed for one in some))
@@ -155,7 +156,7 @@ def benchmark(
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "benchmark needs lm-eval: install it with `pip install -c constraints.txt "
-            "'.[lm-eval]'` in the repository"
+            "-e '.[lm-eval]'` in the repository"
         )
     from fourstage.evaluation import harness
 
