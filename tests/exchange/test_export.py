@@ -326,7 +326,7 @@ def test_the_command_for_llama_cpp(tmp_path: Path) -> None:
 def test_without_gguf(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     save_run(tmp_path, network(NANO))
-    with pytest.raises(UserError, match="format=gguf needs the package gguf: pip install -e"):
+    with pytest.raises(UserError, match="format=gguf needs gguf: install it with `pip install"):
         typed(tmp_path, "run=sft", f"to={tmp_path / 'it'}", "format=gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 

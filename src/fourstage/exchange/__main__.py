@@ -11,7 +11,7 @@ hf      config.json, model.safetensors, generation_config.json, the tokenizer wi
         and a model card, of a class that transformers ships: Glm4MoeForCausalLM, or of a dense
         model Qwen3ForCausalLM or LlamaForCausalLM. A dense reward model becomes a sequence
         classifier.
-gguf    one file for llama.cpp and what builds on it, and the model card.
+gguf    one file for llama.cpp and what builds on it, and the model card; not of a reward model.
 
 A folder that exists is kept, unless force=true replaces it. Other settings: outputs=outputs.
 docs/serving.md says how to serve what comes out.
@@ -66,8 +66,8 @@ def main(arguments: list[str]) -> None:
         dtype=getattr(torch, settings.dtype),
         force=settings.force,
     )
-    size = sum(path.stat().st_size for path in to.iterdir())
-    print(f"exported {run.name} to {to} ({size / 1e6:,.1f} MB); docs/serving.md: how to use it")
+    size = sum(path.stat().st_size for path in to.iterdir()) / 1e6
+    print(f"exported {run.name} to {settings.to} ({size:,.1f} MB); docs/serving.md: how to use it")
 
 
 if __name__ == "__main__":

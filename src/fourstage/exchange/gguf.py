@@ -136,7 +136,10 @@ def package() -> Any:
     try:
         import gguf
     except ImportError:
-        raise UserError("format=gguf needs the package gguf: pip install -e .[gguf]") from None
+        raise UserError(
+            "format=gguf needs gguf: install it with `pip install -c constraints.txt -e '.[gguf]'` "
+            "in the repository"
+        ) from None
     return gguf
 
 
