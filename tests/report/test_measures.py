@@ -27,7 +27,7 @@ from fourstage.report.charts import (
 )
 from fourstage.report.figures import loads, over_optimisation_blocks
 from fourstage.report.html import Cell, Figures, Paragraph, Table, markdown, page
-from fourstage.report.tables import change, duration, verdict
+from fourstage.report.tables import change, duration, shown, verdict
 from tests.ladders import (
     folder,
     items,
@@ -189,6 +189,11 @@ def test_a_change_says_in_words_what_its_colour_says() -> None:
         "unclear",
     )
     assert change("bits_per_char", None) == []
+
+
+def test_a_huge_value_has_four_digits() -> None:
+    key = "benchmark/wikitext/word_perplexity"
+    assert [shown(key, x) for x in (29.4269, 33518407575.87)] == ["29.427", "3.352e+10"]
 
 
 def test_tables_show_the_differences(full: Path) -> None:

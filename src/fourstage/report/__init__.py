@@ -200,9 +200,9 @@ def _benchmarks(rows: list[Row]) -> list[Block]:
         return []
     text = (
         "Measured by lm-eval on each stage's export: the value with its 95 % interval, n items, "
-        "and what guessing gives. An interval that lm-eval has no standard error for is left out. "
-        "Generated answers are asked for in the chat format from sft on, and after the bare prompt "
-        "before that. Differences between stages are not paired here."
+        "and what guessing gives. Where lm-eval has no standard error there is no interval; one "
+        "without width is no evidence. Generated answers are asked for in the chat format from sft "
+        "on, and after the bare prompt before that. Differences between stages are not paired here."
     )
     return [Heading("Public benchmarks"), Paragraph(text), tables.benchmark_table(rows)]
 

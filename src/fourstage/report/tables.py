@@ -51,6 +51,8 @@ def short(name: str) -> str:
 
 def number(name: str, value: float, sign: str = "") -> str:
     """A value of the key, in percent for shares; sign "+" shows a plus too."""
+    if abs(value) >= 1e6:  # a perplexity of random weights
+        return f"{value:{sign}.4g}"
     scale, digits = (100, 1) if about(name).is_share else (1, 3)
     # + 0.0 makes -0.0 a plain zero
     return f"{round(scale * value, digits) + 0.0:{sign}.{digits}f}"
