@@ -17,10 +17,20 @@ from fourstage.ladder import place, stages
 from fourstage.report.files import Files
 from fourstage.report.html import Block, Bullets, Cell, Heading, Paragraph, Table, write
 from fourstage.report.ladder import Row, Run, choose, ladder, read_rows, read_runs, tips
-from fourstage.report.tables import COSTS, NONE, Goal, goals, keys, missing, shown, title
+from fourstage.report.tables import (
+    COSTS,
+    NONE,
+    Goal,
+    benchmark_title,
+    goals,
+    keys,
+    missing,
+    shown,
+    title,
+)
+from fourstage.runs.benchmarks import Benchmark
 
 # what of a run's config may change its figures
-PUBLIC = "As lm-eval measured them; shares are between 0 and 1."
 SETTINGS = ("seed", "model", "tokenizer", "data", "stages", "trainer", "evaluation")
 
 
@@ -59,10 +69,8 @@ def write_comparison(outputs: Path, names: Sequence[str]) -> Path:
     ladders = [Ladder(*one) for one in zip(labels, found, rows, strict=True)]
     whole, parts = keys(row for by_stage in rows for row in by_stage.values())
     figures = lines(ladders, [*whole, *parts], Row.value)
-    asked = sorted(
-        {key for by_stage in rows for row in by_stage.values() for key in row.benchmarks}
-    )
-    public = lines(ladders, asked, Row.benchmark)
+    asked = {key: one for by in rows for row in by.values() for key, one in row.benchmarks.items()}
+    public = lines(ladders, sorted(asked), Row.benchmark)
     costs = lines(ladders, [cost.key for cost in COSTS], Row.cost)
     content = {
         "suite": files.suite,
@@ -79,7 +87,7 @@ def write_comparison(outputs: Path, names: Sequence[str]) -> Path:
         "costs": [asdict(line) for line in costs],
     }
     folder = outputs / "report"
-    blocks = document(ladders, figures, public, costs, differs, files)
+    blocks = document(ladders, figures, public, asked, costs, differs, files)
     write(folder, "compare", f"fourstage: {len(ladders)} ladders", blocks)
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     (folder / "compare.json").write_text(text, encoding="utf-8")
@@ -173,6 +181,7 @@ def document(
     ladders: Sequence[Ladder],
     figures: Sequence[Line],
     public: Sequence[Line],
+    asked: Mapping[str, Benchmark],
     costs: Sequence[Line],
     differs: Mapping[str, list[str]],
     files: Files,
@@ -193,11 +202,7 @@ def document(
         ),
         _table([line for line in figures if "/" not in line.key], labels),
         *([Heading("By task and by difficulty"), _table(by_part, labels)] if by_part else []),
-        *(
-            [Heading("Public benchmarks"), Paragraph(PUBLIC), _table(public, labels)]
-            if public
-            else []
-        ),
+        *([Heading("Public benchmarks"), _table(public, labels, asked)] if public else []),
         Heading("What it cost"),
         _table(costs, labels),
         Heading("What is missing"),
@@ -249,14 +254,16 @@ def _gain(goal: Goal) -> Cell:
     return Cell([(goal.gain, ""), (goal.step, "small"), (goal.verdict, goal.tone)])
 
 
-def _table(found: Sequence[Line], labels: Sequence[str]) -> Table:
-    costs = {cost.key: cost for cost in COSTS}
+def _table(
+    found: Sequence[Line], labels: Sequence[str], public: Mapping[str, Benchmark] | None = None
+) -> Table:
+    known: dict[str, tuple[str, Callable[[float], str]]] = {
+        **{cost.key: (cost.title, cost.show) for cost in COSTS},
+        **{key: (benchmark_title(one), one.shown) for key, one in (public or {}).items()},
+    }
     rows: list[list[str | Cell]] = []
     for line in found:
-        cost = costs.get(line.key)
-        name, show = (
-            (cost.title, cost.show) if cost else (title(line.key), partial(shown, line.key))
-        )
+        name, show = known.get(line.key) or (title(line.key), partial(shown, line.key))
         cells = [
             show(line.mean),
             NONE if line.sd is None else show(line.sd),

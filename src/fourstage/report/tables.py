@@ -297,7 +297,7 @@ def benchmark_table(rows: list[Row]) -> Table:
     shown = [row for row in rows if row.benchmarks]
     known = {key: one for row in shown for key, one in row.benchmarks.items()}
     return Table(
-        ["stage", *(_benchmark_title(known[key]) for key in sorted(known))],
+        ["stage", *(benchmark_title(known[key]) for key in sorted(known))],
         [
             [r.stage, *(_benchmark_cell(r.benchmarks.get(key)) for key in sorted(known))]
             for r in shown
@@ -305,7 +305,8 @@ def benchmark_table(rows: list[Row]) -> Table:
     )
 
 
-def _benchmark_title(one: Benchmark) -> str:
+def benchmark_title(one: Benchmark) -> str:
+    """The task and the metric, with what was special about the call."""
     parts = [f"{one.task}: {one.shown_metric}"]
     parts += [f"mean of {one.subtasks} tasks"] * (one.subtasks is not None)
     parts += [f"{one.few_shot}-shot"] * bool(one.few_shot)

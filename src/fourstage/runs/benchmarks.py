@@ -71,16 +71,17 @@ class Benchmark:
     def measured(self) -> str:
         """The value and its interval for readers: 31.5 % [24.7, 38.3]."""
         if self.low is None or self.high is None:
-            return self._shown(self.value)
-        low, high = (self._shown(end).removesuffix(" %") for end in (self.low, self.high))
-        return f"{self._shown(self.value)} [{low}, {high}]"
+            return self.shown(self.value)
+        low, high = (self.shown(end).removesuffix(" %") for end in (self.low, self.high))
+        return f"{self.shown(self.value)} [{low}, {high}]"
 
     @property
     def guessed(self) -> str:
         """What guessing gives, for readers."""
-        return self._shown(self.chance)
+        return self.shown(self.chance)
 
-    def _shown(self, value: float | None) -> str:
+    def shown(self, value: float | None) -> str:
+        """A value of this metric for readers."""
         if value is None:
             return "?"
         return f"{100 * value:.1f} %" if self.is_share else f"{value:.4g}"
