@@ -65,7 +65,7 @@ from llama_cpp import Llama
 
 model = Llama("model.gguf", n_ctx=0)
 messages = [{"role": "user", "content": "What is an LLM?"}]
-said = model.create_chat_completion(messages, max_tokens=200)
+said = model.create_chat_completion(messages, max_tokens=200, temperature=0)
 print(said["choices"][0]["message"]["content"])""",
 }
 
