@@ -27,6 +27,7 @@ SHAPES: dict[str, ModelConfig] = {
     "top_1": replace(NANO, top_k=1, route_scale=2.5),
     "shared": replace(NANO, d_shared=2 * NANO.d_expert),
     "odd_shared": replace(NANO, d_shared=NANO.d_expert + 13),
+    "odd_widths": replace(NANO, d_model=31, d_expert=7, d_shared=9, expert_path="loop"),
     "tied": replace(NANO, tie_embeddings=True),
     "no_qk_norm": replace(NANO, qk_norm=False, norm_eps=1e-6, rope_theta=5e5),
     "wide_heads": replace(NANO, head_dim=64, n_kv_heads=2),

@@ -83,7 +83,7 @@ def test_there_and_back_again_is_the_same_bytes(shape: str, kind: str, tmp_path:
     model = network(SHAPES[shape], words.vocab_size)
     one, two = tmp_path / "one", tmp_path / "two"
     export_run(save_run(tmp_path, model, words), one)
-    again = reimported(one)
+    again = reimported(one, expert_path=model.config.expert_path)
     torch.testing.assert_close(logits(again, IDS_BT), logits(model, IDS_BT), atol=1e-5, rtol=0)
     write_folder(two, again, Tokenizer.from_folder(one))
     assert sorted(files(one)) == FILES and files(one) == files(two)
@@ -351,6 +351,21 @@ def test_a_folder_is_kept_unless_forced(tmp_path: Path) -> None:
     assert (empty / "config.json").exists()
 
 
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    """To another disk, for example."""
+    save_run(tmp_path, network(NANO))
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "it")
+    for force in ("false", "true"):
+        typed(tmp_path, "run=sft", f"to={tmp_path / 'link'}", f"force={force}")
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk" / "it" / "config.json").exists()
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["it"]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="loop: cannot be written"):
+        typed(tmp_path, "run=sft", f"to={tmp_path / 'loop'}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link", "loop", "runs"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -364,6 +379,8 @@ def test_a_folder_is_kept_unless_forced(tmp_path: Path) -> None:
         (["run=sft", "to=runs/sft-sftxxxxxxx/run.json"], "is a file: name a folder with to="),
         (["run=sft", "to=runs/sft-sftxxxxxxx/run.json/it"], "cannot be written (Not a directory)"),
         (["run=sft", f"to={'a' * 300}"], "cannot be written (File name too long)"),
+        (["run=sft", "to=/"], "/ exists: give another to="),
+        (["run=sft", "to=/", "force=true"], "which no export wrote: give another to="),
     ],
 )
 def test_bad_input(arguments, message, tmp_path, monkeypatch) -> None:
@@ -429,6 +446,14 @@ def test_more_layers_than_transformers_reads(tmp_path: Path) -> None:
     write_folder(
         tmp_path / "dense", network(replace(deep, num_experts=1, top_k=1)), Tokenizer.char()
     )
+
+
+def test_heads_that_transformers_refuses(tmp_path: Path) -> None:
+    shape = replace(SHAPES["llama"], d_model=30, n_heads=4, n_kv_heads=2)
+    with pytest.raises(UserError, match="n_heads: 4 does not divide d_model .30., which transform"):
+        write_folder(tmp_path / "it", network(shape), Tokenizer.char())
+    assert not (tmp_path / "it").exists()
+    write_folder(tmp_path / "it", network(replace(shape, qk_norm=True)), Tokenizer.char())
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ docs/serving.md says how to serve what comes out.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> None:
 
     settings = from_arguments(ExportSettings, arguments)
     run = find_run(Path(settings.outputs), settings.run)
-    to = expanded(settings.to).absolute()
+    to = Path(os.path.realpath(expanded(settings.to)))  # of a link the folder it leads to
     export(
         run,
         to,

@@ -17,6 +17,7 @@ Values = Mapping[str, Any]
 
 # transformers 5 skips what belongs to layers 46 and 92 of a Glm4Moe (extra layers of GLM-4.5's)
 MOST_LAYERS = 46
+GROUPED = 8  # their grouped product needs rows of 16 bytes, so many numbers of 16 bits
 LONGEST = 4096  # default max_seq_len at most: the loss of a large vocabulary is cut by it
 
 ARCHITECTURES = {
@@ -178,6 +179,11 @@ def exported_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
             f"{model.n_layers} layers: transformers leaves out layer {MOST_LAYERS} of a "
             f"Glm4MoeForCausalLM, so {MOST_LAYERS} layers at most can be exported"
         )
+    if kind == "llama" and model.d_model % model.n_heads:
+        raise UserError(
+            f"n_heads: {model.n_heads} does not divide d_model ({model.d_model}), which "
+            "transformers needs of a LlamaForCausalLM, so this model cannot be exported"
+        )
     names = {kind: name for name, kind in ARCHITECTURES.items()}
     return {
         "architectures": [names[kind]],
@@ -204,7 +210,9 @@ def exported_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
 def _exported_experts(model: ModelConfig) -> dict[str, Any]:
     # twice, as some readers look only here; without it half of each head would be rotated
     rope = {"rope_type": "default", "rope_theta": model.rope_theta, "partial_rotary_factor": 1.0}
+    is_odd = model.d_model % GROUPED or model.d_expert % GROUPED
     return {
+        **({"experts_implementation": "eager"} if is_odd else {}),
         "rope_parameters": rope,
         "partial_rotary_factor": 1.0,
         "intermediate_size": model.top_k * model.d_expert,  # of dense layers, which there are none

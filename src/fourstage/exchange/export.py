@@ -238,11 +238,11 @@ def export(
 ) -> None:
     """Export a finished run into the folder `to`, with a model card. `card` writes that, with an
     example of use in it. Raises UserError if it can't be done, and leaves nothing half-written."""
-    part, lock = to.with_name(f".{to.name}.part"), to.with_name(f".{to.name}.lock")
     if format == "gguf":
         package()  # before anything is written
     try:
         check_target(to, force)
+        part, lock = (to.with_name(f".{to.name}.{kind}") for kind in ("part", "lock"))
         part.mkdir(parents=True, exist_ok=True)  # else the lock would be waited for in vain
         with locked(FileLock(lock), str(to)):
             try:
