@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -470,6 +471,24 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr == f"error: {tmp_path / 'it'}: cannot be written (File too large)\n"
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_signal_leaves_nothing_half_written(tmp_path: Path, monkeypatch) -> None:
+    save_run(tmp_path, network(NANO))
+    to = tmp_path / "it"
+    typed(tmp_path, "run=sft", f"to={to}")
+    old = files(to)
+
+    def stopped(*_) -> None:
+        assert (tmp_path / ".it.part" / "config.json").exists()
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("fourstage.exchange.export.write_safetensors", stopped)
+    with pytest.raises(SystemExit) as caught:
+        typed(tmp_path, "run=sft", f"to={to}", "force=true")
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["it", "runs"]
+    assert files(to) == old
 
 
 def test_what_a_kill_left_is_cleared_up(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from typing import Literal
 
 from fourstage.errors import UserError
 from fourstage.files import expanded
-from fourstage.interruptions import run_command
+from fourstage.interruptions import handle_stops, run_command, stop_now
 from fourstage.runs.store import find_run
 from fourstage.settings import from_arguments
 
@@ -58,6 +58,7 @@ def main(arguments: list[str]) -> None:
 
     settings = from_arguments(ExportSettings, arguments)
     run = find_run(Path(settings.outputs), settings.run)
+    handle_stops(stop_now)  # so that a half-written folder is removed
     to = Path(os.path.realpath(expanded(settings.to)))  # of a link the folder it leads to
     export(
         run,
