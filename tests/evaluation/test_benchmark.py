@@ -9,8 +9,10 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -286,6 +288,17 @@ def test_a_group_is_one_value(own, tasks, tmp_path) -> None:
         assert whole[key] == pytest.approx((7 * all_of_own[key] + 3 * part[key]) / 10, abs=1e-5)
 
 
+def test_a_group_of_which_one_task_has_the_metric(own, tasks, tmp_path) -> None:
+    folder = shutil.copytree(tasks, tmp_path / "group")
+    metrics = [{"metric": "acc_norm", "weight_by_size": True}]
+    group = {"group": "mixed", "task": ["own_choice", "own_text"]}
+    (folder / "mixed.yaml").write_text(yaml.safe_dump({**group, "aggregate_metric_list": metrics}))
+    benchmark(own, "run=sft", "tasks=mixed", f"include_path={folder}")
+    whole, part = (found(own, "sft", task, "acc_norm") for task in ("mixed", "own_choice"))
+    assert (whole["subtasks"], whole["n"]) == (1, 7)
+    assert (whole["value"], whole["chance"]) == (part["value"], part["chance"])
+
+
 def test_long_prompts_are_counted_and_long_answers_get_half_the_context(own, tmp_path) -> None:
     long = "word " * 150  # 750 characters, and so many tokens
     write_choice(tmp_path, rows=[*CHOICES[:3], (long, ["a", "b"], 0)])
@@ -402,14 +415,26 @@ def test_broken_tasks_are_one_line(ladder, tmp_path) -> None:
     (tmp_path / "broken.yaml").write_text("task: [broken\n")
     write_choice(tmp_path, "half", text="{{q")
     write_choice(tmp_path, "huge", [("word " * 200, ["a", "b"], 0)])
+    write_talk(tmp_path, [("Hi", "?!")], "endless", max_gen_toks="lots")
+    write_talk(tmp_path, [("Hi", "?!")], "unmeasured")
+    path = tmp_path / "unmeasured.yaml"
+    path.write_text(path.read_text().replace("metric: exact_match", "metric: exactly"))
     for name, says in (
         ("broken", r"unknown task 'broken': .*broken\.yaml is broken \(ParserError: "),
         ("half", "tasks: half can't be loaded .TemplateSyntaxError: "),
         ("huge", "huge: no item fits into the context of 512 tokens: give fewer examples"),
+        ("endless", "endless: lm-eval can't run it .ValueError: invalid literal for int"),
+        ("unmeasured", "unmeasured: lm-eval "),
     ):
         with pytest.raises(UserError, match=says) as error:
             benchmark(ladder, "run=sft", f"tasks={name}", f"include_path={tmp_path}")
         assert "\n" not in str(error.value)
+
+
+def test_a_task_whose_name_is_a_number_is_one_line(ladder, tmp_path) -> None:
+    (tmp_path / "seven.yaml").write_text("task: 7\ndataset_path: json\n")
+    with pytest.raises(UserError, match="a name in a task file isn't text .TypeError: "):
+        benchmark(ladder, "run=sft", "tasks=7", f"include_path={tmp_path}")
 
 
 def test_an_unfinished_run_is_refused(own_ladder, tasks) -> None:
@@ -444,13 +469,51 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_no_export(own_ladder, tasks, monke
     assert {one.task for one in read_benchmarks(folder / "benchmark.json")} == {"own_choice"}
 
     def stopped(*_):
-        assert list(own_ladder.glob("benchmark-*/model/model.safetensors"))
+        assert (own_ladder / "benchmark-model" / "model.safetensors").exists()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(harness, "Model", stopped)
     with pytest.raises(KeyboardInterrupt):
         benchmark(own_ladder, *words)
     assert not list(own_ladder.glob("benchmark-*")) and not list(folder.glob(".*"))
+
+
+def test_two_commands_at_once_lose_nothing(own, tasks, monkeypatch) -> None:
+    """The second reads the file while the first is about to write it."""
+    from fourstage.runs import benchmarks
+
+    path = run_of(own, "sft") / "benchmark.json"
+    stored = read_json(path)
+    one, two = (replace(read_benchmarks(path)[0], task=name) for name in "ab")
+    others, write = [], benchmarks.write_json
+
+    def write_late(*given) -> None:
+        if not others:
+            others.append(Thread(target=add_benchmarks, args=(path, stored["lm_eval"], [two])))
+            others[0].start()
+            others[0].join(timeout=0.5)
+        write(*given)
+
+    monkeypatch.setattr(benchmarks, "write_json", write_late)
+    add_benchmarks(path, stored["lm_eval"], [one])
+    others[0].join()
+    assert len(read_benchmarks(path)) == len(stored["tasks"]) + 2
+    assert not list(path.parent.glob(".*"))
+
+
+def test_what_a_kill_left_is_removed(own, tasks) -> None:
+    (own / "benchmark-model").mkdir()
+    (own / "benchmark-model" / "config.json").write_text("half")
+    benchmark(own, "run=sft", "tasks=own_choice", f"include_path={tasks}")
+    assert not list(own.glob("benchmark-*"))
+
+
+def test_a_ladder_with_a_gap_is_said(own, tasks, capsys) -> None:
+    shutil.rmtree(run_of(own, "pretrain"))
+    benchmark(own, "run=grpo", "ladder=true", "tasks=own_choice", f"include_path={tasks}")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"sft: no run in {own / 'runs'} that it started from: left out"
+    assert said[1] == "sft, ppo, grpo on own_choice (7)"
 
 
 # --- lm-eval's own command

@@ -17,15 +17,17 @@ settings: outputs=outputs. docs/benchmarks.md says how a model is asked, and wha
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from filelock import FileLock
+
 from fourstage.errors import UserError
-from fourstage.files import expanded
+from fourstage.files import expanded, locked, remove
 from fourstage.interruptions import handle_stops, run_command, stop_now
 from fourstage.ladder import LADDER
 from fourstage.runs.benchmarks import FILE, START_FILE, Benchmark, add_benchmarks, read_benchmarks
@@ -109,6 +111,21 @@ def export_start(store: RunStore, run: Path, to: Path) -> None:
     write_folder(to, start_weights(job, tokenizer), tokenizer)
 
 
+@contextmanager
+def exported(row: Subject, outputs: Path) -> Iterator[Path]:
+    """A folder with the subject's model, removed afterwards; one that a kill has left, before."""
+    folder, lock = outputs / "benchmark-model", outputs / "locks" / "benchmark.lock"
+    lock.parent.mkdir(exist_ok=True)
+    with locked(FileLock(lock), str(folder)):
+        try:
+            remove(folder)
+            row.export(folder)
+            yield folder
+        finally:
+            remove(folder)
+            lock.unlink(missing_ok=True)
+
+
 def check_files(files: Sequence[Path]) -> None:
     """Raise UserError for a file of results that can't be added to."""
     for path in files:
@@ -153,6 +170,8 @@ def benchmark(
     store = RunStore(Path(settings.outputs))
     rows = subjects(store, store.find(settings.run), settings.ladder)
     check_files([row.file for row in rows])
+    if settings.ladder and rows[0].file.name != START_FILE:
+        tell(f"{rows[0].name}: no run in {store.root} that it started from: left out")
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "benchmark needs lm-eval: install it with `pip install -c constraints.txt "
@@ -166,10 +185,8 @@ def benchmark(
     tell(f"{', '.join(row.name for row in rows)} on {', '.join(sizes)}")
     results: dict[Subject, list[Benchmark]] = {row: [] for row in rows}
     for row in rows:
-        with TemporaryDirectory(prefix="benchmark-", dir=store.outputs) as temporary:
-            row.export(exported := Path(temporary) / "model")
-            with harness.quiet():
-                model = harness.Model(exported, settings.batch_size)
+        with exported(row, store.outputs) as model_folder, harness.quiet():
+            model = harness.Model(model_folder, settings.batch_size)
         for name, item in items.items():
             found = harness.measure(
                 model,
@@ -197,7 +214,7 @@ def main(arguments: list[str]) -> None:
     results = benchmark(settings, partial(print, flush=True))
     for folder in dict.fromkeys(row.file.parent for row in results):
         log_benchmarks(folder, Path(settings.outputs))
-    Console().print(table(results))
+    Console(markup=False).print(table(results))  # a task's name may hold brackets
 
 
 if __name__ == "__main__":

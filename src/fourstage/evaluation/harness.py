@@ -60,10 +60,15 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> dict[str, Tas
     Raises UserError for a name that lm-eval doesn't know, a broken task, one that this command
     can't run, and data that can't be had.
     """
-    with quiet():
-        manager = TaskManager(include_path=include_path, include_defaults=False)
-        if not set(names) <= set(manager.all_subtasks):  # finding all of lm-eval's takes seconds
-            manager = TaskManager(include_path=include_path)
+    try:
+        with quiet():
+            manager = TaskManager(include_path=include_path, include_defaults=False)
+            if not set(names) <= set(manager.all_subtasks):  # all of lm-eval's take seconds
+                manager = TaskManager(include_path=include_path)
+    except TypeError as error:
+        raise UserError(
+            f"include_path: {include_path}: a name in a task file isn't text ({_first_line(error)})"
+        ) from None
     known = manager.all_tasks
     for name in names:
         if name not in known:
@@ -200,11 +205,11 @@ def measure(
     half is the question's. Raises UserError if lm-eval can't run it.
     """
     tasks = leaves(item)
-    max_gen_toks = prepare(tasks, model.max_length // 2, num_fewshot)
-    with_template = is_chat and max_gen_toks is not None
     groups = [item, *item.get_all_groups()] if isinstance(item, Group) else []
     model.truncated.clear()
     try:
+        max_gen_toks = prepare(tasks, model.max_length // 2, num_fewshot)
+        with_template = is_chat and max_gen_toks is not None
         with quiet():
             results = evaluate(
                 model,
@@ -225,15 +230,15 @@ def measure(
         metric, comma, filter_name = key.partition(",")
         if not comma or metric.endswith("_stderr"):
             continue
-        samples = [_samples(results, task, filter_name, metric) for task in tasks]
-        counts = [len(rows) for rows in samples]
+        rows_of = {task: _samples(results, task, filter_name, metric) for task in tasks}
+        having = {task: rows for task, rows in rows_of.items() if rows}
+        samples, counts = list(having.values()), [len(rows) for rows in having.values()]
         values = [row[metric] for rows in samples for row in rows]
         is_share = all(isinstance(x, int | float) and 0 <= x <= 1 for x in values)
         stderr = results["results"][name].get(f"{metric}_stderr,{filter_name}")
         stderr = stderr if isinstance(stderr, float) and math.isfinite(stderr) else None
         low, high, why = _interval(value, stderr, is_share)
-        pairs = zip(tasks, samples, strict=True)
-        guesses = [chance(model, task, metric, rows) for task, rows in pairs]
+        guesses = [chance(model, task, metric, rows) for task, rows in having.items()]
         found.append(
             Benchmark(
                 task=name,
@@ -252,11 +257,13 @@ def measure(
                 better={True: "higher", False: "lower"}.get(sides.get(metric)),
                 is_share=is_share,
                 truncated=len(model.truncated),
-                subtasks=len(tasks) if isinstance(item, Group) else None,
+                subtasks=len(having) if isinstance(item, Group) else None,
                 max_gen_toks=max_gen_toks,
                 why=why,
             )
         )
+    if not found:
+        raise UserError(f"{name}: lm-eval has no value for it: see metric_list in its file")
     return found
 
 

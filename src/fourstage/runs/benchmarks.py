@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fourstage.files import read_json, write_json
+from filelock import FileLock
+
+from fourstage.files import locked, read_json, write_json
 from fourstage.settings import build
 
 FILE, START_FILE = "benchmark.json", "benchmark_random.json"
@@ -112,10 +114,15 @@ def add_benchmarks(path: Path, lm_eval: str, found: Sequence[Benchmark]) -> list
 
     Raises OSError, or ValueError for a broken file.
     """
-    before = parse_benchmarks(read_json(path)) if path.exists() else None
-    old = before.tasks if before else []
-    dropped = old if before and before.lm_eval != lm_eval else []
-    merged = {one.key: one for one in (*old, *found) if one not in dropped}
-    tasks = [asdict(merged[key]) for key in sorted(merged)]
-    write_json(path, {"lm_eval": lm_eval, "tasks": tasks})
+    lock = path.with_name(f".{path.name}.lock")
+    with locked(FileLock(lock), str(path)):  # else one of two commands at once would lose its own
+        try:
+            before = parse_benchmarks(read_json(path)) if path.exists() else None
+            old = before.tasks if before else []
+            dropped = old if before and before.lm_eval != lm_eval else []
+            merged = {one.key: one for one in (*old, *found) if one not in dropped}
+            tasks = [asdict(merged[key]) for key in sorted(merged)]
+            write_json(path, {"lm_eval": lm_eval, "tasks": tasks})
+        finally:
+            lock.unlink(missing_ok=True)
     return list(dropped)
