@@ -20,7 +20,7 @@ from fourstage.exchange.architectures import exported_config
 from fourstage.exchange.checkpoint import load_checkpoint, read_checkpoint
 from fourstage.exchange.export import export, export_run, write_folder, write_safetensors
 from fourstage.model import ScalarModel
-from fourstage.model.weights import load_policy
+from fourstage.model.weights import Stored, load_policy, open_stored
 from fourstage.runs.store import find_run
 from fourstage.tokenizer import Tokenizer
 from tests.exchange.exports import (
@@ -489,6 +489,18 @@ def test_a_signal_leaves_nothing_half_written(tmp_path: Path, monkeypatch) -> No
     assert caught.value.code == 128 + signal.SIGTERM
     assert sorted(path.name for path in tmp_path.iterdir()) == ["it", "runs"]
     assert files(to) == old
+
+
+def test_another_export_to_the_same_folder_begins(tmp_path: Path, monkeypatch) -> None:
+    save_run(tmp_path, network(NANO))
+
+    def opened(*given) -> Stored:
+        (tmp_path / ".it.part").mkdir(exist_ok=True)  # as the other does before it waits
+        return open_stored(*given)
+
+    monkeypatch.setattr("fourstage.exchange.export.open_stored", opened)
+    typed(tmp_path, "run=sft", f"to={tmp_path / 'it'}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["it", "runs"]
 
 
 def test_what_a_kill_left_is_cleared_up(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def write_folder(
         "pad_token_id": tokenizer.pad_id,
     }
     config |= {**ends, "dtype": str(dtype).removeprefix("torch.")}
-    to.mkdir(parents=True)
+    to.mkdir(parents=True, exist_ok=True)  # another export that waits may have made it
     tokenizer.save(to)
     more = {
         "pad_token": tokenizer.decode([tokenizer.pad_id], keep_special=True),  # Llama's has none
