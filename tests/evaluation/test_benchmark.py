@@ -299,7 +299,9 @@ def test_a_group_of_which_one_task_has_the_metric(own, tasks, tmp_path) -> None:
     assert (whole["value"], whole["chance"]) == (part["value"], part["chance"])
 
 
-def test_long_prompts_are_counted_and_long_answers_get_half_the_context(own, tmp_path) -> None:
+def test_long_prompts_are_counted_and_long_answers_get_half_the_context(
+    own, tmp_path, caplog
+) -> None:
     long = "word " * 150  # 750 characters, and so many tokens
     write_choice(tmp_path, rows=[*CHOICES[:3], (long, ["a", "b"], 0)])
     write_talk(tmp_path, [("Hi", "?!"), ("word " * 60, "?!")], max_gen_toks=1000)
@@ -307,6 +309,7 @@ def test_long_prompts_are_counted_and_long_answers_get_half_the_context(own, tmp
     assert found(own, "sft", "own_choice", "acc")["truncated"] == 1
     one = found(own, "sft", "own_talk", "exact_match")
     assert (one["max_gen_toks"], one["truncated"]) == (256, 1)
+    assert "indexing errors" not in caplog.text
 
 
 def test_another_version_of_lm_eval_replaces_the_file(own) -> None:

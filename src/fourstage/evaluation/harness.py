@@ -41,7 +41,9 @@ with quiet():
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
+    from transformers.utils.logging import set_verbosity_error
 
+set_verbosity_error()  # of prompts that are to be truncated it says that they will fail
 VERSION = version("lm_eval")
 SEED = 1234  # lm-eval's own
 Z = 1.96  # of a 95 % interval
