@@ -135,29 +135,15 @@ def write_folder(
     """
     is_scalar = isinstance(network, ScalarModel)
     backbone = network.backbone if is_scalar else network
-    config = exported_config(backbone.config, backbone.vocab_size)
-    eos = tokenizer.eos_ids
-    ends = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": eos if len(eos) > 1 else eos[0],
-        "pad_token_id": tokenizer.pad_id,
-    }
-    config |= {**ends, "dtype": str(dtype).removeprefix("torch.")}
+    config = exported_config(backbone.config, backbone.vocab_size) | ends(tokenizer)
+    config["dtype"] = str(dtype).removeprefix("torch.")
     to.mkdir(parents=True, exist_ok=True)  # another export that waits may have made it
-    tokenizer.save(to)
-    more = {
-        "pad_token": tokenizer.decode([tokenizer.pad_id], keep_special=True),  # Llama's has none
-        "padding_side": "left",  # answers of a batch go on behind its prompts
-        "model_max_length": backbone.config.max_seq_len,
-    }
-    words = to / "tokenizer_config.json"
-    write_json(words, dict(sorted((read_json(words) | more).items())))
+    write_tokenizer(to, tokenizer, backbone.config.max_seq_len)
     if is_scalar:
         name = config["architectures"][0].replace("CausalLM", "SequenceClassification")
         config |= {"architectures": [name], "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-        remove(to / "generation_config.json")
     else:
-        write_json(to / "generation_config.json", ends)
+        write_json(to / "generation_config.json", ends(tokenizer))
     write_json(to / "config.json", config)
 
     def named(found: Iterable[Part]) -> Iterator[tuple[str, Tensor]]:
@@ -169,6 +155,29 @@ def write_folder(
         for name, x in named(network_parts(network))
     }
     write_safetensors(to / SINGLE, layout, named(parts or network_parts(network)))
+
+
+def ends(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
+    """What begins, ends and pads a text."""
+    eos = tokenizer.eos_ids
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": eos if len(eos) > 1 else eos[0],
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def write_tokenizer(to: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
+    """With the settings that AutoTokenizer needs to make batches."""
+    tokenizer.save(to)
+    remove(to / "generation_config.json")  # of a tokenizer that isn't ours: `ends` says the same
+    more = {
+        "pad_token": tokenizer.decode([tokenizer.pad_id], keep_special=True),  # Llama's has none
+        "padding_side": "left",  # answers of a batch go on behind its prompts
+        "model_max_length": max_seq_len,
+    }
+    path = to / "tokenizer_config.json"
+    write_json(path, dict(sorted((read_json(path) | more).items())))
 
 
 def completed(part: Part, model: ModelConfig) -> Part:
