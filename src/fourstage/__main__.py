@@ -14,6 +14,7 @@ COMMANDS = {  # name -> where its main() is, and what it does
     "evaluation": ("evaluation.__main__", "evaluate a finished run again"),
     "export": ("exchange.__main__", "a run as a folder that transformers, vLLM and llama.cpp read"),
     "benchmark": ("evaluation.benchmark", "measure a run by public benchmarks, through lm-eval"),
+    "arena": ("arena.__main__", "a web page where every stage answers, and you vote"),
     "dashboard": ("tracking.dashboard", "a W&B workspace and report over all runs"),
     "model": ("model.__main__", "the shipped models and their sizes"),
     "scaling": ("parallel.memory", "what each model takes of a GPU's memory"),

@@ -63,4 +63,5 @@ def _conversation(pair: Pair) -> Conversation:
 
 
 def _content(pair: Pair) -> str:
-    return f"{prompt_text(pair.messages)}\x1f{pair.chosen}\x1f{pair.rejected}"
+    found = f"{prompt_text(pair.messages)}\x1f{pair.chosen}\x1f{pair.rejected}"
+    return "\x1f".join([found, *pair.unfinished])

@@ -68,6 +68,9 @@ def pair_from(row: Row) -> Pair:
     """
     if "chosen" not in row or "rejected" not in row:
         raise _unknown(row, PAIR_SCHEMAS, "preference", "chosen")
+    vote = row.get("arena")  # of our own page, which also says who answered
+    if isinstance(vote, dict) and vote.get("choice") in ("tie", "both_bad"):
+        raise Unusable(row, "ties", "a vote without a winner")
     if "prompt" in row:
         asked = _turns(row, "prompt", _user)
     elif "instruction" in row:
@@ -87,7 +90,8 @@ def pair_from(row: Row) -> Pair:
     if not asked or asked[-1]["role"] != "user":
         raise Unusable(row, "turns_out_of_order", "the prompt must end with a message of the user")
     _alternating(row, asked)
-    return Pair(asked, chosen[-1]["content"], rejected[-1]["content"])
+    cut_off = row.get("unfinished") if isinstance(vote, dict) else None
+    return Pair(asked, chosen[-1]["content"], rejected[-1]["content"], tuple(cut_off or ()))
 
 
 def problem_from(row: Row) -> Problem:

@@ -127,8 +127,15 @@ def sampler_of(model: Transformer) -> Sampler:
 
 def stream(model: Transformer, prompt: list[int], sampling: Sampling) -> Iterator[int]:
     """What generate answers to this prompt alone, token by token; raises as it does."""
-    for _, token, _ in _steps(model, [prompt], sampling):
-        yield token.item()
+    return (token for token, _ in stream_logprobs(model, prompt, sampling))
+
+
+def stream_logprobs(
+    model: Transformer, prompt: list[int], sampling: Sampling
+) -> Iterator[tuple[int, float]]:
+    """The same with each token's log-probability, under the distribution that it is drawn from."""
+    for _, token, logprob in _steps(model, [prompt], sampling):
+        yield token.item(), logprob.item()
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""A web page where every stage answers, and a person chooses."""
