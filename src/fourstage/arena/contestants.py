@@ -1,4 +1,4 @@
-"""The models that answer: every stage of a ladder, or runs by name. And what is known of answers."""
+"""The models that answer, and what is known of their answers."""
 
 from __future__ import annotations
 

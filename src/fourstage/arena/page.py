@@ -78,8 +78,8 @@ def checked(question: str) -> str:
 def columns(titles: list[str], texts: list[str], notes: list[str], kinds: list[str]) -> str:
     """Boxes side by side."""
     boxes = [
-        f'<section class="said {kind}"><h3>{escape(title)}</h3><div tabindex="0">{escape(text)}</div>'
-        f"<p>{escape(note)}</p></section>"
+        f'<section class="said {kind}"><h3>{escape(title)}</h3>'
+        f'<div tabindex="0">{escape(text)}</div><p>{escape(note)}</p></section>'
         for title, text, note, kind in zip(titles, texts, notes, kinds, strict=True)
     ]
     return f'<div class="side-by-side" aria-live="polite">{"".join(boxes)}</div>'
