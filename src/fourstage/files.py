@@ -59,12 +59,12 @@ def _json(path: Path, value: Any, indent: int | None = None) -> str:
         ) from None
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Readers, also after a crash, see the old file or the new one, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content if isinstance(content, bytes) else content.encode())
         swap_in(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from filelock import FileLock
 
@@ -25,6 +25,7 @@ from fourstage.settings import build
 
 Choice = Literal["left", "right", "tie", "both_bad"]
 Message = dict[str, str]
+CHUNK = 2**16  # bytes that are read at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,73 +76,101 @@ class Vote:
 
 
 class Votes:
-    """The file of votes. Several processes may have it open."""
+    """The file of votes. Several processes may have it open, and people may edit it: lines that are
+    no votes stay as they are."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def add(self, vote: Vote) -> None:
-        """Append a vote; when this returns, it is on the disk. Raises OSError if it can't be."""
-        line = json.dumps(vote.row, ensure_ascii=False).encode() + b"\n"
-        with self._locked():
-            is_new = not self.path.exists()
-            with open(self.path, "ab") as file:
-                whole = _end_of_lines(self.path)
+        """Append a vote; when this returns, it is on the disk. Raises OSError if it can't be, and
+        leaves the file as it was."""
+        # of half a surrogate pair, the escape is JSON's own
+        line = json.dumps(vote.row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+        with self._locked() as path, open(path, "a+b", buffering=0) as file:
+            size, whole = file.seek(0, os.SEEK_END), _end_of_lines(file)
+            file.seek(whole)
+            if _is_json(file.read()):  # somebody's editor ends no line
+                line, whole = b"\n" + line, size
+            try:
                 file.truncate(whole)  # a crash in mid-line left a part of one, which never counted
-                try:
-                    file.write(line)
-                    file.flush()
-                    os.fsync(file.fileno())
-                except OSError:  # a full disk
-                    file.truncate(whole)
-                    raise
-            if is_new:
-                _sync_folder(self.path.parent)
+                while line:
+                    line = line[file.write(line) :]
+                os.fsync(file.fileno())
+            except OSError:  # a full disk
+                file.truncate(whole)
+                raise
+            for folder in (path.parent, path.parent.parent):
+                _sync_folder(folder)
 
     def undo(self, vote_id: str) -> bool:
-        """Take a vote back; returns whether it was there."""
-        with self._locked():
-            lines = self._lines()
-            kept = [line for line in lines if _id_of(line) != vote_id]
+        """Take a vote back; returns whether it was there. Raises OSError if it can't be."""
+        with self._locked() as path:
+            lines = _lines(path)
+            kept = [line for line in lines if not _is_vote(line, vote_id)]
             if len(kept) == len(lines):
                 return False
-            write_atomic(self.path, "".join(f"{line}\n" for line in kept))
+            write_atomic(path, b"".join(line.removesuffix(b"\n") + b"\n" for line in kept))
+            _sync_folder(path.parent)
             return True
 
     def read(self) -> tuple[list[Vote], int]:
         """All votes, in the order in which they were cast, and how many lines are none."""
-        votes, broken = [], 0
-        for line in self._lines():
-            try:
-                votes.append(Vote.of_row(parse_json(line)))
-            except ValueError:
-                broken += 1
-        return votes, broken
-
-    def _lines(self) -> list[str]:
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return []
-        return [line for line in text.split("\n")[:-1] if line.strip()]
+        found = [_vote_of(line) for line in _lines(self.path) if line.strip()]
+        votes = [vote for vote in found if vote is not None]
+        return votes, len(found) - len(votes)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
-            yield
+    def _locked(self) -> Iterator[Path]:
+        """The file that is meant, if `path` is a link, while nobody else writes it."""
+        path = self.path.resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            yield path
 
 
-def _end_of_lines(path: Path) -> int:
-    """Bytes up to the last newline."""
-    return path.read_bytes().rfind(b"\n") + 1
+def _end_of_lines(file: BinaryIO) -> int:
+    """Bytes up to the last newline, searched for from the end."""
+    at = file.seek(0, os.SEEK_END)
+    while at:
+        start = max(0, at - CHUNK)
+        file.seek(start)
+        if (found := file.read(at - start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        at = start
+    return 0
 
 
-def _id_of(line: str) -> str | None:
+def _lines(path: Path) -> list[bytes]:
+    """With their ends; without half a line that a crash left."""
     try:
-        return Vote.of_row(parse_json(line)).id
+        *lines, last = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [line + b"\n" for line in lines] + [last] * _is_json(last)
+
+
+def _is_json(line: bytes) -> bool:
+    """Half an object never is."""
+    try:
+        parse_json(line.decode("utf-8-sig"))
+    except ValueError:
+        return False
+    return True
+
+
+def _vote_of(line: bytes) -> Vote | None:
+    try:
+        return Vote.of_row(parse_json(line.decode("utf-8-sig")))
     except ValueError:
         return None
+
+
+def _is_vote(line: bytes, vote_id: str) -> bool:
+    if vote_id.encode() not in line:  # most lines, and much faster than parsing them
+        return False
+    vote = _vote_of(line)
+    return vote is not None and vote.id == vote_id
 
 
 def _sync_folder(folder: Path) -> None:
