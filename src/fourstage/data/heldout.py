@@ -11,7 +11,7 @@ from fourstage.data.files import Row
 from fourstage.data.keys import HeldOutKeys, keys_of, openings
 from fourstage.data.knowledge import split_questions
 from fourstage.data.problems import split_problems
-from fourstage.data.records import Chats, Conversation, Pairs, Split
+from fourstage.data.records import Chats, Conversation, Pair, Pairs, Split
 from fourstage.data.schemas import Unusable, conversation_from, pair_from
 from fourstage.data.userfiles import split_file
 from fourstage.errors import UserError
@@ -61,11 +61,27 @@ def split_pairs(config: DataConfig) -> Pairs:
 @cached("chat", "preference", "reasoning", "knowledge")
 def heldout_keys(config: DataConfig) -> HeldOutKeys:
     """The keys of the held-out problems, chat prompts and prompts of pairs that the config names.
+    Votes are no part of them: else a handful would retrain what gave the answers, as most are on
+    questions that sft has learned.
 
     Raises:
         UserError: a bad file of any of these sources.
     """
-    prompts = [*openings(split_chats(config).heldout), *openings(split_pairs(config).heldout)]
+    return _keys(config, [pair for pair in split_pairs(config).heldout if not pair.is_vote])
+
+
+@cached("chat", "preference", "reasoning", "knowledge")
+def heldout_keys_of_pairs(config: DataConfig) -> HeldOutKeys:
+    """The same with those of held-out votes, which reward and ppo don't train on.
+
+    Raises:
+        UserError: as heldout_keys.
+    """
+    return _keys(config, split_pairs(config).heldout)
+
+
+def _keys(config: DataConfig, pairs: list[Pair]) -> HeldOutKeys:
+    prompts = [*openings(split_chats(config).heldout), *openings(pairs)]
     return keys_of(split_problems(config).heldout, prompts)
 
 
@@ -74,13 +90,14 @@ def cleaned(
     where: str,
     split: Split[T],
     gives_away: Callable[[T, HeldOutKeys], bool],
+    keys: HeldOutKeys | None = None,
 ) -> Split[T]:
-    """The split without train items that give away a held-out prompt of any source.
+    """The split without train items that give away a held-out prompt of any source, or of `keys`.
 
     Raises:
         UserError: a side has nothing on it.
     """
-    keys = heldout_keys(config)
+    keys = keys or heldout_keys(config)
     train = [item for item in split.train if not gives_away(item, keys)]
     notes = {**split.notes, "dropped_with_a_heldout_prompt": len(split.train) - len(train)}
     check_sides(where, train, split.heldout, notes)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from fourstage.data.chat import load_chat
 from fourstage.data.config import DataConfig, cached
-from fourstage.data.heldout import cleaned, split_pairs
+from fourstage.data.heldout import cleaned, heldout_keys_of_pairs, split_pairs
 from fourstage.data.keys import HeldOutKeys
 from fourstage.data.records import (
     Chats,
@@ -35,7 +35,9 @@ def load_preference(config: DataConfig) -> Pairs | None:
     )
     equal = len(split.train) + len(split.heldout) - len(train) - len(heldout)
     notes = {**split.notes, "equal_answers_dropped": equal}
-    pairs = cleaned(config, "data.preference", Split(train, heldout, notes=notes), _gives_away)
+    split = Split(train, heldout, notes=notes)
+    keys = heldout_keys_of_pairs(config)
+    pairs = cleaned(config, "data.preference", split, _gives_away, keys)
     contents = (*map(_content, pairs.train), "", *map(_content, pairs.heldout))
     return replace(pairs, digest=content_digest(*contents))
 

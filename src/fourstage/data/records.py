@@ -54,6 +54,8 @@ class Pair(_Prompted):
     chosen: str
     rejected: str
     unfinished: tuple[str, ...] = ()  # "chosen", "rejected": cut off before its end of turn
+    # cast in the arena, mostly on what sft trains on: held out from reward and ppo alone
+    is_vote: bool = False
 
     @property
     def prompt_messages(self) -> list[Message]:

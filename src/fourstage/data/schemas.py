@@ -90,8 +90,10 @@ def pair_from(row: Row) -> Pair:
     if not asked or asked[-1]["role"] != "user":
         raise Unusable(row, "turns_out_of_order", "the prompt must end with a message of the user")
     _alternating(row, asked)
-    cut_off = row.get("unfinished") if isinstance(vote, dict) else None
-    return Pair(asked, chosen[-1]["content"], rejected[-1]["content"], tuple(cut_off or ()))
+    answers = chosen[-1]["content"], rejected[-1]["content"]
+    if not isinstance(vote, dict):
+        return Pair(asked, *answers)
+    return Pair(asked, *answers, unfinished=_unfinished(row), is_vote=True)
 
 
 def problem_from(row: Row) -> Problem:
@@ -149,6 +151,14 @@ def _answer(row: Row, name: str) -> list[Message]:
         return messages
     turns = _split_turns(row, name) if str(row.get(name)).startswith("\n\n") else None
     return turns if turns and turns[-1]["role"] == "assistant" else [_assistant(_text(row, name))]
+
+
+def _unfinished(row: Row) -> tuple[str, ...]:
+    """Which answers of a vote were cut off."""
+    sides = row.get("unfinished") or []
+    if not isinstance(sides, list) or not all(side in ("chosen", "rejected") for side in sides):
+        raise row.error(f'"unfinished" must be a list of "chosen" and "rejected", got {sides!r}')
+    return tuple(sides)
 
 
 def _whole_dialogue(row: Row, name: str) -> list[Message]:
