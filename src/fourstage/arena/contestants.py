@@ -38,9 +38,10 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a contestant has said so far. ids: with the token that ended it; logprob: of all of
-    them, in nats, under the distribution that they were drawn from."""
+    """What a contestant has said so far. prompt: the ids that it read; ids: with the token that
+    ended it; logprob: of all of them, in nats, under the distribution that they were drawn from."""
 
+    prompt: tuple[int, ...] = ()
     text: str = ""
     ids: tuple[int, ...] = ()
     logprob: float = 0.0
@@ -62,16 +63,17 @@ class Judged:
 class Arena:
     """Contestants of one ladder, or several runs; what judges their answers, if there is any.
 
-    tip: the run whose record says which data the prompts are from.
+    tip: the run whose record says which data the prompts are from; its reward model judges.
     """
 
     contestants: list[Contestant]
     tip: Path
-    reward: ScalarModel | None = None
+    reward: tuple[ScalarModel, Tokenizer] | None = None
 
     @cached_property
     def config(self) -> data.DataConfig:
-        return data_config(self.tip.name, read_record(self.tip)["config"]["data"])
+        """Raises UserError if the tip's record has none, or another version's."""
+        return data_config(self.tip.name, checked_config(self.tip, read_record(self.tip))["data"])
 
     @cached_property
     def prompts(self) -> list[list[Message]]:
@@ -98,11 +100,7 @@ class Arena:
 
     def judged(self, one: Contestant, messages: list[Message], answer: Answer) -> Judged:
         """What is known of a finished answer to `messages`."""
-        reward = None
-        if self.reward is not None and answer.ids:
-            item = {"prompt_ids": one.tokenizer.prompt(messages), "ids": list(answer.ids)}
-            item |= {"logprob": answer.logprob, "stopped": answer.stopped}
-            reward = scored(self.reward, [item], one.tokenizer)[0]["reward_model_score"]
+        reward = self._reward(one, answer)
         record = self.known.get(Conversation([*messages, {"role": "assistant", "content": ""}]).id)
         if isinstance(record, Problem):
             said = reasoning_rewards([record], [answer.text], [answer.stopped])
@@ -112,6 +110,18 @@ class Arena:
             return Judged(reward, score=score)
         return Judged(reward)
 
+    def _reward(self, one: Contestant, answer: Answer) -> float | None:
+        """None without a reward model, or if it can't read the answer's tokens."""
+        if self.reward is None or not answer.ids:
+            return None
+        network, tokenizer = self.reward
+        length = len(answer.prompt) + len(answer.ids)
+        if tokenizer.digest != one.tokenizer.digest or length > network.backbone.config.max_seq_len:
+            return None
+        item = {"prompt_ids": list(answer.prompt), "ids": list(answer.ids)}
+        item |= {"logprob": answer.logprob, "stopped": answer.stopped}
+        return scored(network, [item], tokenizer)[0]["reward_model_score"]
+
 
 def open_ladder(store: RunStore, name: str) -> Arena:
     """Every stage of the ladder of a run, after what the ladder started from. Raises UserError if
@@ -120,12 +130,11 @@ def open_ladder(store: RunStore, name: str) -> Arena:
     line = {**store.ancestors(tip), read_record(tip)["stage"]: tip}
     found: list[Contestant] = []
     for stage, folder in line.items():
-        if not LADDER[stage].parents:
-            found.append(start_of(store, folder))
+        if not LADDER[stage].parents and (start := start_of(store, folder)):
+            found.append(start)
         if LADDER[stage].leaves == "policy":
-            found.append(Contestant(stage, folder.name, *load_policy(folder)))
-    reward = load_scalar(line[REWARD])[0].eval() if REWARD in line else None
-    return Arena(found, tip, reward)
+            found.append(_finished(stage, folder))
+    return Arena(found, tip, _reward_of(line))
 
 
 def open_runs(store: RunStore, names: Sequence[str]) -> Arena:
@@ -135,16 +144,29 @@ def open_runs(store: RunStore, names: Sequence[str]) -> Arena:
     if len(set(folders)) < len(folders):
         raise UserError("runs: a run is named twice")
     tip = folders[-1]
-    line = store.ancestors(tip)
-    reward = load_scalar(line[REWARD])[0].eval() if REWARD in line else None
-    found = [Contestant(folder.name, folder.name, *load_policy(folder)) for folder in folders]
-    return Arena(found, tip, reward)
+    found = [_finished(folder.name, folder) for folder in folders]
+    return Arena(found, tip, _reward_of(store.ancestors(tip)))
 
 
-def start_of(store: RunStore, folder: Path) -> Contestant:
-    """What the run of a first stage started from: random weights, or a checkpoint."""
+def _finished(name: str, folder: Path) -> Contestant:
+    policy, tokenizer = load_policy(folder)
+    return Contestant(name, folder.name, policy.eval(), tokenizer)
+
+
+def _reward_of(line: Mapping[str, Path]) -> tuple[ScalarModel, Tokenizer] | None:
+    if REWARD not in line:
+        return None
+    network, tokenizer = load_scalar(line[REWARD])
+    return network.eval(), tokenizer
+
+
+def start_of(store: RunStore, folder: Path) -> Contestant | None:
+    """What the run of a first stage started from: random weights, or a checkpoint; None if that is
+    the run, as it is. Raises UserError if the checkpoint isn't there any more."""
     record = read_record(folder)
     job = recorded_job(folder, record, checked_config(folder, record), {}, store.outputs)
+    if job.settings.as_is:
+        return None
     tokenizer = Tokenizer.load(folder)
     return Contestant(
         start_name(record), f"start-{record['id']}", start_weights(job, tokenizer).eval(), tokenizer
@@ -155,11 +177,12 @@ def start_of(store: RunStore, folder: Path) -> Contestant:
 
 
 def fitting(one: Contestant, messages: list[Message], max_new_tokens: int) -> list[Message]:
-    """The end of a conversation that the model's context holds with an answer. Raises UserError if
-    it doesn't hold the last question."""
-    room = one.model.config.max_seq_len - max_new_tokens
-    while len(ids := one.tokenizer.prompt(messages)) > room and len(messages) > 1:
-        messages = messages[2:]
+    """The end of a conversation that the model's context holds with an answer, its oldest exchanges
+    left out. Raises UserError if it doesn't hold the last question."""
+    room = max(0, one.model.config.max_seq_len - max_new_tokens)
+    first = int(messages[0]["role"] == "system")
+    while len(ids := one.tokenizer.prompt(messages)) > room and len(messages) > first + 1:
+        messages = messages[:first] + messages[first + 2 :]
     if len(ids) > room:
         raise UserError(
             f"the question has {len(ids):,} tokens; {one.name} can read {room:,} beside an answer "
@@ -171,7 +194,6 @@ def fitting(one: Contestant, messages: list[Message], max_new_tokens: int) -> li
 def answer(one: Contestant, messages: list[Message], sampling: Sampling) -> Iterator[Answer]:
     """An answer as it grows, the last one done. Raises UserError as `fitting` does."""
     messages = fitting(one, messages, sampling.max_new_tokens)
-    said = Answer()
     ids: list[int] = []
     logprob = 0.0
     sampling = replace(sampling, stop_id=one.tokenizer.eot_id)
@@ -183,8 +205,7 @@ def answer(one: Contestant, messages: list[Message], sampling: Sampling) -> Iter
         stopped = token == sampling.stop_id
         is_done = stopped or len(ids) == sampling.max_new_tokens
         text = text if is_done else text.rstrip(PARTIAL)  # the next token may complete a character
-        said = Answer(text, tuple(ids), logprob, stopped, is_done)
-        yield said
+        yield Answer(tuple(prompt), text, tuple(ids), logprob, stopped, is_done)
 
 
 def side_by_side(streams: Sequence[Iterator[Answer]]) -> Iterator[list[Answer]]:
@@ -215,7 +236,7 @@ class Duel:
 
 
 def duel(arena: Arena, messages: list[Message], seed: int, same_run: bool) -> Duel:
-    """Two stages drawn from the seed, or two answers of one."""
-    draw = random.Random(seed)
-    pair = draw.sample(arena.contestants, 1) * 2 if same_run else draw.sample(arena.contestants, 2)
+    """Two stages drawn from the seed, or two answers of one; so they are if there is only one."""
+    draw, among = random.Random(seed), arena.contestants
+    pair = [draw.choice(among)] * 2 if same_run or len(among) == 1 else draw.sample(among, 2)
     return Duel(messages, *pair, (draw.randrange(2**31), draw.randrange(2**31)))
