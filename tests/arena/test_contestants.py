@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -23,12 +24,14 @@ from fourstage.arena.contestants import (
 from fourstage.chat import main as chat
 from fourstage.data.heldout import heldout_keys
 from fourstage.errors import UserError
+from fourstage.exchange.checkpoint import load_checkpoint
 from fourstage.files import read_jsonl
 from fourstage.lineage.climb import climb
 from fourstage.runs.records import write_record
 from fourstage.runs.store import RunStore
 from fourstage.sampling.generate import Sampling
 from fourstage.tokenizer import Tokenizer
+from tests.exchange.checkpoints import network, save
 from tests.fakes import QUICK, config, own_files
 
 STAGES = ["pretrain", "sft", "ppo", "grpo"]
@@ -376,3 +379,23 @@ def test_a_ladder_of_own_files_and_bytes(tmp_path):
     asked = [user("7 + 1 = ?")]
     right = Answer(text="#### 8", stopped=True, is_done=True)
     assert arena.judged(one, asked, right).correct is True
+
+
+def test_a_ladder_that_starts_from_a_checkpoint(tmp_path):
+    """Someone else's weights and tokenizer; taken as they are, they are the first stage."""
+    checkpoint = save(network("glm"), tmp_path / "tiny-glm")
+    store = RunStore(tmp_path / "outputs")
+    words = (f"outputs={store.outputs}", f"stages.pretrain.parent=hf:{checkpoint}", "stage=sft")
+    words = (*words, "debug=fast", "logger=none", "trainer=cpu")
+    tip = climb(config(*words))
+    arena = open_ladder(store, tip.name)
+    assert names(arena) == ["tiny-glm", "pretrain", "sft"]
+    start, own = load_checkpoint(checkpoint, arena.contestants[0].model.config, 103), arena
+    assert start.state_dict().keys() == own.contestants[0].model.state_dict().keys()
+    for name, weight in own.contestants[0].model.state_dict().items():
+        assert torch.equal(weight, start.state_dict()[name])
+    tip = climb(config(*words, "stages.pretrain.max_steps=0"))
+    assert names(open_ladder(store, tip.name)) == ["pretrain", "sft"]
+    shutil.rmtree(checkpoint)
+    with pytest.raises(UserError, match="tiny-glm: the checkpoint that pretrain-"):
+        open_ladder(store, "pretrain")
