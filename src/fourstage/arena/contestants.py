@@ -38,15 +38,16 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a contestant has said so far. prompt: the ids that it read; ids: with the token that
-    ended it; logprob: of all of them, in nats, under the distribution that they were drawn from."""
+    """What a contestant has said so far. ids: with the token that ended it; logprob: of all of
+    them, in nats, under the distribution that they were drawn from; prompt: the ids that it read.
+    """
 
-    prompt: tuple[int, ...] = ()
     text: str = ""
     ids: tuple[int, ...] = ()
     logprob: float = 0.0
     stopped: bool = False  # by itself
     is_done: bool = False
+    prompt: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def answer(one: Contestant, messages: list[Message], sampling: Sampling) -> Iter
         stopped = token == sampling.stop_id
         is_done = stopped or len(ids) == sampling.max_new_tokens
         text = text if is_done else text.rstrip(PARTIAL)  # the next token may complete a character
-        yield Answer(tuple(prompt), text, tuple(ids), logprob, stopped, is_done)
+        yield Answer(text, tuple(ids), logprob, stopped, is_done, tuple(prompt))
 
 
 def side_by_side(streams: Sequence[Iterator[Answer]]) -> Iterator[list[Answer]]:
