@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,15 @@ def test_voters_at_once_lose_nothing(votes):
     assert broken == 0
     assert sorted(v.id for v in found) == sorted(f"{i}-{k}" for i in range(8) for k in range(50))
     assert [v.id for v in found if v.id.startswith("3-")] == [f"3-{k}" for k in range(50)]
+
+
+def test_tabs_of_one_page_lose_nothing(votes):
+    with ThreadPoolExecutor(8) as pool:
+        done = [pool.submit(votes.add, vote(str(i))) for i in range(80)]
+        gone = [pool.submit(votes.undo, "7") for _ in range(3)]
+    assert [one.result() for one in done] == [None] * 80
+    expected = {str(i) for i in range(80)} - ({"7"} if any(x.result() for x in gone) else set())
+    assert len(ids(votes)) == len(expected) and set(ids(votes)) == expected
 
 
 def test_a_killed_voter_loses_no_vote_of_others(votes):
