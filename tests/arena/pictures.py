@@ -37,7 +37,10 @@ def main(outputs: str, folder: str) -> None:
         visitor.page.click("text=Settings >> visible=true")
         visitor.page.fill("#vote-question input, #vote-question textarea", QUESTION)
         visitor.page.click("text=Settings >> visible=true")
-        visitor.draw()
+        two = ["the same", "the same"]
+        while two[0] == two[1]:
+            visitor.draw()
+            two = visitor.page.locator("#two-answers .answer").all_text_contents()
         take(visitor.page, Path(folder) / "arena-vote.png")
 
 

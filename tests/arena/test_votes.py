@@ -129,12 +129,12 @@ def test_a_killed_voter_loses_no_vote_of_others(votes):
     assert broken == 0 and found[0].id == "first" and found[-1].id.startswith("after-")
 
 
-@pytest.mark.parametrize("n", [1, 30, -2])
+@pytest.mark.parametrize("n", [0, 1, 30, -2])
 def test_half_a_line_is_no_vote_and_is_repaired(votes, n):
     votes.add(vote("whole"))
     whole = votes.path.read_bytes()
     votes.add(vote("half", answer="é" * 100_000))
-    half = votes.path.read_bytes()[len(whole) :][: n if n > 0 else n]
+    half = votes.path.read_bytes()[len(whole) :][:n] or b"\0" * 9
     votes.path.write_bytes(whole + half)
     assert ids(votes) == ["whole"]
     assert not votes.undo("half")
@@ -262,14 +262,16 @@ def test_without_a_file_there_is_no_vote(votes):
     assert not votes.undo("v1")
 
 
-def test_lines_that_people_wrote_stay(votes):
+@pytest.mark.parametrize(
+    "without_end", [b'{"prompt": "q2", "chosen": "a", "rejected": "b"}', b"garbage", b" \t"]
+)
+def test_lines_that_people_wrote_stay(votes, without_end):
     row = json.dumps(vote("edited").row).encode()
     other = b'{"prompt": "q", "chosen": "a", "rejected": "b"}\r\n'
     odd = [b"\r\n", b"\n", b"garbage \xff\xfe\n", b"[1, 2]\n", b"null\n", b'{"arena": 5}\n', other]
-    without_end = b'{"prompt": "q2", "chosen": "a", "rejected": "b"}'
     votes.path.parent.mkdir(parents=True)
     votes.path.write_bytes(b"\xef\xbb\xbf" + row + b"\r\n" + b"".join(odd) + without_end)
-    assert votes.read() == ([vote("edited")], 6)
+    assert votes.read() == ([vote("edited")], 5 + bool(without_end.strip()))
     votes.add(vote("new"))
     assert ids(votes) == ["edited", "new"]
     assert votes.undo("edited")

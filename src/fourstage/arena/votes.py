@@ -90,18 +90,18 @@ class Votes:
         with self._locked() as path, open(path, "a+b", buffering=0) as file:
             size, whole = file.seek(0, os.SEEK_END), _end_of_lines(file)
             file.seek(whole)
-            if _is_json(file.read()):  # somebody's editor ends no line
+            if (rest := file.read()) and not _is_half(rest):  # somebody's editor ends no line
                 line, whole = b"\n" + line, size
             try:
-                file.truncate(whole)  # a crash in mid-line left a part of one, which never counted
+                file.truncate(whole)
                 while line:
                     line = line[file.write(line) :]
                 os.fsync(file.fileno())
+                for folder in (path.parent, path.parent.parent):
+                    _sync_folder(folder)
             except OSError:  # a full disk
                 file.truncate(whole)
                 raise
-            for folder in (path.parent, path.parent.parent):
-                _sync_folder(folder)
 
     def undo(self, vote_id: str) -> bool:
         """Take a vote back; returns whether it was there. Raises OSError if it can't be."""
@@ -147,16 +147,17 @@ def _lines(path: Path) -> list[bytes]:
         *lines, last = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    return [line + b"\n" for line in lines] + [last] * _is_json(last)
+    return [line + b"\n" for line in lines] + [last] * (last != b"" and not _is_half(last))
 
 
-def _is_json(line: bytes) -> bool:
-    """Half an object never is."""
+def _is_half(line: bytes) -> bool:
+    """Whether a line without an end is what a crash left of a vote, which never counted. After a
+    power cut it may be zeros."""
     try:
-        parse_json(line.decode("utf-8-sig"))
+        parse_json(line.decode())
     except ValueError:
-        return False
-    return True
+        return line.startswith((b"{", b"\0"))
+    return False
 
 
 def _vote_of(line: bytes) -> Vote | None:
