@@ -1,20 +1,31 @@
-"""The page: compare, vote, board. Gradio is imported here only; answers are text, never HTML."""
+"""The page: compare, vote, board. Answers and questions are text, never HTML."""
 
 from __future__ import annotations
 
 import random
+import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from html import escape
 from importlib import resources
 from typing import Any
 
 import gradio as gr
 
 from fourstage.arena.board import rates, strengths
-from fourstage.arena.contestants import Answer, Arena, Contestant, Duel, answer, duel, side_by_side
+from fourstage.arena.contestants import (
+    Answer,
+    Arena,
+    Contestant,
+    Duel,
+    answer,
+    duel,
+    fitting,
+    side_by_side,
+)
+from fourstage.arena.shown import Column, columns, growing, line, note, table
 from fourstage.arena.votes import Choice, Side, Vote, Votes, wins
 from fourstage.data.records import Message
 from fourstage.errors import UserError
@@ -22,7 +33,9 @@ from fourstage.sampling.generate import Sampling
 
 EXAMPLES = ("What is an LLM?", "What is overfitting?", "7 - 9 + 2 = ?", "Hello!")
 LONGEST = 100_000  # characters of a question that is looked at
-MOST_SEED = 2**31
+MOST_SEED = 2**31 - 1
+TEMPERATURES, LENGTHS = (0, 2), (10, 400)
+FRAME = 0.05  # seconds between two pictures of answers that grow
 SAMPLES = ("two stages", "two answers of one stage")
 CHOICES: dict[Choice, str] = {
     "left": "← Left is better",
@@ -39,6 +52,7 @@ class Talk:
 
     questions: list[str] = field(default_factory=list)
     answers: list[list[Answer]] = field(default_factory=list)  # of each question, a contestant each
+    latest: int = 0  # goes up with each question: an answer to an older one ends
 
     def messages(self, i: int, question: str) -> list[Message]:
         """What contestant i has been asked and has said, and the next question."""
@@ -48,23 +62,35 @@ class Talk:
         return [*found, _user(question)]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Round:
     """What a voter sees, and what he doesn't see yet."""
 
     duel: Duel
     sampling: Sampling
     answers: list[Answer]
-    voted: str | None = None  # the vote's id
+
+
+@dataclass
+class Voter:
+    """A visitor who votes. seen: the answers that he may vote on; cast: the ids of his votes."""
+
+    seen: Round | None = None
+    voted: bool = False  # on the answers that are shown
+    cast: list[str] = field(default_factory=list)
+    latest: int = 0  # goes up with each draw
 
 
 def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def checked(question: str) -> str:
+def checked(question: Any) -> str:
     """Raises UserError for a question that can't be asked."""
-    text = question[: LONGEST + 1].replace("\r\n", "\n").strip()
+    text = question[: LONGEST + 1] if isinstance(question, str) else ""
+    # half of a surrogate pair is no character, and can't be encoded
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = text.replace("\r\n", "\n").strip()
     if not text:
         raise UserError("ask something first")
     if len(text) > LONGEST:
@@ -72,188 +98,205 @@ def checked(question: str) -> str:
     return text
 
 
-# --- what is shown
+def number(value: Any, bounds: tuple[int, int], name: str) -> float:
+    """Raises UserError for anything but a number within the bounds."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not bounds[0] <= value <= bounds[1]:
+        raise UserError(f"{name}: give a number from {bounds[0]} to {bounds[1]}")
+    return value
 
 
-def columns(titles: list[str], texts: list[str], notes: list[str], kinds: list[str]) -> str:
-    """Boxes side by side."""
-    boxes = [
-        f'<section class="said {kind}"><h3>{escape(title)}</h3>'
-        f'<div tabindex="0">{escape(text)}</div><p>{escape(note)}</p></section>'
-        for title, text, note, kind in zip(titles, texts, notes, kinds, strict=True)
-    ]
-    return f'<div class="side-by-side" aria-live="polite">{"".join(boxes)}</div>'
+def settings(temperature: Any, seed: Any, length: Any) -> Sampling:
+    """Raises UserError for a value out of range."""
+    return Sampling(
+        max_new_tokens=int(number(length, LENGTHS, "tokens")),
+        stop_id=0,  # each contestant has its own
+        temperature=number(temperature, TEMPERATURES, "temperature"),
+        seed=int(number(seed, (0, MOST_SEED), "seed")),
+    )
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    whole = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wide" tabindex="0">{whole}</div>'
-
-
-def note(arena: Arena, one: Contestant, messages: list[Message], said: Answer) -> str:
-    """What is known of a finished answer, in a line."""
-    if not said.is_done:
-        return f"{len(said.ids)} tokens …"
-    parts = [f"{len(said.ids)} tokens", f"log p {said.logprob:.1f}"]
-    judged = arena.judged(one, messages, said)
-    if judged.reward is not None:
-        parts.append(f"learned reward {judged.reward:.2f}")
-    if judged.score is not None:
-        parts.append(f"true score {judged.score:.2f}")
-    if judged.correct is not None:
-        parts.append("right" if judged.correct else "wrong")
-    return " · ".join([*parts, *["cut off"] * (not said.stopped)])
-
-
-# --- the page
+def frames(states: Iterable[list[Answer]]) -> Iterator[list[Answer]]:
+    """As many of the states as the eye sees, and the last one."""
+    said, shown = None, 0.0
+    for said in states:
+        if (now := time.monotonic()) - shown >= FRAME:
+            yield said
+            said, shown = None, now
+    if said is not None:
+        yield said
 
 
 class Page:
-    """Handlers of the page's events. Each visitor's state is in his session."""
+    """Handlers of the page's events. Each visitor's state is in his session; what comes from a
+    browser is checked here, as anybody may send anything."""
 
     def __init__(self, arena: Arena, votes: Votes) -> None:
         self.arena, self.votes = arena, votes
-        self.names = [one.name for one in arena.contestants]
+        self.voting = threading.Lock()
 
-    def sampling(self, temperature: float, seed: float, length: float) -> Sampling:
-        return Sampling(
-            max_new_tokens=int(length), stop_id=0, temperature=temperature, seed=int(seed)
-        )
+    @property
+    def samples(self) -> tuple[str, ...]:
+        return SAMPLES if len(self.arena.contestants) > 1 else SAMPLES[1:]
+
+    def note(self, one: Contestant, asked: list[Message], read: list[Message], said: Answer) -> str:
+        return note(said, self.arena.judged(one, read, said), (len(asked) - len(read)) // 2)
 
     # compare
 
-    def shown(self, said: list[Answer], notes: list[str]) -> str:
-        kinds = ["done" if one.is_done else "" for one in said]
-        return columns(self.names, [one.text for one in said], notes, kinds)
+    def shown(self, talk: Talk, notes: list[str], question: str = "", said: Any = ()) -> str:
+        """A conversation, with a question that is being answered."""
+        questions = [*talk.questions, *[question] * bool(said)]
+        answers = [*talk.answers, *[said] * bool(said)]
+        found = []
+        for i, (one, known) in enumerate(zip(self.arena.contestants, notes, strict=True)):
+            turns = [(q, a[i].text) for q, a in zip(questions, answers, strict=True)]
+            found.append(Column(one.name, turns, known))
+        return columns(found)
 
     def ask(
-        self, question: str, talk: Talk, temperature: float, seed: float, length: float
-    ) -> Iterator[tuple[str, str, Talk]]:
+        self, question: Any, talk: Talk, temperature: Any, seed: Any, length: Any
+    ) -> Iterator[tuple[Any, str, Talk]]:
         """Yields what to show, a message, and the conversation."""
-        nothing = [Answer()] * len(self.names)
-        before = talk.answers[-1] if talk.answers else nothing
+        models = self.arena.contestants
         try:
             text = checked(question)
-            sampling = self.sampling(temperature, seed, length)
-            asked = [talk.messages(i, text) for i in range(len(self.names))]
-            pairs = zip(self.arena.contestants, asked, strict=True)
-            streams = [answer(one, messages, sampling) for one, messages in pairs]
-            said = nothing
-            for said in side_by_side(streams):
-                yield self.shown(said, [f"{len(one.ids)} tokens …" for one in said]), "", talk
+            sampling = settings(temperature, seed, length)
+            asked = [talk.messages(i, text) for i in range(len(models))]
+            read = [
+                fitting(one, messages, sampling.max_new_tokens)
+                for one, messages in zip(models, asked, strict=True)
+            ]
         except UserError as error:
-            yield self.shown(before, [""] * len(before)), f"{error}", talk
+            yield gr.skip(), line(str(error)), talk
             return
-        triples = zip(self.arena.contestants, asked, said, strict=True)
-        notes = [note(self.arena, *triple) for triple in triples]
-        talk = Talk([*talk.questions, text], [*talk.answers, said])
-        turns = f"question {len(talk.questions)} of this conversation"
-        yield self.shown(said, notes), turns, talk
+        talk.latest += 1
+        mine = talk.latest
+        said = [Answer()] * len(models)
+        yield self.shown(talk, [""] * len(models), text, said), line("answering …"), talk
+        streams = [answer(*pair, sampling) for pair in zip(models, read, strict=True)]
+        for said in frames(side_by_side(streams)):
+            if talk.latest != mine:
+                return
+            notes = [growing(one) for one in said]
+            yield self.shown(talk, notes, text, said), line("answering …"), talk
+        notes = [self.note(*found) for found in zip(models, asked, read, said, strict=True)]
+        if talk.latest != mine:
+            return
+        talk.questions.append(text)
+        talk.answers.append(said)
+        message = "all have answered" if len(models) > 1 else "answered"
+        message += f"; question {len(talk.questions)} of this conversation"
+        yield self.shown(talk, notes), line(message), talk
 
-    def restart(self) -> tuple[str, str, Talk]:
-        nothing = [Answer()] * len(self.names)
-        return self.shown(nothing, [""] * len(nothing)), "a new conversation", Talk()
+    def restart(self, talk: Talk) -> tuple[str, str, Talk]:
+        nothing = Talk(latest=talk.latest + 1)
+        talk.latest += 1  # who is still answering there, ends
+        return self.shown(nothing, [""] * len(self.arena.contestants)), line(""), nothing
 
     # vote
 
     def draw(
-        self, question: str, kind: str, temperature: float, length: float
-    ) -> Iterator[tuple[str, str, str, Round | None]]:
-        """Yields what to show, the question, a message, and the round."""
+        self, question: Any, kind: Any, temperature: Any, length: Any, voter: Voter
+    ) -> Iterator[tuple[Any, Any, str, Voter]]:
+        """Yields what to show, the question, a message, and the voter."""
         draw = random.SystemRandom()
+        is_own = isinstance(question, str) and bool(question.strip())
         try:
-            if question.strip():
-                messages = [_user(checked(question))]
-            elif self.arena.prompts:
-                messages = draw.choice(self.arena.prompts)
-            else:
+            sampling = settings(temperature, 0, length)
+            if not is_own and not self.arena.prompts:
                 raise UserError("this ladder's questions can't be read here: type one")
-            seed = draw.randrange(MOST_SEED)
-            two = duel(self.arena, messages, seed, kind == SAMPLES[1])
-            sampling = self.sampling(temperature, 0, length)
-            sides = zip((two.left, two.right), two.seeds, strict=True)
-            streams = [
-                answer(one, messages, self.sampling(temperature, seed, length))
-                for one, seed in sides
-            ]
-            shown = messages[-1]["content"]
-            said: list[Answer] = []
-            for said in side_by_side(streams):
-                yield self.blind(said), shown, "", None
-            yield self.blind(said), shown, "which one do you prefer?", Round(two, sampling, said)
+            messages = [_user(checked(question))] if is_own else draw.choice(self.arena.prompts)
+            same_run = kind == SAMPLES[1] or len(self.arena.contestants) == 1
+            if same_run and sampling.temperature == 0:
+                raise UserError("at temperature 0 a stage always says the same: raise it")
+            two = duel(self.arena, messages, draw.randrange(MOST_SEED), same_run)
+            for one in (two.left, two.right):
+                fitting(one, messages, sampling.max_new_tokens)
         except UserError as error:
-            yield self.blind([Answer(), Answer()]), "", f"{error}", None
+            yield gr.skip(), gr.skip(), line(str(error)), voter
+            return
+        voter.latest += 1
+        mine = voter.latest
+        voter.seen, voter.voted = None, False
+        asked = messages[-1]["content"]
+        yield self.blind([Answer(), Answer()]), asked, line("answering …"), voter
+        streams = [
+            answer(one, messages, settings(temperature, seed, length))
+            for one, seed in zip((two.left, two.right), two.seeds, strict=True)
+        ]
+        said: list[Answer] = []
+        for said in frames(side_by_side(streams)):
+            if voter.latest != mine:
+                return
+            yield self.blind(said), asked, line("answering …"), voter
+        if voter.latest == mine:
+            voter.seen = Round(two, sampling, said)
+            yield self.blind(said), asked, line("which one do you prefer?"), voter
 
     def blind(self, said: list[Answer]) -> str:
         notes = ["cut off" * (one.is_done and not one.stopped) for one in said]
-        return columns(["left", "right"], [one.text for one in said], notes, ["", ""])
+        sides = zip(("left", "right"), said, notes, strict=True)
+        return columns([Column(side, [("", one.text)], note) for side, one, note in sides])
 
-    def vote(self, choice: Choice, seen: Round | None) -> tuple[str | None, str, Round | None]:
-        """What to show, a message, and the round with its vote."""
-        if seen is None:
-            return None, "draw two answers first", seen
-        if seen.voted:
-            return None, "you have voted on these: draw the next two", seen
-        two = seen.duel
-        sides = [
-            Side(
-                run=one.run,
-                answer=said.text,
-                stopped=said.stopped,
-                seed=seed,
-                temperature=seen.sampling.temperature,
-                max_new_tokens=seen.sampling.max_new_tokens,
-            )
-            for one, said, seed in zip((two.left, two.right), seen.answers, two.seeds, strict=True)
-        ]
-        asked = two.messages
-        vote = Vote(
-            id=uuid.uuid4().hex,
-            voted=datetime.now(UTC).isoformat(timespec="seconds"),
-            prompt=asked[0]["content"] if len(asked) == 1 else asked,
-            choice=choice,
-            left=sides[0],
-            right=sides[1],
-        )
-        try:
-            self.votes.add(vote)
-        except OSError as error:
-            return None, f"the vote could not be saved ({error.strerror}): try again", seen
-        seen.voted = vote.id
-        names = [two.left.name, two.right.name]
-        kinds = ["chosen" if choice == side else "" for side in ("left", "right")]
-        notes = [
-            note(self.arena, one, asked, said)
-            for one, said in zip((two.left, two.right), seen.answers, strict=True)
-        ]
-        shown = columns(names, [one.text for one in seen.answers], notes, kinds)
-        return shown, f"saved: {names[0]} on the left, {names[1]} on the right", seen
+    def vote(self, choice: Choice, voter: Voter) -> tuple[Any, str, Voter]:
+        """What to show, a message, and the voter."""
+        with self.voting:  # a double click is one vote
+            seen = voter.seen
+            if seen is None:
+                why = "wait until both answers are there" if voter.latest else "press n first"
+                why = "you have voted on these: press n for the next two" if voter.voted else why
+                return gr.skip(), line(why), voter
+            vote = ballot(seen, choice)
+            try:
+                self.votes.add(vote)
+            except OSError as error:
+                why = f"the vote could not be saved ({error.strerror}): try again"
+                return gr.skip(), line(why), voter
+            voter.cast.append(vote.id)
+            voter.seen, voter.voted = None, True
+        models = (seen.duel.left, seen.duel.right)
+        asked = seen.duel.messages
+        found = []
+        for side, one, said in zip(("left", "right"), models, seen.answers, strict=True):
+            read = fitting(one, asked, seen.sampling.max_new_tokens)
+            known = self.note(one, asked, read, said)
+            found.append(Column(one.name, [("", said.text)], known, "chosen" * (choice == side)))
+        names = f"{models[0].name} on the left, {models[1].name} on the right"
+        return columns(found), line(f"saved: {names} (n: the next two)"), voter
 
-    def undo(self, seen: Round | None) -> tuple[str, Round | None]:
-        if seen is None or seen.voted is None:
-            return "there is no vote to take back", seen
-        try:
-            there = self.votes.undo(seen.voted)
-        except OSError as error:
-            return f"the vote could not be taken back ({error.strerror}): try again", seen
-        seen.voted = None
-        return "taken back: vote again" if there else "that vote was gone already", seen
+    def undo(self, voter: Voter) -> tuple[str, Voter]:
+        """A message, and the voter. What was voted on is known now, so it isn't voted on again."""
+        with self.voting:
+            if not voter.cast:
+                return line("you have no vote to take back"), voter
+            try:
+                there = self.votes.undo(voter.cast[-1])
+            except OSError as error:
+                why = f"the vote could not be taken back ({error.strerror}): try again"
+                return line(why), voter
+            voter.cast.pop()
+        was = "your last vote is taken back" if there else "your last vote was gone already"
+        return line(f"{was}"), voter
 
     # board
 
     def board(self) -> tuple[str, str, str]:
         """A line, and two tables."""
-        votes, broken = self.votes.read()
+        try:
+            votes, broken = self.votes.read()
+        except (OSError, ValueError) as error:
+            return line(f"{self.votes.path} can't be read: {error}"), "", ""
         known = {one.run: one.name for one in self.arena.contestants}
         won = wins(votes)
         runs = list(dict.fromkeys([*known, *(run for pair in won for run in pair)]))
         title = {run: f"{known[run]} ({run})" if run in known else run for run in runs}
+        title |= {run: run for run in runs if known.get(run) == run}
         ties = sum(vote.choice in ("tie", "both_bad") for vote in votes)
-        line = f"{len(votes)} votes, {ties} of them without a winner; {self.votes.path}"
-        line += f"; {broken} lines are no votes" * bool(broken)
+        text = f"{len(votes)} vote{'s' * (len(votes) != 1)}, {ties} without a winner"
+        text += f" ({self.votes.path})" + f"; {broken} lines are no votes" * bool(broken)
+        if not won:
+            return line(f"{text}. Vote on two stages, and they are ranked here."), "", ""
         by_strength = [
             [title[x.run], str(x.n), f"{x.value:+.2f} [{x.low:+.2f}, {x.high:+.2f}]"]
             for x in strengths(won, runs)
@@ -268,11 +311,48 @@ class Page:
             ]
             for x in rates(won, runs)
         ]
+        stages = ["stage", "votes", "strength"]
+        pairs = ["stage", "against", "votes", "won", "more votes to tell"]
         return (
-            line,
-            table(["stage", "votes", "strength, log-odds"], by_strength),
-            table(["stage", "against", "votes", "won", "more votes to tell"], by_pair),
+            line(text),
+            table("Strength: Bradley-Terry log-odds [95 %]", stages, by_strength),
+            table("How often the first won [95 %]", pairs, by_pair),
         )
+
+
+def ballot(seen: Round, choice: Choice) -> Vote:
+    """A vote of now."""
+    two = seen.duel
+    sides = [
+        Side(
+            run=one.run,
+            answer=said.text,
+            stopped=said.stopped,
+            seed=seed,
+            temperature=seen.sampling.temperature,
+            max_new_tokens=seen.sampling.max_new_tokens,
+        )
+        for one, said, seed in zip((two.left, two.right), seen.answers, two.seeds, strict=True)
+    ]
+    asked = two.messages
+    return Vote(
+        id=uuid.uuid4().hex,
+        voted=datetime.now(UTC).isoformat(timespec="seconds"),
+        prompt=asked[0]["content"] if len(asked) == 1 else asked,
+        choice=choice,
+        left=sides[0],
+        right=sides[1],
+    )
+
+
+# --- components and events
+
+# values come as they are sent, and Page checks them: Gradio would print a traceback
+EVENT: dict[str, Any] = {
+    "show_progress": "hidden",
+    "api_visibility": "private",
+    "preprocess": False,
+}
 
 
 def build(page: Page) -> gr.Blocks:
@@ -280,27 +360,25 @@ def build(page: Page) -> gr.Blocks:
     with gr.Blocks(title="fourstage arena", analytics_enabled=False) as blocks:
         gr.Markdown(
             "# Which answer do you prefer?\n"
-            "Ask once and every stage of training answers, from random weights on. Vote on two "
-            "answers, blind, and train the next model on your votes."
+            "Ask once, and every stage of training answers, from random weights on. "
+            "Vote on two answers, blind, and train the next model on your votes."
         )
         with gr.Tab("Compare", id="compare"):
             _compare(page)
         with gr.Tab("Vote", id="vote"):
             _vote(page)
         with gr.Tab("Board", id="board") as tab:
-            line = gr.Markdown()
-            ranks, pairs = gr.HTML(), gr.HTML()
-            tab.select(page.board, None, [line, ranks, pairs], api_visibility="private")
+            found = [gr.HTML(line(""), elem_id="counted"), gr.HTML(), gr.HTML()]
+            tab.select(page.board, None, found, **EVENT)
     return blocks
 
 
-def _settings(default_seed: bool) -> list[gr.components.Component]:
-    with gr.Accordion("Settings", open=False), gr.Row():
-        temperature = gr.Slider(0, 2, 0.7, step=0.1, label="temperature (0: the likeliest token)")
-        length = gr.Slider(10, 400, 200, step=10, label="tokens of an answer, at most")
-        seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=MOST_SEED)
-        seed.visible = default_seed
-    return [temperature, seed, length]
+def _temperature() -> gr.Slider:
+    return gr.Slider(*TEMPERATURES, 0.7, step=0.1, label="temperature (0: the likeliest token)")
+
+
+def _length() -> gr.Slider:
+    return gr.Slider(*LENGTHS, 200, step=10, label="tokens of an answer, at most")
 
 
 def _compare(page: Page) -> None:
@@ -312,47 +390,50 @@ def _compare(page: Page) -> None:
         max_lines=6,
         elem_id="question",
         autofocus=True,
-        submit_btn=True,
+        submit_btn="Ask",
     )
     with gr.Row(elem_classes="examples"):
         examples = [gr.Button(text, size="sm", elem_classes="example") for text in EXAMPLES]
         again = gr.Button("New conversation", size="sm", elem_id="restart")
-    message = gr.Textbox(show_label=False, container=False, interactive=False, elem_id="message")
-    shown = gr.HTML(page.restart()[0], elem_id="answers")
-    settings = _settings(True)
+    with gr.Accordion("Settings", open=False), gr.Row():
+        seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=MOST_SEED)
+        options = [_temperature(), seed, _length()]
+    empty, *_ = page.restart(Talk())
+    message = gr.HTML(line(""), elem_id="message")
+    shown = gr.HTML(empty, elem_id="answers", js_on_load=None)
     outputs = [shown, message, talk]
-    options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    asking = [question.submit(page.ask, [question, talk, *settings], outputs, **options)]
+    question.submit(page.ask, [question, talk, *options], outputs, **EVENT)
     for example in examples:
-        event = example.click(lambda text: text, example, question, **options)
-        asking.append(event.then(page.ask, [question, talk, *settings], outputs, **options))
-    again.click(page.restart, None, outputs, cancels=asking, **options)
+        example.click(page.ask, [example, talk, *options], outputs, **EVENT)
+    again.click(page.restart, talk, outputs, **EVENT)
 
 
 def _vote(page: Page) -> None:
-    seen = gr.State(None)
-    question = gr.Textbox(
-        label="question", placeholder="empty: one that sft was trained on", elem_id="vote-question"
-    )
-    kind = gr.Radio(list(SAMPLES), value=SAMPLES[0], show_label=False, container=False)
+    voter = gr.State(Voter())
     draw = gr.Button("Draw two answers (n)", variant="primary", elem_id="draw")
-    asked = gr.Textbox(label="asked", interactive=False, elem_id="asked")
-    shown = gr.HTML(page.blind([Answer(), Answer()]), elem_id="two-answers")
+    with gr.Accordion("Settings", open=False):
+        question = gr.Textbox(
+            label="your own question",
+            placeholder="empty: one that sft was trained on",
+            elem_id="vote-question",
+        )
+        kind = gr.Radio(list(page.samples), value=page.samples[0], label="who answers")
+        with gr.Row():
+            temperature, length = _temperature(), _length()
+    asked = gr.Textbox(label="asked", interactive=False, lines=1, elem_id="asked")
+    shown = gr.HTML(page.blind([Answer(), Answer()]), elem_id="two-answers", js_on_load=None)
     with gr.Row(elem_classes="choices"):
         buttons = {
             choice: gr.Button(text, elem_id=f"vote-{choice}") for choice, text in CHOICES.items()
         }
-    message = gr.Textbox(show_label=False, container=False, interactive=False, elem_id="voted")
+    message = gr.HTML(line("press n, or the button above"), elem_id="voted")
     undo = gr.Button("Undo (u)", size="sm", elem_id="undo")
-    temperature, _, length = _settings(False)
-    options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    inputs = [question, kind, temperature, length]
-    draw.click(page.draw, inputs, [shown, asked, message, seen], **options)
+    inputs = [question, kind, temperature, length, voter]
+    draw.click(page.draw, inputs, [shown, asked, message, voter], **EVENT)
     for choice, button in buttons.items():
 
-        def cast(seen: Round | None, choice: Choice = choice) -> Any:
-            html, said, seen = page.vote(choice, seen)
-            return gr.skip() if html is None else html, said, seen
+        def cast(voter: Voter, choice: Choice = choice) -> tuple[Any, str, Voter]:
+            return page.vote(choice, voter)
 
-        button.click(cast, seen, [shown, message, seen], **options)
-    undo.click(page.undo, seen, [message, seen], **options)
+        button.click(cast, voter, [shown, message, voter], **EVENT)
+    undo.click(page.undo, voter, [message, voter], **EVENT)
