@@ -14,6 +14,7 @@ document.addEventListener("keydown", (event) => {
   const button = document.getElementById(KEYS[key]);
   if (button && button.offsetParent !== null) {
     event.preventDefault();
+    button.focus({ preventScroll: true }); // from the tab that was clicked, which has own arrows
     button.click();
   }
 });

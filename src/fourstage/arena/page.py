@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -118,7 +119,7 @@ def settings(temperature: Any, seed: Any, length: Any) -> Sampling:
 
 def frames(states: Iterable[list[Answer]]) -> Iterator[list[Answer]]:
     """As many of the states as the eye sees, and the last one."""
-    said, shown = None, 0.0
+    said, shown = None, -math.inf
     for said in states:
         if (now := time.monotonic()) - shown >= FRAME:
             yield said
@@ -185,8 +186,7 @@ class Page:
             return
         talk.questions.append(text)
         talk.answers.append(said)
-        message = "all have answered" if len(models) > 1 else "answered"
-        message += f"; question {len(talk.questions)} of this conversation"
+        message = f"question {len(talk.questions)} of this conversation: answered"
         yield self.shown(talk, notes), line(message), talk
 
     def restart(self, talk: Talk) -> tuple[str, str, Talk]:
@@ -286,7 +286,7 @@ class Page:
         try:
             votes, broken = self.votes.read()
         except (OSError, ValueError) as error:
-            return line(f"{self.votes.path} can't be read: {error}"), "", ""
+            return line(f"the votes could not be read: {error}"), "", ""
         known = {one.run: one.name for one in self.arena.contestants}
         won = wins(votes)
         runs = list(dict.fromkeys([*known, *(run for pair in won for run in pair)]))
