@@ -280,7 +280,7 @@ def test_what_the_context_does_not_hold_is_said(page) -> None:
 def test_votes_before_and_after_their_time(page) -> None:
     voter = Voter()
     assert "press n first" in page.vote("left", voter)[1]
-    drawing = page.draw("Hello!", "two stages", 0.7, 20, voter)
+    drawing = page.draw("Hello!", False, 0.7, 20, voter)
     next(drawing)
     assert "wait until both" in page.vote("left", voter)[1]
     *_, (shown, asked, said, _) = drawing
@@ -298,16 +298,16 @@ def test_votes_before_and_after_their_time(page) -> None:
 def test_undo_takes_back_one_after_the_other(page) -> None:
     voter = Voter()
     for choice in ("left", "right"):
-        list(page.draw("Hello!", "two stages", 0.7, 20, voter))
+        list(page.draw("Hello!", False, 0.7, 20, voter))
         page.vote(choice, voter)
-    list(page.draw("Hello!", "two stages", 0.7, 20, voter))
+    list(page.draw("Hello!", False, 0.7, 20, voter))
     page.undo(voter)
     assert [vote.choice for vote in page.votes.read()[0]] == ["left"]
     assert "saved" in page.vote("tie", voter)[1]  # what is shown is still blind
 
 
 def test_two_answers_of_one_stage_need_a_temperature(page) -> None:
-    *_, (_, _, said, _) = page.draw("Hello!", "two answers of one stage", 0, 20, Voter())
+    *_, (_, _, said, _) = page.draw("Hello!", True, 0, 20, Voter())
     assert "at temperature 0 a stage always says the same" in said
 
 
@@ -319,7 +319,7 @@ def test_data_that_is_gone(own_ladder, tmp_path) -> None:
         (folder / "run.json").write_text(json.dumps(record))
     arena = open_ladder(RunStore(own_ladder), "grpo")
     page = Page(arena, Votes(tmp_path / "votes.jsonl"))
-    *_, (_, _, said, _) = page.draw("", "two stages", 0.7, 20, Voter())
+    *_, (_, _, said, _) = page.draw("", False, 0.7, 20, Voter())
     assert "type one" in said
     *_, (shown, said, _) = page.ask("Hello!", Talk(), 0.7, 0, 20)
     assert "answered" in said and "log p" in shown

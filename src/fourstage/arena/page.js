@@ -1,11 +1,11 @@
 // Keys of the voting tab: arrows, t, b, n (next), u (undo). Not while somebody types, and arrows
-// not where they have a meaning of their own: on tabs, radio buttons and sliders.
+// not where they have a meaning of their own: on tabs, numbers and sliders.
 const KEYS = {
   ArrowLeft: "vote-left", ArrowRight: "vote-right", t: "vote-tie", b: "vote-both_bad",
   n: "draw", u: "undo",
 };
-const TYPED = "textarea, select, [contenteditable], input:not([type=radio]):not([type=range])";
-const OWN_ARROWS = "input, [role=tab], [role=slider]";
+const TYPED = "textarea, select, [contenteditable], input:not([type=checkbox]):not([type=range])";
+const OWN_ARROWS = "input:not([type=checkbox]), [role=tab], [role=slider]";
 document.addEventListener("keydown", (event) => {
   const at = event.target instanceof Element ? event.target : document.body;
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || at.closest(TYPED)) return;

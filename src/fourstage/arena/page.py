@@ -37,7 +37,6 @@ LONGEST = 100_000  # characters of a question that is looked at
 MOST_SEED = 2**31 - 1
 TEMPERATURES, LENGTHS = (0, 2), (10, 400)
 FRAME = 0.05  # seconds between two pictures of answers that grow
-SAMPLES = ("two stages", "two answers of one stage")
 CHOICES: dict[Choice, str] = {
     "left": "← Left is better",
     "tie": "Tie (t)",
@@ -136,10 +135,6 @@ class Page:
         self.arena, self.votes = arena, votes
         self.voting = threading.Lock()
 
-    @property
-    def samples(self) -> tuple[str, ...]:
-        return SAMPLES if len(self.arena.contestants) > 1 else SAMPLES[1:]
-
     def note(self, one: Contestant, asked: list[Message], read: list[Message], said: Answer) -> str:
         return note(said, self.arena.judged(one, read, said), (len(asked) - len(read)) // 2)
 
@@ -197,7 +192,7 @@ class Page:
     # vote
 
     def draw(
-        self, question: Any, kind: Any, temperature: Any, length: Any, voter: Voter
+        self, question: Any, same_run: Any, temperature: Any, length: Any, voter: Voter
     ) -> Iterator[tuple[Any, Any, str, Voter]]:
         """Yields what to show, the question, a message, and the voter."""
         draw = random.SystemRandom()
@@ -207,7 +202,7 @@ class Page:
             if not is_own and not self.arena.prompts:
                 raise UserError("this ladder's questions can't be read here: type one")
             messages = [_user(checked(question))] if is_own else draw.choice(self.arena.prompts)
-            same_run = kind == SAMPLES[1] or len(self.arena.contestants) == 1
+            same_run = same_run is True or len(self.arena.contestants) == 1
             if same_run and sampling.temperature == 0:
                 raise UserError("at temperature 0 a stage always says the same: raise it")
             two = duel(self.arena, messages, draw.randrange(MOST_SEED), same_run)
@@ -417,7 +412,8 @@ def _vote(page: Page) -> None:
             placeholder="empty: one that sft was trained on",
             elem_id="vote-question",
         )
-        kind = gr.Radio(list(page.samples), value=page.samples[0], label="who answers")
+        alone = len(page.arena.contestants) == 1
+        same_run = gr.Checkbox(alone, label="both answers from one stage", interactive=not alone)
         with gr.Row():
             temperature, length = _temperature(), _length()
     asked = gr.Textbox(label="asked", interactive=False, lines=1, elem_id="asked")
@@ -428,7 +424,7 @@ def _vote(page: Page) -> None:
         }
     message = gr.HTML(line("press n, or the button above"), elem_id="voted")
     undo = gr.Button("Undo (u)", size="sm", elem_id="undo")
-    inputs = [question, kind, temperature, length, voter]
+    inputs = [question, same_run, temperature, length, voter]
     draw.click(page.draw, inputs, [shown, asked, message, voter], **EVENT)
     for choice, button in buttons.items():
 
