@@ -38,10 +38,10 @@ MOST_SEED = 2**31 - 1
 TEMPERATURES, LENGTHS = (0, 2), (10, 400)
 FRAME = 0.05  # seconds between two pictures of answers that grow
 CHOICES: dict[Choice, str] = {
-    "left": "← Left is better",
+    "left": "← Left",
     "tie": "Tie (t)",
     "both_bad": "Both bad (b)",
-    "right": "Right is better →",
+    "right": "Right →",
 }
 FILES = resources.files("fourstage.arena")
 
