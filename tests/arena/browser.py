@@ -122,9 +122,9 @@ class Visitor:
         )
         self.page.evaluate(script)
 
-    def answers(self) -> list[str]:
+    def answers(self, where: str = "#answers") -> list[str]:
         script = "all => all.map(one => [...one.querySelectorAll('.answer')].at(-1).textContent)"
-        return self.page.eval_on_selector_all("#answers .said", script)
+        return self.page.eval_on_selector_all(f"{where} .said", script)
 
     def tab(self, name: str) -> None:
         self.page.get_by_role("tab", name=name).click()
