@@ -30,7 +30,8 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 # what the page asks for; Gradio has more (uploads, files, a proxy), which nobody needs here
 JOIN = "/gradio_api/queue/join"
 PATHS = {"/", "/config", "/login", "/logout", "/theme.css", "/favicon.ico", JOIN}
-PATHS |= {f"/gradio_api/{name}" for name in ("queue/data", "startup-events", "login_check")}
+APP = ("queue/data", "startup-events", "login_check", "app_id")
+PATHS |= {f"/gradio_api/{name}" for name in APP}
 FOLDERS = ("/assets/", "/static/", "/gradio_api/heartbeat/")
 LONGEST_BODY = 2**23  # bytes
 POLICY = (  # the browser's part: nothing is loaded from elsewhere, nobody shows the page in a frame
