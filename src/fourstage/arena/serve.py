@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -162,6 +163,7 @@ def serve(arena: Arena, votes: Votes, host: str, port: int, password: str) -> No
         enable_monitoring=False,
     )
     print(f"open {url} (Ctrl-C ends it); votes are in {votes.path}", flush=True)
+    gc.freeze()  # what is there stays to the end, which a collection would only delay
     threading.Event().wait()
 
 
