@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     """Serve until Ctrl-C. Raises UserError for a mistake in the command."""
     settings = from_arguments(ArenaSettings, arguments)
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("arena needs the extra web: pip install -c constraints.txt -e .[web]")
+        raise UserError("arena needs the extra web: pip install -c constraints.txt -e '.[web]'")
     import torch
 
     from fourstage.arena.contestants import open_ladder, open_runs
