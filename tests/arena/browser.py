@@ -49,7 +49,7 @@ class Served:
         self.reading = threading.Thread(target=lambda: self.said.extend(self.process.stdout))
         self.reading.start()
 
-    def stop(self, signum: int = signal.SIGINT) -> int:
+    def stop(self, signum: int = signal.SIGTERM) -> int:
         """Returns the exit code."""
         self.process.send_signal(signum)
         try:

@@ -272,7 +272,7 @@ class Page:
                 return line(why), voter
             voter.cast.pop()
         was = "your last vote is taken back" if there else "your last vote was gone already"
-        return line(f"{was}"), voter
+        return line(was), voter
 
     # board
 
@@ -289,7 +289,7 @@ class Page:
         title |= {run: run for run in runs if known.get(run) == run}
         ties = sum(vote.choice in ("tie", "both_bad") for vote in votes)
         text = f"{len(votes)} vote{'s' * (len(votes) != 1)}, {ties} without a winner"
-        text += f" ({self.votes.path})" + f"; {broken} lines are no votes" * bool(broken)
+        text += f" ({self.votes.path})" + f"; not votes: {broken} of the lines" * bool(broken)
         if not won:
             return line(f"{text}. Vote on two stages, and they are ranked here."), "", ""
         by_strength = [

@@ -176,4 +176,5 @@ def free(host: str, port: int) -> int:
             one.bind((host, port))
             return one.getsockname()[1]
     except OSError as error:
-        raise UserError(f"port={port} on {host}: {error.strerror}: give another port=") from None
+        why = f"{error.strerror}: give another port= or host="
+        raise UserError(f"port={port} on {host}: {why}") from None

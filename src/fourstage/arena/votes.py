@@ -30,7 +30,7 @@ CHUNK = 2**16  # bytes that are read at once
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """An answer. run: <stage>-<id>, or "random"; stopped: it ended by itself."""
+    """An answer. run: as a Contestant's; stopped: it ended by itself."""
 
     run: str
     answer: str
