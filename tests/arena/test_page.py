@@ -130,7 +130,7 @@ def test_a_vote_by_key_is_blind_until_it_is_cast(browser, own_ladder) -> None:
         visitor.tab("Board")
         visitor.message("#counted", "3 votes, 1 without")
         assert visitor.errors == []
-        assert served.stop() == 130
+        assert served.stop(signal.SIGINT) == 130
     with serving(f"outputs={own_ladder}") as served:  # the votes are still there
         visitor = Visitor(browser, served.url)
         visitor.tab("Board")
