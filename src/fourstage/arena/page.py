@@ -182,6 +182,10 @@ class Page:
         talk.questions.append(text)
         talk.answers.append(said)
         message = f"question {len(talk.questions)} of this conversation: answered"
+        if unknown := max(
+            one.tokenizer.count_unknown(one.tokenizer.encode(text)) for one in models
+        ):
+            message += f"; characters that the tokenizer doesn't know: {unknown}"
         yield self.shown(talk, notes), line(message), talk
 
     def restart(self, talk: Talk) -> tuple[str, str, Talk]:

@@ -19,6 +19,7 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
+from fourstage.arena.__main__ import HERE
 from fourstage.arena.contestants import Arena
 from fourstage.arena.page import FILES, Page, build
 from fourstage.arena.votes import Votes
@@ -26,7 +27,6 @@ from fourstage.errors import UserError
 
 FONTS = ("system-ui", "sans-serif")
 THREADS = 32  # visitors who are answered at once
-LOCAL = ("127.0.0.1", "localhost", "::1")
 
 # what the page asks for; Gradio has more (uploads, files, a proxy), which nobody needs here
 JOIN = "/gradio_api/queue/join"
@@ -101,7 +101,7 @@ def is_foreign(headers: Headers, is_local: bool) -> bool:
         is_other = origin is not None and urlsplit(origin).netloc != host
     except ValueError:
         return True
-    return is_other or (is_local and name not in LOCAL)
+    return is_other or (is_local and name not in HERE)
 
 
 async def body_of(receive: Any) -> bytes | None:
