@@ -7,7 +7,6 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from scipy import optimize
 
 from fourstage.arena.board import connected, rates, strengths, votes_needed
 from fourstage.evaluation.suite import wilson
@@ -49,6 +48,7 @@ def fitted(wins: dict[tuple[str, str], float], runs: list[str]) -> np.ndarray:
             information += weight * np.outer(row, row)
         return total - 0.5 * np.linalg.slogdet(information[1:, 1:])[1]
 
+    optimize = pytest.importorskip("scipy.optimize", reason="needs scipy (make setup-dev)")
     found = optimize.minimize(loss, np.zeros(len(runs)), method="BFGS", options={"gtol": 1e-9})
     return found.x - found.x.mean()
 

@@ -27,5 +27,5 @@ def test_mistakes_are_one_line(arguments: list[str], line: str) -> None:
 
 def test_without_gradio_it_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"^arena needs the extra web: pip install .*\[web\]$"):
+    with pytest.raises(UserError, match=r"^arena needs the extra web: pip install .*'\.\[web\]'$"):
         main([])
