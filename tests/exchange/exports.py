@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fourstage.exchange.__main__ import main
+from fourstage.exchange.checkpoint import load_checkpoint, read_checkpoint
 from fourstage.exchange.export import write_folder
 from fourstage.model import ModelConfig, ScalarModel, Transformer
 from fourstage.model.weights import save_weights
@@ -88,6 +90,27 @@ def save_run(
     record |= {"config": shape, "cost": {"seconds": 1.0}}
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
     return folder
+
+
+# --- exported again, and by the command
+
+IDS_BT = torch.randint(103, (3, 60), generator=torch.Generator().manual_seed(1))
+FILES = ["config.json", "generation_config.json", "model.safetensors"]
+FILES += ["tokenizer.json", "tokenizer_config.json"]
+
+
+def reimported(folder: Path, **changes):
+    """The network that stages.pretrain.parent=hf:FOLDER starts from."""
+    model = replace(read_checkpoint(folder, "it").model, **changes)
+    return load_checkpoint(folder, model, Tokenizer.from_folder(folder).vocab_size).eval()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
+
+
+def typed(outputs: Path, *arguments: str) -> None:
+    main([f"outputs={outputs}", *arguments])
 
 
 # --- as a folder that answers
