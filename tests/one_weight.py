@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from fourstage.lineage.resume import Checkpointer
+from fourstage.lineage.resume import Checkpointer, ResumeIO
 from fourstage.tracking.callbacks import Sample, SampleLog, StepAxis, StepSeed
 from fourstage.tracking.loggers import MetricsCSV
 from tests.device import TRAINER
@@ -82,6 +82,7 @@ def fit(folder: Path, *extra: Callback, every: int = 3, log_every: int = 1) -> T
     )
     trainer = Trainer(
         **TRAINER,
+        plugins=[ResumeIO()],
         max_epochs=1,
         logger=[MetricsCSV(folder / "metrics.csv", resume=resume)],
         callbacks=[

@@ -40,6 +40,12 @@ class TrainerConfig(Bounded):
         """One per device, over all nodes."""
         return self.devices * self.num_nodes
 
+    @property
+    def words(self) -> str:
+        """Such as "2 processes under zero3"."""
+        under = f" under {self.strategy}" if self.strategy.startswith("zero") else ""
+        return f"{self.processes} process{'es' * (self.processes > 1)}{under}"
+
     def resolved(self) -> TrainerConfig:
         """The same without "auto" in accelerator and precision or -1 in devices. Raises UserError
         for what this machine or the chosen strategy doesn't support."""

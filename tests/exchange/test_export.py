@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from fourstage.errors import UserError
 from fourstage.exchange.architectures import exported_config
-from fourstage.exchange.export import export, export_run, write_folder, write_safetensors
+from fourstage.exchange.export import export, export_run, write_folder
 from fourstage.model import ScalarModel
+from fourstage.model.tensor_file import write_safetensors
 from fourstage.model.weights import load_policy
 from fourstage.runs.store import find_run
 from fourstage.tokenizer import Tokenizer

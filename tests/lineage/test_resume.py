@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 
 from fourstage.files import clean_up
 from fourstage.interruptions import STOPS, Stopped
-from fourstage.lineage.resume import began_with, kind_of
+from fourstage.lineage.resume import LOOPS
 from tests.one_weight import N_STEPS, Tiny, fit, read
 
 
@@ -105,7 +105,7 @@ def test_a_signal_saves_after_the_step_and_stops(tmp_path, whole, handlers, sent
         f"{tmp_path.name}, step {done}: stopped by {by}: "
         f"run the same command again: it resumes from step {done}"
     )
-    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt" / LOOPS, weights_only=True)
     assert state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] == done
     assert torch.equal(fit(tmp_path).weight, whole[1].weight)
     assert read(tmp_path) == read(whole[0])
@@ -118,7 +118,7 @@ def test_a_second_signal_does_not_wait(tmp_path, handlers, again, capfd) -> None
         fit(tmp_path, Signal(first, step=8), Signal(again, step=8))
     said = "\nstopping after this step; Ctrl-C again stops at once\n"
     assert (said in capfd.readouterr().err) == (first == signal.SIGINT)
-    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt" / LOOPS, weights_only=True)
     assert state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] == 6
 
 
@@ -142,16 +142,17 @@ def test_the_end_of_training_is_saved_too(tmp_path) -> None:
 
 def test_a_failed_save_leaves_the_old_state(tmp_path, monkeypatch) -> None:
     def full_disk(trainer: Trainer, path: Path) -> None:
-        Path(path).write_text("half")
+        (Path(path) / LOOPS).write_text("half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(RuntimeError, match="killed"):
         fit(tmp_path, Die(step=5))
-    before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
+    state = tmp_path / "checkpoints" / "last.ckpt"
+    before = {path.name: path.read_bytes() for path in state.iterdir()}
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(Trainer, "save_checkpoint", full_disk)
         fit(tmp_path)
-    assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert {path.name: path.read_bytes() for path in state.iterdir()} == before
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
@@ -179,20 +180,3 @@ def test_a_kill_in_a_save_leaves_one_state(tmp_path: Path, there, left) -> None:
     found = [path.name for path in tmp_path.iterdir()]
     assert found == (["last.ckpt"] if left else [])
     assert not left or (tmp_path / "last.ckpt" / "file").read_text() == left
-
-
-def test_who_began_is_seen_from_the_files_of_a_state(tmp_path: Path) -> None:
-    plain = tmp_path / "file.ckpt"
-    plain.write_text("")
-    assert began_with(plain) == kind_of("ddp", 2) == kind_of("auto", 1) == "a trainer without ZeRO"
-    for trainer, model in (("zero1", "mp_rank_00"), ("zero3_offload", "zero_pp_rank_0_mp_rank_00")):
-        state = tmp_path / trainer
-        (state / "checkpoint").mkdir(parents=True)
-        assert began_with(state) is None
-        (state / "checkpoint" / f"{model}_model_states.pt").write_text("")
-        for rank in range(3):
-            name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-            (state / "checkpoint" / name).write_text("")
-        assert began_with(state) == kind_of(trainer, 3)
-    assert kind_of("zero2", 1) == "zero1 or zero2 on 1 process"
-    assert kind_of("zero3", 8) == "zero3 or zero3_offload on 8 processes"

@@ -6,12 +6,9 @@ ships (architectures.py), so no code of ours is needed to load them.
 
 from __future__ import annotations
 
-import json
-import os
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from filelock import FileLock
@@ -23,11 +20,11 @@ from fourstage.exchange.checkpoint import SHARED, SINGLE, block_weights, end_wei
 from fourstage.exchange.gguf import package, write_gguf
 from fourstage.files import locked, read_json, remove, swap_in, write_json
 from fourstage.model import ModelConfig, ScalarModel, Transformer
+from fourstage.model.tensor_file import write_safetensors
 from fourstage.model.weights import Kind, Stored, open_stored
 from fourstage.tokenizer import Tokenizer
 
 CARD, GGUF = "README.md", "model.gguf"
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # as safetensors names them
 BIAS = ".e_score_correction_bias"  # always float32, as transformers keeps it
 HEAD = "lm_head.weight"
 
@@ -203,34 +200,6 @@ def completed(part: Part, model: ModelConfig) -> Part:
                 whole[: own.shape[0], : own.shape[1]] = own
             found[at] = whole
     return found
-
-
-def write_safetensors(
-    path: Path,
-    layout: dict[str, tuple[torch.dtype, torch.Size]],
-    tensors: Iterable[tuple[str, Tensor]],
-) -> None:
-    """A safetensors file of the tensors, which need not all be in memory at once.
-
-    The format: the header's length in 8 bytes, the header in JSON, and the values, wider numbers
-    first, so that each is aligned.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in sorted(layout.items(), key=lambda x: -x[1][0].itemsize):
-        begin, end = end, end + shape.numel() * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, tensor in tensors:
-            file.seek(8 + len(text) + header[name]["data_offsets"][0])
-            dtype, shape = layout[name]
-            plain = torch.empty(shape, dtype=dtype).copy_(tensor.detach())
-            file.write(plain.view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # --- into its place

@@ -1,4 +1,4 @@
-"""The resume state of a stage: when it is saved, how it is replaced, who can resume from it."""
+"""The resume state of a stage: when it is saved, and how it is replaced."""
 
 import os
 import shlex
@@ -15,24 +15,29 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from fourstage.errors import UserError
 from fourstage.files import part_of, remove, swap_in
 from fourstage.interruptions import Stopped, handle_stops, stop_now
-from fourstage.parallel.strategies import ZERO
+from fourstage.parallel.state import read_tensors, write_tensors
 from fourstage.stages.base import steps_done
+from fourstage.stages.prepare import say
 from fourstage.tracking.loggers import MetricsCSV
+
+LOOPS = "loops.pt"
+TENSORS = {"state_dict": {}, "optimizer_states": []}  # Lightning's keys; parallel/state.py has them
 
 
 class Checkpointer(Checkpoint):
     """Keeps one resume state, `path`: every so many steps, after the last one, and when a signal
     asks to stop, which then ends the run.
 
-    The file is whole at any moment: it is written beside its place, synced and renamed. If a
+    The state is whole at any moment: it is written beside its place, synced and renamed. If a
     validation follows the step, the state is saved after it, so that a resume keeps its metrics.
     Lightning runs Checkpoint callbacks after all others, so what they logged is in the state;
     what the module's own on_train_batch_end does comes later and is NOT in the state.
     Nothing is saved while steps are skipped: the state is the one before the first of them.
     """
 
-    def __init__(self, path: Path, every: int) -> None:
-        self.path, self.every = path, every
+    def __init__(self, path: Path, every: int, trainer: str = "") -> None:
+        """trainer: the job's strategy and number of processes, in words."""
+        self.path, self.every, self.trainer = path, every, trainer
         self.run = path.parts[-3]  # <stage>-<id>/checkpoints/last.ckpt
         self.due = False
         self.written = False  # to .part.ckpt, which is moved to `path` once the step is logged
@@ -40,8 +45,11 @@ class Checkpointer(Checkpoint):
         self.stopped: Stopped | None = None  # set when the state is saved
         self.saved_at: int | None = None  # steps; None before training starts
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pl_module.strict_loading = False  # the weights come later, by `read_tensors`
+
     def state_dict(self) -> dict[str, str]:
-        return {"run": self.run}
+        return {"run": self.run, "trainer": self.trainer}
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
         if state_dict["run"] != self.run:
@@ -49,6 +57,9 @@ class Checkpointer(Checkpoint):
                 f"{self.path}: the state of {state_dict['run']}: remove it to train {self.run} "
                 f"from the start: rm -r {shlex.quote(str(self.path))}"
             )
+        if state_dict["trainer"] != self.trainer:
+            began = state_dict["trainer"]
+            say(f"  begun by {began}, goes on with {self.trainer}: the same steps but for rounding")
 
     def request(self, signum: int, frame: Any) -> None:
         """Handle a signal: stop after the current step, or at once if it is the second signal."""
@@ -59,6 +70,8 @@ class Checkpointer(Checkpoint):
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.ckpt_path:
+            read_tensors(trainer, Path(trainer.ckpt_path))
         self.saved_at = steps_done(trainer)
         handle_stops(self.request, and_ctrl_c=True)  # Lightning restores the old ones after fit()
         for logger in trainer.loggers:
@@ -108,7 +121,9 @@ class Checkpointer(Checkpoint):
     def save(self, trainer: Trainer) -> None:
         self.due = False
         try:
-            trainer.save_checkpoint(part_of(self.path))  # every rank takes part
+            part_of(self.path).mkdir(parents=True, exist_ok=True)
+            write_tensors(trainer, part_of(self.path))
+            trainer.save_checkpoint(part_of(self.path))  # waits for every rank
         except Exception:  # half a file would keep a full disk full
             with suppress(OSError):  # other processes remove it too
                 remove(part_of(self.path))
@@ -117,29 +132,19 @@ class Checkpointer(Checkpoint):
         self.saved_at = steps_done(trainer)
 
 
-def began_with(state: Path) -> str | None:
-    """The `kind_of` trainer that wrote a resume state; None if that can't be seen."""
-    if not state.is_dir():
-        return kind_of("auto", 1)
-    shares = list(state.glob("checkpoint/*_optim_states.pt"))
-    is_sharded = any(state.glob("checkpoint/zero_*_model_states.pt"))
-    return kind_of("zero3" if is_sharded else "zero2", len(shares)) if shares else None
-
-
-def kind_of(strategy: str, ranks: int) -> str:
-    """Trainers that can resume each other's states; ZeRO's states have a file per process."""
-    if strategy not in ZERO:
-        return "a trainer without ZeRO"
-    kind = "zero1 or zero2" if ZERO[strategy] < 3 else "zero3 or zero3_offload"
-    return f"{kind} on {ranks} process{'es' * (ranks != 1)}"
-
-
 class ResumeIO(TorchCheckpointIO):
-    """Writes a resume state directly to its path. Lightning goes through memory and the system's
-    temporary folder: perhaps another, smaller disk, where a kill would leave the file."""
+    """What Lightning itself saves, beside the tensors: a file of the state's folder.
+
+    Lightning's own way goes through memory and the system's temporary folder: perhaps another,
+    smaller disk, where a kill would leave the file.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        with open(path, "wb") as file:
-            torch.save(checkpoint, file)
+        with open(Path(path) / LOOPS, "wb") as file:
+            torch.save({key: x for key, x in checkpoint.items() if key not in TENSORS}, file)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        loops = torch.load(Path(path) / LOOPS, map_location="cpu", weights_only=True)
+        return {**loops, **{key: type(none)() for key, none in TENSORS.items()}}

@@ -22,7 +22,7 @@ from fourstage.files import write_jsonl
 from fourstage.interruptions import Stopped, advice, explained, held_back, lost_peer
 from fourstage.job import StageJob
 from fourstage.ladder import LADDER
-from fourstage.lineage.resume import Checkpointer, ResumeIO, began_with, kind_of
+from fourstage.lineage.resume import Checkpointer, ResumeIO
 from fourstage.model import Transformer
 from fourstage.model.weights import save_weights
 from fourstage.parallel import strategies
@@ -150,13 +150,6 @@ def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
     """Train to the end of the budget, and validate the final weights."""
     module, loaders = prepared.module, prepared.loaders
     checkpoint = str(job.checkpoint) if job.resume else None
-    if job.resume:
-        began, resumes = began_with(job.checkpoint), kind_of(job.trainer.strategy, world_size(job))
-        if began not in (None, resumes):
-            raise UserError(
-                f"begun with {began}, which {resumes} can't resume: use the former, or train it "
-                f"from the start: rm -r {shlex.quote(str(job.folder))}"
-            )
     during = loaders.val if job.settings.val_every else None
     try:
         trainer.fit(module, loaders.train, during, ckpt_path=checkpoint, weights_only=True)
@@ -185,7 +178,7 @@ def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trai
         StepAxis(),
         RouterHealth(prepared.heldout_rows, settings.log_every),
         PlanProgress(job.stage, job.plan_left),
-        Checkpointer(job.checkpoint, settings.checkpoint_every),
+        Checkpointer(job.checkpoint, settings.checkpoint_every, job.trainer.words),
     ]
     if isinstance(prepared.result, Transformer):
         samples = SampleLog(
@@ -196,8 +189,7 @@ def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trai
         )
         callbacks.append(samples)
     options = strategies.trainer_options(job.trainer, settings.clip_norm)
-    if job.trainer.strategy not in strategies.ZERO:  # DeepSpeed writes its own
-        options["plugins"] = [ResumeIO()]
+    options["plugins"] = [*options.get("plugins", []), ResumeIO()]
     trainer = L.Trainer(
         **options,
         max_epochs=1,

@@ -8,7 +8,6 @@ own bookkeeping (0.19, runtime/zero/stage_1_and_2.py and stage3.py), checked at 
 the weights themselves.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fourstage.optim.muon import AT_ONCE, Muon, Split, add_orthogonal, matrices, worked_in
+from fourstage.optim.shards import Held, shards_of
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,6 @@ def splits_of(optimizer: Muon) -> dict[nn.Parameter, Split]:
 # --- the layout
 
 
-@dataclass(frozen=True)
-class Held:
-    """Where `here`, this rank's numbers of a weight, are in the weight and in a shard."""
-
-    weight: nn.Parameter
-    shape: torch.Size
-    here: Tensor
-    of: slice
-    at: slice
-
-
 @torch.no_grad()
 def layout(
     zero: Any, stage: int, splits: dict[nn.Parameter, Split], device: torch.device
@@ -94,7 +83,7 @@ def layout(
     """
     pieces: dict[Tensor, list[list[Piece]]] = {}
     missing = dict(splits)
-    for shard, held in (of_weights if stage == 3 else of_groups)(zero):
+    for shard, held in shards_of(zero, stage):
         if held[0].weight not in splits:
             continue  # AdamW's
         assert all(shard[x.at].equal(x.here) for x in held)
@@ -107,42 +96,6 @@ def layout(
         )
     assert not missing
     return pieces
-
-
-def of_groups(zero: Any) -> Iterator[tuple[Tensor, list[Held]]]:
-    """ZeRO-1 and 2: a group's weights, concatenated, in as many parts as there are ranks."""
-    for shard, size, weights, offsets in zip(
-        zero.single_partition_of_fp32_groups,
-        zero.partition_size,
-        zero.round_robin_bit16_groups,
-        zero.round_robin_bit16_offsets,
-        strict=True,
-    ):
-        assert shard.shape == (size,)
-        start = dist.get_rank() * size
-        held: list[Held] = []
-        for weight, offset in zip(weights, offsets, strict=True):
-            first = max(start, offset)
-            last = max(first, min(start + size, offset + weight.numel()))
-            of, at = slice(first - offset, last - offset), slice(first - start, last - start)
-            held.append(Held(weight, weight.shape, weight.flatten()[of], of, at))
-        yield shard, held
-
-
-def of_weights(zero: Any) -> Iterator[tuple[Tensor, list[Held]]]:
-    """ZeRO-3: each weight in as many parts as there are ranks; a rank's parts are concatenated."""
-    for shard, weights in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
-        end = 0
-        held: list[Held] = []
-        for weight in weights:
-            size, shape = weight.partition_numel(), weight.ds_shape
-            first = min(dist.get_rank() * size, shape.numel())
-            of = slice(first, min(first + size, shape.numel()))
-            at = slice(end, end + of.stop - of.start)
-            held.append(Held(weight, shape, weight.ds_tensor.flatten()[: at.stop - end], of, at))
-            end += size
-        assert shard.shape == (end,)
-        yield shard, held
 
 
 def touched(x: Held, split: Split) -> list[slice]:

@@ -12,7 +12,6 @@ import functools
 import gc
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -22,7 +21,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import DeepSpeedPrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 
 from fourstage.job import TrainerConfig
@@ -74,6 +73,10 @@ class ZeroStrategy(DeepSpeedStrategy):
             "classes": [f"{MoE.__module__}.{MoE.__qualname__}"]
         }
 
+    @property
+    def zero_stage(self) -> int:
+        return self.config["zero_optimization"]["stage"]
+
     def setup(self, trainer: L.Trainer) -> None:
         if self.zero_stage_3 and trainer.training:
             import deepspeed
@@ -96,7 +99,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         muon = ZeroMuon(optimizer.param_groups, optimizer.defaults["lr"])
         engine, zero = super()._setup_model_and_optimizer(model, muon, lr_scheduler)
         muon.device = self.root_device
-        muon.pieces = layout(zero, self.config["zero_optimization"]["stage"], splits, muon.device)
+        muon.pieces = layout(zero, self.zero_stage, splits, muon.device)
         return engine, zero
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -107,17 +110,17 @@ class ZeroStrategy(DeepSpeedStrategy):
         with self.precision_plugin.val_step_context():
             return self.lightning_module.validation_step(*args, **kwargs)
 
-    def load_checkpoint(
-        self, checkpoint_path: Any, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """DeepSpeed's own way, but with weights_only, as a pickle can execute code."""
-        from deepspeed.runtime.fp16.loss_scaler import LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
+    # resume states are the same for all strategies (state.py): Lightning's part of them is written
+    # as it is without DeepSpeed, which would write files of its own for just as many ranks
 
-        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # for every torch.load
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            return super().load_checkpoint(checkpoint_path, weights_only=True)
+    save_checkpoint = Strategy.save_checkpoint
+    load_checkpoint = Strategy.load_checkpoint
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        return {}
 
     def teardown(self) -> None:
         """Frees the engine, which would keep its networks during the next stages."""
