@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fourstage.__main__ import COMMANDS
 from fourstage.errors import UserError
+from fourstage.files import remove
 from fourstage.interruptions import (
     NO_READER,
     Stopped,
@@ -27,7 +29,7 @@ from fourstage.interruptions import (
     stop_now,
 )
 from fourstage.lineage.climb import climb
-from fourstage.lineage.resume import ResumeIO
+from fourstage.lineage.resume import LOOPS, ResumeIO
 from fourstage.runs.records import read_record
 from fourstage.stages import PretrainModule
 from tests.fakes import QUICK, config
@@ -221,6 +223,10 @@ def state(outputs: Path) -> Path:
     return path
 
 
+def content(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
 def test_it_resumes_with_less_memory_to_the_same_weights(outputs, calm, capsys) -> None:
     folder = train(outputs)
     assert f"resuming {folder.name}" in capsys.readouterr().out
@@ -230,15 +236,15 @@ def test_it_resumes_with_less_memory_to_the_same_weights(outputs, calm, capsys) 
 
 def test_a_full_disk_in_a_save_leaves_the_last_state(outputs, calm, monkeypatch) -> None:
     def full(self: ResumeIO, checkpoint, path, storage_options=None) -> None:
-        Path(path).write_text("half")
+        (Path(path) / LOOPS).write_text("half")
         raise OSError(28, "No space left on device", str(path))
 
-    before = state(outputs).read_bytes()
+    before = content(state(outputs))
     with monkeypatch.context() as patch:
         patch.setattr(ResumeIO, "save_checkpoint", full)
         with pytest.raises(UserError, match=r", after step 3: disk full at .*\.part\.ckpt: free"):
             train(outputs)
-    assert state(outputs).read_bytes() == before
+    assert content(state(outputs)) == before
     assert [path.name for path in state(outputs).parent.iterdir()] == ["last.ckpt"]
     assert (train(outputs) / "model.safetensors").read_bytes() == calm
 
@@ -253,27 +259,48 @@ class Executed:
         return (os.mkdir, (str(self.path),))
 
 
-@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "code", "other model", "other run"])
+def spoil(path: Path, kind: str, executed: Path) -> None:
+    """Change a resume state, a folder of two files, so that it can't be resumed from."""
+    loops, tensors = path / LOOPS, path / "rank-00000.safetensors"
+    if kind in ("truncated", "no header"):
+        tensors.write_bytes(tensors.read_bytes()[: 100_000 if kind == "truncated" else 5])
+    elif kind == "no tensors":
+        tensors.unlink()
+    elif kind == "text":
+        loops.write_text("hello\n")
+    elif kind == "a file":  # as earlier versions had
+        shutil.rmtree(path)
+        path.write_text("hello\n")
+    elif kind in ("other model", "a weight less", "half a weight"):
+        weights = load_file(tensors)
+        name = next(name for name in weights if name.startswith("weight 0 "))
+        weight = weights.pop(name)
+        if kind == "half a weight":
+            weights[name] = weight[: len(weight) // 2].clone()
+        if kind == "other model":
+            weights["weight 0 other"] = weight
+        save_file(weights, tensors)
+    else:
+        found = torch.load(loops, weights_only=True)
+        if kind == "code":
+            found["epoch"] = Executed(executed)
+        if kind == "other run":
+            found["callbacks"]["Checkpointer"]["run"] = "sft-abcdefghij"
+        torch.save(found, loops)
+
+
+KINDS = ["truncated", "no header", "no tensors", "text", "a file", "other model", "a weight less"]
+KINDS += ["half a weight", "code", "other run"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_broken_resume_state_is_one_line(outputs: Path, tmp_path: Path, kind: str) -> None:
     path = state(outputs)
-    content = torch.load(path, weights_only=True)
-    if kind == "truncated":
-        path.write_bytes(path.read_bytes()[:100_000])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "text":
-        path.write_text("hello\n")
-    elif kind == "code":
-        torch.save({**content, "epoch": Executed(tmp_path / "executed")}, path)
+    spoil(path, kind, tmp_path / "executed")
+    if kind == "code":
         with pytest.raises(pickle.UnpicklingError):
-            torch.load(path, weights_only=True)
-    elif kind == "other model":
-        weights = {name: torch.zeros(3) for name in content["state_dict"]}
-        torch.save({**content, "state_dict": weights}, path)
-    else:
-        content["callbacks"]["Checkpointer"]["run"] = "sft-abcdefghij"
-        torch.save(content, path)
-    before = path.read_bytes()
+            torch.load(path / LOOPS, weights_only=True)
+    before = content(path) if path.is_dir() else path.read_bytes()
     with pytest.raises(UserError) as caught:
         train(outputs)
     name, line = path.parts[-3], str(caught.value)
@@ -283,8 +310,9 @@ def test_a_broken_resume_state_is_one_line(outputs: Path, tmp_path: Path, kind: 
         else "broken, or not of this run and version: remove it to train the stage from the start"
     )
     assert line == f"{name}: {path}: {what}: rm -r {shlex.quote(str(path))}"
-    assert path.read_bytes() == before and not (tmp_path / "executed").exists()
-    path.unlink()
+    assert (content(path) if path.is_dir() else path.read_bytes()) == before
+    assert not (tmp_path / "executed").exists()
+    remove(path)
     train(outputs)
 
 

@@ -1,17 +1,24 @@
-"""train.py where ZeRO trains on CPU processes: `python -m tests.train_on_cpus trainer=zero2 ...`"""
+"""train.py where ZeRO trains on CPU processes: `python -m tests.train_on_cpus trainer=zero2 ...`
+
+With STOP_AT=N in the environment every process gets SIGTERM in step N.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fourstage.job import TrainerConfig
+from fourstage.lineage.resume import Checkpointer
 from fourstage.parallel import strategies
 from tests.cpu_as_cuda import let_deepspeed_use_cpus, on_cpus
 
 trainer_options = strategies.trainer_options
+on_train_batch_start = Checkpointer.on_train_batch_start
 
 
 def cpu_options(where: TrainerConfig, clip_norm: float) -> dict[str, Any]:
@@ -25,11 +32,19 @@ def resolved(self: TrainerConfig) -> TrainerConfig:
     return replace(self, accelerator="cpu", precision="32-true")
 
 
+def stopping(self: Checkpointer, *args: Any) -> None:
+    on_train_batch_start(self, *args)
+    if args[-1] + 1 == int(os.environ["STOP_AT"]):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     let_deepspeed_use_cpus()
     strategies.trainer_options = cpu_options
     TrainerConfig.resolved = resolved
+    if "STOP_AT" in os.environ:
+        Checkpointer.on_train_batch_start = stopping
 
     import train
 

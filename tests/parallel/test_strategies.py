@@ -41,7 +41,7 @@ def seen(folder: Path, stage: str, rank: int) -> dict[str, Any]:
 def check(alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     """The same losses to 1e-4, the same metrics, and equal weights on the ranks."""
     for rank in ranks:
-        assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-4, abs=1e-5)
         assert len(rank["metrics"]) == len(alone["metrics"])
         for one, two in zip(alone["metrics"], rank["metrics"], strict=True):
             assert two == pytest.approx(one, rel=2e-3, abs=1e-4)
@@ -63,7 +63,7 @@ def test_a_few_steps_under_zero2(tmp_path):
     train("auto", 1, 2, tmp_path / "alone", "ppo_bf16")
     want, found = (seen(where, "ppo_bf16", 0)["losses"] for where in (tmp_path / "alone", two))
     assert len(found) > 2  # a step has several updates, and each sees the weights of the one before
-    assert found == pytest.approx(want, abs=0.02)
+    assert found == pytest.approx(want, abs=0.04)
 
 
 WAITS = """
@@ -90,7 +90,8 @@ def test_the_others_wait_longer_than_a_collective_would(tmp_path):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    return trained("auto", 1, 10, tmp_path_factory.mktemp("alone") / "1", *STAGES, *MUON, *SKIPPED)
+    folder = tmp_path_factory.mktemp("alone") / "1"
+    return trained("auto", 1, 10, folder, *STAGES, *MUON, *SKIPPED, "sampled")
 
 
 @pytest.fixture(scope="module", params=TRAINERS)
@@ -100,7 +101,7 @@ def two_ranks(request, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES + MUON)
+@pytest.mark.parametrize("stage", (*STAGES, *MUON, "sampled"))
 def test_two_ranks_take_the_steps_of_one(stage, alone, two_ranks):
     check(seen(alone, stage, 0), [seen(two_ranks, stage, rank) for rank in (0, 1)])
 
@@ -131,4 +132,4 @@ def test_ranks_whose_answers_end_at_different_lengths_stay_in_step(two_ranks):
     """And that answer tied groups once more, which the other rank may not have."""
     first, second = (seen(two_ranks, "sampled", rank) for rank in (0, 1))
     assert distance(first["weights"], second["weights"]) == 0
-    assert first["losses"] == second["losses"] and len(first["losses"]) == 20
+    assert first["losses"] == second["losses"] and len(first["losses"]) == 40

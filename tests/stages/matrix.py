@@ -2,10 +2,11 @@
 
 `python -m tests.stages.matrix TRAINER RANKS STEPS FOLDER STAGE...` writes STAGE-RANK.pt: the loss
 of every optimizer step over all ranks, the metrics of every training step, the weights at the end.
-In ppo and grpo the answers are fixed; the stage "sampled" is grpo with its own sampler, "skipped"
-is sft with two steps whose loss or gradient is not finite on the last rank, and a stage of which
-the name ends in _muon has that optimizer, one in _bf16 that precision, and one in _large takes its
-vocabulary for a large one, with the logits of a few tokens at a time.
+In ppo and grpo the answers are fixed; the stage "sampled" is grpo with its own sampler, which
+answers tied groups once more, and "skipped" is sft with two steps whose loss or gradient is not
+finite on the last rank. A stage of which the name ends in _muon has that optimizer, one in _bf16
+that precision, and one in _large takes its vocabulary for a large one, with the logits of a few
+tokens at a time.
 """
 
 from __future__ import annotations
@@ -55,7 +56,6 @@ MUON = ("pretrain_muon", "tied_muon", "ppo_muon")
 LARGE = ("pretrain_large", "tied_large")
 # clipping, weight decay, warm-up and the router's bias are all at work
 SHARED = {"lr": 0.003, "micro_batch_size": 2, "clip_norm": 0.5, "weight_decay": 0.1, "warmup": 0.3}
-ALL_ROWS = {"minibatch_size": 16, "balance_router": True}  # ranks draw their own minibatches
 
 
 def make(stage: str, steps: int) -> tuple[StageModule, list[Any]]:
@@ -75,7 +75,8 @@ def make(stage: str, steps: int) -> tuple[StageModule, list[Any]]:
         module = RewardModule(make_scalar(), settings(stage, **shared), 0)
         return module, [pairs(8, seed=step) for step in range(steps)]
     if stage == "ppo":
-        s = settings(stage, **{**test_ppo.SMALL, **shared, **ALL_ROWS, "kl_target": 1.0})
+        own = {"minibatch_size": 2, "balance_router": True, "kl_target": 1.0}
+        s = settings(stage, **{**test_ppo.SMALL, **shared, **own})
         networks = {"value": make_scalar(3), "reference": make_policy(4), "reward": make_scalar(5)}
         module = PPOModule(
             make_policy(),
@@ -86,7 +87,7 @@ def make(stage: str, steps: int) -> tuple[StageModule, list[Any]]:
             sampler_of=lambda policy: fixed_answers,
         )
         return module, prompt_batches(steps)
-    changes = {**test_grpo.SMALL, **shared, **ALL_ROWS, "epochs": 2, "kl_coef": 0.1}
+    changes = {**test_grpo.SMALL, **shared, "balance_router": True, "epochs": 2, "kl_coef": 0.1}
     if stage == "sampled":
         changes["resample_rounds"] = 2
     s = settings("grpo", **changes)

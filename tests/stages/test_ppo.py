@@ -268,7 +268,8 @@ def test_minibatches_take_every_answer_once_a_pass():
     module = make(minibatch_size=3)
     total = SimpleNamespace(processed=5)
     epoch_loop = SimpleNamespace(batch_progress=SimpleNamespace(total=total))
-    module.trainer = SimpleNamespace(world_size=1, fit_loop=SimpleNamespace(epoch_loop=epoch_loop))
+    fit_loop = SimpleNamespace(epoch_loop=epoch_loop)
+    module.trainer = SimpleNamespace(world_size=1, global_rank=0, fit_loop=fit_loop)
     lengths = [3, 1, 4, 1, 5, 9, 2, 6]
     answers = [[7] * n for n in lengths]
     rollout = pack([[1]] * 8, Generation(answers, None, [True] * 8), pad_id=0)

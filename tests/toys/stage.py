@@ -54,7 +54,7 @@ def prepare(job: StageJob) -> Prepared:
         chats.train, chats.heldout, tokenizer, max_tokens=length, **loader_options(job)
     )
     module = SmoothModule(policy, job.settings, job.seed)
-    return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
+    return Prepared(module, loaders, heldout_rows(loaders, job), tokenizer)
 
 
 def check_data(

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fourstage.batch import TokenBatch
-from fourstage.lineage.resume import Checkpointer
+from fourstage.lineage.resume import Checkpointer, ResumeIO
 from fourstage.rl.rewards import ReasoningReward
 from fourstage.stages import (
     GRPOModule,
@@ -227,6 +227,7 @@ def attempt(folder: Path, stage: str, *extra: L.Callback) -> tuple[StageModule, 
     meter = CostMeter()
     trainer = L.Trainer(
         accelerator="cpu",
+        plugins=[ResumeIO()],
         max_epochs=1,
         logger=[MetricsCSV(folder / "metrics.csv", resume=resume)],
         callbacks=[

@@ -6,7 +6,11 @@ Our own sampler and the trainer agree on log-probabilities to 1e-4 in float32 (t
 the stages log the difference).
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourstage.batch import Rollout, moved, padded
@@ -34,23 +38,45 @@ def fitted_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]], room: in
 def pack(prompts: list[list[int]], generation: Generation, pad_id: int) -> Rollout:
     """Right-padded rows prompt + answer; log-probs that the sampler doesn't know are 0."""
     answers = generation.answer_ids
-    ids_BT = padded([p + a for p, a in zip(prompts, answers, strict=True)], pad_id)
     logp_BA = torch.zeros(len(prompts), max(map(len, answers)))
     for row, logprobs in enumerate(generation.logprobs or []):
         logp_BA[row, : len(logprobs)] = torch.tensor(logprobs)
-    start_B = torch.tensor([len(p) for p in prompts])
-    length_B = torch.tensor([len(a) for a in answers])
-    inputs_B = start_B + length_B - 1  # the last token predicts nothing
-    rank_B = ranks(ids_BT, inputs_B)
-    packs = len(Packing(ids_BT, inputs_B, rank_B)) <= MOST_PACKED * ids_BT.numel()
-    return Rollout(
-        ids=ids_BT,
-        start=start_B,
-        length=length_B,
-        logprobs=logp_BA,
-        stopped=torch.tensor(generation.stopped),
-        rank=rank_B if packs else None,
+    return ranked(
+        Rollout(
+            ids=padded([p + a for p, a in zip(prompts, answers, strict=True)], pad_id),
+            start=torch.tensor([len(p) for p in prompts]),
+            length=torch.tensor([len(a) for a in answers]),
+            logprobs=logp_BA,
+            stopped=torch.tensor(generation.stopped),
+        )
     )
+
+
+def ranked(rollout: Rollout) -> Rollout:
+    """The same with the ranks for Packing, if packing pays off."""
+    inputs_B = rollout.start + rollout.length - 1  # the last token predicts nothing
+    rank_B = ranks(rollout.ids, inputs_B)
+    packs = len(Packing(rollout.ids, inputs_B, rank_B)) <= MOST_PACKED * rollout.ids.numel()
+    return replace(rollout, rank=rank_B if packs else None)
+
+
+def joined(rollouts: Sequence[Rollout], group: int, pad_id: int) -> Rollout:
+    """The rollouts of all ranks as one, in the order of the global batch (see `in_order`)."""
+    columns: dict[str, Tensor] = {}
+    for name in ("ids", "start", "length", "logprobs", "stopped"):
+        parts = [getattr(rollout, name) for rollout in rollouts]
+        columns[name] = in_order(parts, group, pad_id if name == "ids" else 0)
+    return ranked(Rollout(**columns))
+
+
+def in_order(parts: Sequence[Tensor], group: int, fill: int = 0) -> Tensor:
+    """Numbers [b, ...] of each rank's rows, as [B, ...] in the order of the global batch, of which
+    rank r of R has the prompts r, r + R, r + 2R, ..., each with `group` answers in a row."""
+    width = max(x.shape[-1] for x in parts)
+    if parts[0].ndim == 2:
+        parts = [F.pad(x, (0, width - x.shape[1]), value=fill) for x in parts]
+    by_prompt = [x.view(-1, group, *x.shape[1:]) for x in parts]
+    return torch.stack(by_prompt, dim=1).flatten(0, 2)
 
 
 def answer_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:

@@ -194,6 +194,10 @@ class GRPOModule(OnPolicyModule):
 
     settings: Settings
 
+    @property
+    def group(self) -> int:
+        return self.settings.group_size
+
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         s = self.settings
         prompts = [ids for ids in batch.prompt_ids for _ in range(s.group_size)]
@@ -202,10 +206,11 @@ class GRPOModule(OnPolicyModule):
             rollout = self.rollout(policy, prompts, answers.generation)
         scale = SCALES[s.recipe.advantages]
         advantage_B = scale(answers.total_B.view(-1, s.group_size)).flatten()
-        ref_logp_BA = self.reference_logprobs(rollout) if s.kl_coef else None
-        loss = partial(self.loss, self.here(advantage_B), ref_logp_BA)
-        has_gradient_B = (advantage_B != 0) | (s.kl_coef > 0)
-        losses = self.learn(rollout, loss, has_gradient_B)
+        ref_logp = [self.reference_logprobs(rollout)] if s.kl_coef else []
+        whole, (advantage_B, *ref_logp) = self.of_all_ranks(rollout, advantage_B, *ref_logp)
+        has_gradient_B = (advantage_B.cpu() != 0) | (s.kl_coef > 0)
+        loss = partial(self.loss, self.here(advantage_B), ref_logp[0] if ref_logp else None)
+        losses = self.learn(whole, loss, has_gradient_B)
         self.log_answers(rollout, answers, losses)
 
     def collect(

@@ -7,18 +7,19 @@ and its use, and `max_steps` counts rollouts.
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fourstage.batch import Rollout, moved
 from fourstage.model import Transformer
 from fourstage.parallel.strategies import is_sharded
 from fourstage.rl.ops import ratio_stats
-from fourstage.rl.rollout import answer_logprobs, pack
+from fourstage.rl.rollout import answer_logprobs, in_order, joined, pack
 from fourstage.sampling.generate import LEAST_TEMPERATURE, Generation, Sampler, Sampling, sampler_of
 from fourstage.stages.base import Metrics, Numbers, StageModule, StageSettings, at_least, between
 from fourstage.tokenizer import Tokenizer
@@ -67,6 +68,7 @@ class OnPolicyModule(StageModule):
     """A policy that learns from its own answers; `reference` is the KL's, and frozen."""
 
     settings: OnPolicySettings
+    group: int = 1  # answers in a row to each prompt
     uses_dropout = False  # the sampler has none, and the ratio compares with the sampler
 
     def __init__(
@@ -99,14 +101,18 @@ class OnPolicyModule(StageModule):
         self, policy: Transformer, prompts: list[list[int]], attempt: int = 0
     ) -> Generation:
         """An answer to each prompt from the full distribution: no top-k, no top-p. A function of
-        seed, rank, step and attempt. policy: the stage's own (strategies.gathered)."""
-        draw = self.steps_done * self.trainer.world_size + self.global_rank
+        seed, step, attempt and the prompt's place in the global batch, so that the same is drawn
+        on any number of ranks. policy: the stage's own (strategies.gathered)."""
         sampling = Sampling(
             max_new_tokens=self.settings.max_new_tokens,
             stop_id=self.tokenizer.eot_id,
             temperature=self.settings.temperature,
-            seed=self.seed * 1_000_003 + draw * 16 + attempt,
+            seed=self.seed * 1_000_003 + self.steps_done * 16 + attempt,
         )
+        seeds = sampling.seeds(len(prompts) * self.trainer.world_size)
+        whose = torch.arange(len(seeds)).view(-1, self.trainer.world_size, self.group)
+        own = whose[:, self.global_rank].flatten().tolist()
+        sampling = replace(sampling, row_seeds=[seeds[row] for row in own])
         generation = self.sampler_of(policy)(prompts, sampling)
         if len(generation.answer_ids) != len(prompts) or not all(map(len, generation.answer_ids)):
             raise ValueError("a sampler must answer every prompt, with one token at least")
@@ -121,6 +127,17 @@ class OnPolicyModule(StageModule):
         if generation.logprobs is None:
             rollout.logprobs = self.logprobs(policy, rollout).cpu()
         return rollout
+
+    def of_all_ranks(self, rollout: Rollout, *numbers: Tensor) -> tuple[Rollout, list[Tensor]]:
+        """The rollout, and numbers of its rows, [B] or [B, A], of all ranks in the order of the
+        global batch: minibatches are then the same on any number of ranks."""
+        if self.trainer.world_size == 1:
+            return rollout, list(numbers)
+        found: list[Any] = [None] * self.trainer.world_size
+        dist.all_gather_object(found, (rollout, [x.cpu() for x in numbers]))
+        rollouts, columns = zip(*found, strict=True)
+        whole = joined(rollouts, self.group, self.tokenizer.pad_id)
+        return whole, [self.here(in_order(x, self.group)) for x in zip(*columns, strict=True)]
 
     def logprobs(self, policy: Transformer, rollout: Rollout) -> Tensor:
         """Log-probability of each answer token, without gradient, [B, A]."""
@@ -158,6 +175,7 @@ class OnPolicyModule(StageModule):
     def learn(self, rollout: Rollout, loss: Loss, has_gradient_B: Tensor) -> Metrics:
         """Clipped updates on the rollout; returns what the last pass saw of the rows it trained.
 
+        rollout: of all ranks, each of which trains on a part of every minibatch.
         has_gradient_B: bool, the rows whose loss has a gradient.
         """
         s, mask_BA = self.settings, self.here(rollout.mask)
@@ -184,15 +202,17 @@ class OnPolicyModule(StageModule):
             if s.max_approx_kl and stats["approx_kl"] > s.max_approx_kl:
                 break
         stats["ratio_max"] = self.max_over_ranks(stats["ratio_max"])
-        losses = {name: self.masked_mean(x_BA, mask_BA) for name, x_BA in seen_BA.items()}
-        return {**stats, **losses, "epochs": epoch + 1}
+        for name, x_BA in seen_BA.items():
+            stats[name] = self.sum_over_ranks((x_BA * mask_BA).sum()) / mask_BA.sum()
+        return {**stats, "epochs": epoch + 1}
 
     def minibatches(self, rollout: Rollout, epoch: int) -> Iterator[Tensor]:
-        """The rows of each optimizer step of one pass, int64, shuffled by the seed."""
+        """This rank's rows of each optimizer step of one pass, int64, shuffled by the seed."""
         seed = (self.seed * 1_000_003 + self.steps_done) * 64 + epoch
         order = torch.randperm(len(rollout.ids), generator=torch.Generator().manual_seed(seed))
-        for rows in order.split(max(1, self.settings.minibatch_size // self.trainer.world_size)):
-            yield self.neighbours(rows, rollout)
+        for rows in order.split(self.settings.minibatch_size):
+            own = rows.chunk(self.trainer.world_size)[self.global_rank]
+            yield self.neighbours(own, rollout)
 
     def rows_with_gradient(self, index: Tensor, has_gradient_B: Tensor) -> Tensor:
         """The rows of a minibatch that move the policy; at least one, so that a step is taken.

@@ -171,7 +171,9 @@ class PPOModule(OnPolicyModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         s = self.settings
         x = self.collect(batch.prompt_ids)
-        losses = self.learn(x.rollout, partial(self.loss, x), torch.ones_like(x.rollout.stopped))
+        rollout, numbers = self.of_all_ranks(x.rollout, x.values_BA, x.advantages_BA, x.returns_BA)
+        has_gradient_B = torch.ones_like(rollout.stopped)
+        losses = self.learn(rollout, partial(self.loss, *numbers), has_gradient_B)
         self.log_experience(x, losses, batch)
         if s.kl_target > 0:
             kl = self.sum_over_ranks(x.kl_BA.sum(1).mean()) / self.trainer.world_size
@@ -207,14 +209,16 @@ class PPOModule(OnPolicyModule):
         """Over the answer tokens of all ranks."""
         return self.sum_over_ranks(moments(x_BA.flatten()[self.here(rollout.places)]))
 
-    def loss(self, x: Experience, part: Part) -> tuple[Tensor, Numbers]:
+    def loss(
+        self, values_BA: Tensor, advantages_BA: Tensor, returns_BA: Tensor, part: Part
+    ) -> tuple[Tensor, Numbers]:
         """A part's share of both networks' loss, and what is logged of each token."""
         s, at = self.settings, part.at
         policy_loss = clipped_surrogate(
-            part.logp, part.old_logp, x.advantages_BA[at], s.clip_low, s.clip_high
+            part.logp, part.old_logp, advantages_BA[at], s.clip_low, s.clip_high
         )
         values = answer_values(self.value, part.rollout)
-        value_loss = clipped_value_loss(values, x.values_BA[at], x.returns_BA[at], s.value_clip)
+        value_loss = clipped_value_loss(values, values_BA[at], returns_BA[at], s.value_clip)
         loss = (policy_loss + s.value_coef * value_loss) * part.mask
         log_ratio = part.logp - part.old_logp
         by_token = {"log_ratio": log_ratio, "policy_loss": policy_loss, "value_loss": value_loss}

@@ -142,16 +142,21 @@ def prepare_prompts(job: StageJob, module: OnPolicyModule, source: Source) -> Pr
     return Prepared(module, loaders, some_rows(rows), tokenizer)
 
 
-def heldout_rows(loaders: LoaderPair) -> list[list[int]]:
-    """PROBE_TOKENS tokens of the middle validation batch, whose rows are of a usual length."""
-    batches = loaders.val.dataset
-    batch: TokenBatch | PairBatch = batches[len(batches) // 2]
-    if isinstance(batch, PairBatch):
-        ids_BT, length_B = batch.chosen_ids, batch.chosen_len
-    else:
-        ids_BT, length_B = batch.ids, batch.valid.sum(1)
-    rows = zip(ids_BT.tolist(), length_B.tolist(), strict=True)
-    return some_rows([ids[:length] for ids, length in rows])
+def heldout_rows(loaders: LoaderPair, job: StageJob) -> list[list[int]]:
+    """PROBE_TOKENS tokens of the middle validation batch, whose rows are of a usual length. They
+    are the same on any number of ranks: R ranks cut the batch of one into R smaller ones."""
+    batches, world = loaders.val.dataset, world_size(job)
+    middle = -(-len(batches) // world) // 2 * world
+    rows: list[list[int]] = []
+    for at in range(middle, min(middle + world, len(batches))):
+        batch: TokenBatch | PairBatch = batches[at]
+        if isinstance(batch, PairBatch):
+            ids_BT, length_B = batch.chosen_ids, batch.chosen_len
+        else:
+            ids_BT, length_B = batch.ids, batch.valid.sum(1)
+        both = zip(ids_BT.tolist(), length_B.tolist(), strict=True)
+        rows += [ids[:length] for ids, length in both]
+    return some_rows(rows)
 
 
 def some_rows(rows: list[list[int]]) -> list[list[int]]:

@@ -76,7 +76,7 @@ def prepare(job: StageJob) -> Prepared:
     notes = loaders.notes
     known = notes["heldout_characters"] - notes["heldout_unknown_characters"]
     module = PretrainModule(policy, job.settings, job.seed, known, notes["heldout_bytes"])
-    return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
+    return Prepared(module, loaders, heldout_rows(loaders, job), tokenizer)
 
 
 def check_data(

@@ -229,7 +229,7 @@ def prepare(job: StageJob) -> Prepared:
     options = {"max_tokens": job.settings.max_tokens, **loader_options(job)}
     loaders = reward_data(pairs.train, pairs.heldout, tokenizer, **options)
     module = RewardModule(ScalarModel(policy), job.settings, job.seed)
-    return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
+    return Prepared(module, loaders, heldout_rows(loaders, job), tokenizer)
 
 
 def check_data(

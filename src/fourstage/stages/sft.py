@@ -43,7 +43,7 @@ def prepare(job: StageJob) -> Prepared:
     options = {"max_tokens": job.settings.max_tokens, **loader_options(job)}
     loaders = sft_data(chats.train, chats.heldout, tokenizer, **options)
     module = SFTModule(policy, job.settings, job.seed)
-    return Prepared(module, loaders, heldout_rows(loaders), tokenizer)
+    return Prepared(module, loaders, heldout_rows(loaders, job), tokenizer)
 
 
 def check_data(
