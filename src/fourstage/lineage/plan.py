@@ -225,8 +225,10 @@ def check_stage(command: Command, stage: str) -> None:
     processes = command.trainer.processes
     for key in ("batch_size", "minibatch_size"):
         if (rows := values.get(key, 0)) % processes:
+            fewer = next(n for n in range(processes, 0, -1) if rows % n == 0)
             raise UserError(
-                f"{where}.{key}: {rows} rows cannot be shared evenly by {processes} devices"
+                f"{where}.{key}: {rows} rows cannot be shared evenly by {processes} devices: take "
+                f"{fewer}, or other rows, which make a new run"
             )
 
 
