@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +14,12 @@ from fourstage.batch import TokenBatch
 from fourstage.errors import UserError
 from fourstage.ladder import LADDER
 from fourstage.settings import build
-from fourstage.stages import PretrainModule, SFTModule
+from fourstage.stages import PretrainModule, SFTModule, grpo
 from fourstage.stages.base import learning_rate_factor, parameter_groups
-from tests.device import REPEATED, repeated
+from tests.device import REPEATED, close, repeated
+from tests.fakes import one_by_one
+from tests.stages import matrix
+from tests.stages.test_grpo import reward_by_text
 from tests.stages.tiny import (
     STAGES,
     distance,
@@ -80,6 +84,7 @@ EVERY_STAGE = [
     ("beta2", 1.0, "must be below 1, got 1.0"),
     ("clip_norm", -1.0, "must be at least 0, got -1.0"),
     ("balance_router", 1, "expected true or false, got 1"),
+    ("freeze_router", 1, "expected true or false, got 1"),
     ("val_every", -1, "must be at least 0, got -1"),
     ("log_every", 0, "must be at least 1, got 0"),
     ("sample_every", -1, "must be at least 0, got -1"),
@@ -357,3 +362,32 @@ def test_the_count_of_skipped_steps_is_part_of_the_resume_state():
     resumed = Poisoned(make_policy(), steady("sft", max_steps=1), {})
     resumed.on_load_checkpoint(checkpoint)
     assert resumed.skipped_steps == 7
+
+
+# --- a frozen router
+
+
+@pytest.mark.parametrize("stage", [*matrix.STAGES, *matrix.MUON, "sampled"])
+def test_a_frozen_router_keeps_its_weights_and_the_others_get_their_gradients(stage, monkeypatch):
+    """One plain step on one minibatch without clipping: what else moves, moves as it would."""
+    monkeypatch.setattr(grpo, "reasoning_rewards", one_by_one(reward_by_text))
+    found = []
+    for freeze in (False, True):
+        matrix.Keep.step = 0
+        changes = {"freeze_router": freeze, "clip_norm": 0.0, "minibatch_size": 16, "epochs": 1}
+        module, batches = matrix.make(stage, 1)
+        known = {key: value for key, value in changes.items() if hasattr(module.settings, key)}
+        module.settings = replace(module.settings, **known)
+        before = weights(module)
+        fit(module, batches)
+        found.append(weights(module))
+    free, frozen = found
+    routers = {name for name in before if ".router.proj." in name}
+    assert routers
+    for name in before:
+        if name in routers:
+            assert torch.equal(frozen[name], before[name]) and not torch.equal(
+                free[name], before[name]
+            )
+        else:
+            close(frozen[name], free[name])

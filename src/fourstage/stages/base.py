@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fourstage.batch import moved
 from fourstage.errors import UserError
 from fourstage.model import ModelConfig, ScalarModel, Transformer
+from fourstage.model.moe import Router
 from fourstage.optim.muon import Muon, hidden_matrices
 from fourstage.parallel import strategies
 from fourstage.settings import Bounded, at_least, between, hashed, positive
@@ -53,6 +54,7 @@ class StageSettings(Bounded):
     checkpoint_every: int = at_least(1)
     max_skipped: int = at_least(1, default=5)  # skipped optimizer steps in a row that end the run
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of attention and experts
+    freeze_router: bool = False  # keep the routers' weights; balance_router says it of their bias
 
     HASHED_UP_TO: ClassVar[str] = "optimizer"  # see settings.hashed
     # fmt: off
@@ -127,7 +129,7 @@ def parameter_groups(
     splits = dict(hidden_matrices(network)) if optimizer == "muon" else {}
     decayed, plain = [], []
     for name, parameter in network.named_parameters():
-        if parameter not in splits:
+        if parameter.requires_grad and parameter not in splits:
             (plain if "norm" in name or "embed" in name else decayed).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": weight_decay},
@@ -176,6 +178,12 @@ class StageModule(L.LightningModule):
         """This process's FLOPs so far, in trained and frozen networks (see model/flops.py)."""
         networks = (self, *self.frozen.values())
         return sum(t.flops for network in networks for t in strategies.transformers(network))
+
+    def setup(self, stage: str) -> None:
+        if self.settings.freeze_router:  # before a strategy looks which weights have gradients
+            for layer in self.modules():
+                if isinstance(layer, Router):
+                    layer.requires_grad_(False)
 
     def on_fit_start(self) -> None:
         for layer in self.modules():
