@@ -48,4 +48,5 @@ if __name__ == "__main__":
 
     import train
 
-    train.main()
+    train.COMMAND[1:] = ["-m", __spec__.name]  # of the jobs of a multirun
+    train.run()

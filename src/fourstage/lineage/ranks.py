@@ -46,7 +46,7 @@ def check_environment() -> None:
         for name in OF_A_TASK:
             env.pop(name, None)
     is_child = "LOCAL_RANK" in env and "FOURSTAGE_JOB" in env
-    if _has(OF_TORCHRUN) or _has(OF_SRUN) or is_child:
+    if others_are_there() or is_child:
         return
     for name in OF_A_RANK:
         if int(env.pop(name, 0)):
@@ -54,6 +54,11 @@ def check_environment() -> None:
                 f"{name} in the environment, but this process was started by neither torchrun nor "
                 f"srun: start it with one of them, or unset {name}"
             )
+
+
+def others_are_there() -> bool:
+    """Whether torchrun or srun has started all processes of the job."""
+    return _has(OF_TORCHRUN) or _has(OF_SRUN)
 
 
 def _has(names: Sequence[str]) -> bool:
