@@ -45,8 +45,8 @@ GROUND = (
 EXTRA = {"report": {"fourstage.evaluation.suite"}}
 # packages that only these rooms may import
 FOREIGN = {
-    "hydra": {"train"},
-    "omegaconf": {"train"},
+    "hydra": {"train", "lineage"},
+    "omegaconf": {"train", "lineage"},
     "lightning": {"lineage", "tracking", "stages", "parallel"},
     "deepspeed": {"parallel"},
     "wandb": {"lineage", "tracking"},

@@ -24,6 +24,7 @@ from fourstage.interruptions import STOPS
 from fourstage.ladder import LADDER
 from fourstage.lineage import runner
 from fourstage.lineage.plan import make_plan
+from fourstage.lineage.words import line_of, name_folders, refuse_nameless_groups
 from tests.fakes import CONF, FakeTrain, composed, config, own_files
 from tests.hub_tokenizers import chatml
 
@@ -132,9 +133,9 @@ def test_what_hydra_refuses(call, capsys, argument, words) -> None:
 )
 def test_a_group_without_a_name_is_one_line(argument, options) -> None:
     with pytest.raises(SystemExit, match=re.escape(f"{argument}: expected one of {options}")):
-        train.refuse_nameless_groups(["seed=1", argument])
+        refuse_nameless_groups(["seed=1", argument], str(CONF))
     fine = ["--help", "stage=5", "model=moe_nano", "~debug", "seed=null", "model.name=null", "=1"]
-    train.refuse_nameless_groups(fine)
+    refuse_nameless_groups(fine, str(CONF))
 
 
 def test_a_terminal_without_unicode_sees_escapes(call, monkeypatch) -> None:
@@ -175,6 +176,8 @@ def test_help_begins_with_what_it_is_and_commands_that_compose() -> None:
         (["stages.sft.lr"], "Error parsing override 'stages.sft.lr': missing EQUAL at"),
         (["+experiment=no_preferences"], "experiment is given already: leave out the plus sign"),
         (["-m", "seed=1,2", "dry=1"], "dry: no such setting: known are "),
+        (["-m", "hydra/sweeper=ax"], "hydra/sweeper=ax: not installed: pip install hydra-ax-swee"),
+        (["-m", "hydra/launcher=x"], "hydra/launcher=x: no such launcher is installed"),
         (["model=null"], "model=null: expected one of dense_small, "),
     ],
 )
@@ -398,26 +401,26 @@ def test_a_reader_that_ends_is_not_taken_for_ctrl_c(tmp_path) -> None:
     ],
 )
 def test_a_folder_as_a_tokenizer(folder) -> None:
-    group, path = train.name_folders([f"tokenizer=hf:{folder}", "seed=1"])[:2]
+    group, path = name_folders([f"tokenizer=hf:{folder}", "seed=1"])[:2]
     assert group == "tokenizer=hf"
     parsed = OverridesParser.create().parse_override(path)
     assert (parsed.key_or_group, parsed.value()) == ("tokenizer.path", folder)
     if '"' not in folder:
-        assert train.name_folders([f'tokenizer="hf:{folder}"']) == [group, path]
+        assert name_folders([f'tokenizer="hf:{folder}"']) == [group, path]
 
 
 def test_folders_in_a_sweep() -> None:
-    assert train.name_folders(["-m", "tokenizer=hf:/x", "seed=0,1"])[1:3] == [
+    assert name_folders(["-m", "tokenizer=hf:/x", "seed=0,1"])[1:3] == [
         "tokenizer=hf",
         'tokenizer.path="/x"',
     ]
     others = ["stage=sft", "tokenizer=bpe", "tokenizer.path=hf:x", "data.chat.path=hf:a/b"]
-    assert train.name_folders(others) == others
+    assert name_folders(others) == others
     for words in (["-m", "tokenizer=char,hf:/x"], ["tokenizer=char,hf:/x"]):
         with pytest.raises(SystemExit, match="a sweep can't hold hf:FOLDER: run each tokenizer"):
-            train.name_folders(words)
+            name_folders(words)
     with pytest.raises(SystemExit, match="quote a folder with a comma: 'tokenizer=\"hf:/x,bpe\"'"):
-        train.name_folders(["--multirun", "tokenizer=hf:/x,bpe"])
+        name_folders(["--multirun", "tokenizer=hf:/x,bpe"])
 
 
 @pytest.mark.parametrize("value", ["hf:/a b, c=d", "it's.txt", "x(1).txt", "[a.txt"])
@@ -427,14 +430,14 @@ def test_a_value_that_hydra_cannot_read_is_shown_quoted(value) -> None:
 
     with pytest.raises(OverrideParseException) as caught:
         parsed(f"data.corpus.path={value}")
-    line = train.line_of(caught.value)
+    line = line_of(caught.value, str(CONF))
     assert line.startswith(f"data.corpus.path={value}: Hydra can't read the value: quote it: ")
     (word,) = shlex.split(line.partition("quote it: ")[2])
     assert parsed(word).value() == value
     for word in ("seed", "foo bar=1"):
         with pytest.raises(OverrideParseException) as caught:
             parsed(word)
-        assert "quote it" not in train.line_of(caught.value)
+        assert "quote it" not in line_of(caught.value, str(CONF))
 
 
 @pytest.mark.parametrize(("model", "size"), [("moe_tiny", 4096), ("moe_small", 32_768)])

@@ -49,4 +49,4 @@ if __name__ == "__main__":
     import train
 
     train.COMMAND[1:] = ["-m", __spec__.name]  # of the jobs of a multirun
-    train.run()
+    train.main()

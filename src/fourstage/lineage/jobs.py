@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fourstage.files import read_json, write_json
 from fourstage.interruptions import (
-    AGAIN,
     NO_READER,
     STOPS,
     Stopped,
@@ -94,19 +93,29 @@ def run_job(config: DictConfig, command: Sequence[str]) -> float | None:
         if wrong_config:
             line = str(error).splitlines()[0].removeprefix(RESOLVING)
         if is_one_of_many:  # the next jobs run; Hydra shows the first error
-            print(f"job {hydra_config.job.num} failed: {line or repr(error)}", file=sys.stderr)
-            raise CompactHydraException(line) if line else error from error
+            compact = failed(hydra_config, line or repr(error))
+            raise compact if line else error from error
         if line is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         sys.exit(line)
     if is_apart:
         goal = run_apart([*command, *words_of(hydra_config)], hydra_config)
-    return math.nan if is_one_of_many and goal is None else goal
+    if isinstance(goal, str):  # the run itself is fine
+        if (sweeper := hydra_config.runtime.choices["hydra/sweeper"]) != "basic":
+            raise failed(hydra_config, f"{goal}, which hydra/sweeper={sweeper} needs")
+        return math.nan
+    return goal
 
 
-def goal_of(run: Path) -> float | None:
-    """The value of the stage's own goal in the evaluation of a finished run, as in the report; None
-    with a line that says why if the data doesn't define it."""
+def failed(hydra_config: DictConfig, line: str) -> CompactHydraException:
+    """Say that the job failed; the error that makes Hydra go on with the next one."""
+    print(f"job {hydra_config.job.num} failed: {line}", file=sys.stderr)
+    return CompactHydraException(line)
+
+
+def goal_of(run: Path) -> float | str:
+    """The value of a finished run's own goal, as in the report; or, if the data doesn't define it,
+    a str that says why."""
     from fourstage.evaluation.tables import read_summary
 
     stage = LADDER[read_record(run)["stage"]]
@@ -115,8 +124,7 @@ def goal_of(run: Path) -> float | None:
         if metrics.get(name, {}).get("value") is not None:
             return float(metrics[name]["value"])
     why = metrics.get(stage.goal, {}).get("why", "not measured")
-    print(f"{run.name}: no value of {stage.goal} ({why}): to an optimizer this job failed")
-    return None
+    return f"{run.name} has no value of {stage.goal} ({why})"
 
 
 # --- a job in a process of its own
@@ -133,23 +141,22 @@ def words_of(hydra_config: DictConfig) -> list[str]:
     files = [s for s in hydra_config.runtime.config_sources if s.schema == "file"]
     more = ",".join(f'"file://{source.path}"' for source in files if source.provider != "main")
     return [
-        *(f"--config-path={source.path}" for source in files if source.provider == "main"),
-        f"--config-name={hydra_config.job.config_name}",
+        *(word for s in files if s.provider == "main" for word in ("-cp", s.path)),
+        *("-cn", hydra_config.job.config_name),  # messages show the long ones, which a user typed
         "hydra.mode=RUN",
         *([f"hydra.searchpath=[{more}]"] if more else []),
         *hydra_config.overrides.task,
     ]
 
 
-def run_apart(command: Sequence[str], hydra_config: DictConfig) -> float | None:
-    """Run the command of one job; returns its goal. A signal goes on to its first process, which
-    saves with the others. Raises CompactHydraException if it failed, and exits if it was stopped.
-    """
-    num = hydra_config.job.num
+def run_apart(command: Sequence[str], hydra_config: DictConfig) -> Any:
+    """Run the command of one job; returns what goal_of found. A signal goes on to its first
+    process, which saves with the others. Raises CompactHydraException if it failed, and exits if
+    it was stopped."""
     result = Path(hydra_config.runtime.output_dir, "goal.json")
     env = {**os.environ, RESULT: str(result), WAITS: str(os.getpid())}
     if {"NODE_RANK", "FOURSTAGE_JOB"} <= env.keys():
-        env["FOURSTAGE_JOB"] += f".{num}"  # the nodes' processes meet by this name
+        env["FOURSTAGE_JOB"] += f".{hydra_config.job.num}"  # the nodes' processes meet by this name
     started: list[subprocess.Popen[bytes]] = []
     came: list[int] = []
 
@@ -175,9 +182,7 @@ def run_apart(command: Sequence[str], hydra_config: DictConfig) -> float | None:
     with suppress(ProcessLookupError):  # they would keep their memory for some seconds
         os.killpg(started[0].pid, signal.SIGKILL)
     by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    line = f"its process {by}: {AGAIN if code < 0 else 'its own output says why'}"
-    print(f"job {num} failed: {line}", file=sys.stderr)
-    raise CompactHydraException(line)
+    raise failed(hydra_config, f"its process {by}: its own output says why")
 
 
 def end_with(parent: int) -> None:
@@ -196,29 +201,34 @@ class KeepConf(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         loader = GlobalHydra.instance().config_loader()
-        path = loader.get_search_path().get_path()
-        outputs = Path(config.outputs).absolute()
-        folder = Path(tempfile.mkdtemp(prefix="conf-", dir=made(Path(config.hydra.sweep.dir))))
-        path.clear()
-        for at, source in enumerate(config.hydra.runtime.config_sources):
-            place = f"{source.schema}://{source.path}"
-            if source.schema == "file":
-                copy = folder.absolute() / str(at)
-                copy_yaml(Path(source.path), copy, but=outputs)
-                place = f"file://{copy}"
-            path.append(SearchPathElement(source.provider, place))
+        try:
+            kept = list(keep(config))
+        except OSError as error:
+            sys.exit(one_line(error) or f"{error.filename}: {error.strerror}")
+        loader.get_search_path().get_path()[:] = kept
         loader.repository.initialize_sources(loader.get_search_path())
-        with open_dict(config.hydra):  # they are in the path by now
+        with open_dict(config.hydra):  # what it named is in the path by now
             named = config.hydra.overrides.hydra
             named[:] = [word for word in named if not word.startswith("hydra.searchpath=")]
 
 
+def keep(config: DictConfig) -> Iterator[SearchPathElement]:
+    """Copy the folders of config files into the multirun's; the search path over the copies."""
+    place = Path(config.hydra.sweep.dir).absolute()
+    place.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix="conf-", dir=place))  # torchrun: one for each process
+    for at, source in enumerate(config.hydra.runtime.config_sources):
+        path = source.path
+        if source.schema == "file":
+            path = place / str(at)
+            copy_yaml(Path(source.path), path, but=Path(config.outputs).absolute())
+        yield SearchPathElement(source.provider, f"{source.schema}://{path}")
+
+
 def copy_yaml(folder: Path, to: Path, but: Path) -> None:
     """Copy the YAML files of a folder, except those in `but`."""
+    to.mkdir()
     for file in [file for file in folder.rglob("*.y*ml") if but not in file.absolute().parents]:
-        shutil.copyfile(file, made((to / file.relative_to(folder)).parent) / file.name)
-
-
-def made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+        copy = to / file.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)

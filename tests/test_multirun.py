@@ -1,0 +1,484 @@
+"""train.py -m: what optimizers see, jobs of several processes, launchers, edited configs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import hydra
+import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.errors import CompactHydraException
+from hydra.plugins.sweeper import Sweeper
+from omegaconf import OmegaConf
+
+from fourstage.evaluation import suite
+from fourstage.interruptions import STOPS
+from fourstage.ladder import LADDER
+from fourstage.lineage import jobs, runner
+from fourstage.report.files import Files
+from fourstage.report.ladder import choose, read_rows, read_runs
+from fourstage.report.ladder import ladder as runs_below
+from fourstage.report.tables import goals
+from fourstage.runs.records import read_record
+from fourstage.runs.store import RunStore
+from tests.fakes import CONF, FakeTrain, ids, own_files
+
+REPO = CONF.parent
+SMALL = ["model=moe_nano", "debug=fast", "logger=none"]
+TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=2"]
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """Runs a command of a train.py with a FakeTrain and its own copy of conf/; the exit code."""
+    files = own_files(tmp_path / "files")
+    shutil.copytree(CONF, tmp_path / "conf")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    @hydra.main(config_path=str(tmp_path / "conf"), config_name="config", version_base="1.3")
+    def main(config):
+        return jobs.run_job(config, [])
+
+    def run(*arguments: str, fake: FakeTrain) -> int:
+        monkeypatch.setattr(runner, "train_stage", fake)
+        words = ["model=moe_nano", "stage=pretrain", *files, *arguments]
+        flags = [word for word in words if word.startswith("-")]
+        words = [word for word in words if word not in flags]
+        monkeypatch.setattr(sys, "argv", ["train.py", "-m", *flags, *words])
+        GlobalHydra.instance().clear()
+        before = [signal.getsignal(s) for s in STOPS]
+        try:
+            main()
+        except SystemExit as exit:
+            return exit.code
+        finally:
+            for s, handler in zip(STOPS, before, strict=True):
+                signal.signal(s, handler)
+        return 0
+
+    return run
+
+
+# --- the goal
+
+
+def test_the_goal_of_every_stage_is_the_report_s(ladder) -> None:
+    files = Files()
+    runs = read_runs(ladder, files)
+    line = runs_below(choose(runs, "grpo", ladder), runs, files)
+    found = goals(read_rows(line, files))
+    assert [goal.stage for goal in found] == list(LADDER)
+    for goal in found:
+        assert jobs.goal_of(RunStore(ladder).find(goal.stage)) == goal.after["value"]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "found"),
+    [
+        ({"knowledge_answered": {"value": 0.5}, "well_formed": {"value": 1.0}}, 0.5),
+        (
+            {"knowledge_answered": {"value": None, "why": "no facts"}, "well_formed": {"value": 1}},
+            1,
+        ),
+        ({"knowledge_answered": {"value": None, "why": "no facts"}}, "(no facts)"),
+        ({}, "(not measured)"),
+    ],
+)
+def test_a_goal_that_the_data_does_not_define(own_ladder, metrics, found) -> None:
+    run = RunStore(own_ladder).find("sft")
+    (run / "eval.json").write_text(json.dumps({"suite": "6", "metrics": metrics}))
+    goal = jobs.goal_of(run)
+    expected = f"{run.name} has no value of knowledge_answered {found}"
+    assert goal == (expected if isinstance(found, str) else found)
+
+
+def test_the_docs_say_which_way_each_goal_is_better() -> None:
+    table = re.findall(
+        r"^\| (\w+) \| `(\w+)`(?: \(or `(\w+)`\))? \| (\w+)imize \|$",
+        (REPO / "docs" / "runs.md").read_text(),
+        re.M,
+    )
+    ways = {"lower": "min", "higher": "max"}
+    assert table == [
+        (name, row.goal, row.instead, ways[suite.DEFINITIONS[row.goal].better])
+        for name, row in LADDER.items()
+    ]
+    for row in LADDER.values():
+        if row.instead:
+            two = suite.DEFINITIONS[row.goal], suite.DEFINITIONS[row.instead]
+            assert two[0].better == two[1].better
+
+
+class Measured(FakeTrain):
+    """Leaves an evaluation whose goal is the distance of the learning rate from 3; none at 9."""
+
+    def __call__(self, job):
+        cost = super().__call__(job)
+        lr = job.settings.lr
+        cell = {"value": None, "why": "no text"} if lr == 9 else {"value": abs(lr - 3)}
+        metrics = {"suite": "6", "metrics": {"bits_per_char": cell}}
+        (job.folder / "eval.json").write_text(json.dumps(metrics))
+        return cost
+
+
+@pytest.fixture
+def halving(monkeypatch) -> list:
+    """hydra/sweeper=halving, as a plugin makes it known; what it has seen, a pair for each job."""
+    seen: list[tuple[float, float | str]] = []
+
+    class Halving(Sweeper):
+        """Minimizes over lr in [1, 9], from what jobs return: keeps the better half."""
+
+        def setup(self, *, hydra_context, task_function, config) -> None:
+            self.launcher = Plugins.instance().instantiate_launcher(
+                hydra_context=hydra_context, task_function=task_function, config=config
+            )
+
+        def sweep(self, arguments) -> None:
+            low, high, failed = 1.0, 9.0, False
+            while high - low > 1:
+                for lr in (low, high):
+                    words = [*arguments, f"stages.pretrain.lr={lr}"]
+                    (job,) = self.launcher.launch([words], initial_job_idx=len(seen))
+                    try:
+                        seen.append((lr, job.return_value))
+                    except CompactHydraException as error:
+                        failed = True
+                        seen.append((lr, str(error)))
+                (low, a), (high, b) = seen[-2:]
+                middle = (low + high) / 2
+                a_is_better = isinstance(b, str) or a <= b
+                low, high = (low, middle) if a_is_better else (middle, high)
+            if failed:
+                raise CompactHydraException("a job failed")
+
+    Halving.__module__, Halving.__qualname__ = "hydra_plugins.halving", "Halving"
+    for name in ("hydra_plugins", "hydra_plugins.halving"):
+        if name not in sys.modules:
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules["hydra_plugins.halving"], "Halving", Halving, raising=False)
+    Plugins.instance().register(Halving)
+    node = {"_target_": "hydra_plugins.halving.Halving"}
+    ConfigStore.instance().store(group="hydra/sweeper", name="halving", node=node)
+    return seen
+
+
+def test_an_optimizer_sees_the_goals_and_which_job_has_none(call, halving, capsys) -> None:
+    fake = Measured()
+    assert call("hydra/sweeper=halving", fake=fake) == 1
+    none = r"pretrain-\w+ has no value of bits_per_char \(no text\), which hydra/sweeper=halving "
+    assert re.match(none, str(halving.pop(1)[1]))
+    assert halving == [(1, 2), (1, 2), (5, 2), (1, 2), (3, 0)]
+    assert len(fake.jobs) == 4  # a repeated trial trains nothing
+    assert re.search(f"job 1 failed: {none}", capsys.readouterr().err)
+
+
+def test_without_an_optimizer_a_job_without_a_goal_is_fine(call, monkeypatch) -> None:
+    returned = []
+    run_job = jobs.run_job
+    monkeypatch.setattr(jobs, "run_job", lambda *a: returned.append(run_job(*a)) or returned[-1])
+    assert call("stages.pretrain.lr=2,9", fake=Measured()) == 0
+    assert returned[0] == 1 and math.isnan(returned[1])
+
+
+# --- the config files as they were at the start
+
+
+class Edits(FakeTrain):
+    """Edits files while the first job trains."""
+
+    def __init__(self, *files: Path) -> None:
+        super().__init__()
+        self.files = files
+
+    def __call__(self, job):
+        for file in self.files:
+            file.write_text(file.read_text().replace("11", "22"))
+        return super().__call__(job)
+
+
+def test_an_edited_file_changes_nothing_in_a_multirun(call, tmp_path) -> None:
+    text = "# @package _global_\nstages: {{{}: {{max_steps: 11}}}}\n"
+    places = [tmp_path / name / "experiment" for name in ("conf", "mine", "more")]
+    files = [place / f"{name}.yaml" for place, name in zip(places, "abc", strict=True)]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text.format("pretrain"))
+    fake = Edits(*files)
+    words = [f"--config-dir={tmp_path}/mine", f"hydra.searchpath=[file://{tmp_path}/more]"]
+    assert call(*words, "experiment=a,b,c", "seed=1,2", fake=fake) == 0
+    assert [job.settings.max_steps for job in fake.jobs] == [11, 11]
+    assert all("22" in file.read_text() for file in files)
+    (kept,) = tmp_path.glob("outputs/hydra/*/conf-*")
+    assert len(list(kept.rglob("experiment/[abc].yaml"))) == 3
+    assert call(*words, "experiment=a", fake=fake) == 0
+    assert fake.jobs[-1].settings.max_steps == 22  # in the next one it counts
+
+
+def test_a_full_disk_at_the_start_of_a_multirun(call, monkeypatch) -> None:
+    def full(*_):
+        raise OSError(28, "No space left on device", "x")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert call("seed=0,1", fake=FakeTrain()).startswith("disk full at x: free space and run")
+
+
+# --- a job in a process of its own
+
+
+@pytest.mark.parametrize(
+    ("changes", "env", "starts"),
+    [
+        ({}, {}, False),
+        ({"devices": 2}, {}, True),
+        ({"devices": -1}, {}, True),
+        ({"strategy": "ddp"}, {}, True),
+        ({"devices": 2, "strategy": "ddp"}, {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0"}, False),
+    ],
+)
+def test_which_jobs_get_a_process_of_their_own(changes, env, starts, monkeypatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    trainer = {"strategy": "auto", "devices": 1, "num_nodes": 1} | changes
+    assert jobs.starts_others(trainer) is starts
+
+
+def test_the_words_of_a_job() -> None:
+    sources = [
+        {"schema": "pkg", "path": "hydra.conf", "provider": "hydra"},
+        {"schema": "file", "path": "/a b/0", "provider": "main"},
+        {"schema": "file", "path": "/a b/1", "provider": "command-line"},
+    ]
+    task = ["seed=1", 'tokenizer.path="x,y"']
+    words = jobs.words_of(
+        OmegaConf.create(
+            {
+                "job": {"config_name": "config"},
+                "runtime": {"config_sources": sources},
+                "overrides": {"task": task, "hydra": ["hydra/launcher=joblib"]},
+            }
+        )
+    )
+    assert words[:5] == ["-cp", "/a b/0", "-cn", "config", "hydra.mode=RUN"]
+    assert words[-2:] == task and len(words) == 8
+    parsed = OverridesParser.create().parse_override(words[5])
+    assert (parsed.key_or_group, parsed.value()) == ("hydra.searchpath", ["file:///a b/1"])
+
+
+@pytest.fixture
+def run_apart(tmp_path, monkeypatch):
+    """Runs Python code as job 3."""
+    config = OmegaConf.create({"job": {"num": 3}, "runtime": {"output_dir": str(tmp_path)}})
+    monkeypatch.setenv("NODE_RANK", "0")
+    monkeypatch.setenv("FOURSTAGE_JOB", "word")
+    before = [signal.getsignal(s) for s in (*STOPS, signal.SIGINT)]
+    yield lambda code: jobs.run_apart([sys.executable, "-c", f"import os\n{code}"], config)
+    after = [signal.getsignal(s) for s in (*STOPS, signal.SIGINT)]
+    assert after[-1] == before[-1]
+    for s, handler in zip((*STOPS, signal.SIGINT), before, strict=True):
+        signal.signal(s, handler)
+
+
+def test_a_job_hands_its_goal_over(run_apart) -> None:
+    check = "assert os.environ['FOURSTAGE_JOB'] == 'word.3'\n"
+    check += "assert int(os.environ['FOURSTAGE_WAITS']) == os.getppid() and os.getpgrp()"
+    check += " == os.getpid()\n"
+    leave = "open(os.environ['FOURSTAGE_RESULT'], 'w').write('{}')"
+    assert run_apart(check + leave.format("0.5")) == 0.5
+    assert run_apart(check + leave.format('"why"')) == "why"
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        ("exit('no')", "its process exited with code 1: its own output says why"),
+        ("os.kill(os.getpid(), 9)", "its process was killed by SIGKILL: its own output says why"),
+    ],
+)
+def test_a_job_that_fails_is_one_line_and_leaves_no_process(run_apart, code, line, capfd) -> None:
+    sleep = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True)\n"
+    with pytest.raises(CompactHydraException, match=line):
+        run_apart(sleep + code)
+    out, err = capfd.readouterr()
+    assert f"job 3 failed: {line}\n" in err
+    end = time.monotonic() + 10
+    while is_alive(int(out)):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_signal_goes_on_to_the_job_and_ends_the_multirun(run_apart, signum, saves) -> None:
+    code = 128 + signum if saves else 0  # 0: it had just finished
+    stop = f"import signal, time; signal.signal({signum:d}, lambda *_: os._exit({code}))"
+    with pytest.raises(SystemExit) as caught:
+        run_apart(f"{stop}\nos.kill(os.getppid(), {signum:d})\ntime.sleep(60)")
+    assert caught.value.code == 128 + signum
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# --- real processes
+
+
+def start(script: list[str], *words: str, log: Path) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO / 'src'}:{REPO}"}
+    with open(log, "w") as file:
+        return subprocess.Popen(
+            [sys.executable, *script, "-m", *SMALL, *words],
+            cwd=REPO,
+            env=env,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def processes(word: str) -> dict[int, str]:
+    """Their command lines, of those that have a word in it."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if word in line and is_alive(int(path.parent.name)):
+            found[int(path.parent.name)] = line
+    return found
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def finished(outputs: Path) -> set[str]:
+    runs = outputs.glob("runs/*")
+    return {run.name for run in runs if read_record(run)["status"] == "finished"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp", "zero2"])
+def test_two_processes_and_two_jobs(trainer, tmp_path) -> None:
+    outputs, log = tmp_path / "outputs", tmp_path / "log"
+    shutil.copytree(CONF, tmp_path / "conf")
+    shutil.copy(REPO / "train.py", tmp_path)
+    mine = tmp_path / "conf" / "experiment" / "mine.yaml"
+    mine.write_text("# @package _global_\nstages: {pretrain: {lr: 1e-3}}\n")
+    script, words = [str(tmp_path / "train.py")], [*TWO, "experiment=mine"]
+    if trainer == "zero2":  # of the repository
+        script = ["-m", "tests.train_on_cpus"]
+        words = ["trainer=zero2", "trainer.devices=2", "stages.pretrain.lr=1e-3"]
+    process = start(script, "stage=pretrain", *words, "seed=0,1", f"outputs={outputs}", log=log)
+    wait_for(lambda: any(outputs.glob("hydra/*/0")) or process.poll() is not None)
+    mine.write_text("# @package _global_\nstages: {pretrain: {lr: 2e-3}}\n")
+    assert process.wait(timeout=300) == 0, log.read_text()
+    base = [*SMALL, "trainer=cpu", "stages.pretrain.lr=1e-3"]
+    expected = {f"pretrain-{ids([*base, f'seed={s}'], 'pretrain')['pretrain']}" for s in (0, 1)}
+    assert finished(outputs) == expected
+    (sweep,) = outputs.glob("hydra/*")
+    for at in (0, 1):
+        assert json.loads((sweep / str(at) / "goal.json").read_text()) > 0
+    assert not processes(str(tmp_path))
+    said = log.read_text()
+    assert said.count("training pretrain-") == 2 and "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["a rank", "the multirun", "the multirun, at once"])
+def test_a_kill_in_the_middle(who, tmp_path) -> None:
+    outputs, log = tmp_path / "outputs", tmp_path / "log"
+    script = [str(REPO / "train.py")]
+    words = ["stage=pretrain", *TWO, "stages.pretrain.checkpoint_every=5", f"outputs={outputs}"]
+    words += ["stages.pretrain.max_steps=100000,3"]
+    process = start(script, *words, log=log)
+    wait_for(lambda: any(outputs.glob("runs/*/checkpoints/last.ckpt")))
+    pids = processes(str(tmp_path))
+    assert len(pids) == 3
+    (rank,) = [pid for pid, line in pids.items() if "train_ddp_process_1" in line]
+    if who == "a rank":
+        os.kill(rank, signal.SIGKILL)
+        assert process.wait(timeout=120) == 1
+        said = log.read_text()
+        assert said.count("job 0 failed: its process ") == 1
+        assert len(finished(outputs)) == 1  # job 1
+    else:
+        signum = signal.SIGTERM if who == "the multirun" else signal.SIGKILL
+        process.send_signal(signum)
+        assert process.wait(timeout=120) == (143 if who == "the multirun" else -9)
+        wait_for(lambda: not processes(str(tmp_path)), seconds=60)
+        said = log.read_text()
+        assert re.search(r"pretrain-\w+: stopped by SIGTERM: run the same command again: it", said)
+        assert not finished(outputs) and "Traceback" not in said
+    assert not processes(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_after_a_job_that_failed(tmp_path) -> None:
+    """Each of its processes is a multirun of its own."""
+    outputs, log = tmp_path / "outputs", tmp_path / "log"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = ["stage=pretrain", *TWO, "seed=0,abc,1", f"outputs={outputs}"]
+    process = start([*torchrun, str(REPO / "train.py")], *words, log=log)
+    assert process.wait(timeout=300) == 1
+    assert len(list(outputs.glob("runs/*/model.safetensors"))) == 2
+    assert not processes(str(tmp_path))
+
+
+needs_joblib = pytest.mark.skipif(
+    importlib.util.find_spec("hydra_plugins") is None
+    or importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is None,
+    reason="needs hydra-joblib-launcher",
+)
+needs_submitit = pytest.mark.skipif(
+    importlib.util.find_spec("submitit") is None, reason="needs hydra-submitit-launcher"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], marks=needs_joblib),
+        pytest.param(["hydra/launcher=submitit_local"], marks=needs_submitit),
+        pytest.param(["sweep=slurm", "hydra/launcher=submitit_local"], marks=needs_submitit),
+    ],
+)
+def test_jobs_at_once_train_their_ancestor_once(launcher, tmp_path) -> None:
+    outputs, log = tmp_path / "outputs", tmp_path / "log"
+    words = [*launcher, "stage=sft", "trainer=cpu", "stages.sft.lr=1e-3,2e-3,-1"]
+    process = start([str(REPO / "train.py")], *words, f"outputs={outputs}", log=log)
+    assert process.wait(timeout=300) == 1
+    said = log.read_text() + "".join(
+        file.read_text() for file in outputs.glob("hydra/*/.submitit/*/*_log.*")
+    )
+    assert "job 2 failed: stages.sft.lr: must be above 0, got -1" in said
+    assert said.count("training pretrain-") == 1 and said.count("training sft-") == 2
+    assert "\nstages.sft.lr: must be above 0, got -1" in log.read_text()
+    assert len(finished(outputs)) == 3
+    assert not processes(str(tmp_path))
