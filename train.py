@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from fourstage.interruptions import AGAIN
 from fourstage.lineage import jobs, words
 
 CONF = str(Path(__file__).resolve().parent / "conf")
@@ -36,6 +37,9 @@ def run() -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         sys.exit(words.line_of(error, CONF))
+    except KeyboardInterrupt:  # between two jobs
+        print(f"stopped by Ctrl-C: {AGAIN}", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

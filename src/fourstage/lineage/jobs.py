@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from fourstage.interruptions import (
     stop_now,
 )
 from fourstage.ladder import LADDER
-from fourstage.lineage.ranks import check_environment, others_are_there
+from fourstage.lineage.ranks import GRACE, check_environment, others_are_there
 from fourstage.runs.records import read_record
 
 RESOLVING = "UserError raised while resolving interpolation: "
@@ -64,8 +65,10 @@ def run_job(config: DictConfig, command: Sequence[str]) -> float | None:
     hydra_config = HydraConfig.get()
     is_one_of_many = hydra_config.mode == RunMode.MULTIRUN
     result, waits = os.environ.pop(RESULT, None), os.environ.pop(WAITS, None)
-    if waits:
-        threading.Thread(target=end_with, args=(int(waits),), daemon=True).start()
+    if is_one_of_many and hydra_config.runtime.choices["hydra/launcher"] == "joblib":
+        waits = os.getppid()
+    idle = watched(int(waits)) if waits else threading.Event()
+    idle.clear()
     try:
         check_environment()
         tree: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -98,6 +101,8 @@ def run_job(config: DictConfig, command: Sequence[str]) -> float | None:
         if line is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         sys.exit(line)
+    finally:
+        idle.set()
     if is_apart:
         goal = run_apart([*command, *words_of(hydra_config)], hydra_config)
     if isinstance(goal, str):  # the run itself is fine
@@ -185,11 +190,23 @@ def run_apart(command: Sequence[str], hydra_config: DictConfig) -> Any:
     raise failed(hydra_config, f"its process {by}: its own output says why")
 
 
-def end_with(parent: int) -> None:
-    """Stop this process in good order when the one that waits for it is gone."""
+@cache  # a worker has several jobs
+def watched(parent: int) -> threading.Event:
+    """What says whether this process has no job, to a thread that ends it with its parent."""
+    idle = threading.Event()
+    threading.Thread(target=end_with, args=(parent, idle), daemon=True).start()
+    return idle
+
+
+def end_with(parent: int, idle: threading.Event) -> None:
+    """Stop this process in good order when the one that waits for its job is gone. The job may have
+    got a signal too and be saving: a second one would keep it from that."""
     while os.getppid() == parent:
         time.sleep(1.0)
-    os.kill(os.getpid(), signal.SIGTERM)
+    if not idle.wait(GRACE):
+        os.kill(os.getpid(), signal.SIGTERM)
+        idle.wait()
+    os._exit(1)  # a worker would wait for the next job
 
 
 # --- the config of a multirun
