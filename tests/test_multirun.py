@@ -25,6 +25,7 @@ from hydra.errors import CompactHydraException
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
+import train
 from fourstage.evaluation import suite
 from fourstage.interruptions import STOPS
 from fourstage.ladder import LADDER
@@ -194,6 +195,40 @@ def test_without_an_optimizer_a_job_without_a_goal_is_fine(call, monkeypatch) ->
     monkeypatch.setattr(jobs, "run_job", lambda *a: returned.append(run_job(*a)) or returned[-1])
     assert call("stages.pretrain.lr=2,9", fake=Measured()) == 0
     assert returned[0] == 1 and math.isnan(returned[1])
+
+
+class StopsOnce(FakeTrain):
+    """Is stopped in its second job, as by Ctrl-C."""
+
+    def __call__(self, job):
+        if len(self.jobs) == 1:
+            self.jobs.append(job)
+            raise KeyboardInterrupt
+        return super().__call__(job)
+
+
+def test_ctrl_c_ends_a_multirun_and_the_same_command_goes_on(call, tmp_path, capsys) -> None:
+    fake = StopsOnce()
+    assert call("seed=0,1,2", fake=fake) == 130
+    assert capsys.readouterr().err == "stopped: the same command resumes\n"
+    assert [job.seed for job in fake.jobs] == [0, 1]
+    assert call("seed=0,1,2", fake=fake) == 0
+    assert [job.seed for job in fake.jobs[2:]] == [1, 2]
+    assert len(finished(tmp_path / "outputs")) == 3
+
+
+def test_ctrl_c_between_two_jobs(monkeypatch, capsys) -> None:
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "main", main)
+    monkeypatch.setattr(sys, "argv", ["train.py", "sweep=seeds"])
+    monkeypatch.setattr(train.reported, "run_and_report", None)
+    with pytest.raises(SystemExit) as caught:
+        train.run()
+    assert caught.value.code == 130 and sys.argv[1:] == ["--multirun", "sweep=seeds"]
+    line = "stopped by Ctrl-C: run the same command again: it resumes\n"
+    assert capsys.readouterr().err == line
 
 
 # --- the config files as they were at the start
@@ -433,7 +468,7 @@ def test_a_kill_in_the_middle(who, tmp_path) -> None:
         assert process.wait(timeout=120) == (143 if who == "the multirun" else -9)
         wait_for(lambda: not processes(str(tmp_path)), seconds=60)
         said = log.read_text()
-        assert re.search(r"pretrain-\w+: stopped by SIGTERM: run the same command again: it", said)
+        assert re.search(r"pretrain-\w+, step \d+: stopped by SIGTERM: run the same command", said)
         assert not finished(outputs) and "Traceback" not in said
     assert not processes(str(tmp_path))
 
@@ -464,7 +499,7 @@ needs_submitit = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "launcher",
     [
-        pytest.param(["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], marks=needs_joblib),
+        pytest.param(["sweep=joblib"], marks=needs_joblib),
         pytest.param(["hydra/launcher=submitit_local"], marks=needs_submitit),
         pytest.param(["sweep=slurm", "hydra/launcher=submitit_local"], marks=needs_submitit),
     ],
