@@ -405,6 +405,19 @@ def processes(word: str) -> dict[int, str]:
     return found
 
 
+def session(leader: int) -> list[int]:
+    """The living processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[3]) == leader and fields[0] != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
 def wait_for(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -517,3 +530,21 @@ def test_jobs_at_once_train_their_ancestor_once(launcher, tmp_path) -> None:
     assert "\nstages.sft.lr: must be above 0, got -1" in log.read_text()
     assert len(finished(outputs)) == 3
     assert not processes(str(tmp_path))
+
+
+@pytest.mark.slow
+@needs_joblib
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_jobs_at_once_are_stopped(signum, tmp_path) -> None:
+    """Ctrl-C reaches all processes; SIGTERM the command, whose end the workers notice."""
+    outputs, log = tmp_path / "outputs", tmp_path / "log"
+    words = ["sweep=joblib", "stage=pretrain", "trainer=cpu", f"outputs={outputs}"]
+    words += ["stages.pretrain.checkpoint_every=5", "stages.pretrain.max_steps=100000,100001,3"]
+    process = start([str(REPO / "train.py")], *words, log=log)
+    wait_for(lambda: len(list(outputs.glob("runs/*/checkpoints/last.ckpt"))) == 2)
+    send = os.killpg if signum == signal.SIGINT else os.kill
+    send(process.pid, signum)
+    code = process.wait(timeout=60)
+    assert code in ((-2, 130) if signum == signal.SIGINT else (-15, 143))
+    wait_for(lambda: not session(process.pid), seconds=60)
+    assert not finished(outputs) and log.read_text().count("run the same command again") == 2
