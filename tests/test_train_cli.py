@@ -24,7 +24,12 @@ from fourstage.interruptions import STOPS
 from fourstage.ladder import LADDER
 from fourstage.lineage import runner
 from fourstage.lineage.plan import make_plan
-from fourstage.lineage.words import line_of, name_folders, refuse_nameless_groups
+from fourstage.lineage.words import (
+    as_hydra_reads,
+    line_of,
+    name_folders,
+    refuse_nameless_groups,
+)
 from tests.fakes import CONF, FakeTrain, composed, config, own_files
 from tests.hub_tokenizers import chatml
 
@@ -118,6 +123,16 @@ def test_what_hydra_refuses(call, capsys, argument, words) -> None:
     code, fake = call(argument)
     err = capsys.readouterr().err
     assert (code, fake.stages) == (1, []) and words in err and "Traceback" not in err
+
+
+def test_a_sweep_file_is_a_multirun() -> None:
+    def read(*found: str) -> list[str]:
+        return as_hydra_reads(list(found), str(CONF))
+
+    assert read("sweep=seeds", "seed=0,1") == ["--multirun", "sweep=seeds", "seed=0,1"]
+    assert read("-m", "sweep=seeds") == ["--multirun", "sweep=seeds"]
+    for others in (["--cfg", "job", "sweep=seeds"], ["hydra.mode=RUN", "sweep=seeds"], ["seed=1"]):
+        assert read(*others) == others
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from fourstage.errors import UserError, did_you_mean
 NAMELESS = re.compile(r"|null|true|false|[-+.\d]+", re.IGNORECASE)
 OF_A_FOLDER = re.compile(r"""tokenizer=(["']?)hf:(.*)\1""", re.DOTALL)
 FLAGS = {"-m", "--multirun"}
+NO_RUN = {"--cfg", "-c", "--info", "-i", "--run", "-r", "--help", "-h", "--hydra-help"}
 PLUGINS = {
     **dict.fromkeys(("ax", "nevergrad", "optuna"), "sweeper"),
     **dict.fromkeys(("joblib", "submitit"), "launcher"),
@@ -28,7 +29,8 @@ def as_hydra_reads(arguments: list[str], conf: str) -> list[str]:
     refuse_nameless_groups(arguments, conf)
     found = name_folders(arguments)
     names_a_sweep = any(word.startswith("sweep=") for word in found)
-    if names_a_sweep and not any(word.startswith("hydra.mode=") for word in found):
+    does_another = any(word.startswith("hydra.mode=") or word in NO_RUN for word in found)
+    if names_a_sweep and not does_another:  # Hydra would not say that a sweep's plugin is missing
         found = ["--multirun", *(word for word in found if word not in FLAGS)]
     return found
 
