@@ -36,6 +36,10 @@ def line(found: dict, stage: str, key: str, table: str = "metrics") -> dict:
     return next(row for row in found[table] if (row["stage"], row["key"]) == (stage, key))
 
 
+def section_of(text: str, heading: str) -> str:
+    return text.split(f"## {heading}\n")[1].split("\n## ")[0]
+
+
 def compare_md(outputs: Path) -> str:
     return (outputs / "report" / "compare.md").read_text()
 
@@ -74,14 +78,28 @@ def test_mean_and_spread_of_every_key(seeds: Path, monkeypatch: pytest.MonkeyPat
 
 def test_seeds_are_said_to_be_seeds(seeds: Path) -> None:
     text = compare_md(seeds)
-    assert "3 seeds: they share all else that their records hold." in text
-    assert "| stage: key | mean | sd | min to max | n | seed 0 | seed 1 | seed 2 |" in text
+    assert "3 seeds: they share all settings that can change a figure. " in text
+    assert "| stage: key | mean | sd | min to max | n |\n" in text
     assert "| sft: well-formed answers | " in text and "| ppo: time | 1 min 02 s | 1.0 s |" in text
-    goals = text.split("## Each stage on its own goal\n")[1].split("\n## ")[0]
-    assert "| pretrain | bits per character (lower is better) | -5." in goals
-    assert goals.splitlines()[3].endswith("| 3 of 3 |")
+    goals = section_of(text, "Each stage on its own goal")
+    assert "pretrain: bits per character (lower is better)\n\n| group | runs | mean | gain" in goals
+    assert "| all | 3 | " in goals and "− (" not in goals and "Holm" not in goals
     html = (seeds / "report" / "compare.html").read_text()
     assert html.count("<table>") == text.count("| --- |\n")
+
+
+def test_the_mean_over_seeds_has_a_t_interval(seeds: Path) -> None:
+    """Three values: t(2) is 4.3027."""
+    found = json.loads((seeds / "report" / "compare.json").read_text())
+    [row] = [row for row in found["comparisons"] if row["stage"] == "ppo"]
+    values = line(found, "ppo", "true_score")["values"]
+    half = 4.3027 * statistics.stdev(values) / 3**0.5
+    assert row["mean"] == pytest.approx(statistics.fmean(values), abs=1e-6)
+    assert (row["low"], row["high"]) == pytest.approx(
+        (row["mean"] - half, row["mean"] + half), abs=1e-4
+    )
+    assert (row["key"], row["group"], row["n"], row["over"]) == ("true_score", "all", 3, "seeds")
+    assert list(row["values"]) == ["0", "1", "2"] and list(row["values"].values()) == values
 
 
 def test_the_same_runs_give_the_same_bytes(seeds: Path) -> None:
@@ -106,13 +124,12 @@ def test_settings_that_differ_are_listed(tmp_path: Path) -> None:
         "stages.sft.lr": ["0.001", "0.01"],
     }
     text = compare_md(tmp_path)
-    assert "They differ in 3 settings, listed below; all others are the same." in text
-    assert "| model.name | moe_tiny | dense_tiny |" in text
-    assert "- random (dense_tiny): " in text and ": a dense model has no routers" in text
+    assert "2 groups, the seeds within each. " in text
+    assert "| model.name | moe_tiny; dense_tiny |" in text
+    assert ": a dense model has no routers" in text
     only_one = line(found, "grpo", "reasoning_accuracy")
     assert (only_one["n"], only_one["sd"]) == (1, None)
     assert only_one["values"][1] is None
-    assert "| stage | goal | moe_tiny | dense_tiny |" in text
 
 
 def test_seeds_of_two_commits_are_called_by_their_seed(tmp_path: Path) -> None:
@@ -133,10 +150,9 @@ def test_a_run_that_ladders_share_counts_once(tmp_path: Path) -> None:
     assert shared["n"] == 1 and shared["sd"] is None
     assert shared["values"][0] == shared["values"][1] == shared["mean"]
     assert line(found, "random", "bits_per_char")["n"] == 1
-    assert (
-        "They share all settings, versions and the commit that their records hold."
-        in compare_md(tmp_path)
-    )
+    both = section_of(compare_md(tmp_path), "Each stage on its own goal")
+    assert both.count("| all | 1 | ") == 5
+    assert [group["label"] for group in found["groups"]] == ["sft → ppo → grpo", "sft"]
 
 
 def test_a_broken_file_is_named_and_the_rest_compared(tmp_path: Path) -> None:
@@ -167,7 +183,9 @@ def test_null_and_keys_with_values_differ(tmp_path: Path) -> None:
         write_json(place / "run.json", record | {"config": record["config"] | {"data": data}})
     compare(tmp_path, "all")
     text = (tmp_path / "report" / "compare.md").read_text()
-    assert "| data.reasoning.only | None | {'gcd': {'max_value': 99}} |" in text
+    assert "| data.reasoning.only | None; {'gcd': {'max_value': 99}} |" in text
+    assert "| only=null | 1 | 0 | pretrain |" in text
+    assert "| only={gcd.max_value: 99} | 1 | 1 | pretrain |" in text
 
 
 @pytest.mark.parametrize(
@@ -178,7 +196,11 @@ def test_null_and_keys_with_values_differ(tmp_path: Path) -> None:
         (["{}", "grpo-{}"], "compare: grpo-{} is named twice ({} grpo-{})"),
         (["grpo"], "compare needs two finished ladders or more, got 1"),
         ([], "compare needs two finished ladders or more, got 0"),
-        (["run=sft", "grpo"], "unknown run 'run=sft': "),
+        (["run=sft", "grpo"], "no run has a setting 'run': there are stage, id, "),
+        (["stage=grop"], "no run has stage=grop: did you mean grpo? (there are "),
+        (["stages.sft.lr=7"], "no run has stages.sft.lr=7: there are 0.001"),
+        (["stage=grpo", "seed=1"], "compare needs two finished ladders or more, got 1 for stage="),
+        (["all", "by=lr"], "by=lr: these ladders don't differ in it, but in seed"),
     ],
 )
 def test_mistakes_are_one_line(seeds: Path, names: list[str], said: str) -> None:
@@ -190,7 +212,7 @@ def test_mistakes_are_one_line(seeds: Path, names: list[str], said: str) -> None
 
 
 def test_nothing_to_compare(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="compare needs two finished ladders or more, got 0"):
+    with pytest.raises(UserError, match="got 0: train some, for example with `python"):
         main(["compare", "all", f"outputs={tmp_path}"])
 
 

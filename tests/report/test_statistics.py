@@ -55,6 +55,12 @@ def test_values_without_spread_have_no_interval(values) -> None:
     assert t_mean(values) == Mean(values[0], len(values))
 
 
+def test_equal_differences_are_equal_after_a_subtraction_too() -> None:
+    """0.3 - 0.2 and 0.2 - 0.1 are not the same float."""
+    found = paired({"0": 0.3, "1": 0.2}, {"0": 0.2, "1": 0.1})
+    assert (found.n, found.low, found.p) == (2, None, None)
+
+
 def test_a_pair_is_a_key_that_both_have() -> None:
     found = paired({"0": 3.0, "1": 5.0, "2": 9.0}, {"1": 4.0, "0": 1.0, "7": 0.0})
     assert (found.value, found.n) == (1.5, 2)

@@ -1,18 +1,20 @@
 """What did each stage do? One report from the files under outputs/runs, and from nothing else.
 
     python -m fourstage report [outputs=outputs] [run=NAME]
-    python -m fourstage report compare NAME NAME... | all [outputs=outputs]
+    python -m fourstage report compare [NAME ... | all] [KEY=VALUE ...] [by=KEY,KEY]
+                                       [outputs=outputs]
 
 For example:
 
     python -m fourstage report run=grpo
-    python -m fourstage report compare all
+    python -m fourstage report compare stage=grpo seed=0,1,2
 
 The first takes the latest finished run that no other started from (or `run=`: an id, <stage>-<id>,
 a folder, or a stage's name) and compares it with its ancestors and the weights they began with in
-outputs/report/{report.md, report.html, stages.json} and its drawings in figures/. The second puts
-several ladders side by side (compare.py). The same runs give the same bytes: the files contain no
-times of day.
+outputs/report/{report.md, report.html, stages.json} and its drawings in figures/. The second
+compares ladders, in groups by the settings that differ: those named, `all`, or those that fulfil
+the conditions, which may be of any setting (stages.sft.lr=1e-3). docs/compare.md explains it. The
+same runs give the same bytes: the files contain no times of day.
 """
 
 import json

@@ -1,5 +1,5 @@
 """The report's drawings, made by matplotlib: goals before and after, curves, over-optimisation,
-values with intervals, the ladder as a graph, the routers' heat maps.
+values with intervals, groups of seeds as dots, the ladder as a graph, the routers' heat maps.
 
 In the page, text and axes take the page's text colour, to be readable in light and dark; in a file
 of its own a drawing is black on white. Whatever a colour says is also said by a shape or in text.
@@ -22,6 +22,7 @@ INK = "#010203"  # stands for the page's text colour until the SVG is text
 COLOURS = ("#3a85d0", "#e0762f", "#2e9e6b", "#b05cc8", "#c8434f", "#8a7a2e")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "osD^vP"
+NAME = 40  # characters of a group's name in a dot plot
 GROUPS = 12  # of neighbouring rollouts in the over-optimisation chart
 
 
@@ -160,6 +161,59 @@ def thinned(points: Points, most: int) -> Points:
     width = max(1, math.ceil(len(points) / most))
     parts = [points[at : at + width] for at in range(0, len(points), width)]
     return [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p)) for p in parts]
+
+
+@dataclass(frozen=True)
+class Dots:
+    """A group in a panel: a dot for each run, and their mean with its interval."""
+
+    name: str
+    values: Sequence[float]
+    mean: float
+    ends: tuple[float, float] | None  # of the interval
+
+
+def dot_plot(panels: Sequence[tuple[str, Sequence[Dots]]]) -> Drawing:
+    """One panel below the other, each with a title and a scale of its own: groups as rows, a hollow
+    circle for each run, a filled diamond for their mean with its interval."""
+    longest = max(len(dots.name) for _, groups in panels for dots in groups)
+    left, right, step, top, below = 12 + 4.6 * min(longest, NAME), 436, 15, 26, 30
+    heights = [top + step * len(groups) + below for _, groups in panels]
+
+    def draw(axes: Any) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        y = 0
+        for (title, groups), height in zip(panels, heights, strict=True):
+            every = [v for d in groups for v in (*d.values, d.mean, *(d.ends or ()))]
+            edge = 0.05 * (max(every) - min(every)) or 0.05 * abs(max(every)) or 1.0
+            start, end = min(every) - edge, max(every) + edge
+            bottom = y + top + step * len(groups)
+
+            def at(value: float, start: float = start, end: float = end) -> float:
+                return left + (right - left) * (value - start) / (end - start)
+
+            axes.text(2, y + 14, title, size=10, weight="bold")
+            axes.plot([left, right], [bottom, bottom], color=INK, lw=0.8, alpha=0.5)
+            ticks = MaxNLocator(5).tick_values(start, end)
+            for tick in (float(tick) for tick in ticks if start <= tick <= end):
+                axes.plot([at(tick)] * 2, [y + top - 4, bottom], color=INK, lw=0.6, alpha=0.15)
+                axes.text(at(tick), bottom + 11, f"{tick:.6g}", size=8, ha="center")
+            for n, dots in enumerate(groups):
+                middle = y + top + step * n + 4
+                name = dots.name if len(dots.name) <= NAME else dots.name[: NAME - 1] + "…"
+                axes.text(2, middle, name, size=8.5, va="center_baseline")
+                style = {"marker": "o", "ls": "none", "ms": 4, "mfc": "none", "color": COLOURS[1]}
+                axes.plot([at(v) for v in dots.values], [middle] * len(dots.values), **style)
+                low, high = dots.ends or (dots.mean, dots.mean)
+                error = (
+                    None if low == high else [[at(dots.mean) - at(low)], [at(high) - at(dots.mean)]]
+                )
+                style = {"fmt": "D", "ms": 4.5, "color": COLOURS[0], "capsize": 2.5}
+                axes.errorbar(at(dots.mean), middle, xerr=error, **style)
+            y += height
+
+    return _drawing(draw, (440 / 72, sum(heights) / 72))
 
 
 @dataclass(frozen=True)

@@ -1,278 +1,390 @@
-"""Several ladders in one table: each key of each stage with its mean and spread over them.
+"""`python -m fourstage report compare`: several ladders side by side, in groups of seeds.
 
-`python -m fourstage report compare A B ...` names ladders by their last runs, as run= does; `all`
-is every finished ladder. It writes outputs/report/{compare.md, compare.html, compare.json}.
+It writes outputs/report/{compare.md, compare.html, compare.json}, and its drawing in compare/.
+docs/compare.md says how to read them. Groups are rows, so that any number fits on the page.
 """
 
 import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
-from fourstage.errors import UserError
-from fourstage.ladder import place, stages
-from fourstage.report.files import Files
-from fourstage.report.html import Block, Bullets, Cell, Heading, Paragraph, Table, write
-from fourstage.report.ladder import Row, Run, choose, ladder, read_rows, read_runs, tips
+from fourstage.ladder import stages
+from fourstage.report.charts import Dots, dot_plot
+from fourstage.report.comparison import Comparison, Ladder, Line, compare
+from fourstage.report.contrasts import Compared, Difference, gain_of, mean_of
+from fourstage.report.html import (
+    Block,
+    Bullets,
+    Cell,
+    Figure,
+    Figures,
+    Fold,
+    Heading,
+    Paragraph,
+    Table,
+    write,
+)
+from fourstage.report.ladder import Row, leaves_policy
+from fourstage.report.statistics import Mean
 from fourstage.report.tables import (
+    COIN,
     COSTS,
     NONE,
-    Goal,
+    about,
     benchmark_title,
+    gained,
     goals,
-    keys,
+    interval,
     missing,
+    short,
     shown,
     title,
 )
-from fourstage.runs.benchmarks import Benchmark
 
-# what of a run's config may change its figures
-SETTINGS = ("seed", "model", "tokenizer", "data", "stages", "trainer", "evaluation")
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """One ladder under comparison, by its last run."""
-
-    label: str
-    tip: Run
-    by_stage: dict[str, Row]
-
-
-@dataclass(frozen=True)
-class Line:
-    """A figure of every ladder, and its spread over the n different runs that have it."""
-
-    stage: str
-    key: str
-    n: int
-    mean: float
-    sd: float | None  # of the sample; None for one run
-    min: float
-    max: float
-    values: list[float | None]  # by ladder, None if it has none
+DIGITS = 6  # of figures in compare.json
+MANY = 12  # ladders or groups that are listed without being asked
+MEANS = (
+    "A mean is over the group's runs (one a seed), with Student's t interval; of one run it is the "
+    "run's value, with the interval over its items, which says nothing of other seeds."
+)
+DIFFERENCES = (
+    " Differences are to the first group. They are paired over the seeds that both groups have (t "
+    "interval of the differences), where all were asked the same items; without common seeds they "
+    "are by Welch's t, and of one run each they are paired over the items, without a p value. "
+)
+FAMILY = (
+    "{n} p value{s}: each is also given after Holm's correction for their number, and a difference "
+    "is called better or worse if that is at most 0.05 (without a p value: if the interval "
+    "excludes 0). Intervals are 95 % each, without correction."
+)
 
 
-def write_comparison(outputs: Path, names: Sequence[str]) -> Path:
-    """Write the comparison into outputs/report and return that folder. Raises UserError unless the
-    names mean two different finished runs or more."""
-    files = Files()
-    runs = read_runs(outputs, files)
-    found = named(runs, names, outputs)
-    rows = [{row.stage: row for row in read_rows(ladder(t, runs, files), files)} for t in found]
-    differs = differing([_configs(by_stage) for by_stage in rows])
-    labels = ladder_labels(found, differs)
-    ladders = [Ladder(*one) for one in zip(labels, found, rows, strict=True)]
-    whole, parts = keys(row for by_stage in rows for row in by_stage.values())
-    figures = lines(ladders, [*whole, *parts], Row.value)
-    asked = {key: one for by in rows for row in by.values() for key, one in row.benchmarks.items()}
-    public = lines(ladders, sorted(asked), Row.benchmark)
-    costs = lines(ladders, [cost.key for cost in COSTS], Row.cost)
-    content = {
-        "suite": files.suite,
-        "ladders": [
-            {
-                "label": ladder.label,
-                "run": ladder.tip.name,
-                "runs": {stage: row.id for stage, row in ladder.by_stage.items()},
-            }
-            for ladder in ladders
-        ],
-        "differs": differs,
-        "metrics": [asdict(line) for line in (*figures, *public)],
-        "costs": [asdict(line) for line in costs],
-    }
+def write_comparison(outputs: Path, words: Sequence[str]) -> Path:
+    """Write the comparison into outputs/report and return that folder. `words`: names, `all`,
+    conditions, by=KEY,KEY. Raises UserError unless they mean two finished ladders or more."""
+    found = compare(outputs, words)
     folder = outputs / "report"
-    blocks = document(ladders, figures, public, asked, costs, differs, files)
-    write(folder, "compare", f"fourstage: {len(ladders)} ladders", blocks)
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    heading = f"fourstage: {len(found.ladders)} ladders"
+    write(folder, "compare", heading, document(found), "compare")
+    text = json.dumps(content(found), indent=1, allow_nan=False) + "\n"
     (folder / "compare.json").write_text(text, encoding="utf-8")
     return folder
 
 
-def named(runs: dict[str, Run], names: Sequence[str], outputs: Path) -> list[Run]:
-    """The last runs of the ladders that are meant. Raises UserError for a mistake."""
-
-    def by_seed(run: Run) -> tuple[int, str, str]:
-        return place(run.stage), str(run.config["seed"]).rjust(9), run.id
-
-    if list(names) == ["all"]:
-        found = sorted(tips(runs), key=by_seed)
-    else:
-        found = [choose(runs, name, outputs) for name in names]
-    ids = [run.id for run in found]
-    if twice := [run.name for run in found if ids.count(run.id) > 1]:
-        raise UserError(f"compare: {twice[0]} is named twice ({' '.join(names)})")
-    if len(found) < 2:
-        raise UserError(
-            f"compare needs two finished ladders or more, got {len(found)}: train another, for "
-            "example with `python train.py stage=grpo seed=1`"
-        )
-    return found
-
-
-def _configs(by_stage: Mapping[str, Row]) -> list[dict[str, Any]]:
-    """What may change the figures of a ladder's runs: settings, the commit and the versions."""
-    runs = [row.run for row in by_stage.values() if row.run]
-    return [
-        {key: run.config[key] for key in SETTINGS if key in run.config}
-        | {key: run.record[key] for key in ("git", "versions") if key in run.record}
-        for run in runs
-    ]
-
-
-def differing(each: Sequence[Sequence[Any]], name: str = "") -> dict[str, list[str]]:
-    """The settings that are not the same in all ladders, "stages.sft.lr" -> the value in each.
-
-    `each` has a setting (or a dict of them) of every run of every ladder. A ladder whose runs
-    differ shows all their values; one that lacks the setting (it doesn't reach that stage) shows a
-    dash, which makes no difference.
-    """
-    known = [value for values in each for value in values]
-    if known and all(isinstance(value, dict) and value for value in known):
-        found = {}
-        for key in dict.fromkeys(key for value in known for key in value):
-            inner = [[value[key] for value in values if key in value] for values in each]
-            found |= differing(inner, f"{name}.{key}" if name else key)
-        return found
-    texts = [", ".join(dict.fromkeys(map(str, values))) or NONE for values in each]
-    return {name: texts} if len(set(texts) - {NONE}) > 1 else {}
-
-
-def ladder_labels(tips: Sequence[Run], differs: Mapping[str, list[str]]) -> list[str]:
-    """The models' names if all are different, "seed 0" if only the seeds among the settings tell
-    the ladders apart, else the names of their last runs."""
-    models, seeds = differs.get("model.name", []), differs.get("seed", [])
-    if len(set(models)) == len(tips):
-        return models
-    others = {name for name in differs if not name.startswith(("git.", "versions."))}
-    if others == {"seed"} and len(set(seeds)) == len(tips):
-        return [f"seed {seed}" for seed in seeds]
-    return [tip.name for tip in tips]
-
-
-def lines(
-    ladders: Sequence[Ladder], names: Sequence[str], figure: Callable[[Row, str], float | None]
-) -> list[Line]:
-    """Every figure of every stage that any ladder has."""
-    found = []
-    starts = [row.stage for one in ladders for row in one.by_stage.values() if row.run is None]
-    for stage in (*dict.fromkeys(starts), *stages()):
-        rows = [ladder.by_stage.get(stage) for ladder in ladders]
-        for name in names:
-            values = [figure(row, name) if row else None for row in rows]
-            by_run = {
-                row.folder: value
-                for row, value in zip(rows, values, strict=True)
-                if row and value is not None
-            }
-            if x := list(by_run.values()):
-                mean = round(statistics.fmean(x), 6)
-                sd = round(statistics.stdev(x), 6) if len(x) > 1 else None
-                found.append(Line(stage, name, len(x), mean, sd, min(x), max(x), values))
-    return found
-
-
-def document(
-    ladders: Sequence[Ladder],
-    figures: Sequence[Line],
-    public: Sequence[Line],
-    asked: Mapping[str, Benchmark],
-    costs: Sequence[Line],
-    differs: Mapping[str, list[str]],
-    files: Files,
-) -> list[Block]:
+def document(found: Comparison) -> list[Block]:
     """The comparison, from what the ladders are to every figure."""
-    labels = [ladder.label for ladder in ladders]
-    by_part = [line for line in figures if "/" in line.key]
+    by_part = [line for line in found.figures if "/" in line.key]
+    whole = [line for line in found.figures if "/" not in line.key]
     return [
-        Heading(f"{len(ladders)} ladders compared", 1),
-        *_introduction(ladders, differs, files),
+        Heading(f"{len(found.ladders)} ladders compared", 1),
+        *_introduction(found),
+        *_drawn(found.goals),
         Heading("Each stage on its own goal"),
-        _goal_table(ladders),
-        Heading("Mean and spread"),
-        Paragraph(
-            "sd is the sample standard deviation over n different runs (ladders that share a run "
-            f"count it once). {NONE}: not measured there, or one run only, which has no spread; "
-            "shares are in percent."
-        ),
-        _table([line for line in figures if "/" not in line.key], labels),
-        *([Heading("By task and by difficulty"), _table(by_part, labels)] if by_part else []),
-        *([Heading("Public benchmarks"), _table(public, labels, asked)] if public else []),
+        *_compared(found.goals),
+        *_effects(found.goals),
+        *_others(found.others),
+        Fold("Each ladder", [_ladder_table(found)]),
+        Fold("The whole suite", [Paragraph(_SPREAD), _table(whole, found)]),
+        *[Fold("By task and by difficulty", [_table(by_part, found)])] * bool(by_part),
+        *([Heading("Public benchmarks"), _table(found.public, found)] if found.public else []),
         Heading("What it cost"),
-        _table(costs, labels),
+        _table(found.costs, found),
         Heading("What is missing"),
-        Bullets([*dict.fromkeys(files.problems), *_missing(ladders)] or ["nothing"]),
+        Bullets([*dict.fromkeys(found.files.problems), *_missing(found.ladders)] or ["nothing"]),
     ]
 
 
-def _introduction(
-    ladders: Sequence[Ladder], differs: Mapping[str, list[str]], files: Files
-) -> list[Block]:
-    count = "1 setting" if len(differs) == 1 else f"{len(differs)} settings"
-    said = f"They differ in {count}, listed below; all others are the same."
-    if not differs:
-        said = "They share all settings, versions and the commit that their records hold."
-    elif set(differs) == {"seed"}:
-        said = f"{len(set(differs['seed']))} seeds: they share all else that their records hold."
-    debug = [ladder.tip.name for ladder in ladders if ladder.tip.is_debug]
-    warning = Paragraph(f"Debug runs, whose figures say nothing: {', '.join(debug)}.")
-    names = [[ladder.label, ladder.tip.name, ", ".join(ladder.by_stage)] for ladder in ladders]
-    blocks: list[Block] = [
-        *[warning] * bool(debug),
-        Paragraph(f"{said} Evaluation suite {files.suite}."),
-        *map(Paragraph, files.suite_notes("NAME")),
-        Table(["ladder", "its last run", "stages"], names),
+# --- what is compared
+
+
+def _introduction(found: Comparison) -> list[Block]:
+    debug = [ladder.tip.name for ladder in found.ladders if ladder.tip.is_debug]
+    if len(debug) > MANY:
+        debug[MANY:] = [f"and {len(debug) - MANY} more"]
+    return [
+        *[Paragraph(f"Debug runs, whose figures say nothing: {', '.join(debug)}.")] * bool(debug),
+        Paragraph(f"{_what(found)} Evaluation suite {found.files.suite}."),
+        *map(Paragraph, found.files.suite_notes("NAME")),
+        *map(Paragraph, _code(found.differs)),
+        *([_group_table(found)] if len(found.groups) > 1 else []),
+        *_settings_table(found.differs),
     ]
-    if set(differs) - {"seed"}:
-        settings = [[name, *values] for name, values in differs.items()]
-        blocks.append(Table(["setting", *(ladder.label for ladder in ladders)], settings))
+
+
+def _what(found: Comparison) -> str:
+    """How many ladders there are, and what they differ in."""
+    seeds = {unit.seeds for group in found.groups for unit in group.blocks.values()}
+    if len(found.groups) > 1:
+        by = f" by {', '.join(found.by)}" if found.by else ""
+        return f"{len(found.groups)} groups{by}, the seeds within each."
+    if len(seeds) > 1:
+        return f"{len(seeds)} seeds: they share all settings that can change a figure."
+    return "They share all settings that can change a figure."
+
+
+def _code(differs: Mapping[str, list[str]]) -> list[str]:
+    """That the ladders were not all made by the same code."""
+    said = [
+        f"{name.removeprefix('versions.')} {', '.join(_distinct(values))}"
+        for name, values in differs.items()
+        if name.startswith(("git.", "versions."))
+    ]
+    text = f"Not all were made by the same code, which makes no group: {'; '.join(said)}."
+    return [text] if said else []
+
+
+def _distinct(values: Sequence[str]) -> list[str]:
+    found = [value for value in dict.fromkeys(values) if value != NONE]
+    more = [f"and {len(found) - MANY} more"] if len(found) > MANY else []
+    return found[:MANY] + more
+
+
+def _group_table(found: Comparison) -> Table:
+    lasts = {
+        group.label: dict.fromkeys(unit.row.stage for unit in group.blocks.values())
+        for group in found.groups
+    }
+    return Table(
+        ["group", "ladders", "seeds", "up to"],
+        [
+            [group.label, str(len(group.blocks)), "; ".join(_distinct(list(group.blocks)))]
+            + [", ".join(lasts[group.label])]
+            for group in found.groups
+        ],
+    )
+
+
+def _settings_table(differs: Mapping[str, list[str]]) -> list[Block]:
+    """The settings that differ, and their values."""
+    names = [name for name in differs if not name.startswith(("git.", "versions."))]
+    if not set(names) - {"seed"}:
+        return []
+    rows = [[name, "; ".join(_distinct(differs[name]))] for name in names]
+    table = Table(["setting that differs", "values"], rows)
+    return [Fold("Settings that differ", [table])] if len(names) > MANY else [table]
+
+
+# --- the goals by group
+
+
+def _drawn(tables: Sequence[Compared]) -> list[Block]:
+    """The dot plot: a panel for each stage's goal."""
+    panels = []
+    for table in tables:
+        scale = 100 if about(table.key).is_share else 1
+        dots = [
+            Dots(
+                group.label,
+                [scale * value for value in group.values_of(table.key).values()],
+                scale * mean.value,
+                None
+                if mean.low is None or mean.high is None
+                else (scale * mean.low, scale * mean.high),
+            )
+            for group in table.groups
+            if (found := mean_of(group, table.key)) is not None
+            for mean in [found[0]]
+        ]
+        unit = ", %" if scale == 100 else ""
+        better = {"lower": " (lower is better)"}.get(about(table.key).better or "", "")
+        panels.append((f"{table.stage}: {about(table.key).title}{unit}{better}", dots))
+    text = (
+        "A circle is a run, the diamond the mean of its group, with the 95 % interval over seeds "
+        "(of one run: over its items)."
+    )
+    return [Figures([Figure("Goals by group", dot_plot(panels), text)], "large")] if panels else []
+
+
+def _compared(tables: Sequence[Compared]) -> list[Block]:
+    """A table for each key: a row for each group."""
+    differences = [d for table in tables for d in table.differences]
+    more = DIFFERENCES + _family(differences) if differences else ""
+    blocks: list[Block] = [Paragraph(MEANS + more)]
+    for table in tables:
+        blocks += [Paragraph(f"{table.stage}: {title(table.key)}"), _compared_table(table)]
     return blocks
 
 
-def _goal_table(ladders: Sequence[Ladder]) -> Table:
-    """Gains on the stages' own goals, and in how many ladders the intervals are apart."""
-    each = [{(g.stage, g.name): g for g in goals(one.by_stage.values())} for one in ladders]
+def _family(found: Sequence[Difference]) -> str:
+    n = sum(difference.adjusted is not None for difference in found)
+    return FAMILY.format(n=n, s="s" * (n != 1)) if n else ""
+
+
+def _compared_table(table: Compared) -> Table:
+    key, first = table.key, table.groups[0].label
+    several = len(table.groups) > 1
+    start = {
+        unit.row.parent.stage
+        for group in table.groups
+        for unit in group.blocks.values()
+        if unit.row.parent
+    }
+    before = "a coin" if not leaves_policy(table.stage) else ", ".join(sorted(start))
     rows: list[list[str | Cell]] = []
-    for stage, name in sorted(
-        {key for found in each for key in found}, key=lambda key: (place(key[0]), key[1])
-    ):
-        gains = [found.get((stage, name)) for found in each]
-        known = [goal for goal in gains if goal]
-        better = sum(goal.verdict == "apart: better" for goal in known)
-        cells = [_gain(goal) if goal else NONE for goal in gains]
-        rows.append([stage, title(name), *cells, f"{better} of {len(known)}"])
-    labels = (ladder.label for ladder in ladders)
-    return Table(["stage", "goal", *labels, "apart: better"], rows)
+    for group, difference in zip(table.groups, [None, *table.differences], strict=True):
+        found = mean_of(group, key)
+        cells = NONE if found is None else _mean_cell(key, *found)
+        gain = gain_of(group, key, partial(_before, key))
+        row: list[str | Cell] = [
+            group.label,
+            str(len(group.values_of(key))),
+            cells,
+            NONE if gain is None else _gain_cell(key, gain),
+        ]
+        if several:
+            row += [_difference_cell(key, difference), difference.how if difference else ""]
+        rows.append(row)
+    head = ["group", "runs", "mean", f"gain over {before}" if before else "gain"]
+    return Table([*head, *[f"− ({first})", "how"] * several], rows)
 
 
-def _gain(goal: Goal) -> Cell:
-    return Cell([(goal.gain, ""), (goal.step, "small"), (goal.verdict, goal.tone)])
+def _before(key: str, row: Row) -> float | None:
+    """The key in the policy that a run started from; of reward models, a coin's."""
+    if not leaves_policy(row.stage):
+        return COIN["value"]
+    is_alike = row.parent is not None and len({row.suite, row.parent.suite} - {""}) < 2
+    return row.parent.value(key) if row.parent and is_alike else None
 
 
-def _table(
-    found: Sequence[Line], labels: Sequence[str], public: Mapping[str, Benchmark] | None = None
-) -> Table:
+def _mean_cell(key: str, mean: Mean, over: str) -> Cell:
+    text = _interval(key, mean)
+    return Cell([(shown(key, mean.value), ""), (text + " over items" * (over == "items"), "small")])
+
+
+def _gain_cell(key: str, mean: Mean) -> Cell:
+    return Cell([(gained(key, mean.value), ""), (_interval(key, mean, "+"), "small")])
+
+
+def _interval(key: str, mean: Mean, sign: str = "") -> str:
+    if mean.low is None:
+        return "one run" if mean.n < 2 else "all the same"
+    return interval(key, {"low": mean.low, "high": mean.high}, sign)
+
+
+def _difference_cell(key: str, difference: Difference | None) -> str | Cell:
+    if difference is None:
+        return "the first"
+    mean = difference.mean
+    if mean is None:
+        return NONE
+    verdict = difference.verdict(key)
+    word = "" if verdict == "unclear" else f" {verdict}"
+    parts = [(f"{gained(key, mean.value)}{word}", verdict)]
+    if mean.low is not None:
+        parts.append((_interval(key, mean, "+"), "small"))
+    elif mean.n > 1:
+        parts.append(("all the same: no interval", "small"))
+    if mean.p is not None and difference.adjusted is not None:
+        parts.append((f"p {_p(mean.p)}, Holm {_p(difference.adjusted)}", "small"))
+    return Cell(parts)
+
+
+def _p(value: float) -> str:
+    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+
+
+def _effects(tables: Sequence[Compared]) -> list[Block]:
+    """What each setting changes, where several do."""
+    rows: list[list[str | Cell]] = [
+        [
+            effect.setting,
+            f"{effect.end} − {effect.start}",
+            f"{table.stage}: {short(table.key)}",
+            _difference_cell(table.key, effect.difference),
+            effect.difference.how,
+        ]
+        for table in tables
+        for effect in table.effects
+    ]
+    if not rows:
+        return []
+    text = (
+        "The mean difference between two values of one setting, over the seeds and the settings of "
+        "the others that were run with both. "
+    )
+    family = _family([e.difference for t in tables for e in t.effects])
+    head = ["setting", "values", "goal", "effect", "how"]
+    return [Heading("The effect of each setting"), Paragraph(text + family), Table(head, rows)]
+
+
+def _others(tables: Sequence[Compared]) -> list[Block]:
+    """The other stages' goals after the last stages."""
+    if not tables or len(tables[0].groups) < 2:
+        return []
+    blocks: list[Block] = [
+        Paragraph(
+            "The same for goals of other stages, measured after the last one. "
+            + _family([d for t in tables for d in t.differences])
+        )
+    ]
+    for table in tables:
+        blocks += [Paragraph(f"{table.stage}: {title(table.key)}"), _compared_table(table)]
+    return [Fold("The last stage on the other goals", blocks)]
+
+
+# --- every figure
+
+
+_SPREAD = (
+    "sd is the sample standard deviation over n different runs (ladders that share a run count it "
+    f"once). {NONE}: one run only, which has no spread; shares are in percent. compare.json has "
+    "the value of every ladder."
+)
+
+
+def _ladder_table(found: Comparison) -> Table:
+    """Each ladder's goals, before and after each stage; the ladders by group."""
+    by_tip = {ladder.tip.folder: ladder for ladder in found.ladders}
+    ladders = [by_tip[u.row.folder] for group in found.groups for u in group.blocks.values()]
+    each = [{g.stage: g.step for g in goals(one.by_stage.values())} for one in ladders]
+    names = [stage for stage in stages() if any(stage in steps for steps in each)]
+    rows = [
+        [one.label, one.tip.name, *(steps.get(stage, NONE) for stage in names)]
+        for one, steps in zip(ladders, each, strict=True)
+    ]
+    return Table(["ladder", "its last run", *(f"{name}: its goal" for name in names)], rows)
+
+
+def _table(found: Sequence[Line], comparison: Comparison) -> Table:
+    """A row for each figure, and for each group that has other values of it."""
     known: dict[str, tuple[str, Callable[[float], str]]] = {
         **{cost.key: (cost.title, cost.show) for cost in COSTS},
-        **{key: (benchmark_title(one), one.shown) for key, one in (public or {}).items()},
+        **{key: (benchmark_title(one), one.shown) for key, one in comparison.asked.items()},
     }
+    at = {ladder.tip.folder: n for n, ladder in enumerate(comparison.ladders)}
+    groups = comparison.groups
+    is_split = 1 < len(groups) <= MANY
+    parts = {g.label: [at[u.row.folder] for u in g.blocks.values()] for g in groups}
     rows: list[list[str | Cell]] = []
     for line in found:
         name, show = known.get(line.key) or (title(line.key), partial(shown, line.key))
-        cells = [
-            show(line.mean),
-            NONE if line.sd is None else show(line.sd),
-            f"{show(line.min)} to {show(line.max)}",
-            str(line.n),
-            *(NONE if value is None else show(value) for value in line.values),
-        ]
-        rows.append([f"{line.stage}: {name}", *(Cell([(text, "")]) for text in cells)])
-    return Table(["stage: key", "mean", "sd", "min to max", "n", *labels], rows)
+        for label, ladders in (parts if is_split else {"": list(at.values())}).items():
+            values = _of_runs(line, comparison, ladders)
+            if not values:
+                continue
+            cells = [show(fmean(values)), NONE if len(values) < 2 else show(_sd(values))]
+            cells += [f"{show(min(values))} to {show(max(values))}", str(len(values))]
+            shown_cells = [Cell([(text, "")]) for text in cells]
+            rows.append([f"{line.stage}: {name}", *[label] * is_split, *shown_cells])
+    return Table(["stage: key", *["group"] * is_split, "mean", "sd", "min to max", "n"], rows)
+
+
+def _sd(values: Sequence[float]) -> float:
+    return 0.0 if min(values) == max(values) else stdev(values)
+
+
+def _of_runs(line: Line, found: Comparison, ladders: Sequence[int]) -> list[float]:
+    """The values of some ladders' different runs."""
+    by_run = {
+        found.ladders[n].by_stage[line.stage].folder: value
+        for n in ladders
+        if (value := line.values[n]) is not None
+    }
+    return list(by_run.values())
 
 
 def _missing(ladders: Sequence[Ladder]) -> list[str]:
@@ -282,6 +394,78 @@ def _missing(ladders: Sequence[Ladder]) -> list[str]:
         for (stage, why), titles in missing(one.by_stage.values()).items():
             found.setdefault((stage, ", ".join(titles), why), []).append(one.label)
     return [
-        f"{stage} ({'all' if len(labels) == len(ladders) else ', '.join(labels)}): {titles}: {why}"
+        f"{stage} ({'all' if len(labels) == len(ladders) else '; '.join(_distinct(labels))}): {titles}: {why}"
         for (stage, titles, why), labels in found.items()
     ]
+
+
+# --- compare.json
+
+
+def content(found: Comparison) -> dict[str, Any]:
+    """compare.json."""
+    label = {one.tip.folder: one.label for one in found.ladders}
+    return {
+        "suite": found.files.suite,
+        "ladders": [
+            {
+                "label": ladder.label,
+                "run": ladder.tip.name,
+                "runs": {stage: row.id for stage, row in ladder.by_stage.items()},
+            }
+            for ladder in found.ladders
+        ],
+        "differs": found.differs,
+        "groups": [
+            {
+                "label": group.label,
+                "seeds": [unit.seeds for unit in group.blocks.values()],
+                "ladders": [label[unit.row.folder] for unit in group.blocks.values()],
+            }
+            for group in found.groups
+        ],
+        "comparisons": [row for table in (*found.goals, *found.others) for row in _rows(table)],
+        "effects": [
+            {
+                **{"stage": table.stage, "key": table.key, "setting": one.setting},
+                **{"from": one.start, "to": one.end},
+                **_difference(one.difference, table.key),
+            }
+            for table in (*found.goals, *found.others)
+            for one in table.effects
+        ],
+        "metrics": [asdict(line) for line in (*found.figures, *found.public)],
+        "costs": [asdict(line) for line in found.costs],
+    }
+
+
+def _rows(table: Compared) -> list[dict[str, Any]]:
+    """A row for each group that has the key."""
+    rows = []
+    for group, difference in zip(table.groups, [None, *table.differences], strict=True):
+        if (found := mean_of(group, table.key)) is None:
+            continue
+        mean, over = found
+        row = {"stage": table.stage, "key": table.key, "group": group.label, **_mean(mean)}
+        row |= {"over": over, "values": dict(group.values_of(table.key))}
+        if difference:
+            row["difference"] = {
+                "to": table.groups[0].label,
+                **_difference(difference, table.key),
+            }
+        rows.append(row)
+    return rows
+
+
+def _difference(found: Difference, key: str) -> dict[str, Any]:
+    """Its figures, null where there are none, and how they came about."""
+    figures = _mean(found.mean) if found.mean else dict.fromkeys(("n", "mean", "low", "high"))
+    p, adjusted_p = (found.mean.p if found.mean else None), found.adjusted
+    more = {"p": p, "p_holm": adjusted_p, "how": found.how, "verdict": found.verdict(key)}
+    return figures | more
+
+
+def _mean(mean: Mean) -> dict[str, Any]:
+    ends = {name: getattr(mean, name) for name in ("low", "high")}
+    rounded = {name: None if end is None else round(end, DIGITS) for name, end in ends.items()}
+    return {"n": mean.n, "mean": round(mean.value, DIGITS), **rounded}

@@ -1,7 +1,7 @@
 """A document of a few kinds of blocks, written as Markdown and as one self-contained HTML page.
 
 The blocks hold plain text, which both writers escape. The same blocks give the same bytes. Drawings
-are in the page, and files of their own in figures/, which Markdown shows.
+are in the page, and files of their own in a folder, which Markdown shows.
 """
 
 from __future__ import annotations
@@ -100,18 +100,20 @@ class Fold:
 Block = Heading | Paragraph | Bullets | Code | Table | Answers | Figures | Fold
 
 
-def write(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> None:
-    """<name>.md and <name>.html in the folder; drawings replace those in its figures/."""
+def write(
+    folder: Path, name: str, title: str, blocks: Sequence[Block], drawings: str = "figures"
+) -> None:
+    """<name>.md and <name>.html in the folder; drawings replace those in its folder `drawings`."""
     folder.mkdir(parents=True, exist_ok=True)
     if figures := list(_figures(blocks)):
-        place = folder / "figures"
+        place = folder / drawings
         place.mkdir(exist_ok=True)
         for old in [*place.glob("*.svg"), *place.glob("*.png")]:
             old.unlink()
         for figure in figures:
             for kind, content in figure.drawing.files(figure.title).items():
                 (place / f"{figure.name}.{kind}").write_bytes(content)
-    (folder / f"{name}.md").write_text(markdown(blocks), encoding="utf-8")
+    (folder / f"{name}.md").write_text(markdown(blocks, drawings), encoding="utf-8")
     (folder / f"{name}.html").write_text(page(title, blocks), encoding="utf-8")
 
 
@@ -131,12 +133,12 @@ def _slug(text: str) -> str:
 # --- Markdown
 
 
-def markdown(blocks: Sequence[Block]) -> str:
-    """The blocks as GitHub-flavoured Markdown."""
-    return "\n\n".join(_markdown_block(block) for block in blocks) + "\n"
+def markdown(blocks: Sequence[Block], drawings: str = "figures") -> str:
+    """The blocks as GitHub-flavoured Markdown, with drawings from a folder beside it."""
+    return "\n\n".join(_markdown_block(block, drawings) for block in blocks) + "\n"
 
 
-def _markdown_block(block: Block) -> str:
+def _markdown_block(block: Block, drawings: str) -> str:
     match block:
         case Heading(text, level):
             return f"{'#' * level} {_inline(text)}"
@@ -160,10 +162,10 @@ def _markdown_block(block: Block) -> str:
             return "\n\n".join(parts)
         case Figures(figures, kind):
             shown = figures[:1] if kind == "ladder" else figures
-            parts = [f"![{_inline(f.title)}](figures/{f.name}.png)" for f in shown]
+            parts = [f"![{_inline(f.title)}]({drawings}/{f.name}.png)" for f in shown]
             return "\n\n".join([*parts, *(_line(f.caption) for f in shown if f.caption)])
         case Fold(heading, blocks):
-            return markdown([Heading(heading), *blocks]).rstrip("\n")
+            return markdown([Heading(heading), *blocks], drawings).rstrip("\n")
 
 
 def plain(cell: str | Cell) -> str:

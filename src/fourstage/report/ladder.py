@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -197,15 +197,14 @@ def leaves_policy(stage: str) -> bool:
     return stage not in LADDER or LADDER[stage].leaves == "policy"
 
 
-def read_rows(line: dict[str, Run], files: Files) -> list[Row]:
+def read_rows(line: dict[str, Run], files: Files, details: bool = True) -> list[Row]:
     """One row for what the ladder starts from and one for each run, with what later models said of
-    it."""
+    it. Without details, rows have neither items nor answers."""
     late_metrics: dict[str, dict[str, Metric]] = {}  # by row: a run's id, or "random"
-    late_items: list[Item] = []
+    late = late_items(line, files) if details else []
     for judge in (line[stage] for stage in (REFERENCE, REWARD) if stage in line):
         for key, metrics in files.ladder_evaluation(judge.folder / "ladder_eval.json").items():
             late_metrics.setdefault(key, {}).update(metrics)
-        late_items += files.items(judge.folder / "ladder_eval_items.jsonl")
     rows: dict[str | None, Row] = {}
 
     def add(stage: str, run: Run | None, folder: Path, samples: Iterable[Sample]) -> None:
@@ -218,9 +217,10 @@ def read_rows(line: dict[str, Run], files: Files) -> list[Row]:
         for name in HEADLINES[:-1] if leaves_policy(stage) else HEADLINES[-1:]:
             metrics.setdefault(name, suite.missing(f"not in {folder.name}/eval{suffix}.json"))
         items: list[Item] = []
-        if evaluation.suite in (suite.SUITE, ""):  # another suite's items have other fields
-            late = [item for item in late_items if item.get("row") == key]
-            items = suite.joined(files.items(folder / f"eval_items{suffix}.jsonl"), late)
+        has_items = evaluation.suite in (suite.SUITE, "")  # another suite's have other fields
+        if details and has_items:
+            mine = [item for item in late if item.get("row") == key]
+            items = suite.joined(files.items(folder / f"eval_items{suffix}.jsonl"), mine)
         answers = {sample.prompt: sample for sample in samples}
         parent = rows.get(run.parents.get("policy")) if run and leaves_policy(stage) else None
         used, seed = evaluation.suite, evaluation.seed
@@ -230,7 +230,8 @@ def read_rows(line: dict[str, Run], files: Files) -> list[Row]:
         rows[row.id] = row
 
     for stage, run in line.items():
-        samples = files.samples(run.folder / "samples.jsonl") if leaves_policy(stage) else []
+        has_answers = details and leaves_policy(stage)
+        samples = files.samples(run.folder / "samples.jsonl") if has_answers else []
         if not LADDER[stage].parents:
             start = [sample for sample in samples if sample.step == 0]
             add(start_name(run.record), None, run.folder, start)
@@ -239,6 +240,12 @@ def read_rows(line: dict[str, Run], files: Files) -> list[Row]:
         last = max((sample.step for sample in samples), default=0)
         add(stage, run, run.folder, [sample for sample in samples if sample.step == last])
     return list(rows.values())
+
+
+def late_items(line: Mapping[str, Run], files: Files) -> list[Item]:
+    """What later models of the ladder said of answers of earlier ones."""
+    judges = [line[stage] for stage in (REFERENCE, REWARD) if stage in line]
+    return [x for run in judges for x in files.items(run.folder / "ladder_eval_items.jsonl")]
 
 
 def other_items(row: Row) -> dict[str, str]:

@@ -70,13 +70,19 @@ def t_quantile(df: float, confidence: float = CONFIDENCE) -> float:
     return high
 
 
+def are_equal(values: Sequence[float]) -> bool:
+    """Whether the values are all the same, but for the rounding of a subtraction: the computed
+    deviation of equal values need not be 0."""
+    return max(values) - min(values) <= 1e-9 * max(map(abs, values))
+
+
 def t_mean(values: Sequence[float]) -> Mean:
     """The mean of independent values with Student's t interval (Student 1908); of one value, or of
     values that are all equal, without."""
-    mean, n = fmean(values), len(values)
-    if min(values) == max(values):  # whose computed deviation need not be 0
+    n = len(values)
+    if are_equal(values):
         return Mean(values[0], n)
-    return _tested(mean, n, stdev(values) / math.sqrt(n), n - 1)
+    return _tested(fmean(values), n, stdev(values) / math.sqrt(n), n - 1)
 
 
 def paired(after: Mapping[str, float], before: Mapping[str, float]) -> Mean:
@@ -89,7 +95,7 @@ def welch(after: Sequence[float], before: Sequence[float]) -> Mean:
     variances (Welch 1947): degrees of freedom by Welch and Satterthwaite."""
     a, b = variance(after) / len(after), variance(before) / len(before)
     difference, n = fmean(after) - fmean(before), len(after) + len(before)
-    if min(after) == max(after) and min(before) == max(before):
+    if are_equal(after) and are_equal(before):
         return Mean(after[0] - before[0], n)
     df = (a + b) ** 2 / (a**2 / (len(after) - 1) + b**2 / (len(before) - 1))
     return _tested(difference, n, math.sqrt(a + b), df)

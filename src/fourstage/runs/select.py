@@ -57,11 +57,9 @@ def _facts(
     folder: Path, record: Record, names: Mapping[str, tuple[str, str]]
 ) -> dict[str, list[Any]]:
     """key -> values of a run: several where it has several names or tags."""
-    config = record["config"]
-    facts = _leaves(config)
+    leaves = _leaves(record["config"])
     parent = record["parents"].get("policy")
-    facts |= {name: facts[f"{name}.name"] for name in NAMED if f"{name}.name" in facts}
-    return facts | {
+    facts = {
         "stage": [record["stage"]],
         "id": [folder.name, record["id"]],
         "status": [record["status"]],
@@ -69,6 +67,8 @@ def _facts(
         "tag": record.get("tags") or [],
         "parent": [*names.get(parent, ()), parent] if parent else [None],
     }
+    facts |= {name: leaves[f"{name}.name"] for name in NAMED if f"{name}.name" in leaves}
+    return facts | {key: values for key, values in leaves.items() if key not in facts}
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> dict[str, list[Any]]:
