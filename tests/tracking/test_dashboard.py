@@ -17,8 +17,16 @@ from wandb_workspaces.workspaces import Workspace
 from wandb_workspaces.workspaces.internal import View
 
 from fourstage.errors import UserError
+from fourstage.ladder import LADDER
 from fourstage.tracking import dashboard
-from fourstage.tracking.dashboard_spec import SECTIONS, STEP, Panel, Section, resolved
+from fourstage.tracking.dashboard_spec import (
+    SECTIONS,
+    STEP,
+    Panel,
+    Section,
+    resolved,
+    sweep_sections,
+)
 
 # W&B's own tables of a run; test_wandb_offline.py reads them back
 TABLES = {"ladder", "samples", "samples_by_stage"}
@@ -81,6 +89,29 @@ def test_the_sections() -> None:
         for panel in section.panels:
             assert panel.keys and (panel.kind in ("bars", "lines") or len(panel.keys) == 1)
             assert panel.kind != "lines" or len(panel.keys) == 1 or "*" not in "".join(panel.keys)
+
+
+def test_a_sweep_is_shown_by_the_settings_that_differ(logged) -> None:
+    found = sweep_sections({"grpo": ["stages.grpo.lr", "model.name"]}, n_ladders=6)
+    sweep, ladders = found
+    assert sweep.groupby == ("config.stages.grpo.lr", "config.model.name")
+    assert sweep.stage == "grpo" and "grpo by grpo.lr, model.name: " in sweep.text
+    assert ladders.groupby == ("Group", "JobType") and ladders.stage == ""
+    every = sweep_sections({stage: ["model.name"] for stage in LADDER}, n_ladders=2)
+    shown = {key for section in every for panel in section.panels for key in panel.keys}
+    assert shown <= logged
+    assert sweep_sections({}, n_ladders=1) == []
+
+
+def test_the_reports_runs_are_grouped_by_nested_keys_of_the_config() -> None:
+    [section] = sweep_sections({"grpo": ["stages.grpo.lr"]}, n_ladders=1)
+    tree = dashboard.report("", "p", [section])._to_model().model_dump(mode="json", by_alias=True)
+    [grid] = panel_grids(tree)
+    [runs] = grid["metadata"]["runSets"]
+    assert runs["grouping"] == [{"section": "config", "name": "stages.value.grpo.lr"}]
+    filters = json.dumps(runs["filters"])
+    assert '"value": ["debug"]' in filters and '"name": "jobType"' in filters and "grpo" in filters
+    assert dashboard.workspace("", "p", [section]).sections == []
 
 
 def test_patterns_of_bars_become_the_keys_that_are_there() -> None:

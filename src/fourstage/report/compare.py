@@ -129,7 +129,7 @@ def _what(found: Comparison) -> str:
 def _code(differs: Mapping[str, list[str]]) -> list[str]:
     """That the ladders were not all made by the same code."""
     said = [
-        f"{name.removeprefix('versions.')} {', '.join(_distinct(values))}"
+        f"{name.removeprefix('versions.')} {', '.join(_distinct(', '.join(values).split(', ')))}"
         for name, values in differs.items()
         if name.startswith(("git.", "versions."))
     ]
@@ -394,8 +394,8 @@ def _missing(ladders: Sequence[Ladder]) -> list[str]:
         for (stage, why), titles in missing(one.by_stage.values()).items():
             found.setdefault((stage, ", ".join(titles), why), []).append(one.label)
     return [
-        f"{stage} ({'all' if len(labels) == len(ladders) else '; '.join(_distinct(labels))}): {titles}: {why}"
-        for (stage, titles, why), labels in found.items()
+        f"{stage} ({'all' if len(of) == len(ladders) else '; '.join(_distinct(of))}): {text}: {why}"
+        for (stage, text, why), of in found.items()
     ]
 
 

@@ -6,7 +6,7 @@ often something is logged. The commit and the versions are only said.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -204,6 +204,22 @@ def _short_routes(routes: Sequence[str]) -> list[str]:
     while all(len(part) > same + 1 and part[: same + 2] == parts[0][: same + 2] for part in parts):
         same += 1
     return [" → ".join(part[same:]) for part in parts]
+
+
+def swept(runs: Iterable[Run]) -> dict[str, list[str]]:
+    """stage -> keys of their own configs that its finished real runs differ in; of keys that always
+    change together the first."""
+    found: dict[str, list[str]] = {}
+    by_stage: dict[str, list[Settings]] = {}
+    for run in runs:
+        if run.is_finished and not run.is_debug:
+            by_stage.setdefault(run.stage, []).append(settings({run.stage: run}))
+    for stage, units in by_stage.items():
+        keys = [factor.keys[0] for factor in factors(units)]
+        known = ("stages.", "trainer.", *(f"{section}." for section in SECTIONS))
+        own = [key for key in keys if key.startswith(known) and not key.startswith("data.digest.")]
+        found |= {stage: own} if own else {}
+    return found
 
 
 def chosen(units: Sequence[Settings], by: Sequence[str]) -> list[str]:

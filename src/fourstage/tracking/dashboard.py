@@ -7,9 +7,10 @@ For example:
 
     python -m fourstage dashboard mode=offline
 
-dashboard_spec.py says which panel shows which keys. Online (if a key is configured, as for the runs
-themselves) both are saved to W&B, replacing those of an earlier call. Their JSON is written to
-outputs/dashboard/ either way: the same runs give the same bytes.
+dashboard_spec.py says which panel shows which keys. Where runs of a stage differ in a setting, the
+report also has the stage's goal by the values of that setting. Online (if a key is configured, as
+for the runs themselves) both are saved to W&B, replacing those of an earlier call. Their JSON is
+written to outputs/dashboard/ either way: the same runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from fourstage.interruptions import run_command
 from fourstage.job import LoggerConfig
 from fourstage.runs.records import read_record
 from fourstage.settings import build
-from fourstage.tracking.dashboard_spec import SECTIONS, STEP, Panel, Section, resolved
+from fourstage.tracking.dashboard_spec import (
+    SECTIONS,
+    STEP,
+    Panel,
+    Section,
+    resolved,
+    sweep_sections,
+)
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import Report
@@ -75,7 +83,8 @@ def widget(panel: Panel) -> Any:
 
 
 def workspace(entity: str, project: str, sections: list[Section]) -> Workspace:
-    """The sections' panels over runs that are grouped by stage, in the order of the ladder."""
+    """The panels of the sections that group by stage, over runs that are grouped so, in the order
+    of the ladder."""
     from wandb_workspaces import workspaces as ws
 
     return ws.Workspace(
@@ -90,6 +99,7 @@ def workspace(entity: str, project: str, sections: list[Section]) -> Workspace:
                 layout_settings=ws.SectionLayoutSettings(columns=3, rows=3),
             )
             for section in sections
+            if section.groupby == ("JobType",)
         ],
         settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=100),
         runset_settings=ws.RunsetSettings(
@@ -101,18 +111,20 @@ def workspace(entity: str, project: str, sections: list[Section]) -> Workspace:
 
 
 def report(entity: str, project: str, sections: list[Section]) -> Report:
-    """The same panels under headings, with a sentence each. If `entity` is given, W&B is asked for
-    the project when the report is written or saved."""
+    """All sections' panels under headings, with a sentence each. If `entity` is given, W&B is asked
+    for the project when the report is written or saved."""
     from wandb_workspaces.reports import v2 as wr
 
     blocks: list[Any] = [wr.TableOfContents()]
     for section in sections:
+        of_stage = f" and Metric('JobType') == '{section.stage}'" if section.stage else ""
         runs = wr.Runset(
             entity=entity,
             project=project,
-            name="by stage",
-            filters=REAL_RUNS,
-            groupby=["JobType"],
+            name=f"{section.stage or 'all'} by {', '.join(section.groupby)}",
+            filters=REAL_RUNS
+            + f" and Metric('JobType') == '{section.stage}'" * bool(section.stage),
+            groupby=list(section.groupby),
             order=[wr.OrderBy("CreatedTimestamp", ascending=True)],
         )
         grid = wr.PanelGrid(runsets=[runs], panels=[widget(panel) for panel in section.panels])
@@ -169,6 +181,9 @@ def save(outputs: Path, entity: str, project: str, sections: list[Section]) -> l
 def main(arguments: list[str]) -> None:
     """Run the command. Raises UserError for an unknown argument, for mode=online without a key,
     and if W&B refuses (the JSON is written first)."""
+    from fourstage.report.files import Files
+    from fourstage.report.groups import swept
+    from fourstage.report.ladder import read_runs, tips
     from fourstage.tracking.loggers import wandb_mode
 
     values = dict(argument.partition("=")[::2] for argument in arguments)
@@ -180,7 +195,9 @@ def main(arguments: list[str]) -> None:
     keys, broken = known_keys(outputs)
     for line in broken:
         print(f"skipped: {line}", file=sys.stderr)
-    sections = resolved(SECTIONS, keys)
+    runs = read_runs(outputs, Files())
+    sweeps = sweep_sections(swept(runs.values()), len(tips(runs)))
+    sections = [*resolved(SECTIONS, keys), *sweeps]
     folder = write(outputs, logger.project, sections)
     if mode != "online":
         print(

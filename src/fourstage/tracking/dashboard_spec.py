@@ -4,11 +4,13 @@ A test compares SECTIONS with the keys that the stages log: each key needs a pan
 keys must be logged.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from fourstage.evaluation.suite import PASS_K
+from fourstage.ladder import LADDER
 
 STEP = "trainer/global_step"  # the x axis that loggers.start_wandb defines
 
@@ -30,11 +32,17 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """Panels under one heading; the report shows `text`, which says what to look for."""
+    """Panels under one heading; the report shows `text`, which says what to look for.
+
+    groupby: what the report groups the runs by there, in the form of wr.Runset; stage: only its
+    runs, or those of all.
+    """
 
     name: str
     text: str
     panels: tuple[Panel, ...]
+    groupby: tuple[str, ...] = ("JobType",)
+    stage: str = ""
 
 
 def bars(title: str, *keys: str) -> Panel:
@@ -150,7 +158,8 @@ SECTIONS = (
     ),
     section(
         "samples",
-        "The same prompts, answered by every stage: first side by side, then while training.",
+        "The same prompts, answered by every stage, and which answers are right where that is "
+        "known: first side by side, then while training.",
         Panel("table", "answers of all stages", ("samples_by_stage",)),
         Panel("table", "answers while training", ("samples",)),
         row("length of the answers, tokens", "answer_tokens"),
@@ -172,6 +181,46 @@ SECTIONS = (
         bars("data", "cost/data_*"),
     ),
 )
+
+
+# of a sweep: the history that says most of a stage
+CURVES = {
+    **{"pretrain": "val/loss", "sft": "val/loss", "reward": "val/accuracy"},
+    **{"ppo": "train/true_score", "grpo": "train/pass_at_1"},
+}
+
+
+def sweep_sections(swept: Mapping[str, Sequence[str]], n_ladders: int) -> list[Section]:
+    """The goals by the settings that a stage's runs differ in, {stage: keys of their config}, and,
+    if there are several, by ladder. Seeds are within the groups."""
+    found = [
+        Section(
+            f"sweep of {stage}",
+            f"{stage} by {', '.join(key.removeprefix('stages.') for key in keys)}: the mean over "
+            "seeds and its range. python -m fourstage report compare has intervals and tests.",
+            _sweep_panels(stage),
+            tuple(f"config.{key}" for key in keys),
+            stage,
+        )
+        for stage, keys in swept.items()
+        if keys
+    ]
+    if n_ladders > 1:
+        goals = tuple(bars(f"{stage}: its goal", *_goals(stage)) for stage in LADDER)
+        text = "The goals of every ladder, which W&B calls a group."
+        found.append(Section("ladders side by side", text, goals, ("Group", "JobType")))
+    return found
+
+
+def _goals(stage: str) -> list[str]:
+    row = LADDER[stage]
+    return [f"eval/{key}" for key in (row.goal, row.instead) if key]
+
+
+def _sweep_panels(stage: str) -> tuple[Panel, ...]:
+    goals = [bars(key.removeprefix("eval/"), key) for key in _goals(stage)]
+    curve = [lines("while training", CURVES[stage])] if stage in CURVES else []
+    return (*goals, *curve, bars("seconds", "cost/seconds"))
 
 
 def resolved(sections: tuple[Section, ...], known: set[str]) -> list[Section]:
