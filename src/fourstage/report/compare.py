@@ -54,10 +54,10 @@ MEANS = (
 DIFFERENCES = (
     " Differences are to the first group. They are paired over the seeds that both groups have (t "
     "interval of the differences), where all were asked the same items; without common seeds they "
-    "are by Welch's t, and of one run each they are paired over the items, without a p value. "
+    "are by Welch's t, and of one run each they are paired over the items, without a p value."
 )
 FAMILY = (
-    "{n} p value{s}: each is also given after Holm's correction for their number, and a difference "
+    " {}: each is also given after Holm's correction for their number, and a difference "
     "is called better or worse if that is at most 0.05 (without a p value: if the interval "
     "excludes 0). Intervals are 95 % each, without correction."
 )
@@ -202,16 +202,23 @@ def _drawn(tables: Sequence[Compared]) -> list[Block]:
 def _compared(tables: Sequence[Compared]) -> list[Block]:
     """A table for each key: a row for each group."""
     differences = [d for table in tables for d in table.differences]
-    more = DIFFERENCES + _family(differences) if differences else ""
+    count = _count(differences)
+    more = DIFFERENCES + (FAMILY.format(count) if count else "") if differences else ""
     blocks: list[Block] = [Paragraph(MEANS + more)]
     for table in tables:
         blocks += [Paragraph(f"{table.stage}: {title(table.key)}"), _compared_table(table)]
     return blocks
 
 
-def _family(found: Sequence[Difference]) -> str:
+def _count(found: Sequence[Difference]) -> str:
+    """How many p values a correction is for."""
     n = sum(difference.adjusted is not None for difference in found)
-    return FAMILY.format(n=n, s="s" * (n != 1)) if n else ""
+    return f"{n} p value{'s' * (n != 1)}" if n else ""
+
+
+def _corrected(found: Sequence[Difference]) -> str:
+    count = _count(found)
+    return f" {count}, corrected for their own number as above." if count else ""
 
 
 def _compared_table(table: Compared) -> Table:
@@ -304,9 +311,9 @@ def _effects(tables: Sequence[Compared]) -> list[Block]:
         return []
     text = (
         "The mean difference between two values of one setting, over the seeds and the settings of "
-        "the others that were run with both. "
+        "the others that were run with both."
     )
-    family = _family([e.difference for t in tables for e in t.effects])
+    family = _corrected([e.difference for t in tables for e in t.effects])
     head = ["setting", "values", "goal", "effect", "how"]
     return [Heading("The effect of each setting"), Paragraph(text + family), Table(head, rows)]
 
@@ -317,8 +324,8 @@ def _others(tables: Sequence[Compared]) -> list[Block]:
         return []
     blocks: list[Block] = [
         Paragraph(
-            "The same for goals of other stages, measured after the last one. "
-            + _family([d for t in tables for d in t.differences])
+            "The same for goals of other stages, measured after the last one."
+            + _corrected([d for t in tables for d in t.differences])
         )
     ]
     for table in tables:

@@ -200,7 +200,7 @@ def _units(
             if run.folder not in found[stage]:
                 above = ancestry(run, line)
                 row = by_stage[stage]
-                how = asked(row, files.items(run.folder / "eval_items.jsonl"))
+                how = asked(row, files.item_heads(run.folder / "eval_items.jsonl"))
                 found[stage][run.folder] = Unit(row, settings(above), seeds(above), how)
     return {stage: each for stage, each in found.items() if each}
 

@@ -6,6 +6,7 @@ A file that is missing or broken adds a line to `Files.problems` and costs nothi
 import csv
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,6 +95,10 @@ class Files:
         """The rows of an eval_items.jsonl or ladder_eval_items.jsonl."""
         return self._rows(path, _item)
 
+    def item_heads(self, path: Path) -> list[Item]:
+        """The same with nothing but set and id, without reading the rest where they come first."""
+        return self._rows(path, _item, _head)
+
     def samples(self, path: Path) -> list[Sample]:
         """The valid rows of a samples.jsonl."""
         return self._rows(path, lambda row: build(Sample, row, ""))
@@ -147,7 +152,12 @@ class Files:
             self.lost(path, f"cannot be read ({reason})")
         return otherwise
 
-    def _rows(self, path: Path, parse: Callable[[Any], T]) -> list[T]:
+    def _rows(
+        self,
+        path: Path,
+        parse: Callable[[Any], T],
+        decode: Callable[[str], Any] | None = None,
+    ) -> list[T]:
         """What `parse` makes of each line's JSON; the lines that it can't parse are noted."""
         rows: list[T] = []
         broken = []
@@ -155,7 +165,7 @@ class Files:
         lines = self._read(path, lambda text: text.rstrip("\n").split("\n"), [])
         for number, line in enumerate(lines, 1):
             try:
-                rows.append(parse(json.loads(line, parse_constant=_refuse)))
+                rows.append(parse((decode or DECODER.decode)(line)))
             except FAULTS:
                 broken.append(number)
         self._broken(path, broken)
@@ -196,3 +206,15 @@ def _item(row: Any) -> Item:
 
 def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is not JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse)  # json.loads would make one for each line
+HEAD = re.compile(r'\{"set": "(\w+)", "id": (?:"([^"\\]*)"|(\d+))[,}]')
+
+
+def _head(line: str) -> Any:
+    """Set and id of an item, as its first two keys in json.dumps' spacing; else all of it."""
+    found = HEAD.match(line)
+    if not found:
+        return DECODER.decode(line)
+    return {"set": found[1], "id": found[2] if found[3] is None else int(found[3])}

@@ -121,9 +121,8 @@ def report(entity: str, project: str, sections: list[Section]) -> Report:
         runs = wr.Runset(
             entity=entity,
             project=project,
-            name=f"{section.stage or 'all'} by {', '.join(section.groupby)}",
-            filters=REAL_RUNS
-            + f" and Metric('JobType') == '{section.stage}'" * bool(section.stage),
+            name=section.name if section.stage else "by stage",
+            filters=REAL_RUNS + of_stage,
             groupby=list(section.groupby),
             order=[wr.OrderBy("CreatedTimestamp", ascending=True)],
         )
