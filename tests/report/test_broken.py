@@ -200,3 +200,21 @@ def test_what_a_kill_left_is_named(outputs: Path) -> None:
     missing = report(outputs)
     assert f"- {curves.parent.name}/metrics.csv ends within a line" in missing
     assert f"- {folder(outputs, 'sft').name}/samples.jsonl is empty" in missing
+
+
+def test_the_heads_of_items_are_read_however_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "eval_items.jsonl"
+    path.parent.mkdir()
+    lines = [
+        '{"set": "corpus", "id": 7, "bits": 1.5}',
+        '{"set": "chat", "id": "a b", "x": {}}',
+        '{"id": "\\u00e9", "set":"chat"}',
+        '{"set": "chat", "id": "\\u00e9"}',
+        '{"set": "chat"}',
+        "{",
+    ]
+    path.write_text("\n".join(lines))
+    files = Files()
+    found = [(item["set"], item["id"]) for item in files.item_heads(path)]
+    assert found == [("corpus", 7), ("chat", "a b"), ("chat", "é"), ("chat", "é")]
+    assert files.problems == ["run/eval_items.jsonl has 2 broken lines (5, 6)"]

@@ -183,3 +183,8 @@ def test_charts_are_drawn_for_the_columns_that_are_there() -> None:
     ]
     units = [panels(stage, {"train/kl": points})[0][1] for stage in ("ppo", "grpo")]
     assert units == ["nats an answer", "nats a token"]  # as stages/ppo.py and grpo.py log it
+
+
+def test_a_setting_in_a_table_stays_on_one_line() -> None:
+    html = page("t", [Table(["group"], [["sft → grpo, lr=1e-3, <x"]])])
+    assert "<td>sft → grpo, <b>lr=1e-3,</b> &lt;x</td>" in html

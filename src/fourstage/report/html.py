@@ -215,7 +215,8 @@ ul { padding-left: 1.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .7rem; text-align: left;
   vertical-align: top; }
-td { font-size: .92rem; } td span { display: block; white-space: nowrap; }
+td { font-size: .92rem; } td b { font-weight: inherit; white-space: nowrap; }
+td span { display: block; white-space: nowrap; }
 th { font-size: .85rem; vertical-align: bottom; }
 th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; min-width: 6.5rem;
   max-width: 11rem; overflow-wrap: break-word; font-weight: 600; }
@@ -316,8 +317,9 @@ def _html_block(block: Block) -> str:
 
 
 def _cell(cell: str | Cell) -> str:
-    if isinstance(cell, str):
-        return f"<td>{_text(cell)}</td>"
+    if isinstance(cell, str):  # a setting such as lr=1e-3 isn't broken at its hyphen
+        text = re.sub("[^ =]+=[^ ]{1,16}(?![^ ])", r"<b>\g<0></b>", _text(cell))
+        return f"<td>{text}</td>"
     return f"<td>{_spans(cell.parts)}</td>"
 
 
