@@ -135,7 +135,8 @@ def compare(outputs: Path, words: Sequence[str]) -> Comparison:
 
 
 def picked(runs: Mapping[str, Run], words: Sequence[str], outputs: Path) -> list[Run]:
-    """The last runs of the ladders that are meant. Raises UserError for a mistake."""
+    """The last runs of the ladders that are meant, all without names and conditions. Raises
+    UserError for a mistake."""
     names = [word for word in words if "=" not in word]
     conditions = [word for word in words if "=" in word and not word.startswith("by=")]
     if names and names != ["all"]:
@@ -151,7 +152,7 @@ def picked(runs: Mapping[str, Run], words: Sequence[str], outputs: Path) -> list
             runs, _fulfilling(runs, conditions), any(c[:5] == "debug" for c in conditions)
         )
     else:
-        found = tips(dict(runs)) if names else []
+        found = tips(dict(runs))
     if len(found) < 2:
         where = f" for {' '.join(conditions)}" if conditions else ""
         raise UserError(
