@@ -164,6 +164,7 @@ class StageJob:
     parents: dict[str, Path] = field(default_factory=dict)  # "policy", "reward"
     ancestors: dict[str, Path] = field(default_factory=dict)  # stage -> its finished run's folder
     group: str  # the ladder: its pretrain run's id
+    tags: tuple[str, ...] = ()  # the user's words
     start: Start | None = None  # of the first stage; None: random weights
     debug: str | None = None
     resume: bool = False  # checkpoints/last.ckpt is there

@@ -29,7 +29,9 @@ from fourstage.files import clean_up, swap_in, undo_swap
 from fourstage.interruptions import Stopped, heed_ctrl_c
 from fourstage.job import StageJob
 from fourstage.lineage.ranks import Ranks
-from fourstage.runs.records import read_record, write_record
+from fourstage.runs.disk import GB, too_much, trim
+from fourstage.runs.heartbeat import beating, sign_of_life
+from fourstage.runs.records import add_tags, read_record, write_record
 from fourstage.runs.store import find_status
 
 if TYPE_CHECKING:  # plan imports PyTorch
@@ -80,7 +82,10 @@ def climb(
 def complete(plan: Plan, run: PlannedRun, train: Train, ranks: Ranks) -> None:
     """Make sure that a run is finished, whatever other processes have done since the plan."""
     place = plan.store.folder(run.stage, run.id)
+    tags = plan.command.tags
     if not run.to_do and run.folder == place:  # every rank knows that
+        if ranks.is_first:
+            add_tags(place, tags)
         return
     if not ranks.is_first:
         run.status = ranks.wait_for(run.id)
@@ -91,13 +96,29 @@ def complete(plan: Plan, run: PlannedRun, train: Train, ranks: Ranks) -> None:
         clean_up(run.folder / "checkpoints" / "last.ckpt")
         undo_swap(plan.store.retrain_folder(run.stage, run.id), place)
         run.status, run.record = find_status(run.folder)
+        if run.to_do and (line := make_room(plan)):
+            raise UserError(line)
         ranks.tell(run.id, run.status)
         if run.to_do:
             train_and_record(plan, run, train)
+            if line := make_room(plan):
+                print(f"warning: {line}", flush=True)
+        add_tags(run.folder, tags)
         if run.folder != place:  # force=true
             place.parent.mkdir(parents=True, exist_ok=True)
             swap_in(run.folder, place)
             run.folder = place
+
+
+def make_room(plan: Plan) -> str | None:
+    """Keep outputs below max_outputs_gb, but for what this command resumes; what to say if it
+    can't be done."""
+    most = plan.command.max_outputs_gb
+    if most is None:
+        return None
+    for line in trim(plan.store, most * GB, spared=[run.folder for run in plan.runs]):
+        print(line, flush=True)
+    return too_much(plan.store, most * GB)
 
 
 def train_and_record(plan: Plan, run: PlannedRun, train: Train) -> None:
@@ -121,6 +142,8 @@ def train_and_record(plan: Plan, run: PlannedRun, train: Train) -> None:
         group=run.group,
         status="running",
         debug=job.debug,
+        tags=list(job.tags),
+        heartbeat=sign_of_life(),
         finished=None,
         **({} if job.resume else {"started": now(), "cost": cost()}),
         data=run.data,
@@ -132,7 +155,8 @@ def train_and_record(plan: Plan, run: PlannedRun, train: Train) -> None:
     )
     print(f"{'resuming' if job.resume else 'training'} {job.name} in {job.folder}", flush=True)
     try:
-        found = train(job)
+        with beating(job.folder):
+            found = train(job)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)  # SIGTERM ends as SystemExit
         with suppress(OSError):  # a full disk, perhaps
@@ -155,6 +179,9 @@ def stage_job(plan: Plan, run: PlannedRun) -> StageJob:
     later = plan.runs[plan.runs.index(run) + 1 :]
     config = json.loads(json.dumps(asdict(command)))  # as it is read back: tuples are lists
     config |= {"stage": run.stage, "stages": {run.stage: config["stages"][run.stage]}}
+    del config["tag"], config["max_outputs_gb"]  # they say nothing about the run
+    is_resumed = run.status == "resume"
+    before = read_record(run.folder).get("tags", ()) if is_resumed else ()
     same = ("model", "tokenizer", "data", "trainer", "logger", "evaluation", "seed", "debug")
     return StageJob(
         **{name: getattr(command, name) for name in (*same, "keep_checkpoints")},
@@ -167,8 +194,9 @@ def stage_job(plan: Plan, run: PlannedRun) -> StageJob:
         parents=run.parent_folders,
         ancestors=ancestors,
         group=run.group,
+        tags=tuple(dict.fromkeys((*before, *command.tags))),
         start=run.start,
-        resume=run.status == "resume",
+        resume=is_resumed,
         config=config,
         plan_left=[(r.stage, r.estimate) for r in later if r.to_do],
     )

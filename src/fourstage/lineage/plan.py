@@ -5,6 +5,7 @@ Every mistake in a command is found here, before anything trains.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
@@ -23,7 +24,7 @@ from fourstage.model import ModelConfig
 from fourstage.parallel.memory import GIB, WEIGHTS, bytes_per_gpu, machine_memory
 from fourstage.runs.records import Record, read_record
 from fourstage.runs.store import RunStore, Status, find_status
-from fourstage.settings import MOST_SEED, Bounded, between, build, hashed
+from fourstage.settings import MOST_SEED, Bounded, between, build, hashed, positive
 from fourstage.stages import StageSettings
 from fourstage.stages.prepare import check_records
 from fourstage.tokenizer import Tokenizer, TokenizerConfig
@@ -42,6 +43,8 @@ class Command(Bounded):
     ancestors: Literal["train", "require"]
     keep_checkpoints: bool
     debug: str | None
+    tag: str | list[str] | None = None  # words for run.json
+    max_outputs_gb: float | None = positive(default=None)
     stages: dict[str, StageSettings]  # of every stage, by name
     model: ModelConfig
     tokenizer: TokenizerConfig
@@ -55,6 +58,17 @@ class Command(Bounded):
             raise UserError(f"stage: expected one of {', '.join(stages())}, got {self.stage!r}")
         super().__post_init__()
         self.evaluation.check_room(self.model.max_seq_len)
+        for tag in self.tags:
+            if not re.fullmatch(r"[\w.-]+", tag):
+                raise UserError(
+                    f"tag: expected words of letters, digits, '_', '.' and '-', got {tag[:40]!r}: "
+                    "tag=NAME, or several in brackets: 'tag=[ONE,TWO]'"
+                )
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        named = self.tag.split(",") if isinstance(self.tag, str) else self.tag or ()
+        return tuple(dict.fromkeys(named))
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,12 @@
 """A run's record: run.json in its folder, the only file that says what a run is."""
 
+import fcntl
+import os
 import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING
 from pathlib import Path
 from types import NoneType
@@ -9,6 +15,9 @@ from typing import Any
 from fourstage.errors import UserError
 from fourstage.files import read_json, write_json
 from fourstage.ladder import LADDER
+
+PATIENCE = 10.0  # seconds to wait for another writer of a record
+_WRITING = threading.Lock()  # a lock on a file is no help against a thread where there is none
 
 Record = dict[str, Any]
 RUN_ID = re.compile("[a-z]{10}")
@@ -20,6 +29,8 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("id", "stage", "group", "status", "started", "config.model.name"), str),
     **dict.fromkeys(("debug", "finished?", "git.commit?"), (str, NoneType)),
     **{f"start.{key}?": str for key in ("name", "folder", "digest")},
+    **{"tags?": list, "heartbeat?": dict, "heartbeat.pid?": int},
+    **dict.fromkeys(("heartbeat.time?", "heartbeat.host?"), str),
     **dict.fromkeys(("threads?", "config.seed"), int),
     **dict.fromkeys(("cost.seconds", "cost.eval_seconds?"), (int, float)),
 }
@@ -56,6 +67,9 @@ def what_is_wrong(record: Record) -> str | None:
     for run_id in (record["id"], record["group"], *record["parents"].values()):
         if not isinstance(run_id, str) or not RUN_ID.fullmatch(run_id):  # it names files
             return f"{str(run_id)[:40]!r} is not a run id, which is ten letters a to z"
+    for tag in record.get("tags", ()):
+        if not isinstance(tag, str):
+            return f"the tag {str(tag)[:40]!r} is no text"
     stage = record["stage"]
     if stage in LADDER and not isinstance(record["config"]["stages"].get(stage), dict):
         return f"it has no config.stages.{stage}"
@@ -82,9 +96,60 @@ def _stored(folder: Path) -> Record:
 
 def write_record(folder: Path, **changes: Any) -> None:
     """Merge the changes into run.json, a dict key by key."""
-    record = _stored(folder) if (folder / "run.json").exists() else {}
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(record.get(key), dict):
-            value = {**record[key], **value}
-        record[key] = value
-    write_json(folder / "run.json", record)
+
+    def merge(record: Record) -> None:
+        for key, value in changes.items():
+            if isinstance(value, dict) and isinstance(record.get(key), dict):
+                value = {**record[key], **value}
+            record[key] = value
+
+    change_record(folder, merge)
+
+
+def add_tags(folder: Path, tags: Sequence[str]) -> None:
+    """Add tags to a run, those that it has first."""
+
+    def add(record: Record) -> None:
+        record["tags"] = list(dict.fromkeys((*record.get("tags", ()), *tags)))
+
+    if tags and not set(tags) <= set(_stored(folder).get("tags", ())):
+        change_record(folder, add)
+
+
+def change_record(folder: Path, change: Callable[[Record], None]) -> None:
+    """Read run.json, change it and write it. Nobody else's change in between is lost: the
+    heartbeat's thread writes it too, and a command that adds a tag."""
+    with _WRITING, _alone(folder):
+        record = _stored(folder) if (folder / "run.json").exists() else {}
+        change(record)
+        write_json(folder / "run.json", record)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a lock on the folder itself, which leaves no file behind; without it after some seconds
+    or where there are no such locks, as a change that is lost is better than a run that stops."""
+    descriptor = None
+    with suppress(OSError):  # the folder is about to be made
+        descriptor = os.open(folder, os.O_RDONLY)
+    if descriptor is None:
+        yield
+        return
+    try:
+        end = time.monotonic() + PATIENCE
+        while not _flock(descriptor) and time.monotonic() < end:
+            time.sleep(0.02)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _flock(descriptor: int) -> bool:
+    """Whether there is nothing to wait for: it is locked now, or can't be."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that has no locks, or none for folders
+        return True
+    return True

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from fourstage.errors import UserError
 from fourstage.files import exists, locked
 from fourstage.ladder import LADDER, place, stages
+from fourstage.runs.heartbeat import SILENT, is_elsewhere, silence
 from fourstage.runs.records import RUN_ID, Record, read_record
 
 Status = Literal["found", "resume", "train"]
@@ -44,9 +45,19 @@ class RunStore:
         return dict(sorted(readable.items(), key=lambda x: (place(x[1]["stage"]), x[1]["started"])))
 
     def status(self, record: Record) -> str:
-        """What run.json says, or "interrupted" if no process is training the run any more."""
-        is_left = record["status"] == "running" and not self.is_busy(record["id"])
-        return "interrupted" if is_left else record["status"]
+        """What run.json says; but of a run that is "running" there, "interrupted" if no process
+        has it any more, and "silent" if one holds its lock and gives no sign of life.
+
+        A lock may not reach as far as the folder, so one of another machine counts too.
+        """
+        if record["status"] != "running":
+            return record["status"]
+        quiet = silence(record)
+        is_silent = quiet is not None and quiet > SILENT
+        if self.is_busy(record["id"]):
+            return "silent" if is_silent else "running"
+        is_there = quiet is not None and not is_silent and is_elsewhere(record)
+        return "running" if is_there else "interrupted"
 
     def broken(self) -> list[str]:
         """What is wrong with each run whose record cannot be read."""
@@ -95,13 +106,23 @@ class RunStore:
 
     def is_busy(self, run_id: str) -> bool:
         """Whether a process is training it now."""
+        with self.unless_busy(run_id) as is_free:
+            return not is_free
+
+    @contextmanager
+    def unless_busy(self, run_id: str) -> Iterator[bool]:
+        """Hold a run's lock if nobody has it; gives whether it does."""
         lock = self._lock(run_id)
         try:
-            with lock.acquire(timeout=0):
-                Path(lock.lock_file).unlink(missing_ok=True)
-                return False
+            lock.acquire(timeout=0)
         except Timeout:
-            return True
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
 
     @contextmanager
     def locked(self, name: str, run_id: str) -> Iterator[None]:
@@ -132,16 +153,28 @@ class RunStore:
                 f"{folder.name}: {', '.join(children)} {verb} from it: remove {them} first, or add "
                 "force=true"
             )
-        if RUN_ID.fullmatch(run_id) and self.is_busy(run_id):
-            raise UserError(f"{folder.name}: a process is training it now: stop that first")
+        if RUN_ID.fullmatch(run_id):
+            status = "" if isinstance(record, str) else self.status(record)
+            if status == "silent":
+                raise UserError(
+                    f"{folder.name}: a process that gives no sign of life holds its lock: end that "
+                    f"first; if it is long gone, rm {self._lock(run_id).lock_file}"
+                )
+            if status == "running" or self.is_busy(run_id):
+                raise UserError(f"{folder.name}: a process is training it now: stop that first")
         if folder.is_symlink():
             folder.unlink()
             return
-        trash = self.beside / "trash" / f"{folder.name}.{os.getpid()}"
+        self.discard(folder)
+
+    def discard(self, path: Path) -> None:
+        """Remove a run, or a folder of one, at once, so that none is ever found half removed."""
+        trash = self.beside / "trash" / f"{path.parent.name}.{path.name}.{os.getpid()}"
         trash.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(folder, trash)  # at once, so that no half-removed run is ever found
+        os.rename(path, trash)
         shutil.rmtree(trash)
-        trash.parent.rmdir()
+        with suppress(OSError):  # another command's
+            trash.parent.rmdir()
 
 
 def find_run(outputs: Path, name: str) -> Path:
