@@ -185,8 +185,10 @@ def test_wrong_arguments(store) -> None:
     for arguments in (["delete", "sft"], ["rm"], ["show"], ["list", "sft"]):
         with pytest.raises(UserError, match="usage: python -m fourstage runs"):
             main(arguments)
-    with pytest.raises(UserError, match="unknown option 'output=x'"):
-        main(["output=x"])
+    with pytest.raises(UserError, match="unknown option 'output=x': known are outputs"):
+        main(["show", "sft", "output=x"])
+    with pytest.raises(UserError, match="no run has a setting 'output'"):
+        main([f"outputs={store.outputs}", "output=x"])
     with pytest.raises(UserError, match="force: expected true or false, got 'yes'"):
         main(["rm", "sft", "force=yes"])
 

@@ -1,58 +1,124 @@
 """List, show and remove runs, outputs/runs/<stage>-<id>/.
 
-    python -m fourstage runs [list]                 all runs with their disk use
+    python -m fourstage runs [list] [CONDITION...] [sort=KEY] [--json]   runs with their disk use
     python -m fourstage runs show NAME...           a run's record, files, ancestors, descendants
     python -m fourstage runs rm NAME... [force=true]  removes runs; force: others descend from them
+    python -m fourstage runs rm CONDITION... [keep_best=N] [by=METRIC] [dry_run=true]
+    python -m fourstage runs trim most_gb=N [dry_run=true]   drops checkpoints until outputs fits
 
 For example:
 
     python -m fourstage runs show sft
+    python -m fourstage runs stage=grpo seed=0,1 tag=sweep sort=-goal
+    python -m fourstage runs rm debug=true dry_run=true
+    python -m fourstage runs rm stage=grpo keep_best=3
 
 NAME is an id, <stage>-<id>, a folder, or a stage's name: its latest finished run (a debug run only
-if there is no other). Other arguments are key=value: outputs=FOLDER. Needs no PyTorch.
+if there is no other). CONDITION is key=value, key=value,value or key!=value: stage, id, status,
+debug, tag, parent, model, data, tokenizer, seed, or any setting (stages.grpo.lr=1e-3). rm with
+conditions keeps runs that are trained now, and those that others descend from; keep_best=N keeps
+each stage's best N, by its own goal or by a metric of eval.json. Needs no PyTorch. outputs=FOLDER.
 """
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from fourstage.errors import UserError
 from fourstage.interruptions import run_command
-from fourstage.runs.records import read_record
+from fourstage.runs.disk import GB, MB, megabytes, parts, too_much, trim
+from fourstage.runs.heartbeat import roughly, silence
+from fourstage.runs.listing import Better, all_but_best, entry, ordered, removable, selected
+from fourstage.runs.records import Record, read_record
 from fourstage.runs.store import RunStore
+from fourstage.settings import Bounded, at_least, from_arguments, positive
 
 
-def disk_use(path: Path) -> str:
-    """What a folder takes on disk, in MB."""
-    return f"{sum(file.lstat().st_blocks * 512 for file in path.rglob('*')) / 1e6:.1f}"
+@dataclass(frozen=True, kw_only=True)
+class Outputs(Bounded):
+    """The options of every subcommand."""
+
+    outputs: str = "outputs"
+
+    @property
+    def store(self) -> RunStore:
+        return RunStore(Path(self.outputs))
 
 
-def show_all(store: RunStore) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Listing(Outputs):
+    sort: str = ""
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removal(Outputs):
+    force: bool = False
+    keep_best: int | None = at_least(0, default=None)
+    by: str = ""
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit(Outputs):
+    most_gb: float = positive()
+    dry_run: bool = False
+
+
+OPTIONS = {"list": Listing, "show": Outputs, "rm": Removal, "trim": Limit}
+
+
+def show_all(options: Listing, conditions: Sequence[str]) -> None:
+    """A table, or one JSON array."""
+    store = options.store
+    runs = selected(store, conditions)
+    entries = [entry(folder, record) for folder, record in runs.items()]
+    if options.sort:
+        entries = ordered(entries, options.sort)
+    for line in store.broken():
+        print(line, file=sys.stderr)
+    if options.json:
+        print(json.dumps(entries, indent=1, ensure_ascii=False))
+        return
+    if not entries:
+        none = "no such runs" if conditions else "no runs yet: python train.py stage=pretrain"
+        print(f"{store.root} has {none}")
+        return
+    print_table(entries, {folder.name: record for folder, record in runs.items()})
+    sizes = ", ".join(f"{name} {size / MB:.1f} MB" for name, size in parts(store).items())
+    print(f"disk use: {sizes}")
+
+
+def print_table(entries: Sequence[dict[str, Any]], records: dict[str, Record]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    others = ("status", "from", "model", "seed", "debug", "started", "minutes", "MB")
+    others = ["status", "from", "model", "seed", "debug", "started", "minutes", "MB"]
+    others += ["tags"] * any(run["tags"] for run in entries)
     table = Table(Column("run", no_wrap=True), *(Column(name, overflow="fold") for name in others))
-    for folder, record in store.records().items():
-        table.add_row(
-            folder.name,
-            store.status(record),
-            ", ".join(record["parents"].values()),
-            record["config"]["model"]["name"],
-            str(record["config"]["seed"]),
-            record["debug"] or "",
-            record["started"][:16].replace("T", " "),
-            f"{record['cost']['seconds'] / 60:.1f}",
-            disk_use(folder),
-        )
-    for line in store.broken():
-        print(line, file=sys.stderr)
-    if not table.row_count:
-        print(f"{store.root} has no runs yet: python train.py stage=pretrain")
-        return
+    for run in entries:
+        cells = [
+            run["name"],
+            run["status"],
+            ", ".join(run["parents"].values()),
+            run["model"],
+            str(run["seed"]),
+            run["debug"] or "",
+            run["started"][:16].replace("T", " "),
+            f"{run['seconds'] / 60:.1f}",
+            f"{run['bytes'] / MB:.1f}",
+            ", ".join(run["tags"]),
+        ]
+        table.add_row(*cells[: len(others) + 1])
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-    parts = [path for path in sorted(store.outputs.iterdir()) if path.is_dir()]
-    print("disk use: " + ", ".join(f"{path.name} {disk_use(path)} MB" for path in parts))
+    for run in entries:
+        if run["status"] == "silent":
+            quiet = roughly(silence(records[run["name"]]) or 0)
+            who = f"process {run['heartbeat']['pid']} on {run['heartbeat']['host']}"
+            print(f"{run['name']}: dead? last sign of life {quiet} ago, from {who}")
 
 
 def show(store: RunStore, folder: Path) -> None:
@@ -69,33 +135,78 @@ def show(store: RunStore, folder: Path) -> None:
 
 def remove(store: RunStore, folder: Path, force: bool) -> None:
     folder = folder.parent.resolve() / folder.name if folder.name else folder.resolve()
-    what = f"{disk_use(folder)} MB"
+    what = f"{megabytes(folder)} MB"
     if folder.is_symlink():
         what = f"the link only: its files stay in {folder.readlink()}"
     store.remove(folder, force=force)
     print(f"removed {folder.name} ({what})")
 
 
+def remove_matching(options: Removal, conditions: Sequence[str], better: dict[str, Better]) -> None:
+    """Remove the runs for which the conditions hold, or say which these are."""
+    store, all_runs = options.store, options.store.records()
+    runs = selected(store, conditions)
+    if options.keep_best is not None:
+        runs = all_but_best(runs, options.keep_best, options.by, better)
+    order, kept = removable(runs, all_runs)
+    sizes = {folder: megabytes(folder) for folder in order}
+    for folder in order:
+        if options.dry_run:
+            print(f"would remove {folder.name} ({sizes[folder]} MB)")
+        else:
+            remove(store, folder, force=False)
+    for line in kept:
+        print(line)
+    verb = "would remove" if options.dry_run else "removed"
+    total = sum(map(float, sizes.values()))
+    print(f"{verb} {len(order)} run{'s' * (len(order) != 1)}, {total:.1f} MB")
+
+
+def trim_outputs(options: Limit) -> None:
+    """Drop checkpoints. Raises UserError if that isn't enough."""
+    store, most = options.store, options.most_gb * GB
+    for line in trim(store, most, dry_run=options.dry_run):
+        print(line)
+    if (line := too_much(store, most)) and not options.dry_run:
+        raise UserError(line)
+    print(f"{store.outputs} takes {sum(parts(store).values()) / GB:.2f} GB")
+
+
 def main(arguments: list[str]) -> None:
-    """Run one command. Raises UserError for an unknown command, run or argument."""
-    words = [argument for argument in arguments if "=" not in argument]
-    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    store = RunStore(Path(options.pop("outputs", "outputs")))
-    force = options.pop("force", "false")
-    if options:
-        wrong = "=".join(options.popitem())
-        raise UserError(f"unknown option {wrong!r}: known are outputs=FOLDER, force=true")
-    if force not in ("true", "false"):
-        raise UserError(f"force: expected true or false, got {force!r}")
-    command, *names = words or ["list"]
-    if command == "list" and not names:
-        show_all(store)
-    elif command in ("show", "rm") and names:
+    """Run one command. Raises UserError for an unknown command, run, condition or option."""
+    arguments = ["json=true" if argument == "--json" else argument for argument in arguments]
+    command, *names = [argument for argument in arguments if "=" not in argument] or ["list"]
+    kind = OPTIONS.get(command, Outputs)
+    known = {field.name for field in fields(kind)}
+    settings = [argument for argument in arguments if "=" in argument]
+    options = from_arguments(kind, [s for s in settings if s.partition("=")[0] in known])
+    conditions = [s for s in settings if s.partition("=")[0] not in known]
+    if conditions and command in ("show", "trim"):
+        raise UserError(f"unknown option {conditions[0]!r}: known are {', '.join(sorted(known))}")
+    store = options.store
+    if isinstance(options, Listing) and not names:
+        show_all(options, conditions)
+    elif isinstance(options, Limit) and not names:
+        trim_outputs(options)
+    elif isinstance(options, Removal) and conditions and not names:
+        if options.force:
+            raise UserError("force=true: only with NAME: rm with conditions keeps ancestors")
+        from fourstage.evaluation.suite import DEFINITIONS
+
+        better = {name: one.better for name, one in DEFINITIONS.items()}
+        remove_matching(options, conditions, better)
+    elif command in ("show", "rm") and names and not conditions:
         for name in names:
             folder = store.find(name, finished=False)
-            show(store, folder) if command == "show" else remove(store, folder, force == "true")
+            if isinstance(options, Removal):
+                remove(store, folder, options.force)
+            else:
+                show(store, folder)
     else:
-        raise UserError("usage: python -m fourstage runs [list | show NAME... | rm NAME...]")
+        raise UserError(
+            "usage: python -m fourstage runs [list | show NAME... | rm NAME... | rm CONDITION... | "
+            "trim most_gb=N] (see --help)"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,128 @@
+"""Runs as a list of plain values, and which of them to keep."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from fourstage.errors import UserError, did_you_mean
+from fourstage.files import read_json
+from fourstage.ladder import LADDER
+from fourstage.runs.disk import bytes_on_disk
+from fourstage.runs.records import Record
+from fourstage.runs.select import matching
+from fourstage.runs.store import RunStore
+
+Better = Literal["higher", "lower"] | None
+Runs = dict[Path, Record]
+
+
+def selected(store: RunStore, conditions: Sequence[str]) -> Runs:
+    """The runs for which all conditions hold, with the status that the store finds. debug=true is
+    about debug runs of any name. Raises UserError as `matching` does, and if there are no runs."""
+    runs = {f: record | {"status": store.status(record)} for f, record in store.records().items()}
+    if conditions and not runs:
+        raise UserError(f"{' '.join(conditions)}: {store.root} has no runs (outputs=FOLDER)")
+    is_debug = {"debug=true": True, "debug=false": False}
+    for wanted in (is_debug[word] for word in conditions if word in is_debug):
+        runs = {f: r for f, r in runs.items() if (r["debug"] is not None) == wanted}
+    return matching(runs, [word for word in conditions if word not in is_debug])
+
+
+def metric(folder: Path, name: str) -> float | None:
+    """A value of eval.json; None if there is none."""
+    try:
+        value = read_json(folder / "eval.json")["metrics"][name]["value"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return value if isinstance(value, int | float) else None
+
+
+def goal_of(folder: Path, stage: str) -> dict[str, Any]:
+    """{"name", "value"} of the stage's own goal, or of the one in its place where the data doesn't
+    define it."""
+    row = LADDER[stage]
+    name, value = row.goal, metric(folder, row.goal)
+    if value is None and row.instead and (other := metric(folder, row.instead)) is not None:
+        name, value = row.instead, other
+    return {"name": name, "value": value}
+
+
+def entry(folder: Path, record: Record) -> dict[str, Any]:
+    """A run for `runs --json`: keys are only ever added."""
+    config = record["config"]
+    return {
+        "id": record["id"],
+        "name": folder.name,
+        "stage": record["stage"],
+        "status": record["status"],
+        "parents": record["parents"],
+        "tags": record.get("tags", []),
+        "group": record["group"],
+        "model": config["model"]["name"],
+        "seed": config["seed"],
+        "debug": record["debug"],
+        "started": record["started"],
+        "finished": record.get("finished"),
+        "seconds": record["cost"]["seconds"],
+        "bytes": bytes_on_disk(folder),
+        "heartbeat": record.get("heartbeat"),
+        "goal": goal_of(folder, record["stage"]),
+    }
+
+
+SORTS = ("name", "status", "model", "seed", "started", "finished", "seconds", "bytes", "goal")
+
+
+def ordered(entries: Sequence[dict[str, Any]], sort: str) -> list[dict[str, Any]]:
+    """By a key, or by -key from the largest down; those without a value come last. Raises UserError
+    for any other key."""
+    key = sort.removeprefix("-")
+    if key not in SORTS:
+        raise UserError(f"sort={sort}: {did_you_mean(key, SORTS)}, and -{SORTS[0]} and so on")
+    value = (lambda e: e["goal"]["value"]) if key == "goal" else (lambda e: e[key])
+    known = [entry for entry in entries if value(entry) is not None]
+    rest = [entry for entry in entries if value(entry) is None]
+    return sorted(known, key=value, reverse=sort != key) + rest
+
+
+def all_but_best(runs: Runs, keep: int, by: str, better: Mapping[str, Better]) -> Runs:
+    """Without the best `keep` runs of each stage: by a metric of eval.json, or by the stage's goal.
+
+    `better`: which side of each metric is. Runs that were not measured are the worst. Raises
+    UserError for a metric that has no better side, or that no run of a stage has.
+    """
+    if by and better.get(by) is None:
+        sided = [name for name, side in better.items() if side]
+        raise UserError(f"by={by}: no side of it is better: {did_you_mean(by, sided)}")
+    left: Runs = {}
+    for stage in dict.fromkeys(record["stage"] for record in runs.values()):
+        own = {folder: record for folder, record in runs.items() if record["stage"] == stage}
+        names = [by] if by else [LADDER[stage].goal, LADDER[stage].instead]
+        found = ({f: v for f in own if (v := metric(f, name)) is not None} for name in names)
+        name, values = next(((n, v) for n, v in zip(names, found, strict=True) if v), ("", {}))
+        if not values:
+            raise UserError(f"keep_best: no {stage} run has {by or LADDER[stage].goal}")
+        ranked = sorted(values, key=lambda f: values[f], reverse=better[name] == "higher")
+        best = [*ranked, *(folder for folder in own if folder not in values)][:keep]
+        left |= {folder: record for folder, record in own.items() if folder not in best}
+    return left
+
+
+def removable(runs: Runs, all_runs: Runs) -> tuple[list[Path], list[str]]:
+    """Which of the runs can go, each after those that descend from it, and a line for each that has
+    to stay: a process has it, or another run that stays descends from it."""
+    heirs = {
+        folder: [f for f, other in all_runs.items() if record["id"] in other["parents"].values()]
+        for folder, record in runs.items()
+    }
+    in_use = ("running", "silent")
+    kept = {f: f"it is {r['status']}" for f, r in runs.items() if r["status"] in in_use}
+    order: list[Path] = []
+    waiting = [folder for folder in runs if folder not in kept]
+    while free := [folder for folder in waiting if set(heirs[folder]) <= set(order)]:
+        order += free
+        waiting = [folder for folder in waiting if folder not in free]
+    for folder in waiting:
+        names = [heir.name for heir in heirs[folder] if heir not in order]
+        kept[folder] = f"{', '.join(names)} descend{'s' * (len(names) == 1)} from it"
+    return order, [f"kept {folder.name}: {why}" for folder, why in kept.items()]

@@ -1,0 +1,193 @@
+"""`runs` with conditions: the list, its JSON, and what rm takes and leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from fourstage.errors import UserError
+from fourstage.runs.__main__ import main
+from fourstage.runs.store import RunStore
+from tests.runs.ladders import make_run
+
+HEARTBEAT = {"time": "2026-01-01T09:59:00+00:00", "host": "node7", "pid": 12}
+
+
+@pytest.fixture
+def store(tmp_path) -> RunStore:
+    """pretrain a <- sft b, c; b <- grpo d, e, f, g; h is a debug run of its own."""
+    store = RunStore(tmp_path)
+    make_run(store, "pretrain", "a", goal={"bits_per_char": 1.5}, heartbeat=HEARTBEAT)
+    on_a, on_b = {"parents": {"policy": "a" * 10}}, {"parents": {"policy": "b" * 10}}
+    make_run(store, "sft", "b", **on_a, goal={"knowledge_answered": None, "well_formed": 0.5})
+    make_run(store, "sft", "c", **on_a, goal={"knowledge_answered": None, "well_formed": 0.75})
+    for letter, value in zip("defg", (0.25, 0.75, 0.5, None), strict=True):
+        tags = {"tags": ["lr", letter]} if letter in "de" else {}
+        goal = {"reasoning_accuracy": value, "bits_per_char": {"d": 1.0}.get(letter, 2.0)}
+        make_run(store, "grpo", letter, **on_b, goal=goal, lr=ord(letter) / 1000, **tags)
+    make_run(store, "pretrain", "h", debug="fast", status="running", finished=None)
+    return store
+
+
+def listed(store: RunStore, capsys, *words: str) -> list[dict]:
+    main([*words, "--json", f"outputs={store.outputs}"])
+    return json.loads(capsys.readouterr().out)
+
+
+def letters(store: RunStore) -> str:
+    return "".join(sorted(record["id"][0] for record in store.records().values()))
+
+
+def test_json_is_a_stable_list(store, capsys) -> None:
+    (found,) = listed(store, capsys, "id=" + "a" * 10)
+    found["bytes"] = 0 < found["bytes"] < 100_000
+    assert found == {
+        "id": "aaaaaaaaaa",
+        "name": "pretrain-aaaaaaaaaa",
+        "stage": "pretrain",
+        "status": "finished",
+        "parents": {},
+        "tags": [],
+        "group": "aaaaaaaaaa",
+        "model": "moe_nano",
+        "seed": 0,
+        "debug": None,
+        "started": "2026-01-01T09:00:00.000+00:00",
+        "finished": "2026-01-01T10:00:00.000+00:00",
+        "seconds": 61.5,
+        "bytes": True,
+        "heartbeat": HEARTBEAT,
+        "goal": {"name": "bits_per_char", "value": 1.5},
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("", "ahbcdefg"),
+        ("stage=sft", "bc"),
+        ("stage=grpo tag=lr", "de"),
+        ("tag=d", "d"),
+        ("stages.grpo.lr=0.101,0.102", "ef"),
+        ("status=interrupted", "h"),
+        ("debug=true", "h"),
+        ("debug=false stage=pretrain", "a"),
+        ("debug=fast", "h"),
+        ("stage!=grpo,sft", "ah"),
+        ("parent=" + "a" * 10, "bc"),
+        ("stage=grpo sort=goal", "dfeg"),
+        ("stage=grpo sort=-goal", "efdg"),
+        ("stage=pretrain sort=finished", "ah"),
+    ],
+)
+def test_conditions_and_order(store, capsys, words, wanted) -> None:
+    assert "".join(run["id"][0] for run in listed(store, capsys, *words.split())) == wanted
+
+
+def test_a_goal_that_the_data_does_not_define_has_another_in_its_place(store, capsys) -> None:
+    (found,) = listed(store, capsys, "id=" + "c" * 10)
+    assert found["goal"] == {"name": "well_formed", "value": 0.75}
+    (found,) = listed(store, capsys, "id=" + "h" * 10)  # not evaluated yet
+    assert found["goal"] == {"name": "bits_per_char", "value": None}
+
+
+def test_nothing_but_json_on_stdout(tmp_path, store, capsys) -> None:
+    (store.root / "sft-broken").mkdir()
+    (store.root / "sft-broken" / "run.json").write_text("{")
+    main(["list", "json=true", f"outputs={store.outputs}"])
+    said = capsys.readouterr()
+    assert len(json.loads(said.out)) == 8 and "sft-broken/run.json: broken" in said.err
+    assert listed(RunStore(tmp_path / "empty"), capsys) == []
+
+
+def test_the_table_has_tags_where_there_are_some(store, capsys) -> None:
+    main(["tag=lr", f"outputs={store.outputs}"])
+    assert re.search(r"│ lr, d +│", capsys.readouterr().out)
+    main(["stage=sft", f"outputs={store.outputs}"])
+    assert "tags" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("sort=xyz", "sort=xyz: known are name, status, model"),
+        ("stage=grpp", "no run has stage=grpp: did you mean grpo"),
+        ("ouputs=x", "no run has a setting 'ouputs'"),
+        ("rm", "usage: "),
+        ("rm keep_best=1", "usage: "),
+        ("rm dry_run=true", "usage: "),
+        ("rm sft stage=sft", "usage: "),
+        ("rm stage=sft force=true", "force=true: only with NAME"),
+        ("rm stage=grpo keep_best=-1", "keep_best: must be at least 0, got -1"),
+        ("rm stage=grpo keep_best=x", "keep_best: expected a whole number or null, got 'x'"),
+        ("rm stage=grpo keep_best=1 by=kl_to_sft", "by=kl_to_sft: no side of it is better"),
+        ("rm stage=grpo keep_best=1 by=accuracy", "by=accuracy: .*reasoning_accuracy"),
+        ("rm stage=grpo keep_best=1 by=win_rate", "keep_best: no grpo run has win_rate"),
+        ("trim", "most_gb: missing"),
+        ("trim most_gb=0", "most_gb: must be above 0"),
+        ("trim most_gb=1 stage=sft", "unknown option 'stage=sft'"),
+    ],
+)
+def test_wrong_words_remove_nothing(store, words, line) -> None:
+    with pytest.raises(UserError, match=line):
+        main([*words.split(), f"outputs={store.outputs}"])
+    assert letters(store) == "abcdefgh"
+
+
+def test_conditions_without_runs(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"output=x: .*has no runs \(outputs=FOLDER\)"):
+        main(["output=x", f"outputs={tmp_path}"])
+
+
+def test_rm_of_all_debug_runs(store, capsys) -> None:
+    make_run(store, "sft", "i", debug="tiny", parents={"policy": "h" * 10})
+    main(["rm", "debug=true", "dry_run=true", f"outputs={store.outputs}"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(" (")[0] for line in said[:2]] == [
+        "would remove sft-iiiiiiiiii",  # before the one that it descends from
+        "would remove pretrain-hhhhhhhhhh",
+    ]
+    assert said[2].startswith("would remove 2 runs, 0.") and letters(store) == "abcdefghi"
+    main(["rm", "debug=true", f"outputs={store.outputs}"])
+    assert letters(store) == "abcdefg" and "removed 2 runs" in capsys.readouterr().out
+    main(["rm", "debug=true", f"outputs={store.outputs}"])
+    assert "removed 0 runs, 0.0 MB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        ("stage=grpo keep_best=3", "abcdefh"),
+        ("stage=grpo keep_best=1", "abceh"),
+        ("stage=grpo keep_best=0", "abch"),
+        ("stage=grpo keep_best=9", "abcdefgh"),
+        ("stage=grpo keep_best=1 by=bits_per_char", "abcdh"),  # lower is better
+        ("stage=sft,grpo keep_best=1", "abceh"),  # each stage's own; e descends from b
+        ("stage=pretrain,sft", "abdefg"),  # c and h have no heirs
+        ("stage!=none-such", "abcdefgh"),
+    ],
+)
+def test_rm_keeps_the_best_and_what_others_descend_from(store, capsys, words, left) -> None:
+    try:
+        main(["rm", *words.split(), f"outputs={store.outputs}"])
+    except UserError as error:
+        assert "none-such" in str(error)
+    assert letters(store) == left
+    kept = re.findall(r"kept (.*): (.*)", capsys.readouterr().out)
+    if words == "stage=sft,grpo keep_best=1":
+        assert kept == [("sft-bbbbbbbbbb", "grpo-eeeeeeeeee descends from it")]
+
+
+def test_rm_of_everything_leaves_what_is_trained_and_its_ancestors(store, capsys) -> None:
+    with store.locked("grpo", "d" * 10):
+        for path in (store.root / ("grpo-" + "d" * 10)).glob("run.json"):
+            path.write_text(path.read_text().replace('"finished"', '"running"', 1))
+        main(["rm", "seed=0", f"outputs={store.outputs}"])
+    assert letters(store) == "abd"
+    assert re.findall(r"kept (.*)", capsys.readouterr().out) == [
+        "grpo-dddddddddd: it is running",
+        "pretrain-aaaaaaaaaa: sft-bbbbbbbbbb descends from it",
+        "sft-bbbbbbbbbb: grpo-dddddddddd descends from it",
+    ]
