@@ -182,7 +182,7 @@ def test_help_begins_with_what_it_is_and_commands_that_compose() -> None:
     ("words", "line"),
     [
         (["stages.sft.lrr=3"], "stages.sft.lrr: no such setting: did you mean lr?"),
-        (["stagee=sft"], "stagee: no such setting: did you mean stage or stages or seed?"),
+        (["stagee=sft"], "stagee: no such setting: did you mean stage or stages or tag?"),
         (["foo.bar=1"], "foo: no such setting: known are ancestors, data, debug, evaluation, "),
         (["model=moe_nan"], "model=moe_nan: no such model: did you mean moe_nano or moe_tiny or "),
         (["debug=fastt"], "debug=fastt: no such debug: did you mean fast?"),

@@ -11,6 +11,7 @@ COMMANDS = {  # name -> where its main() is, and what it does
     "chat": ("chat", "talk to the model of any stage"),
     "runs": ("runs.__main__", "list, show and remove runs"),
     "data": ("data.__main__", "list, check and remove tokenized corpora"),
+    "search": ("search.__main__", "search for settings, by Optuna; trials are runs of train.py"),
     "evaluation": ("evaluation.__main__", "evaluate a finished run again"),
     "export": ("exchange.__main__", "a run as a folder that transformers, vLLM and llama.cpp read"),
     "benchmark": ("evaluation.benchmark", "measure a run by public benchmarks, through lm-eval"),

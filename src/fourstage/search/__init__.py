@@ -1,0 +1,1 @@
+"""Bayesian search over train.py's settings, by Optuna; a trial is a list of overrides."""
