@@ -48,6 +48,15 @@ def test_a_resumed_run_keeps_its_tags(base, tmp_path) -> None:
     assert tags(tmp_path) == {"pretrain": ["a", "b"]}
 
 
+def test_a_run_that_is_trained_again_keeps_its_tags(base, tmp_path) -> None:
+    with pytest.raises(RuntimeError):
+        run([*base, "tag=a"], "pretrain", FakeTrain(fail_in="pretrain"))  # before a checkpoint
+    run([*base, "tag=b"], "pretrain")
+    again = run([*base, "tag=c", "force=true"], "pretrain")
+    assert again.jobs[0].tags == ("a", "b", "c") and not again.jobs[0].resume
+    assert tags(tmp_path) == {"pretrain": ["a", "b", "c"]}
+
+
 def test_no_tag_is_an_empty_list(base, tmp_path) -> None:
     train = run(base, stage="pretrain")
     assert tags(tmp_path) == {"pretrain": []} and train.jobs[0].tags == ()

@@ -26,6 +26,7 @@ def store(tmp_path) -> RunStore:
     for letter, value in zip("defg", (0.25, 0.75, 0.5, None), strict=True):
         tags = {"tags": ["lr", letter]} if letter in "de" else {}
         goal = {"reasoning_accuracy": value, "bits_per_char": {"d": 1.0}.get(letter, 2.0)}
+        goal |= {"reasoning_accuracy/gcd": 1.0 if letter == "d" else 0.5}
         make_run(store, "grpo", letter, **on_b, goal=goal, lr=ord(letter) / 1000, **tags)
     make_run(store, "pretrain", "h", debug="fast", status="running", finished=None)
     return store
@@ -164,6 +165,7 @@ def test_rm_of_all_debug_runs(store, capsys) -> None:
         ("stage=grpo keep_best=0", "abch"),
         ("stage=grpo keep_best=9", "abcdefgh"),
         ("stage=grpo keep_best=1 by=bits_per_char", "abcdh"),  # lower is better
+        ("stage=grpo keep_best=1 by=reasoning_accuracy/gcd", "abcdh"),  # of one task
         ("stage=sft,grpo keep_best=1", "abceh"),  # each stage's own; e descends from b
         ("stage=pretrain,sft", "abdefg"),  # c and h have no heirs
         ("stage!=none-such", "abcdefgh"),

@@ -123,9 +123,9 @@ def make_room(plan: Plan) -> str | None:
 
 def train_and_record(plan: Plan, run: PlannedRun, train: Train) -> None:
     """Train a run and keep its run.json up to date from start to end."""
+    job = stage_job(plan, run)
     if run.status == "train" and run.folder.exists():
         shutil.rmtree(run.folder)  # it never came to a checkpoint
-    job = stage_job(plan, run)
     (job.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     before = read_record(job.folder)["cost"]["seconds"] if job.resume else 0.0
     start = time.monotonic()
@@ -180,8 +180,6 @@ def stage_job(plan: Plan, run: PlannedRun) -> StageJob:
     config = json.loads(json.dumps(asdict(command)))  # as it is read back: tuples are lists
     config |= {"stage": run.stage, "stages": {run.stage: config["stages"][run.stage]}}
     del config["tag"], config["max_outputs_gb"]  # they say nothing about the run
-    is_resumed = run.status == "resume"
-    before = read_record(run.folder).get("tags", ()) if is_resumed else ()
     same = ("model", "tokenizer", "data", "trainer", "logger", "evaluation", "seed", "debug")
     return StageJob(
         **{name: getattr(command, name) for name in (*same, "keep_checkpoints")},
@@ -194,12 +192,21 @@ def stage_job(plan: Plan, run: PlannedRun) -> StageJob:
         parents=run.parent_folders,
         ancestors=ancestors,
         group=run.group,
-        tags=tuple(dict.fromkeys((*before, *command.tags))),
+        tags=all_tags(plan, run),
         start=run.start,
-        resume=is_resumed,
+        resume=run.status == "resume",
         config=config,
         plan_left=[(r.stage, r.estimate) for r in later if r.to_do],
     )
+
+
+def all_tags(plan: Plan, run: PlannedRun) -> tuple[str, ...]:
+    """Those that the run has, also the one that force=true trains again, and the command's."""
+    found: list[str] = []
+    for folder in (plan.store.folder(run.stage, run.id), run.folder):
+        with suppress(UserError):  # it is new
+            found += read_record(folder).get("tags", ())
+    return tuple(dict.fromkeys((*found, *plan.command.tags)))
 
 
 # --- for the record

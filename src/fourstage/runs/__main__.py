@@ -194,6 +194,7 @@ def main(arguments: list[str]) -> None:
         from fourstage.evaluation.suite import DEFINITIONS
 
         better = {name: one.better for name, one in DEFINITIONS.items()}
+        better |= {options.by: better.get(options.by.partition("/")[0])}  # key/TASK
         remove_matching(options, conditions, better)
     elif command in ("show", "rm") and names and not conditions:
         for name in names:
