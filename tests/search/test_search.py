@@ -84,7 +84,7 @@ def test_intervals_by_hand(fake) -> None:
 
 def test_the_same_search_gives_the_same_bytes_and_trains_nothing(fake) -> None:
     folder = search([*WORDS, "trials=3"], fake.trainer)
-    names = ("search.json", "search.md", "search.svg")
+    names = ("search.json", "search.md", "search.svg", "fresh.svg")
     before, trained = [(folder / name).read_bytes() for name in names], len(fake.trained)
     search([*WORDS, "trials=3"], fake.trainer)
     assert [(folder / name).read_bytes() for name in names] == before
@@ -195,6 +195,15 @@ def test_a_default_that_fails_leaves_no_difference(fake, capsys) -> None:
     search([*WORDS, "trials=2"], fake.trainer)
     assert found(fake)["difference"] is None and found(fake)["default"]["values"] == [None, None]
     assert "| default | failed | failed |  |  |" in capsys.readouterr().out
+
+
+def test_a_winner_that_fails_on_fresh_seeds(fake, capsys) -> None:
+    fake.value = lambda words: 0.5 if words["seed"] == "0" else math.nan
+    folder = search([*WORDS, "trials=2"], fake.trainer)
+    text = capsys.readouterr().out
+    assert "winner, seed 1: failed: grpo, after step 3: out of memory" in text
+    assert "| winner | failed | failed |  |  |" in text and "fresh.svg" not in text
+    assert not (folder / "fresh.svg").exists()
 
 
 def test_less_is_better_for_bits(fake) -> None:

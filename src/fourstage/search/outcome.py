@@ -77,11 +77,13 @@ def train_again(
 
 
 def write(outcome: Outcome, folder: Path) -> str:
-    """search.json, search.md and search.svg; returns the text of search.md."""
+    """search.json, search.md and its two drawings; returns the text of search.md."""
     text = markdown(outcome)
     write_json(folder / "search.json", summary(outcome))
     write_atomic(folder / "search.md", text)
     write_atomic(folder / "search.svg", plot(outcome))
+    if any(outcome.means.values()):
+        write_atomic(folder / "fresh.svg", comparison(outcome))
     return text
 
 
@@ -145,6 +147,8 @@ def markdown(outcome: Outcome) -> str:
             f"chance, {upwards} on average. Intervals are Student's t over the seeds, of the "
             "difference paired by seed; trials and rows have the same held-out items.",
             "",
+            *["![The two on fresh seeds, with 95 % intervals](fresh.svg)", ""]
+            * any(means.values()),
             "![Each trial's value, and the best so far](search.svg)",
             "",
             *table(["trial", "settings", "value", "runs"], trials),
@@ -185,3 +189,17 @@ def plot(outcome: Outcome) -> bytes:
     best = [(x, choose(y for _, y in points[: n + 1])) for n, (x, _) in enumerate(points)]
     drawing = charts.lines("trial", outcome.goal, {"value": points, "best so far": best})
     return drawing.files(f"Search {outcome.name}")["svg"]
+
+
+def comparison(outcome: Outcome) -> bytes:
+    """The means of the default and the winner on fresh seeds, with their intervals."""
+    cells = [mean and cell(mean) for mean in (outcome.means[DEFAULT], outcome.means[WINNER])]
+    drawing = charts.intervals([DEFAULT, WINNER], outcome.goal, {"fresh seeds": cells})
+    return drawing.files(f"Search {outcome.name}: fresh seeds")["svg"]
+
+
+def cell(mean: Mean) -> dict[str, float]:
+    """As the report's charts take it; without an interval, of no width."""
+    low = mean.value if mean.low is None else mean.low
+    high = mean.value if mean.high is None else mean.high
+    return {"value": mean.value, "n": mean.n, "low": low, "high": high}
