@@ -82,10 +82,9 @@ def climb(
 def complete(plan: Plan, run: PlannedRun, train: Train, ranks: Ranks) -> None:
     """Make sure that a run is finished, whatever other processes have done since the plan."""
     place = plan.store.folder(run.stage, run.id)
-    tags = plan.command.tags
     if not run.to_do and run.folder == place:  # every rank knows that
         if ranks.is_first:
-            add_tags(place, tags)
+            add_tags(place, plan.command.tags)
         return
     if not ranks.is_first:
         run.status = ranks.wait_for(run.id)
@@ -99,11 +98,12 @@ def complete(plan: Plan, run: PlannedRun, train: Train, ranks: Ranks) -> None:
         if run.to_do and (line := make_room(plan)):
             raise UserError(line)
         ranks.tell(run.id, run.status)
+        run.tags = all_tags(plan, run)
         if run.to_do:
             train_and_record(plan, run, train)
             if line := make_room(plan):
                 print(f"warning: {line}", flush=True)
-        add_tags(run.folder, tags)
+        add_tags(run.folder, run.tags)
         if run.folder != place:  # force=true
             place.parent.mkdir(parents=True, exist_ok=True)
             swap_in(run.folder, place)
@@ -123,9 +123,9 @@ def make_room(plan: Plan) -> str | None:
 
 def train_and_record(plan: Plan, run: PlannedRun, train: Train) -> None:
     """Train a run and keep its run.json up to date from start to end."""
-    job = stage_job(plan, run)
     if run.status == "train" and run.folder.exists():
         shutil.rmtree(run.folder)  # it never came to a checkpoint
+    job = stage_job(plan, run)
     (job.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     before = read_record(job.folder)["cost"]["seconds"] if job.resume else 0.0
     start = time.monotonic()
@@ -192,7 +192,7 @@ def stage_job(plan: Plan, run: PlannedRun) -> StageJob:
         parents=run.parent_folders,
         ancestors=ancestors,
         group=run.group,
-        tags=all_tags(plan, run),
+        tags=run.tags,
         start=run.start,
         resume=run.status == "resume",
         config=config,

@@ -82,6 +82,7 @@ class PlannedRun:
     parents: dict[str, str]  # "policy", "reward" -> run id
     parent_folders: dict[str, Path]
     group: str
+    tags: tuple[str, ...] = ()  # known when it is about to be trained
     data: dict[str, str]  # name, source, digest: what this stage reads
     status: Status | Literal["not needed"]
     estimate: float | None = None  # seconds, if it has to be trained
