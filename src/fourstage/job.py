@@ -102,7 +102,7 @@ class LoggerConfig:
     """Where metrics go besides metrics.csv. mode "auto": online if a key is set, else offline."""
 
     name: Literal["wandb", "none"] = "wandb"
-    project: str = "fourstage"
+    project: str | None = None  # None: WANDB_PROJECT, else fourstage
     entity: str | None = None
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
 
@@ -163,10 +163,11 @@ class StageJob:
     seed: int
     parents: dict[str, Path] = field(default_factory=dict)  # "policy", "reward"
     ancestors: dict[str, Path] = field(default_factory=dict)  # stage -> its finished run's folder
-    group: str  # the ladder: its pretrain run's id
+    group: str  # the ladder: the id of its first run
     tags: tuple[str, ...] = ()  # the user's words
     start: Start | None = None  # of the first stage; None: random weights
     debug: str | None = None
+    is_named: bool = False  # by the command; else it is an ancestor of that stage
     resume: bool = False  # checkpoints/last.ckpt is there
     keep_checkpoints: bool = False
     config: dict[str, Any] = field(default_factory=dict)  # resolved, as in run.json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,53 @@ def test_other_parents(base, tmp_path) -> None:
     longer = run([*base, f"stages.grpo.parent={of['grpo']}", "seed=5"])  # grpo goes on
     assert longer.stages == ["grpo"]
     assert longer.jobs[0].parents == {"policy": store.folder("grpo", of["grpo"])}
-    assert longer.jobs[0].group == of["pretrain"]
+    assert longer.jobs[0].group == longer.jobs[0].run_id  # a second grpo run: another ladder
+
+
+def test_a_group_holds_one_run_of_each_stage(base, tmp_path) -> None:
+    def groups(*overrides: str, stage: str = "grpo") -> dict[str, str]:
+        return {job.stage: job.group for job in run([*base, *overrides], stage).jobs}
+
+    of = ids(base)
+    first = of["pretrain"]
+    assert groups() == dict.fromkeys(LADDER, first)
+    branch = groups("stages.sft.lr=1e-5")  # from the same pretrain run: another ladder
+    sft = ids([*base, "stages.sft.lr=1e-5"])["sft"]
+    assert branch == dict.fromkeys(("sft", "reward", "ppo", "grpo"), sft)
+    reward = ids([*base, "stages.reward.lr=1e-5"], "reward")["reward"]
+    assert groups("stages.reward.lr=1e-5", stage="reward") == {"reward": reward}
+    # a run that goes on, or is trained again, keeps its group, and so do records of before
+    folder = RunStore(tmp_path / "outputs").folder("sft", sft)
+    write_record(folder, group=first)
+    again = groups("stages.sft.lr=1e-5", "force=true", stage="sft")
+    assert again == {"sft": first} and read_record(folder)["group"] == first
+    train = FakeTrain("sft", RuntimeError("killed"), checkpoint=True)
+    with pytest.raises(RuntimeError):
+        run([*base, "stages.sft.lr=2e-5"], "sft", train)
+    write_record(train.jobs[0].folder, group="abcdefghij")
+    assert groups("stages.sft.lr=2e-5", stage="sft") == {"sft": "abcdefghij"}
+
+
+def test_two_jobs_that_begin_at_once_do_not_join_one_group(base, tmp_path) -> None:
+    run(base, "pretrain")
+    both = threading.Barrier(2)
+
+    class Together(FakeTrain):
+        def __call__(self, job):
+            both.wait(60)
+            return super().__call__(job)
+
+    def other(lr: str) -> None:
+        run([*base, f"stages.sft.lr={lr}"], "sft", Together())
+
+    threads = [threading.Thread(target=other, args=(lr,)) for lr in ("1e-5", "2e-5")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sft = [r for r in RunStore(tmp_path / "outputs").records().values() if r["stage"] == "sft"]
+    assert len(sft) == 2 and len({record["group"] for record in sft}) == 2
+    assert ids(base)["pretrain"] in {record["group"] for record in sft}
 
 
 def test_a_ladder_without_preferences_needs_no_preference_data(base) -> None:

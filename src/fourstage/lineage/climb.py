@@ -13,14 +13,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
 from rich.console import Console
 
 from fourstage import __version__
@@ -32,7 +33,7 @@ from fourstage.lineage.ranks import Ranks
 from fourstage.runs.disk import GB, too_much, trim
 from fourstage.runs.heartbeat import beating, sign_of_life
 from fourstage.runs.records import add_tags, read_record, write_record
-from fourstage.runs.store import find_status
+from fourstage.runs.store import RunStore, find_status
 
 if TYPE_CHECKING:  # plan imports PyTorch
     from fourstage.lineage.plan import Plan, PlannedRun
@@ -125,34 +126,36 @@ def train_and_record(plan: Plan, run: PlannedRun, train: Train) -> None:
     """Train a run and keep its run.json up to date from start to end."""
     if run.status == "train" and run.folder.exists():
         shutil.rmtree(run.folder)  # it never came to a checkpoint
-    job = stage_job(plan, run)
-    (job.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    before = read_record(job.folder)["cost"]["seconds"] if job.resume else 0.0
+    before = read_record(run.folder)["cost"]["seconds"] if run.status == "resume" else 0.0
     start = time.monotonic()
 
     def cost() -> dict[str, float]:
         return {"seconds": round(before + time.monotonic() - start, 1)}
 
-    write_record(
-        job.folder,
-        id=run.id,
-        stage=run.stage,
-        name=run.name,
-        parents=run.parents,
-        group=run.group,
-        status="running",
-        debug=job.debug,
-        tags=list(job.tags),
-        heartbeat=sign_of_life(),
-        finished=None,
-        **({} if job.resume else {"started": now(), "cost": cost()}),
-        data=run.data,
-        git=git_state(),
-        versions=versions(),
-        **hardware(job.trainer.accelerator),
-        config=job.config,
-        **({"start": {**asdict(job.start), "folder": str(job.start.folder)}} if job.start else {}),
-    )
+    about = {"git": git_state(), "versions": versions()}
+    about |= hardware(plan.command.trainer.accelerator)
+    with grouping(plan.store.outputs):
+        run.group = group_of(plan.store, run)
+        job = stage_job(plan, run)
+        (job.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_record(
+            job.folder,
+            id=run.id,
+            stage=run.stage,
+            name=run.name,
+            parents=run.parents,
+            group=run.group,
+            status="running",
+            debug=job.debug,
+            tags=list(job.tags),
+            heartbeat=sign_of_life(),
+            finished=None,
+            **({} if job.resume else {"started": now(), "cost": cost()}),
+            data=run.data,
+            **about,
+            config=job.config,
+            **({"start": start_of(job)} if job.start else {}),
+        )
     print(f"{'resuming' if job.resume else 'training'} {job.name} in {job.folder}", flush=True)
     try:
         with beating(job.folder):
@@ -167,6 +170,35 @@ def train_and_record(plan: Plan, run: PlannedRun, train: Train) -> None:
     if not job.keep_checkpoints:
         shutil.rmtree(job.folder / "checkpoints")
     print(f"finished {job.name} after {cost()['seconds']:.0f} s", flush=True)
+
+
+@contextmanager
+def grouping(outputs: Path) -> Iterator[None]:
+    """Hold the store's lock on groups: two jobs that begin at once must not both join one."""
+    folder = outputs / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "groups.lock"):
+        yield
+
+
+def group_of(store: RunStore, run: PlannedRun) -> str:
+    """The ladder that a run belongs to, which holds one run of each stage: its policy parent's,
+    unless another run of its stage is in that; then it begins its own."""
+    for folder in (run.folder, store.folder(run.stage, run.id)):
+        with suppress(UserError):
+            return read_record(folder)["group"]
+    if not run.parent_folders:
+        return run.id
+    group = read_record(next(iter(run.parent_folders.values())))["group"]
+    others = (record for record in store.records().values() if record["id"] != run.id)
+    taken = any((other["stage"], other["group"]) == (run.stage, group) for other in others)
+    return run.id if taken else group
+
+
+def start_of(job: StageJob) -> dict[str, Any]:
+    """The checkpoint that a first stage starts from, for its record."""
+    assert job.start is not None
+    return {**asdict(job.start), "folder": str(job.start.folder)}
 
 
 def stage_job(plan: Plan, run: PlannedRun) -> StageJob:
@@ -194,6 +226,7 @@ def stage_job(plan: Plan, run: PlannedRun) -> StageJob:
         group=run.group,
         tags=run.tags,
         start=run.start,
+        is_named=run is plan.runs[-1],
         resume=run.status == "resume",
         config=config,
         plan_left=[(r.stage, r.estimate) for r in later if r.to_do],

@@ -81,10 +81,10 @@ class PlannedRun:
     settings: StageSettings
     parents: dict[str, str]  # "policy", "reward" -> run id
     parent_folders: dict[str, Path]
-    group: str
-    tags: tuple[str, ...] = ()  # known when it is about to be trained
     data: dict[str, str]  # name, source, digest: what this stage reads
     status: Status | Literal["not needed"]
+    group: str = ""  # the ladder, once the run is recorded
+    tags: tuple[str, ...] = ()  # known when it is about to be trained
     estimate: float | None = None  # seconds, if it has to be trained
     hint: str = ""  # how to continue an unfinished run that has another budget
     start: Start | None = None  # the checkpoint that a first stage starts from
@@ -275,17 +275,15 @@ def plan_run(plan: Plan, stage: str) -> PlannedRun:
     planned = {run.stage: run for run in plan.runs}
     parents: dict[str, str] = {}
     folders: dict[str, Path] = {}
-    groups: list[str] = []
     for role, name in named_parents(stage, settings).items():
         where = parent_key(stage, role)
         if name in LADDER:
             check_role(where, name, name, role)
-            parents[role], group = planned[name].id, planned[name].group
+            parents[role] = planned[name].id
             folders[role] = store.folder(name, parents[role])
         else:
             folders[role], record = named_run(plan, where, stage, name, role)
-            parents[role], group = record["id"], record["group"]
-        groups.append(group)
+            parents[role] = record["id"]
     planned_ids = [run.id for run in plan.runs]
     named = [folders[role] for role, run_id in parents.items() if run_id not in planned_ids]
     foreign = [run for own in named for run in (*store.ancestors(own).values(), own)]
@@ -307,7 +305,6 @@ def plan_run(plan: Plan, stage: str) -> PlannedRun:
         settings=settings,
         parents=parents,
         parent_folders=folders,
-        group=[*groups, run_id][0],
         data={
             "name": command.data.name,
             "source": LADDER[stage].source,
