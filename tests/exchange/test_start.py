@@ -24,7 +24,7 @@ from fourstage.report.ladder import ladder, read_rows, read_runs, with_differenc
 from fourstage.report.tables import taxes
 from fourstage.runs.records import read_record
 from fourstage.runs.store import RunStore
-from fourstage.tracking.loggers import ladder_table, samples_by_stage
+from fourstage.tracking.wandb_content import ladder_table, samples_by_stage
 from tests.exchange.checkpoints import logits, network, save
 from tests.fakes import FakeTrain, config, run
 from tests.ladders import write_ladder

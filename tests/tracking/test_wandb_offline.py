@@ -17,7 +17,7 @@ from fourstage.lineage.climb import climb
 from fourstage.runs.benchmarks import Benchmark, add_benchmarks
 from fourstage.runs.records import read_record, write_record
 from fourstage.runs.store import RunStore
-from fourstage.tracking.loggers import log_benchmarks
+from fourstage.tracking.wandb_run import log_benchmarks
 from tests.fakes import QUICK, config
 
 
@@ -86,7 +86,9 @@ def test_the_history_is_metrics_csv_against_the_step(landed) -> None:
             step = record["item"]["trainer/global_step"]
             numbers = {k: v for k, v in record["item"].items() if isinstance(v, int | float)}
             logged.setdefault(step, {}).update(numbers)
-        assert rows
+        assert rows and list(logged) == sorted(logged)
+        steps = [record["item"]["_step"] for record in landed[stage].records["history"]]
+        assert steps == [*logged, max(logged) + 1]  # a row per step, and one of tables
         for row in rows:
             values = {name: float(text) for name, text in row.items() if text and name != "step"}
             assert {name: logged[int(row["step"])][name] for name in values} == pytest.approx(
@@ -125,12 +127,13 @@ def test_the_answers_of_every_stage_stand_side_by_side(landed) -> None:
     assert {s["step"] for s in before} == {0} and {s["step"] for s in pretrain + sft} == {3}
     for stage, asked in (("pretrain", [before, pretrain]), ("sft", [before, pretrain, sft])):
         table = landed[stage].tables["samples_by_stage"]
-        assert (
-            table["columns"]
-            == ["prompt_id", "prompt", "random", "pretrain", "sft"][: 2 + len(asked)]
-        )
+        assert table["columns"][::2] == ["prompt_id", "random", "pretrain", "sft"][: 1 + len(asked)]
+        assert table["columns"][1::2] == ["prompt"] + [
+            f"{c}: right" for c in table["columns"][2::2]
+        ]
         assert table["data"] == [
-            [rows[0]["prompt_id"], rows[0]["prompt"], *(row["answer"] for row in rows)]
+            [rows[0][key] for key in ("prompt_id", "prompt")]
+            + [row[key] for row in rows for key in ("answer", "right")]
             for rows in zip(*asked, strict=True)
         ]
         assert table["data"][0][1] == "What is an LLM?"

@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> None:
     """Measure by public benchmarks. Raises UserError for a mistake in the command."""
     from rich.console import Console
 
-    from fourstage.tracking.loggers import log_benchmarks
+    from fourstage.tracking.wandb_run import log_benchmarks
 
     settings = from_arguments(BenchmarkSettings, arguments)
     handle_stops(stop_now)  # so that the exported model is removed

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import Logger
 
 from fourstage import data
 from fourstage.data.verify import verify_all
@@ -47,7 +48,8 @@ from fourstage.tracking.callbacks import (
     telling,
 )
 from fourstage.tracking.cost import CostMeter, peak_flops
-from fourstage.tracking.loggers import build_loggers, finish_wandb
+from fourstage.tracking.loggers import build_loggers
+from fourstage.tracking.wandb_run import SendSaved, abandon_wandb, finish_wandb
 
 
 def train_stage(job: StageJob) -> dict[str, Any]:
@@ -80,9 +82,9 @@ def train_stage(job: StageJob) -> dict[str, Any]:
         notes = {name: n for name, n in notes.items() if not name.startswith(data.NOT_READ)}
         words = (f"{name.replace('_', ' ')} {count:,}" for name, count in notes.items())
         say("  data: " + ", ".join(words))
-        cost = None  # if the stage fails
         try:
-            trainer = build_trainer(job, prepared, meter)
+            loggers = build_loggers(job)
+            trainer = build_trainer(job, prepared, meter, loggers)
             meter.peak = device_peak(trainer.strategy.root_device, job.trainer.precision)
             fit(trainer, job, prepared)
             with meter.evaluating():
@@ -90,8 +92,10 @@ def train_stage(job: StageJob) -> dict[str, Any]:
             cost = meter.cost(steps_done(trainer), trainer.world_size)
             cost |= {f"data_{name}": count for name, count in notes.items()}
             cost["skipped_steps"] = prepared.module.skipped_steps
-        finally:
-            finish_wandb(job, cost)
+            finish_wandb(job, loggers, cost)
+        except BaseException as error:
+            abandon_wandb(error)
+            raise
     return cost
 
 
@@ -100,10 +104,9 @@ def take_over(job: StageJob, prepared: Prepared, meter: CostMeter) -> dict[str, 
     so that there is nothing to share and nothing to resume."""
     if rank() != 0:
         return {}
-    metrics = build_loggers(job)[0]
-    cost = None  # if it fails
     try:
-        metrics.keep(0)  # a file without a row
+        loggers = build_loggers(job)
+        loggers[0].keep(0)  # metrics.csv without a row
         save_weights(job.folder, prepared.result, prepared.tokenizer)
         with meter.evaluating():
             prepared.result.to(device_of(job))
@@ -111,8 +114,10 @@ def take_over(job: StageJob, prepared: Prepared, meter: CostMeter) -> dict[str, 
             write_jsonl(job.folder / "samples.jsonl", answers)
             evaluate_run(job, prepared.result, prepared.tokenizer, telling)
         cost = meter.cost(steps=0, devices=1)
-    finally:
-        finish_wandb(job, cost)
+        finish_wandb(job, loggers, cost)
+    except BaseException as error:
+        abandon_wandb(error)
+        raise
     return cost
 
 
@@ -169,7 +174,9 @@ def fit(trainer: L.Trainer, job: StageJob, prepared: Prepared) -> None:
         trainer.validate(module, loaders.val, verbose=False)
 
 
-def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trainer:
+def build_trainer(
+    job: StageJob, prepared: Prepared, meter: CostMeter, loggers: list[Logger]
+) -> L.Trainer:
     """Lightning's Trainer for one pass over a loader whose length is the step budget."""
     settings = job.settings
     callbacks = [
@@ -188,6 +195,7 @@ def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trai
             at_start=not LADDER[job.stage].parents,
         )
         callbacks.append(samples)
+    callbacks.append(SendSaved())
     options = strategies.trainer_options(job.trainer, settings.clip_norm)
     options["plugins"] = [*options.get("plugins", []), ResumeIO()]
     trainer = L.Trainer(
@@ -197,7 +205,7 @@ def build_trainer(job: StageJob, prepared: Prepared, meter: CostMeter) -> L.Trai
         val_check_interval=settings.val_every or None,
         check_val_every_n_epoch=None if settings.val_every else 1,
         log_every_n_steps=settings.log_every,
-        logger=build_loggers(job),
+        logger=loggers,
         callbacks=callbacks,
         default_root_dir=str(job.folder),
         num_sanity_val_steps=0,

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
@@ -28,6 +27,7 @@ from fourstage.model import Transformer
 from fourstage.model.health import bias_spread, drift, load_health
 from fourstage.parallel.strategies import gathered
 from fourstage.stages.base import steps_done
+from fourstage.tracking.wandb_run import HeldRows
 
 LINE_EVERY = 30.0  # seconds between lines of progress if the output is not a terminal
 
@@ -148,7 +148,7 @@ class Sample:
 
 
 class SampleLog(Callback):
-    """Appends the answers of `sample()` to samples.jsonl, and their whole history to W&B's table.
+    """Appends the answers of `sample()` to samples.jsonl, and logs them as a table to W&B.
 
     Every `every` steps (0: never) and after the last one; with `at_start`, before the first one.
     """
@@ -167,6 +167,7 @@ class SampleLog(Callback):
                 # files of earlier versions have no "right"
                 self.rows = [{**row, "right": row.get("right")} for row in kept]
             write_jsonl(self.path, self.rows)
+            self.hold(trainer, self.rows)
         if self.at_start and done == 0:
             self.take(trainer)
 
@@ -182,14 +183,16 @@ class SampleLog(Callback):
     def take(self, trainer: Trainer) -> None:
         """Sample on every rank (a sharded network needs all of them), write on rank zero."""
         step = steps_done(trainer)
-        self.rows += [{"step": step, **asdict(sample)} for sample in self.sample()]
-        if not trainer.is_global_zero:
-            return
-        write_jsonl(self.path, self.rows)
+        new = [{"step": step, **asdict(sample)} for sample in self.sample()]
+        self.rows += new
+        if trainer.is_global_zero:
+            write_jsonl(self.path, self.rows)
+            self.hold(trainer, new)
+
+    def hold(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                table = [list(row.values()) for row in self.rows]
-                logger.log_table("samples", columns=list(self.rows[0]), data=table, step=step)
+            if isinstance(logger, HeldRows):
+                logger.hold_samples(rows)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ REAL_RUNS = "Tags() not in ['debug']"  # debug runs would distort a mean over se
 
 def known_keys(outputs: Path) -> tuple[set[str], list[str]]:
     """The summary keys of the finished runs under `outputs`; a line for each unreadable folder."""
-    from fourstage.tracking.loggers import benchmark_summary, summary
+    from fourstage.tracking.wandb_content import benchmark_summary, summary
 
     keys: set[str] = set()
     broken: list[str] = []
@@ -183,7 +183,7 @@ def main(arguments: list[str]) -> None:
     from fourstage.report.files import Files
     from fourstage.report.groups import swept
     from fourstage.report.ladder import read_runs, tips
-    from fourstage.tracking.loggers import wandb_mode
+    from fourstage.tracking.wandb_settings import entity_of, project_of, wandb_mode
 
     values = dict(argument.partition("=")[::2] for argument in arguments)
     outputs = Path(values.pop("outputs", "") or "outputs")
@@ -197,7 +197,8 @@ def main(arguments: list[str]) -> None:
     runs = read_runs(outputs, Files())
     sweeps = sweep_sections(swept(runs.values()), len(tips(runs)))
     sections = [*resolved(SECTIONS, keys), *sweeps]
-    folder = write(outputs, logger.project, sections)
+    project, entity = project_of(logger), entity_of(logger) or ""
+    folder = write(outputs, project, sections)
     if mode != "online":
         print(
             f"W&B: {why or mode}: the dashboards are written to {folder}/workspace.json and "
@@ -205,11 +206,11 @@ def main(arguments: list[str]) -> None:
         )
         return
     try:
-        addresses = save(outputs, logger.entity or "", logger.project, sections)
+        addresses = save(outputs, entity, project, sections)
     except Exception as error:  # wandb raises anything from its own errors to TypeError
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"W&B did not save the dashboards of project {logger.project!r}: {reason}; their JSON "
+            f"W&B did not save the dashboards of project {project!r}: {reason}; their JSON "
             f"is in {folder}"
         ) from error
     print("\n".join(f"W&B: saved {address}" for address in addresses))

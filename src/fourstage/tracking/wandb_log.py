@@ -1,0 +1,80 @@
+"""W&B's logs of offline runs on the disk: what a kill left of them, and up to which step.
+
+A log (`run-<id>.wandb`) holds records in LevelDB's format, and wandb-core writes it in blocks of
+32 KiB: a kill loses what it had not written yet, and may leave a part of a record. `wandb sync`
+uploads what is whole, says that it failed, and uploads it again the next time.
+"""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from glob import escape
+from pathlib import Path
+
+from fourstage.errors import UserError
+
+BLOCK = 32_768
+CHUNK = struct.Struct("<IHB")  # checksum, length, kind
+FULL, LAST = 1, 4  # kinds that end a record
+START = 7  # bytes before the first chunk
+
+
+def logged_offline(folder: Path, run_id: str) -> int:
+    """The last step in the logs of an offline run under W&B's folder, -1 if there is none. Logs
+    that a kill left incomplete are mended."""
+    logs = folder.glob(f"offline-run-*-{escape(run_id)}/run-{escape(run_id)}.wandb")
+    steps = [last_step(log) for log in sorted(logs) if mend(log)]
+    return max(steps, default=-1)
+
+
+def mend(log: Path) -> bool:
+    """Cut a log after its last whole record; one without records goes, with its folder."""
+    data = log.read_bytes()
+    end = end_of_records(data)
+    if end == START:
+        shutil.rmtree(log.parent)
+        return False
+    if end < len(data):
+        os.truncate(log, end)
+    return True
+
+
+def end_of_records(data: bytes) -> int:
+    """The length in bytes of a log's whole records."""
+    end = at = START
+    while at + CHUNK.size <= len(data):
+        room = BLOCK - at % BLOCK
+        if room < CHUNK.size:  # padding
+            at += room
+            continue
+        _, length, kind = CHUNK.unpack_from(data, at)
+        at += CHUNK.size + length
+        if kind == 0 or at > len(data):
+            break
+        if kind in (FULL, LAST):
+            end = at
+    return end
+
+
+def last_step(log: Path) -> int:
+    """The last row's `_step` as W&B's own reader finds it, -1 without a row. Raises UserError."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log.parent)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode:
+        reason = (found.stderr.strip() or f"exit code {found.returncode}").splitlines()[-1]
+        raise UserError(
+            f"{log}: W&B can't read the log of an earlier start ({reason}): move its folder away, "
+            "or take logger=none"
+        )
+    records = map(json.loads, found.stdout.splitlines())
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    return int(rows[-1]["_step"]) if rows else -1
+
+
+def mark_sent(folder: Path, run_id: str) -> None:
+    """Have `wandb sync` skip the offline logs of a run: their rows go to the server from here."""
+    for log in folder.glob(f"offline-run-*-{escape(run_id)}/run-{escape(run_id)}.wandb"):
+        log.with_name(f"{log.name}.synced").touch()
