@@ -82,6 +82,8 @@ class StandIn(ThreadingHTTPServer):
                 {"name": file, "uploadUrl": f"{self.url}/storage/{run_id}/{file}"} for file in names
             ]
             return {"createRunFiles": {"runID": run_id, "uploadHeaders": [], "files": urls}}
+        if name == "ArtifactType":
+            return {"project": None}
         if name == "CreateArtifact":
             return {"createArtifact": {"artifact": {"id": "a", "state": "COMMITTED"}}}
         return {}

@@ -161,19 +161,18 @@ def start_wandb(job: StageJob, mode: Literal["online", "offline"], asked: Mappin
     tags += ["debug", f"debug-{job.debug}"] if job.debug else []
     settings = wandb.Settings(silent=mode == "offline", quiet=True, console="wrap")
     settings.sweep_id = asked["sweep_id"]
+    options = {
+        "id": asked["id"],
+        "name": asked["name"],
+        "resume": (asked["resume"] or "allow") if mode == "online" else None,
+        "project": project_of(job.logger),
+        "entity": entity_of(job.logger),
+        **labels(job.group, job.stage, tags),
+        "config": {**job.config, "run": job.run_id, "parents": job.parent_names},
+        "dir": wandb_folder(job.outputs).parent,  # W&B adds /wandb
+    }
     with hidden():
-        run = wandb.init(
-            id=asked["id"],
-            name=asked["name"],
-            resume=(asked["resume"] or "allow") if mode == "online" else None,
-            project=project_of(job.logger),
-            entity=entity_of(job.logger),
-            **labels(job.group, job.stage, tags),
-            config={**job.config, "run": job.run_id, "parents": job.parent_names},
-            dir=wandb_folder(job.outputs).parent,  # W&B adds /wandb,
-            mode=mode,
-            settings=settings,
-        )
+        run = wandb.init(**options, mode=mode, settings=settings)
     run.define_metric(X_AXIS)
     run.define_metric("*", step_metric=X_AXIS, step_sync=True)
     write_record(job.folder, wandb=run.id, **({"wandb_online": True} if mode == "online" else {}))
