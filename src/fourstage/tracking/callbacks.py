@@ -238,7 +238,9 @@ class PlanProgress(Callback):
         self.share_before = pl_module.progress()  # of the budget
         if self.console.is_terminal and trainer.is_global_zero:
             texts = TextColumn("{task.description:8}"), TextColumn("{task.fields[note]}")
-            self.bar = Progress(texts[0], BarColumn(), texts[1], console=self.console)
+            columns = texts[0], BarColumn(), texts[1]
+            # W&B keeps the console's output, each frame of the bar too
+            self.bar = Progress(*columns, console=self.console, refresh_per_second=2)
             self.task = self.bar.add_task(self.stage, total=1.0, note="")
             self.bar.start()
 
