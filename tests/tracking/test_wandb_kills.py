@@ -165,10 +165,10 @@ def test_a_sweep_run_that_is_preempted_goes_on_in_its_run(home, server) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["online", "offline"])
-def test_twenty_kills(home, server, mode) -> None:
+@pytest.mark.parametrize(("mode", "kills"), [("online", 8), ("offline", 20)])
+def test_many_kills(home, server, mode, kills) -> None:
     draw, steps = random.Random(20), 1200
-    for kill in range(20):
+    for kill in range(kills):
         row, signum = home.rows() + draw.randint(4, 30), signal.SIGKILL
         if kill % 5 == 4:
             signum = signal.SIGTERM

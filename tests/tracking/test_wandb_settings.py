@@ -32,7 +32,6 @@ def no_variables(monkeypatch, tmp_path) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb"))
-    wandb.teardown()  # it reads them once a process
 
 
 @pytest.fixture
