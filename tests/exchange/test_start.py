@@ -183,7 +183,8 @@ def test_a_ladder(steps, words, checkpoint, tmp_path, capsys) -> None:
 
     job = SimpleNamespace(stage="sft", folder=sft, run_id="x", ancestors={"pretrain": pretrain})
     later = ["sft"] if steps == 0 else ["pretrain", "sft"]
-    assert samples_by_stage(job)[0] == ["prompt_id", "prompt", "tiny-glm", *later]
+    columns = samples_by_stage(job)[0]  # with each row's answers, whether they are right
+    assert columns[2::2] == ["tiny-glm", *later] and columns[3] == "tiny-glm: right"
     assert {row[0] for row in ladder_table(job)[1]} == {"tiny-glm", "pretrain", "sft"}
 
     folder = write_report(tmp_path / "outputs", grpo.name)
