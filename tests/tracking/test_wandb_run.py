@@ -12,10 +12,11 @@ import pytest
 import wandb
 
 from fourstage.errors import UserError
+from fourstage.files import write_json
 from fourstage.interruptions import Stopped
 from fourstage.job import LoggerConfig, StageJob
 from fourstage.lineage.climb import climb
-from fourstage.runs.records import read_record
+from fourstage.runs.records import read_record, write_record
 from fourstage.tracking import wandb_content, wandb_run
 from fourstage.tracking.callbacks import Sample, SampleLog
 from fourstage.tracking.loggers import MetricsCSV, build_loggers
@@ -201,6 +202,20 @@ def test_a_resumed_run_is_the_same_run_of_wandb(no_key, job) -> None:
     job.resume = True
     build_loggers(job)
     assert wandb.run.id == first
+    record = {**read_record(job.folder), "wandb": "older"}
+    del record["wandb_online"]  # begun by an earlier version: its rows have other numbers
+    write_json(job.folder / "run.json", record)
+    held = build_loggers(job)[1]
+    assert held.run.id not in (first, "older") and held.sent == -1
+    abandon_wandb(ValueError())
+
+
+def test_a_run_that_was_online_takes_it_that_the_server_has_its_rows(no_key, job) -> None:
+    job.logger, job.resume = LoggerConfig(mode="offline"), True
+    write_record(job.folder, wandb="abc", wandb_online=True)
+    held = build_loggers(job)[1]
+    assert (held.run.id, held.sent) == ("abc", wandb_run.ALL)
+    assert read_record(job.folder)["wandb_online"]
     abandon_wandb(ValueError())
 
 

@@ -133,6 +133,8 @@ def open_wandb(job: StageJob) -> HeldRows | None:
 
     folder = set_up_wandb(job.outputs)
     record = read_record(job.folder) if job.resume else {}
+    if "wandb_online" not in record:
+        record = {}  # of an earlier version, whose `_step` counted calls: a new run gets all rows
     asked = names(job, record.get("wandb"))
     asked["id"] = asked["id"] or secrets.token_hex(4)
     if mode == "online":
@@ -147,7 +149,7 @@ def open_wandb(job: StageJob) -> HeldRows | None:
     if why:
         _say_offline(why, folder)
     # what the server has can't be seen from here
-    sent = ALL if record.get("wandb_online") else logged_offline(folder, asked["id"])
+    sent = ALL if record.get("wandb_online", False) else logged_offline(folder, asked["id"])
     return HeldRows(start_wandb(job, "offline", asked), sent)
 
 
@@ -175,7 +177,8 @@ def start_wandb(job: StageJob, mode: Literal["online", "offline"], asked: Mappin
         run = wandb.init(**options, mode=mode, settings=settings)
     run.define_metric(X_AXIS)
     run.define_metric("*", step_metric=X_AXIS, step_sync=True)
-    write_record(job.folder, wandb=run.id, **({"wandb_online": True} if mode == "online" else {}))
+    was_online = read_record(job.folder).get("wandb_online", False)
+    write_record(job.folder, wandb=run.id, wandb_online=was_online or mode == "online")
     for parent in job.parent_names.values() if mode == "online" else ():
         try:
             run.use_artifact(f"{parent}:latest")
