@@ -134,12 +134,10 @@ def test_online(home, server) -> None:
 
 
 def test_offline(home, server) -> None:
-    home.stop_at(12, signal.SIGTERM, WANDB_MODE="offline")
-    home.stop_at(20, signal.SIGKILL, all_of_it=True, WANDB_MODE="offline")
+    home.stop_at(12, signal.SIGKILL, all_of_it=True, WANDB_MODE="offline")
     home.finish(WANDB_MODE="offline")
     assert "ERROR" not in home.sync()
-    run = home.check(server)
-    assert [state.get("exitcode") for state in run.states if "exitcode" in state] == [143, 1, 0]
+    home.check(server)
 
 
 @pytest.mark.slow
