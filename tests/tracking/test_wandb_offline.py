@@ -56,7 +56,7 @@ def landed(tmp_path_factory) -> dict[str, Landed]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_DATA_DIR", str(outputs / "wandb"))
-        climb(config(*QUICK, "logger=wandb", "stage=sft", f"outputs={outputs}"))
+        climb(config(*QUICK, "logger=wandb", "stage=sft", "tag=mine", f"outputs={outputs}"))
     found = {}
     for stage in ("pretrain", "sft"):
         run = RunStore(outputs).find(stage)
@@ -70,7 +70,8 @@ def test_what_a_run_says_of_itself(landed) -> None:
     [run] = landed["sft"].records["run"]
     assert run["display_name"] == sft.name and run["project"] == "fourstage"
     assert (run["run_group"], run["job_type"]) == (read_record(pretrain)["id"], "sft")
-    assert run["tags"] == ["sft", "moe_nano", "embedded", "seed0", "debug", "debug-fast"]
+    tags = ["sft", "moe_nano", "embedded", "seed0", "mine", "debug", "debug-fast"]
+    assert run["tags"] == tags
     settings = run["config"]["update"]
     assert settings["parents"] == {"policy": pretrain.name}
     assert settings["run"] == read_record(sft)["id"] and settings["model"]["name"] == "moe_nano"

@@ -159,7 +159,7 @@ def start_wandb(job: StageJob, mode: Literal["online", "offline"], asked: Mappin
     import wandb
 
     wandb.finish()  # a run that an earlier job of this process left open
-    tags = [job.stage, job.model.name, job.data.name, f"seed{job.seed}"]
+    tags = [job.stage, job.model.name, job.data.name, f"seed{job.seed}", *job.tags]
     tags += ["debug", f"debug-{job.debug}"] if job.debug else []
     settings = wandb.Settings(silent=mode == "offline", quiet=True, console="wrap")
     settings.sweep_id = asked["sweep_id"]
