@@ -37,6 +37,7 @@ def write_safetensors(
             dtype, shape = layout[name]
             assert tensor.shape == shape, name
             plain = tensor.detach().to("cpu", dtype).contiguous()
-            file.write(plain.view(-1).view(torch.uint8).numpy().data)
+            flat = plain.as_strided((plain.numel(),), (1,))  # .view() keeps odd strides of size 1
+            file.write(flat.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
