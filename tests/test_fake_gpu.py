@@ -91,7 +91,7 @@ def test_a_training_step_waits_twice(stage, monkeypatch):
     with fake_gpu() as waits:
         tiny.fit(module, batches, callbacks=[count], **trainer_options())
     is_on_policy = stage in ("ppo", "grpo")
-    assert count.steps == (2 if is_on_policy else 1)
+    assert count.steps == (4 if is_on_policy else 1)
     assert sum(count.last.values()) == count.steps + 1 + is_on_policy, count.last
 
 

@@ -70,12 +70,13 @@ def test_what_a_run_says_of_itself(landed) -> None:
     [run] = landed["sft"].records["run"]
     assert run["display_name"] == sft.name and run["project"] == "fourstage"
     assert (run["run_group"], run["job_type"]) == (read_record(pretrain)["id"], "sft")
-    tags = ["sft", "moe_nano", "embedded", "seed0", "mine", "debug", "debug-fast"]
-    assert run["tags"] == tags
+    own = ["sft", "moe_nano", "embedded", "seed0", "mine"]
+    assert run["tags"] == [*own, "debug", "debug-fast"]
     settings = run["config"]["update"]
     assert settings["parents"] == {"policy": pretrain.name}
     assert settings["run"] == read_record(sft)["id"] and settings["model"]["name"] == "moe_nano"
-    assert landed["sft"].records["exit"] == [{"exit_code": 0}]
+    [end] = landed["sft"].records["exit"]  # on a busy machine with a runtime too
+    assert end["exit_code"] == 0
 
 
 def test_the_history_is_metrics_csv_against_the_step(landed) -> None:

@@ -177,8 +177,11 @@ def grouping(outputs: Path) -> Iterator[None]:
     """Hold the store's lock on groups: two jobs that begin at once must not both join one."""
     folder = outputs / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "groups.lock"):
-        yield
+    with FileLock(folder / "groups.lock") as lock:
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)  # waiting processes make a new one
 
 
 def group_of(store: RunStore, run: PlannedRun) -> str:
