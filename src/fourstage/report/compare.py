@@ -27,6 +27,7 @@ from fourstage.report.html import (
     Table,
     write,
 )
+from fourstage.report.kl_curves import kl_blocks
 from fourstage.report.ladder import Row, leaves_policy
 from fourstage.report.statistics import Mean
 from fourstage.report.tables import (
@@ -84,6 +85,7 @@ def document(found: Comparison) -> list[Block]:
         Heading("Each stage on its own goal"),
         *_compared(found.goals),
         *_effects(found.goals),
+        *kl_blocks(found.by_stage.get("ppo", []), found.files),
         *_others(found.others),
         Fold("Each ladder", [_ladder_table(found)]),
         Fold("The whole suite", [Paragraph(_SPREAD), _table(whole, found)]),
