@@ -433,3 +433,17 @@ def test_groups_are_rows_however_many_they_are(tmp_path: Path) -> None:
     assert len(found.groups) == 20
     read(tmp_path, "all")
     assert max(line.count("|") for line in text(tmp_path).splitlines()) < 10
+
+
+def test_a_setting_that_older_runs_lack_makes_groups_only_where_it_must(tmp_path: Path) -> None:
+    """Two runs that are alike in all else would be one if the new value were the default."""
+    for n, seed in enumerate((0, 1)):
+        write_run(tmp_path / "new seeds", "sft", n, seed=seed, **({"frozen": True} if n else {}))
+        for m, more in enumerate(({}, {"frozen": True})):
+            write_run(tmp_path / "both", "sft", 2 * n + m, seed=seed, **more)
+            write_run(tmp_path / "null", "sft", 2 * n + m, seed=seed, **more, model__frozen=None)
+    assert [group.label for group in compare(tmp_path / "new seeds", []).groups] == ["all"]
+    for name in ("both", "null"):
+        groups = compare(tmp_path / name, []).groups
+        assert [group.label for group in groups] == ["frozen=default", "frozen=true"]
+        assert [list(group.blocks) for group in groups] == [["0", "1"]] * 2

@@ -29,6 +29,7 @@ NAMES = {
     "debug": ("stages.", "evaluation."),
 }
 ABSENT = "–"  # a stage that the ladder doesn't reach
+DEFAULT = "default"  # of a setting that an earlier version, which made the run, didn't have
 MOST_NAMED = 3  # of the settings that always change together
 
 Settings = dict[str, Any]  # key by dots -> value that can be hashed
@@ -143,6 +144,9 @@ def factors(
     """
     columns = {key: _column(units, key) for key in dict.fromkeys(k for u in units for k in u)}
     columns = {key: column for key, column in columns.items() if len({*column} - {ABSENT}) > 1}
+    unclear = {k: c for k, c in columns.items() if len({*c} - {ABSENT, DEFAULT}) == 1}
+    columns = {key: column for key, column in columns.items() if key not in unclear}
+    columns |= {key: c for key, c in unclear.items() if _tells_apart(c, [*columns.values()])}
     if by is None:
         columns.pop(SEED, None)
         for name, families in NAMES.items():
@@ -179,7 +183,25 @@ def factors(
 
 def _column(units: Sequence[Settings], key: str) -> list[Any]:
     """A key's value in every unit."""
-    return [unit[key] if key in unit else _below(unit, f"{key}.") for unit in units]
+    return [unit[key] if key in unit else _lacking(unit, key) for unit in units]
+
+
+def _lacking(unit: Settings, key: str) -> str:
+    """What stands for the value of a key that a unit lacks."""
+    section = key.rpartition(".")[0]
+    is_known = section == "model" or (section.startswith("stages.") and section.count(".") == 1)
+    found = _below(unit, f"{key}.")
+    has_others = is_known and any(other.startswith(f"{section}.") for other in unit)
+    return DEFAULT if has_others and found == ABSENT else found
+
+
+def _tells_apart(column: Sequence[Any], others: Sequence[Sequence[Any]]) -> bool:
+    """Whether two units that all `others` (the seed among them) are alike in differ here: then the
+    one value that is known isn't the default, or they would be one run."""
+    alike: dict[tuple[Any, ...], set[Any]] = {}
+    for unit, value in enumerate(column):
+        alike.setdefault(tuple(other[unit] for other in others), set()).add(value)
+    return any(len(values - {ABSENT}) > 1 for values in alike.values())
 
 
 def _below(unit: Settings, path: str) -> str:
@@ -281,7 +303,7 @@ def _place(values: tuple[Any, ...]) -> list[tuple[int, float]]:
     reached last."""
     return [
         (0, 0.0)
-        if value is None
+        if value is None or value == DEFAULT
         else (1, float(value))
         if isinstance(value, int | float)
         else (3 if value == ABSENT else 2, -float(str(value).count(" → ")))
