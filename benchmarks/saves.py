@@ -81,7 +81,7 @@ def saves(trainer: L.Trainer, folder: Path) -> dict[str, Callable[[], None]]:
     def state() -> None:
         part = folder / ".part"
         part.mkdir(parents=True, exist_ok=True)
-        write_tensors(trainer, part)
+        write_tensors(trainer, part, "")
         trainer.save_checkpoint(part)
         swap_in(part, folder / "state")
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import pickle
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,7 @@ from fourstage.interruptions import (
 )
 from fourstage.lineage.climb import climb
 from fourstage.lineage.resume import LOOPS, ResumeIO
+from fourstage.model.tensor_file import raw
 from fourstage.runs.records import read_record
 from fourstage.stages import PretrainModule
 from tests.fakes import QUICK, config
@@ -260,19 +264,29 @@ class Executed:
 
 
 def spoil(path: Path, kind: str, executed: Path) -> None:
-    """Change a resume state, a folder of two files, so that it can't be resumed from."""
+    """Change a resume state, a folder of three files, so that it can't be resumed from."""
     loops, tensors = path / LOOPS, path / "rank-00000.safetensors"
+    note = tensors.with_suffix(".json")
     if kind in ("truncated", "no header"):
         tensors.write_bytes(tensors.read_bytes()[: 100_000 if kind == "truncated" else 5])
-    elif kind == "no tensors":
+    elif kind == "a file less":
         tensors.unlink()
+    elif kind == "a file more":
+        for file in (tensors, note):
+            shutil.copy(file, file.with_stem("rank-00001"))
+    elif kind == "a flipped bit":
+        data = bytearray(tensors.read_bytes())
+        data[-5] ^= 64
+        tensors.write_bytes(data)
+    elif kind == "another save":
+        note.write_text(note.read_text().replace('"save": "', '"save": "0'))
     elif kind == "text":
         loops.write_text("hello\n")
     elif kind == "a file":  # as earlier versions had
         shutil.rmtree(path)
         path.write_text("hello\n")
     elif kind in ("other model", "a weight less", "half a weight"):
-        weights = load_file(tensors)
+        weights, said = load_file(tensors), json.loads(note.read_text())
         name = next(name for name in weights if name.startswith("weight 0 "))
         weight = weights.pop(name)
         if kind == "half a weight":
@@ -280,6 +294,8 @@ def spoil(path: Path, kind: str, executed: Path) -> None:
         if kind == "other model":
             weights["weight 0 other"] = weight
         save_file(weights, tensors)
+        said["crc32"] = {name: zlib.crc32(raw(weight)) for name, weight in weights.items()}
+        note.write_text(json.dumps(said))
     else:
         found = torch.load(loops, weights_only=True)
         if kind == "code":
@@ -289,11 +305,20 @@ def spoil(path: Path, kind: str, executed: Path) -> None:
         torch.save(found, loops)
 
 
-KINDS = ["truncated", "no header", "no tensors", "text", "a file", "other model", "a weight less"]
-KINDS += ["half a weight", "code", "other run"]
+ANY = "broken, or not of this run and version: remove it to train the stage from the start"
+OR = "restore it from a copy, or train the stage from the start"
+SPOILT = {
+    **dict.fromkeys(("truncated", "no header", "text", "a file", "code"), ANY),
+    **dict.fromkeys(("other model", "a weight less", "half a weight"), ANY),
+    "a file less": f"rank-00000.safetensors is missing: {OR}",
+    "a file more": f"rank-00001.safetensors is of another save: {OR}",
+    "another save": f"rank-00000.safetensors is of another save: {OR}",
+    "a flipped bit": f"rank-00000.safetensors is damaged (NAME): {OR}",
+    "other run": "the state of sft-abcdefghij: remove it to train RUN from the start",
+}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SPOILT)
 def test_a_broken_resume_state_is_one_line(outputs: Path, tmp_path: Path, kind: str) -> None:
     path = state(outputs)
     spoil(path, kind, tmp_path / "executed")
@@ -303,13 +328,10 @@ def test_a_broken_resume_state_is_one_line(outputs: Path, tmp_path: Path, kind: 
     before = content(path) if path.is_dir() else path.read_bytes()
     with pytest.raises(UserError) as caught:
         train(outputs)
-    name, line = path.parts[-3], str(caught.value)
-    what = (
-        f"the state of sft-abcdefghij: remove it to train {name} from the start"
-        if kind == "other run"
-        else "broken, or not of this run and version: remove it to train the stage from the start"
-    )
-    assert line == f"{name}: {path}: {what}: rm -r {shlex.quote(str(path))}"
+    run = path.parts[-3]
+    line = re.sub(r"(is damaged) \(.*?\)", r"\1 (NAME)", str(caught.value))
+    what = SPOILT[kind].replace("RUN", run)
+    assert line == f"{run}: {path}: {what}: rm -r {shlex.quote(str(path))}"
     assert (content(path) if path.is_dir() else path.read_bytes()) == before
     assert not (tmp_path / "executed").exists()
     remove(path)

@@ -1,6 +1,7 @@
 """The resume state of a stage: when it is saved, and how it is replaced."""
 
 import os
+import secrets
 import shlex
 import signal
 from contextlib import suppress
@@ -44,12 +45,13 @@ class Checkpointer(Checkpoint):
         self.signum = 0  # of the signal that asked to stop
         self.stopped: Stopped | None = None  # set when the state is saved
         self.saved_at: int | None = None  # steps; None before training starts
+        self.save_id = ""  # of the last save: all files of a state have it
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pl_module.strict_loading = False  # the weights come later, by `read_tensors`
 
     def state_dict(self) -> dict[str, str]:
-        return {"run": self.run, "trainer": self.trainer}
+        return {"run": self.run, "trainer": self.trainer, "save": self.save_id}
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
         if state_dict["run"] != self.run:
@@ -57,6 +59,7 @@ class Checkpointer(Checkpoint):
                 f"{self.path}: the state of {state_dict['run']}: remove it to train {self.run} "
                 f"from the start: rm -r {shlex.quote(str(self.path))}"
             )
+        self.save_id = state_dict["save"]
         if state_dict["trainer"] != self.trainer:
             began = state_dict["trainer"]
             say(f"  begun by {began}, goes on with {self.trainer}: the same steps but for rounding")
@@ -71,7 +74,7 @@ class Checkpointer(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.ckpt_path:
-            read_tensors(trainer, Path(trainer.ckpt_path))
+            read_tensors(trainer, Path(trainer.ckpt_path), self.save_id)
         self.saved_at = steps_done(trainer)
         handle_stops(self.request, and_ctrl_c=True)  # Lightning restores the old ones after fit()
         for logger in trainer.loggers:
@@ -121,8 +124,9 @@ class Checkpointer(Checkpoint):
     def save(self, trainer: Trainer) -> None:
         self.due = False
         try:
+            self.save_id = trainer.strategy.broadcast(secrets.token_hex(8))
             part_of(self.path).mkdir(parents=True, exist_ok=True)
-            write_tensors(trainer, part_of(self.path))
+            write_tensors(trainer, part_of(self.path), self.save_id)
             trainer.save_checkpoint(part_of(self.path))  # waits for every rank
         except Exception:  # half a file would keep a full disk full
             with suppress(OSError):  # other processes remove it too

@@ -146,7 +146,7 @@ def quieten() -> None:
         "The '.*_dataloader' does not have many workers",
         "The number of training batches .* is smaller than the logging interval",
         "It is recommended to use `self.log.*sync_dist=True",  # these are already synchronised
-        ".*all_gather_into_tensor. is deprecated",
+        ".*(all_gather_into|reduce_scatter)_tensor. is deprecated",
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -36,8 +36,13 @@ def write_safetensors(
             file.seek(8 + len(text) + header[name]["data_offsets"][0])
             dtype, shape = layout[name]
             assert tensor.shape == shape, name
-            plain = tensor.detach().to("cpu", dtype).contiguous()
-            flat = plain.as_strided((plain.numel(),), (1,))  # .view() keeps odd strides of size 1
-            file.write(flat.view(torch.uint8).numpy().data)
+            file.write(raw(tensor.to(dtype)))
         file.flush()
         os.fsync(file.fileno())
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, without a copy if it is contiguous and on the CPU."""
+    plain = tensor.detach().cpu().contiguous()
+    flat = plain.as_strided((plain.numel(),), (1,))  # .view() keeps odd strides of size 1
+    return flat.view(torch.uint8).numpy().data

@@ -8,9 +8,12 @@ the first one writes them.
 
 A file is safetensors; a tensor's name in it is "WHAT START NAME", such as
 "exp_avg 4096 policy.head.weight". START is empty for what isn't divided: an optimizer's count of
-steps, and buffers, of which WHAT is "buffer".
+steps, and buffers, of which WHAT is "buffer". A JSON file beside it says of which save it is, how
+many files that has, and each tensor's CRC-32.
 """
 
+import shlex
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,27 +25,43 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fourstage.model.tensor_file import write_safetensors
+from fourstage.errors import UserError
+from fourstage.files import read_json, write_json
+from fourstage.model.tensor_file import raw, write_safetensors
 from fourstage.optim.shards import Held, Shard, shards_of
 from fourstage.parallel.strategies import ZeroStrategy
 
 WEIGHT, BUFFER = "weight", "buffer"  # beside the names of the optimizer's states
 
 
-def write_tensors(trainer: L.Trainer, folder: Path) -> None:
-    """Write what this process has to, if anything. Every process has to call it."""
+def write_tensors(trainer: L.Trainer, folder: Path, save: str) -> None:
+    """Write what this process has to, if anything. Every process has to call it, with the same name
+    for this save."""
     tensors = dict(own_tensors(trainer))
-    if tensors:
-        layout = {name: (x.dtype, x.shape) for name, x in tensors.items()}
-        path = folder / f"rank-{trainer.global_rank:05}.safetensors"
-        write_safetensors(path, layout, tensors.items())
+    if not tensors:
+        return
+    sums: dict[str, int] = {}
+
+    def summed() -> Iterator[tuple[str, Tensor]]:
+        for name, x in tensors.items():
+            x = x.cpu()
+            sums[name] = zlib.crc32(raw(x))
+            yield name, x
+
+    layout = {name: (x.dtype, x.shape) for name, x in tensors.items()}
+    path = folder / f"rank-{trainer.global_rank:05}.safetensors"
+    write_safetensors(path, layout, summed())
+    files = trainer.world_size if isinstance(trainer.strategy, ZeroStrategy) else 1
+    write_json(path.with_suffix(".json"), {"save": save, "files": files, "crc32": sums})
 
 
 @torch.no_grad()
-def read_tensors(trainer: L.Trainer, folder: Path) -> None:
+def read_tensors(trainer: L.Trainer, folder: Path, save: str) -> None:
     """Give the networks and the optimizer what `write_tensors` wrote, in any other job. Every
-    process has to call it. Raises ValueError, KeyError or safetensors' own error unless the files
-    have exactly what these networks need."""
+    process has to call it. Raises UserError for files that are missing, damaged or of another save,
+    ValueError, KeyError or safetensors' own error unless they have exactly what these networks
+    need."""
+    check_files(trainer, folder, save)
     with ExitStack() as stack:
         stored = Stored(folder, stack)
         optimizer, shards = optimizer_and_shards(trainer)
@@ -55,6 +74,35 @@ def read_tensors(trainer: L.Trainer, folder: Path) -> None:
             buffer.copy_(stored.whole(BUFFER, name).view(buffer.shape))
     if isinstance(trainer.strategy, ZeroStrategy) and trainer.strategy.zero_stage_3:
         gather_small_weights(trainer.strategy.deepspeed_engine.optimizer)
+
+
+def check_files(trainer: L.Trainer, folder: Path, save: str) -> None:
+    """Raise UserError, on every rank, unless the folder has all files of this save and no others,
+    with the numbers that were written. Each rank reads a part of the files for that."""
+    paths = sorted(folder.glob("rank-*.safetensors"))
+    notes = {path: read_json(path.with_suffix(".json")) for path in paths}
+    n_files = next((note["files"] for note in notes.values() if note["save"] == save), 1)
+    wanted = {folder / f"rank-{rank:05}.safetensors" for rank in range(n_files)}
+    wrong = [f"{path.name} is missing" for path in sorted(wanted - {*paths})]
+    for path, note in notes.items():
+        if path not in wanted or note["save"] != save:
+            wrong.append(f"{path.name} is of another save")
+    for path in paths[trainer.global_rank :: trainer.world_size] if not wrong else ():
+        if name := damaged(path, notes[path]["crc32"]):
+            wrong.append(f"{path.name} is damaged ({name})")
+    found = torch.tensor(len(wrong), dtype=torch.int32, device=trainer.strategy.root_device)
+    if int(trainer.strategy.reduce(found, reduce_op="max")):
+        raise UserError(
+            f"{folder}: {wrong[0] if wrong else 'damaged, as another process says'}: restore it "
+            f"from a copy, or train the stage from the start: rm -r {shlex.quote(str(folder))}"
+        )
+
+
+def damaged(path: Path, sums: dict[str, int]) -> str | None:
+    """The first tensor that isn't what was written."""
+    with safe_open(path, "pt") as file:
+        different = (name for name in sums if zlib.crc32(raw(file.get_tensor(name))) != sums[name])
+        return next(different, None)
 
 
 def optimizer_and_shards(trainer: L.Trainer) -> tuple[torch.optim.Optimizer, list[Shard]]:
