@@ -26,6 +26,7 @@ from fourstage.interruptions import (
     NO_READER,
     Stopped,
     advice,
+    disk_full,
     explained,
     one_line,
     run_command,
@@ -236,6 +237,13 @@ def test_it_resumes_with_less_memory_to_the_same_weights(outputs, calm, capsys) 
     assert f"resuming {folder.name}" in capsys.readouterr().out
     assert (folder / "model.safetensors").read_bytes() == calm
     assert read_record(folder)["cost"]["skipped_steps"] == 0
+
+
+def test_an_error_that_is_raised_again_and_again_is_no_full_disk() -> None:
+    """As wandb does: it is in the context of its own context."""
+    lost, other = ConnectionResetError("Connection lost"), ValueError("of a logger")
+    lost.__context__, other.__context__ = other, lost
+    assert disk_full(lost) is None and disk_full(other) is None
 
 
 def test_a_full_disk_in_a_save_leaves_the_last_state(outputs, calm, monkeypatch) -> None:

@@ -108,6 +108,13 @@ def clean_up(state: Path) -> None:
     remove(part_of(state))
 
 
+def remove_parts(folder: Path) -> None:
+    """After a kill: remove what `write_atomic` was writing there. Nobody may be writing there."""
+    for part in folder.glob(".*.*"):
+        if part.suffix[1:].isdecimal():
+            part.unlink(missing_ok=True)
+
+
 def part_of(state: Path) -> Path:
     """Where the next resume state is written."""
     return state.with_name(".part.ckpt")

@@ -161,7 +161,9 @@ def lost_peer(error: BaseException) -> str | None:
 def disk_full(error: BaseException) -> str | None:
     """The line for a full disk, wherever it appears in the chain of errors."""
     chain: BaseException | None = error
-    while chain is not None:
+    seen: set[int] = set()  # an error that is raised again can be in a context of its own
+    while chain is not None and id(chain) not in seen:
+        seen.add(id(chain))
         is_full = isinstance(chain, OSError) and chain.errno in FULL
         # safetensors has a class of its own
         if is_full or re.search("No space left on device|File too large", str(chain)):

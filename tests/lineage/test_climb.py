@@ -182,6 +182,16 @@ def test_a_failed_run_starts_again_and_an_interrupted_one_resumes(base, tmp_path
     assert not (folder / "checkpoints").exists()
 
 
+def test_what_a_kill_left_in_the_middle_of_a_write_goes(base, tmp_path) -> None:
+    with pytest.raises(RuntimeError):
+        run(base, "pretrain", FakeTrain("pretrain", checkpoint=True))
+    (folder,) = (tmp_path / "outputs" / "runs").iterdir()
+    for name in (".run.json.4021", ".metrics.csv.7", ".mine", ".mine.txt"):
+        (folder / name).write_text("{")
+    run(base, "pretrain")
+    assert sorted(path.name for path in folder.glob(".*")) == [".mine", ".mine.txt"]
+
+
 def test_keep_checkpoints(base, tmp_path) -> None:
     run([*base, "keep_checkpoints=true"], "pretrain", FakeTrain(checkpoint=True))
     assert list((tmp_path / "outputs" / "runs").glob("pretrain-*/checkpoints/last.ckpt"))

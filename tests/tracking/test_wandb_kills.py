@@ -7,11 +7,13 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -76,7 +78,9 @@ class Home:
         while self.rows() < row:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.005)
-        (os.killpg if all_of_it else os.kill)(process.pid, signum)
+        for core in cores(process.pid) if all_of_it else []:
+            os.kill(core, signum)
+        os.kill(process.pid, signum)
         said, _ = process.communicate(timeout=300)
         assert process.returncode == (128 + signum if signum == signal.SIGTERM else -signum), said
         return said
@@ -86,6 +90,15 @@ class Home:
 
     def runs(self, name: str) -> list[Path]:
         return list(self.outputs.glob(f"runs/*/{name}"))
+
+    def logged(self, run_id: str = "*") -> list[int]:
+        """The steps in the offline folders of a W&B run, one after the other."""
+        seen = []
+        for folder in sorted(self.outputs.glob(f"wandb/offline-run-*-{run_id}")):
+            command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+            records = map(json.loads, subprocess.check_output(command, text=True).splitlines())
+            seen += [r["history"]["item"]["_step"] for r in records if r["type"] == "history"]
+        return seen
 
     def sync(self) -> str:
         folders = map(str, self.outputs.glob("wandb/offline-run-*"))
@@ -118,6 +131,17 @@ class Home:
         assert run.summary["eval/bits_per_char"] > 0 and "train/loss" in run.summary
         assert run.states[-1]["exitcode"] == 0
         return run
+
+
+def cores(parent: int) -> list[int]:
+    """The process that W&B starts for a training, in a session of its own."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            name, fields = path.read_text().split("(", 1)[1].rsplit(")", 1)
+            if name == "wandb-core" and int(fields.split()[1]) == parent:
+                found.append(int(path.parent.name))
+    return found
 
 
 @pytest.fixture
@@ -174,12 +198,30 @@ def test_many_kills(home, server, mode, kills) -> None:
         home.stop_at(row, signum, all_of_it=all_of_it, steps=steps, WANDB_MODE=mode)
     home.finish(steps=steps, WANDB_MODE=mode)
     if mode == "offline":
-        seen = []
-        for folder in sorted(home.outputs.glob("wandb/offline-run-*")):
-            command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-            lines = subprocess.check_output(command, text=True).splitlines()
-            records = map(json.loads, lines)
-            seen += [r["history"]["item"]["_step"] for r in records if r["type"] == "history"]
-        assert seen == list(range(steps + 2))  # 0 repeated steps, none missing
+        assert home.logged() == list(range(steps + 2))  # 0 repeated steps, none missing
         assert "ERROR" not in home.sync()
     home.check(server)
+
+
+@pytest.mark.slow
+def test_a_training_whose_wandb_core_is_killed_says_so(home) -> None:
+    """In a multirun the next job has another one."""
+    words = ["hydra.mode=MULTIRUN", "stages.pretrain.lr=1e-3,2e-3"]
+    process = home.train(*words, steps=60, WANDB_MODE="offline")
+    while home.rows() < 12:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    [core] = cores(process.pid)
+    os.kill(core, signal.SIGKILL)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and "Traceback" not in said, said
+    line = r"pretrain-\w+: W&B's process wandb-core has ended: run the same command again"
+    assert re.search(f"^job 0 failed: {line}", said, re.M) and "job 1 failed" not in said
+    assert sorted(read_record(path.parent)["status"] for path in home.runs("run.json")) == [
+        "failed",
+        "finished",
+    ]
+    home.finish(*words, steps=60, WANDB_MODE="offline")
+    for folder in (path.parent for path in home.runs("run.json")):
+        seen = home.logged(read_record(folder)["wandb"])
+        assert seen == list(range(62)), folder

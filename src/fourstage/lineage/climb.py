@@ -26,7 +26,7 @@ from rich.console import Console
 
 from fourstage import __version__
 from fourstage.errors import UserError
-from fourstage.files import clean_up, swap_in, undo_swap
+from fourstage.files import clean_up, remove_parts, swap_in, undo_swap
 from fourstage.interruptions import Stopped, heed_ctrl_c
 from fourstage.job import StageJob
 from fourstage.lineage.ranks import Ranks
@@ -96,6 +96,8 @@ def complete(plan: Plan, run: PlannedRun, train: Train, ranks: Ranks) -> None:
         clean_up(run.folder / "checkpoints" / "last.ckpt")
         undo_swap(plan.store.retrain_folder(run.stage, run.id), place)
         run.status, run.record = find_status(run.folder)
+        if run.to_do:
+            remove_parts(run.folder)
         if run.to_do and (line := make_room(plan)):
             raise UserError(line)
         ranks.tell(run.id, run.status)

@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from fourstage.errors import UserError
-from fourstage.interruptions import Stopped
+from fourstage.interruptions import AGAIN, Stopped
 from fourstage.job import LoggerConfig, StageJob
 from fourstage.runs.records import read_record, write_record
 from fourstage.settings import build
@@ -216,15 +217,23 @@ def finish_wandb(job: StageJob, loggers: list[Logger], cost: Mapping[str, float]
 @rank_zero_only
 def abandon_wandb(error: BaseException) -> None:
     """Close the W&B run of a stage that ended early. One that a signal stopped is preempted: it
-    isn't failed, and a sweep queues it again; any other has failed."""
+    isn't failed, and a sweep queues it again; any other has failed. Raises UserError if the stage
+    ended because W&B's own process did."""
     wandb = sys.modules.get("wandb")  # None if no logger has imported it
     if wandb is None or wandb.run is None:
         return
     code: Any = 1
-    if isinstance(error, Stopped | KeyboardInterrupt):
-        wandb.run.mark_preempting()
-        code = error.code if isinstance(error, Stopped) else 128 + signal.SIGINT
-    wandb.finish(exit_code=code)
+    try:
+        if isinstance(error, Stopped | KeyboardInterrupt):
+            wandb.run.mark_preempting()
+            code = error.code if isinstance(error, Stopped) else 128 + signal.SIGINT
+        wandb.finish(exit_code=code)
+    except Exception:  # wandb-core is gone: the next job of a multirun starts another one
+        with suppress(Exception):
+            wandb.teardown(exit_code=code)
+        wandb.run = None  # or that job would try to close it
+        if isinstance(error, ConnectionError) or type(error).__module__.startswith("wandb."):
+            raise UserError(f"W&B's process wandb-core has ended: {AGAIN}") from error
 
 
 def as_table(table: content.Table) -> Any:
