@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -200,6 +201,23 @@ def test_many_kills(home, server, mode, kills) -> None:
     if mode == "offline":
         assert home.logged() == list(range(steps + 2))  # 0 repeated steps, none missing
         assert "ERROR" not in home.sync()
+    home.check(server)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_loses_no_row(home, server) -> None:
+    """W&B's debug.log is on it too."""
+    process = home.train(WANDB_MODE="offline")
+    while home.rows() < 12:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    limits = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, limits[1]))
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and "Logging error" not in said, said
+    assert re.match(r"pretrain-\w+, after step \d+: disk full", said.splitlines()[-1])
+    home.finish(WANDB_MODE="offline")
+    assert "ERROR" not in home.sync()
     home.check(server)
 
 

@@ -9,6 +9,7 @@ or from the logs of the run, and sends the others from metrics.csv and samples.j
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 import shlex
@@ -211,7 +212,7 @@ def finish_wandb(job: StageJob, loggers: list[Logger], cost: Mapping[str, float]
             if found and held.sent <= last:
                 held.run.log({**found, X_AXIS: last}, step=last + 1, commit=True)
             content.log_model(held.run, job)
-            held.run.finish()
+            close(held.run)
 
 
 @rank_zero_only
@@ -227,13 +228,24 @@ def abandon_wandb(error: BaseException) -> None:
         if isinstance(error, Stopped | KeyboardInterrupt):
             wandb.run.mark_preempting()
             code = error.code if isinstance(error, Stopped) else 128 + signal.SIGINT
-        wandb.finish(exit_code=code)
+        close(wandb.run, code)
     except Exception:  # wandb-core is gone: the next job of a multirun starts another one
         with suppress(Exception):
             wandb.teardown(exit_code=code)
         wandb.run = None  # or that job would try to close it
         if isinstance(error, ConnectionError) or type(error).__module__.startswith("wandb."):
             raise UserError(f"W&B's process wandb-core has ended: {AGAIN}") from error
+
+
+def close(run: Run, code: int = 0) -> None:
+    """Finish a W&B run, its debug.log first: on a full disk that fails, after the end was written,
+    which W&B then writes again; and `wandb sync` crashes at a log with two ends."""
+    log = logging.getLogger("wandb")
+    for handler in [h for h in log.handlers if isinstance(h, logging.FileHandler)]:
+        log.removeHandler(handler)
+        with suppress(OSError):
+            handler.close()
+    run.finish(exit_code=code)
 
 
 def as_table(table: content.Table) -> Any:

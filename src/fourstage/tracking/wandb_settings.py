@@ -8,6 +8,7 @@ label runs to all of its stages (docs/dashboards.md has the table).
 
 from __future__ import annotations
 
+import logging
 import netrc
 import os
 from collections.abc import Iterator
@@ -111,6 +112,8 @@ def set_up_wandb(outputs: Path) -> Path:
     import wandb
     from pydantic import ValidationError
 
+    # a page for each line of its debug.log that a full disk refuses; W&B would log that page too
+    logging.raiseExceptions = False
     folder = wandb_folder(outputs)
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_DATA_DIR", str(folder))  # for artifacts; default: the home folder
