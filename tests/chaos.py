@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from fourstage.files import part_of
 from fourstage.ladder import LADDER
 
 REPO = Path(__file__).parents[1]
@@ -124,7 +125,9 @@ class Worker:
     starts: int = 0
     said: list[str] = field(default_factory=list)  # since the last start
     blow: Blow | None = None
-    must_end: float = 0.0
+    began: float = 0.0
+    must_end: float = 0.0  # 0: it need not
+    rows_before: int | None = None  # in the stage that the blow is for
 
     def __post_init__(self) -> None:
         self.blows = draw(self.rng)
@@ -189,15 +192,20 @@ class Worker:
             self.strike(self.blow)
             self.blow = None
 
+    def begun(self) -> list[Path]:
+        """The runs that it has trained since its start, the one that it trains now last."""
+        names = re.findall(r"^(?:training|resuming) (\S+) in ", "".join(self.said), re.M)
+        return [self.outputs / "runs" / name for name in names]
+
     def is_time(self, blow: Blow) -> bool:
         if blow.when == "seconds":
             return time.monotonic() - self.began > blow.seconds
-        begun = re.findall(r"^(?:training|resuming) (\S+) in ", "".join(self.said), re.M)
+        begun = self.begun()
         if len(begun) < blow.stage:
             return False
         if blow.when == "save":
-            return self.sees(self.outputs / "runs" / begun[-1] / "checkpoints" / ".part.ckpt")
-        run = self.outputs / "runs" / begun[blow.stage - 1]
+            return self.sees(part_of(begun[-1] / "checkpoints" / "last.ckpt"))
+        run = begun[blow.stage - 1]
         if self.rows_before is None:
             self.rows_before = rows(run)
         return rows(run) >= self.rows_before + blow.steps or len(begun) > blow.stage
@@ -226,11 +234,9 @@ class Worker:
         elif blow.kind != "one" or leader in victims["one"]:  # what has lost one may go on
             self.must_end = time.monotonic() + PATIENCE
         self.counts[blow.kind] += 1
-        if blow.kind == "all":
+        if blow.kind == "all" and (begun := self.begun()):
             self.process.wait()
-            saving = list(self.outputs.glob("runs/*/checkpoints/.part.ckpt*"))
-            mine = [p for p in saving if any(p.parent.parent.name in line for line in self.said)]
-            self.counts["in a save"] += bool(mine)
+            self.counts["in a save"] += any(begun[-1].glob("checkpoints/.part.ckpt*"))
         self.say(f"{self.name}: {blow} hits {who}")
 
 
@@ -253,7 +259,7 @@ def chaos(outputs: Path, seed: int, say: Callable[[str], None]) -> tuple[Counter
             if (disk.is_full or was_full) and time.monotonic() > looked + 0.1:
                 was_full, looked = disk.is_full, time.monotonic()
                 disk.limit_all(alive(f"{outputs}:"))
-            time.sleep(0.005)
+            time.sleep(0.01)
         end = time.monotonic() + PATIENCE
         while pids := alive(f"{outputs}:"):
             assert time.monotonic() < end, [words_of(pid) for pid in pids]
