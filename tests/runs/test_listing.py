@@ -121,6 +121,16 @@ def test_the_table_has_tags_where_there_are_some(store, capsys) -> None:
         ("rm dry_run=true", "usage: "),
         ("rm sft stage=sft", "usage: "),
         ("rm stage=sft force=true", "force=true: only with NAME"),
+        ("rm grpo keep_best=1", "keep_best=, by=: only with conditions"),
+        ("rm grpo dry_run=true by=goal", "keep_best=, by=: only with conditions"),
+        ("rm stage=grpo by=pass_at_1", "by= needs keep_best=N"),
+        ("rm stage=grpo keep_best=1 by=", "by=: no side of it is better"),
+        ("rm grpo grpo", "grpo: grpo-.* is named twice"),
+        ("rm cccccccccc sft-cccccccccc", "sft-cccccccccc: sft-cccccccccc is named twice"),
+        ("rm cccccccccc nobody", "unknown run 'nobody'"),
+        ("rm cccccccccc nobody force=true", "unknown run 'nobody'"),
+        ("rm cccccccccc bbbbbbbbbb", "sft-bbbbbbbbbb: .* descend from it"),
+        ("rm bbbbbbbbbb dry_run=true", "sft-bbbbbbbbbb: .* descend from it"),
         ("rm stage=grpo keep_best=-1", "keep_best: must be at least 0, got -1"),
         ("rm stage=grpo keep_best=x", "keep_best: expected a whole number or null, got 'x'"),
         ("rm stage=grpo keep_best=1 by=kl_to_sft", "by=kl_to_sft: no side of it is better"),
@@ -155,6 +165,22 @@ def test_rm_of_all_debug_runs(store, capsys) -> None:
     assert letters(store) == "abcdefg" and "removed 2 runs" in capsys.readouterr().out
     main(["rm", "debug=true", f"outputs={store.outputs}"])
     assert "removed 0 runs, 0.0 MB" in capsys.readouterr().out
+
+
+def test_rm_of_several_names_takes_heirs_first(store, capsys) -> None:
+    names = ["a" * 10, *(letter * 10 for letter in "bcdefg")]
+    main(["rm", *names, "dry_run=true", f"outputs={store.outputs}"])
+    would = re.findall(r"would remove \w+-(\w)", capsys.readouterr().out)
+    assert letters(store) == "abcdefgh"
+    main(["rm", *names, f"outputs={store.outputs}"])
+    assert re.findall(r"removed \w+-(\w)", capsys.readouterr().out) == would == list("cdefgba")
+    assert letters(store) == "h"
+
+
+def test_rm_by_name_with_dry_run_and_force_removes_nothing(store, capsys) -> None:
+    main(["rm", "b" * 10, "force=true", "dry_run=true", f"outputs={store.outputs}"])
+    assert capsys.readouterr().out.startswith("would remove sft-bbbbbbbbbb (0.0 MB)")
+    assert letters(store) == "abcdefgh"
 
 
 @pytest.mark.parametrize(

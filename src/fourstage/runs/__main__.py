@@ -2,7 +2,7 @@
 
     python -m fourstage runs [list] [CONDITION...] [sort=KEY] [--json]   runs with their disk use
     python -m fourstage runs show NAME...           a run's record, files, ancestors, descendants
-    python -m fourstage runs rm NAME... [force=true]  removes runs; force: others descend from them
+    python -m fourstage runs rm NAME... [dry_run=true] [force=true]   force: ancestors too
     python -m fourstage runs rm CONDITION... [keep_best=N] [by=METRIC] [dry_run=true]
     python -m fourstage runs trim most_gb=N [dry_run=true]   drops checkpoints until outputs fits
 
@@ -31,7 +31,15 @@ from fourstage.errors import UserError
 from fourstage.interruptions import run_command
 from fourstage.runs.disk import GB, MB, megabytes, parts, too_much, trim
 from fourstage.runs.heartbeat import roughly, silence
-from fourstage.runs.listing import Better, all_but_best, entry, ordered, removable, selected
+from fourstage.runs.listing import (
+    Better,
+    all_but_best,
+    entry,
+    heirs_first,
+    ordered,
+    removable,
+    selected,
+)
 from fourstage.runs.records import Record, read_record
 from fourstage.runs.store import RunStore
 from fourstage.settings import Bounded, at_least, from_arguments, positive
@@ -58,7 +66,7 @@ class Listing(Outputs):
 class Removal(Outputs):
     force: bool = False
     keep_best: int | None = at_least(0, default=None)
-    by: str = ""
+    by: str | None = None
     dry_run: bool = False
 
 
@@ -133,17 +141,42 @@ def show(store: RunStore, folder: Path) -> None:
         print(f"{title}: {', '.join(f.name for f in folders) or 'none'}")
 
 
-def remove(store: RunStore, folder: Path, force: bool) -> None:
-    folder = folder.parent.resolve() / folder.name if folder.name else folder.resolve()
+def remove(store: RunStore, folder: Path, *, force: bool = False, dry_run: bool) -> None:
+    """Remove a run, or say so only, with what it takes."""
     what = f"{megabytes(folder)} MB"
     if folder.is_symlink():
         what = f"the link only: its files stay in {folder.readlink()}"
-    store.remove(folder, force=force)
-    print(f"removed {folder.name} ({what})")
+    if not dry_run:
+        store.remove(folder, force=force)
+    print(f"{'would remove' if dry_run else 'removed'} {folder.name} ({what})")
+
+
+def remove_named(options: Removal, names: Sequence[str]) -> None:
+    """Remove the runs with these names, heirs first, or say which these are. Raises UserError
+    before the first goes if one can't."""
+    if options.keep_best is not None or options.by is not None:
+        raise UserError("keep_best=, by=: only with conditions, such as rm stage=grpo keep_best=3")
+    store, found = options.store, dict[str, Path]()
+    for name in names:
+        path = store.find(name, finished=False)
+        folder = path.parent.resolve() / path.name if path.name else path.resolve()
+        if folder.name in found:
+            raise UserError(f"{name}: {folder.name} is named twice: name each run once")
+        found[folder.name] = folder
+    for folder in found.values():
+        store.check_removable(folder, found, force=options.force)
+    named_heirs = {
+        folder: [found[heir.name] for heir in store.heirs(folder) if heir.name in found]
+        for folder in found.values()
+    }
+    for folder in heirs_first(named_heirs):
+        remove(store, folder, force=options.force, dry_run=options.dry_run)
 
 
 def remove_matching(options: Removal, conditions: Sequence[str], better: dict[str, Better]) -> None:
     """Remove the runs for which the conditions hold, or say which these are."""
+    if options.by is not None and options.keep_best is None:
+        raise UserError("by= needs keep_best=N: how many runs of each stage stay")
     store, all_runs = options.store, options.store.records()
     runs = selected(store, conditions)
     if options.keep_best is not None:
@@ -151,10 +184,7 @@ def remove_matching(options: Removal, conditions: Sequence[str], better: dict[st
     order, kept = removable(runs, all_runs)
     sizes = {folder: megabytes(folder) for folder in order}
     for folder in order:
-        if options.dry_run:
-            print(f"would remove {folder.name} ({sizes[folder]} MB)")
-        else:
-            remove(store, folder, force=False)
+        remove(store, folder, dry_run=options.dry_run)
     for line in kept:
         print(line)
     verb = "would remove" if options.dry_run else "removed"
@@ -194,15 +224,15 @@ def main(arguments: list[str]) -> None:
         from fourstage.evaluation.suite import DEFINITIONS
 
         better = {name: one.better for name, one in DEFINITIONS.items()}
-        better |= {options.by: better.get(options.by.partition("/")[0])}  # key/TASK
+        if options.by is not None:
+            better |= {options.by: better.get(options.by.partition("/")[0])}  # key/TASK
         remove_matching(options, conditions, better)
     elif command in ("show", "rm") and names and not conditions:
-        for name in names:
-            folder = store.find(name, finished=False)
-            if isinstance(options, Removal):
-                remove(store, folder, options.force)
-            else:
-                show(store, folder)
+        if isinstance(options, Removal):
+            remove_named(options, names)
+        else:
+            for name in names:
+                show(store, store.find(name, finished=False))
     else:
         raise UserError(
             "usage: python -m fourstage runs [list | show NAME... | rm NAME... | rm CONDITION... | "

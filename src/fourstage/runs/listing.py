@@ -1,6 +1,6 @@
 """Runs as a list of plain values, and which of them to keep."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,19 +85,19 @@ def ordered(entries: Sequence[dict[str, Any]], sort: str) -> list[dict[str, Any]
     return sorted(known, key=value, reverse=sort != key) + rest
 
 
-def all_but_best(runs: Runs, keep: int, by: str, better: Mapping[str, Better]) -> Runs:
+def all_but_best(runs: Runs, keep: int, by: str | None, better: Mapping[str, Better]) -> Runs:
     """Without the best `keep` runs of each stage: by a metric of eval.json, or by the stage's goal.
 
     `better`: which side of each metric is. Runs that were not measured are the worst. Raises
     UserError for a metric that has no better side, or that no run of a stage has.
     """
-    if by and better.get(by) is None:
+    if by is not None and better.get(by) is None:
         sided = [name for name, side in better.items() if side]
         raise UserError(f"by={by}: no side of it is better: {did_you_mean(by, sided)}")
     left: Runs = {}
     for stage in dict.fromkeys(record["stage"] for record in runs.values()):
         own = {folder: record for folder, record in runs.items() if record["stage"] == stage}
-        names = [by] if by else [LADDER[stage].goal, LADDER[stage].instead]
+        names = [by] if by is not None else [LADDER[stage].goal, LADDER[stage].instead]
         found = ({f: v for f in own if (v := metric(f, name)) is not None} for name in names)
         name, values = next(((n, v) for n, v in zip(names, found, strict=True) if v), ("", {}))
         if not values:
@@ -106,6 +106,16 @@ def all_but_best(runs: Runs, keep: int, by: str, better: Mapping[str, Better]) -
         best = [*ranked, *(folder for folder in own if folder not in values)][:keep]
         left |= {folder: record for folder, record in own.items() if folder not in best}
     return left
+
+
+def heirs_first(heirs: Mapping[Path, Collection[Path]]) -> list[Path]:
+    """The folders, each after all its heirs; without those of which an heir isn't there."""
+    order: list[Path] = []
+    waiting = list(heirs)
+    while free := [folder for folder in waiting if set(heirs[folder]) <= set(order)]:
+        order += free
+        waiting = [folder for folder in waiting if folder not in free]
+    return order
 
 
 def removable(runs: Runs, all_runs: Runs) -> tuple[list[Path], list[str]]:
@@ -117,12 +127,8 @@ def removable(runs: Runs, all_runs: Runs) -> tuple[list[Path], list[str]]:
     }
     in_use = ("running", "silent")
     kept = {f: f"it is {r['status']}" for f, r in runs.items() if r["status"] in in_use}
-    order: list[Path] = []
-    waiting = [folder for folder in runs if folder not in kept]
-    while free := [folder for folder in waiting if set(heirs[folder]) <= set(order)]:
-        order += free
-        waiting = [folder for folder in waiting if folder not in free]
-    for folder in waiting:
+    order = heirs_first({folder: heirs[folder] for folder in runs if folder not in kept})
+    for folder in (f for f in runs if f not in kept and f not in order):
         names = [heir.name for heir in heirs[folder] if heir not in order]
         kept[folder] = f"{', '.join(names)} descend{'s' * (len(names) == 1)} from it"
     return order, [f"kept {folder.name}: {why}" for folder, why in kept.items()]

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -104,6 +104,10 @@ class RunStore:
         """The runs that start directly from this one."""
         return [f for f, r in self.records().items() if run_id in r["parents"].values()]
 
+    def heirs(self, folder: Path) -> list[Path]:
+        """The runs that start directly from the one in a folder, whose record may be broken."""
+        return self.children(_id(folder))
+
     def is_busy(self, run_id: str) -> bool:
         """Whether a process is training it now."""
         with self.unless_busy(run_id) as is_free:
@@ -140,13 +144,13 @@ class RunStore:
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / f"{run_id}.lock")
 
-    def remove(self, folder: Path, *, force: bool) -> None:
-        """Remove a run. Raises UserError if it is being trained or others descend from it."""
+    def check_removable(self, folder: Path, going: Collection[str] = (), *, force: bool) -> None:
+        """Raises UserError if a run is being trained, or others descend from it that aren't `going`
+        (names of folders) too."""
         if folder.parent.resolve() != self.root.resolve():
             raise UserError(f"{folder}: not a run of {self.outputs}: give its own outputs=FOLDER")
-        record = _read(folder)
-        run_id = folder.name.rpartition("-")[2] if isinstance(record, str) else record["id"]
-        children = [f.name for f in self.children(run_id)]
+        record, run_id = _read(folder), _id(folder)
+        children = [f.name for f in self.children(run_id) if f.name not in going]
         if children and not force:
             verb, them = ("descends", "it") if len(children) == 1 else ("descend", "them")
             raise UserError(
@@ -162,6 +166,10 @@ class RunStore:
                 )
             if status == "running" or self.is_busy(run_id):
                 raise UserError(f"{folder.name}: a process is training it now: stop that first")
+
+    def remove(self, folder: Path, *, force: bool) -> None:
+        """Remove a run. Raises UserError as `check_removable` does."""
+        self.check_removable(folder, force=force)
         if folder.is_symlink():
             folder.unlink()
             return
@@ -191,6 +199,12 @@ def find_status(folder: Path) -> tuple[Status, Record]:
         if (folder / "checkpoints" / "last.ckpt").exists():
             return "resume", {}
     return "train", {}
+
+
+def _id(folder: Path) -> str:
+    """A run's id; where the record is broken, by the folder's name."""
+    record = _read(folder)
+    return folder.name.rpartition("-")[2] if isinstance(record, str) else record["id"]
 
 
 def _read(folder: Path) -> Record | str:
