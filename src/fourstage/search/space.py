@@ -10,15 +10,18 @@ stages.grpo.epochs=range(1,5)                      1, 2, 3 or 4, in this order
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Protocol
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
 from fourstage.errors import UserError
 
 LOOKS_LIKE_ONE = re.compile(r"=\s*(interval|choice|range|tag|int|float|shuffle|sort|glob)\(")
+INT = re.compile(r"\bint\(")
+EXAMPLES = "interval(1e-5,1e-3), tag(log,interval(1e-5,1e-3)), choice(4,8,16) or range(1,5)"
 NOT_SEARCHED = ("stage", "seed", "outputs", "force", "tag", "ancestors", "max_outputs_gb")
 
 
@@ -95,11 +98,13 @@ def parsed(word: str) -> Range | None:
     """The range in a word; None if it is a plain one. Raises UserError."""
     if word.startswith(("-", "hydra")):
         raise UserError(f"{word}: a search takes train.py's settings, and none of Hydra's own")
+    parser = OverridesParser.create()
     try:
-        override = OverridesParser.create().parse_override(word)
-    except HydraException as error:
+        check_numbers(word, parser.parse_override(INT.sub("float(", word)))  # int() cuts and fails
+        override = parser.parse_override(word)
+    except HydraException:
         if LOOKS_LIKE_ONE.search(word):
-            raise UserError(f"{word}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{word}: no range: expected one such as {EXAMPLES}") from None
         return None  # train.py says what is wrong
     if not override.is_sweep_override():
         return None
@@ -116,6 +121,25 @@ def parsed(word: str) -> Range | None:
     if found is None:
         raise UserError(f"{word}: expected interval, choice or range")
     return found
+
+
+def check_numbers(word: str, override: Override) -> None:
+    """Raises UserError for the numbers of an interval or a range that has no values, or endless
+    ones. `override`: the word without int()."""
+    sweep = override.value()
+    if isinstance(sweep, IntervalSweep):
+        numbers = [sweep.start, sweep.end]
+    elif isinstance(sweep, RangeSweep):
+        numbers = [sweep.start, sweep.stop, sweep.step]
+    else:
+        return
+    if not all(isinstance(number, int | float) and isfinite(number) for number in numbers):
+        raise UserError(f"{word}: expected finite numbers")
+    if INT.search(word) and not all(float(number).is_integer() for number in numbers):
+        raise UserError(f"{word}: int() takes whole numbers")
+    if isinstance(sweep, RangeSweep) and not (sweep.stop - sweep.start) * sweep.step > 0:
+        way = f"a step of {sweep.step:g} doesn't lead from {sweep.start:g} to {sweep.stop:g}"
+        raise UserError(f"{word}: no values: {way}")
 
 
 def interval(key: str, word: str, override: Override) -> Range:
