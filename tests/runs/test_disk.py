@@ -63,9 +63,12 @@ def test_the_longest_abandoned_go_first_and_finished_ones_last(store, capsys, mo
 
 def test_what_cannot_be_dropped_is_named(store, capsys) -> None:
     line = r"takes 0.00 GB \(runs 0.00, wandb 0.00\), more than 0.001, and there are no checkpoints"
-    with pytest.raises(UserError, match=line):
-        main(["trim", "most_gb=0.001", f"outputs={store.outputs}"])
-    assert with_checkpoints(store) == "" and len(store.records()) == 6
+    for words, verb in ((["dry_run=true"], "would remove"), ([], "removed")):
+        with pytest.raises(UserError, match=line):
+            main(["trim", "most_gb=0.001", *words, f"outputs={store.outputs}"])
+        assert capsys.readouterr().out.count(verb) == 6
+        assert with_checkpoints(store) == ("abcdef" if words else "")
+    assert len(store.records()) == 6
     assert (store.folder("sft", "d" * 10) / "model.safetensors").exists()
     assert (store.outputs / "wandb" / "log").exists()
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from fourstage.errors import UserError
 from fourstage.interruptions import run_command
-from fourstage.runs.disk import GB, MB, megabytes, parts, too_much, trim
+from fourstage.runs.disk import GB, MB, droppable, megabytes, parts, too_much, trim
 from fourstage.runs.heartbeat import roughly, silence
 from fourstage.runs.listing import (
     Better,
@@ -193,11 +193,12 @@ def remove_matching(options: Removal, conditions: Sequence[str], better: dict[st
 
 
 def trim_outputs(options: Limit) -> None:
-    """Drop checkpoints. Raises UserError if that isn't enough."""
+    """Drop checkpoints, or say which. Raises UserError if that isn't enough."""
     store, most = options.store, options.most_gb * GB
+    would_go = [f / "checkpoints" for f, _ in droppable(store, ())] if options.dry_run else []
     for line in trim(store, most, dry_run=options.dry_run):
         print(line)
-    if (line := too_much(store, most)) and not options.dry_run:
+    if line := too_much(store, most, would_go):
         raise UserError(line)
     print(f"{store.outputs} takes {sum(parts(store).values()) / GB:.2f} GB")
 

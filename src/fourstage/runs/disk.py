@@ -82,9 +82,13 @@ def droppable(store: RunStore, spared: Collection[Path]) -> list[tuple[Path, Rec
     return [(folder, record) for *_, folder, record in sorted(found, key=lambda x: x[:2])]
 
 
-def too_much(store: RunStore, most: float) -> str | None:
-    """The line for outputs that take more than so many bytes; None if they don't."""
+def too_much(store: RunStore, most: float, dropped: Collection[Path] = ()) -> str | None:
+    """The line for outputs that take more than so many bytes; None if they don't. `dropped`:
+    folders that count as gone."""
     sizes = parts(store)
+    for path in dropped:
+        if path.is_relative_to(store.outputs):
+            sizes[path.relative_to(store.outputs).parts[0]] -= bytes_on_disk(path)
     if (total := sum(sizes.values())) <= most:
         return None
     largest = sorted(sizes.items(), key=lambda x: -x[1])
