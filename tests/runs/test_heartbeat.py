@@ -111,6 +111,8 @@ HOUR = 3600.0
         (60, "node7", False, "running"),  # its lock doesn't reach here
         (-300, "node7", False, "running"),  # its clock is fast
         (300, "node7", False, "running"),  # or slow
+        (-660, "node7", False, "interrupted"),  # or wrong: it could go on for a year
+        (-660, "node7", True, "running"),
         (3 * HOUR, "node7", False, "interrupted"),
     ],
 )
@@ -162,6 +164,8 @@ def test_a_run_of_another_machine_is_not_removed(store) -> None:
 
 def test_silence_and_its_words() -> None:
     assert 59 < silence({"heartbeat": ago(60)}) < 70
+    assert -600 < silence({"heartbeat": ago(-590)}) < -580
+    assert silence({"heartbeat": ago(-660)}) is None
     assert silence({}) is None and silence({"heartbeat": {"time": ""}}) is None
     said = [roughly(seconds) for seconds in (5, 119, 120, 7199, 7200, 172_799, 172_800)]
     assert said == ["5 s", "119 s", "2 min", "120 min", "2 h", "48 h", "2 days"]

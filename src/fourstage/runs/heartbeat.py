@@ -53,12 +53,13 @@ def is_elsewhere(record: Record) -> bool:
 
 def silence(record: Record) -> float | None:
     """Seconds since the last sign of life, negative if the other clock is fast; None if there was
-    none."""
+    none, or none that can be true: from more than SILENT seconds in the future."""
     try:
         last = datetime.fromisoformat(record["heartbeat"]["time"])
     except (KeyError, ValueError):
         return None
-    return (datetime.now(UTC) - last.astimezone(UTC)).total_seconds()
+    seconds = (datetime.now(UTC) - last.astimezone(UTC)).total_seconds()
+    return None if seconds < -SILENT else seconds
 
 
 def roughly(seconds: float) -> str:
