@@ -95,6 +95,14 @@ def from_arguments(cls: type[T], arguments: Sequence[str]) -> T:
     return build(cls, values, "")
 
 
+def given_once(words: Sequence[str]) -> None:
+    """Raises UserError if two of the key=value words have the same key."""
+    keys = [word.partition("=")[0] for word in words]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"{key}: given twice")
+
+
 def _from_text(hint: Any, text: str) -> Any:
     """The text as the number or truth value that `hint` wants; `build` refuses what is neither."""
     kinds = {hint, *get_args(hint)}

@@ -114,6 +114,11 @@ def test_the_table_has_tags_where_there_are_some(store, capsys) -> None:
     ("words", "line"),
     [
         ("sort=xyz", "sort=xyz: known are name, status, model"),
+        ("sort=", "sort=: known are name, status, model"),
+        ("sort=goal sort=seed", "sort: given twice"),
+        ("show sft --json", "--json: only the list has it"),
+        ("rm stage=sft --json", "--json: only the list has it"),
+        ("rm stage=grpo keep_best=1 keep_best=2", "keep_best: given twice"),
         ("stage=grpp", "no run has stage=grpp: did you mean grpo"),
         ("ouputs=x", "no run has a setting 'ouputs'"),
         ("rm", "usage: "),

@@ -231,6 +231,8 @@ def test_the_mean_of_several_seeds_for_a_trial(fake) -> None:
         (["name=try", "stage=grpo"], "no range to search"),
         ([LR], "name: missing"),
         (["name=../x", LR], "name: expected one word"),
+        (["name=b", LR, "name=c"], "name: given twice"),
+        (["name=b", LR, "trials=3", "trials=3"], "trials: given twice"),
         (["name=try", LR, "trials=0"], "trials: must be at least 1"),
         (["name=try", LR, "trials=x"], "trials: expected a whole number"),
         (["name=try", LR, "seeds=1"], "seeds: must be at least 2"),

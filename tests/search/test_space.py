@@ -104,6 +104,7 @@ def test_a_number_has_four_digits_and_stays_inside() -> None:
         ("stage=sft,grpo", "stage is no setting"),
         ("a=1,2 a=3", "a: given twice"),
         ("a=1,2 a=3,4", "a: given twice"),
+        ("+a=1,2 a=3", "a: given twice"),
         ("-m a=1,2", "-m: a search takes train.py's settings"),
         ("hydra/launcher=joblib a=1,2", "none of Hydra's own"),
     ],

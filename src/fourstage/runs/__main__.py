@@ -42,7 +42,7 @@ from fourstage.runs.listing import (
 )
 from fourstage.runs.records import Record, read_record
 from fourstage.runs.store import RunStore
-from fourstage.settings import Bounded, at_least, from_arguments, positive
+from fourstage.settings import Bounded, at_least, from_arguments, given_once, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Outputs(Bounded):
 
 @dataclass(frozen=True, kw_only=True)
 class Listing(Outputs):
-    sort: str = ""
+    sort: str | None = None
     json: bool = False
 
 
@@ -84,7 +84,7 @@ def show_all(options: Listing, conditions: Sequence[str]) -> None:
     store = options.store
     runs = selected(store, conditions)
     entries = [entry(folder, record) for folder, record in runs.items()]
-    if options.sort:
+    if options.sort is not None:
         entries = ordered(entries, options.sort)
     for line in store.broken():
         print(line, file=sys.stderr)
@@ -205,12 +205,16 @@ def trim_outputs(options: Limit) -> None:
 
 def main(arguments: list[str]) -> None:
     """Run one command. Raises UserError for an unknown command, run, condition or option."""
-    arguments = ["json=true" if argument == "--json" else argument for argument in arguments]
-    command, *names = [argument for argument in arguments if "=" not in argument] or ["list"]
+    words = ["json=true" if argument == "--json" else argument for argument in arguments]
+    command, *names = [word for word in words if "=" not in word] or ["list"]
     kind = OPTIONS.get(command, Outputs)
+    if kind is not Listing and "--json" in arguments:
+        raise UserError("--json: only the list has it: python -m fourstage runs --json")
     known = {field.name for field in fields(kind)}
-    settings = [argument for argument in arguments if "=" in argument]
-    options = from_arguments(kind, [s for s in settings if s.partition("=")[0] in known])
+    settings = [word for word in words if "=" in word]
+    own = [s for s in settings if s.partition("=")[0] in known]
+    given_once(own)
+    options = from_arguments(kind, own)
     conditions = [s for s in settings if s.partition("=")[0] not in known]
     if conditions and command in ("show", "trim"):
         raise UserError(f"unknown option {conditions[0]!r}: known are {', '.join(sorted(known))}")

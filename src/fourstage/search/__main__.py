@@ -44,7 +44,7 @@ from fourstage.search.trials import (
     results,
     run_trials,
 )
-from fourstage.settings import Bounded, at_least, from_arguments
+from fourstage.settings import Bounded, at_least, from_arguments, given_once
 
 CHOSEN_HERE = ("seed", "tag", "force")  # words of train.py that a trial gets from the search
 
@@ -73,6 +73,7 @@ def search(arguments: Sequence[str], trainer: Trainer = TRAINER) -> Path:
     named = [a for a, own in zip(arguments, is_own, strict=True) if own]
     if not any(word.startswith("name=") for word in named):
         raise UserError("name: missing: what to call the search, such as name=lr (see --help)")
+    given_once(named)
     options = from_arguments(Options, named)
     words, ranges = split_words([a for a, own in zip(arguments, is_own, strict=True) if not own])
     for word in words:

@@ -18,6 +18,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
 from fourstage.errors import UserError
+from fourstage.settings import given_once
 
 LOOKS_LIKE_ONE = re.compile(r"=\s*(interval|choice|range|tag|int|float|shuffle|sort|glob)\(")
 INT = re.compile(r"\bint\(")
@@ -87,10 +88,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[Range]]:
             "no range to search: for example 'stages.grpo.lr=tag(log,interval(1e-5,1e-3))' or "
             "'stages.grpo.group_size=choice(4,8,16)'"
         )
-    keys = [*(word.lstrip("+").partition("=")[0] for word in fixed), *(r.key for r in ranges)]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise UserError(f"{key}: given twice")
+    given_once([word.lstrip("+") for word in (*fixed, *(r.key for r in ranges))])
     return fixed, ranges
 
 
