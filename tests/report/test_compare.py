@@ -201,7 +201,8 @@ def test_null_and_keys_with_values_differ(tmp_path: Path) -> None:
         (["stage=grop"], "no run has stage=grop: did you mean grpo? (there are "),
         (["stages.sft.lr=7"], "no run has stages.sft.lr=7: there are 0.001"),
         (["stage=grpo", "seed=1"], "compare needs two finished ladders or more, got 1 for stage="),
-        (["all", "by=lr"], "by=lr: these ladders don't differ in it, but in seed"),
+        (["all", "by=lr"], "by=lr: these ladders don't differ in it, but in nothing"),
+        (["all", "by=seed"], "by=seed: seeds are what means and intervals are over"),
     ],
 )
 def test_mistakes_are_one_line(seeds: Path, names: list[str], said: str) -> None:

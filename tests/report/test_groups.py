@@ -406,8 +406,50 @@ def test_the_effect_of_each_setting_by_hand(tmp_path: Path) -> None:
     by = read(tmp_path, "all", "by=loss")
     assert [group["label"] for group in by["groups"]] == ["loss=grpo", "loss=dapo"]
     assert of_grpo(by)["loss=dapo"]["difference"]["how"] == (
-        "paired over 4 pairs, 2 without a partner"
+        "paired over 2 seeds (4 pairs), 2 without a partner"
     )
+
+
+def test_runs_of_one_seed_are_one_value(tmp_path: Path) -> None:
+    """by=loss over three lr's: lr differences 1, 2, 3 of seed 0 and 3, 4, 5 of seed 1 have seed
+    means of 0.2 and 0.4, so n is 2, and t(1) with a standard error of 0.1."""
+    right = {
+        (1e-4, "grpo"): (1, 1),
+        (1e-3, "grpo"): (1, 1),
+        (0.01, "grpo"): (4, 4),
+        (1e-4, "dapo"): (2, 4),
+        (1e-3, "dapo"): (3, 5),
+        (0.01, "dapo"): (7, 9),
+    }
+    write_sweep(
+        tmp_path, {(*key, seed): n for key, each in right.items() for seed, n in enumerate(each)}
+    )
+    found = of_grpo(read(tmp_path, "all", "by=loss"))
+    dapo, half = found["loss=dapo"], t_quantile(1) * 0.1
+    assert (dapo["mean"], dapo["n"], len(dapo["values"])) == (0.5, 2, 6)
+    assert (dapo["low"], dapo["high"]) == (0.0, 1.0)  # 0.5 -+ 1.27, cut
+    assert (found["loss=grpo"]["n"], found["loss=grpo"]["low"]) == (2, None)
+    difference = dapo["difference"]
+    assert (difference["mean"], difference["n"]) == (0.3, 2)
+    assert difference["high"] == pytest.approx(0.3 + half, abs=1e-6)
+    assert difference["how"] == "paired over 2 seeds (6 pairs)"
+    assert "| loss=dapo | 6 runs of 2 seeds | 50.0 %" in text(tmp_path)
+
+
+def test_groups_without_common_settings_are_paired_by_the_means_of_seeds(tmp_path: Path) -> None:
+    figures = {(lr, "grpo", s): n for lr, n in ((1e-4, 1), (1e-3, 3)) for s in range(2)}
+    figures |= {(0.01, "dapo", 0): 5, (0.01, "dapo", 1): 7}
+    write_sweep(tmp_path, figures)
+    difference = of_grpo(read(tmp_path, "all", "by=loss"))["loss=dapo"]["difference"]
+    assert (difference["mean"], difference["n"]) == (0.4, 2)
+    assert difference["how"] == "paired over the means of 2 seeds"
+
+
+def test_two_single_runs_of_other_seeds_have_no_verdict(tmp_path: Path) -> None:
+    write_sweep(tmp_path, {(1e-4, "grpo", 0): 2, (1e-3, "grpo", 1): 9})
+    difference = of_grpo(read(tmp_path, "all"))["lr=1e-3"]["difference"]
+    assert difference["how"] == "one run each, of other seeds"
+    assert (difference["mean"], difference["low"], difference["verdict"]) == (0.7, None, "unclear")
 
 
 def test_the_drawing_has_a_panel_for_each_goal_and_a_row_for_each_group(tmp_path: Path) -> None:

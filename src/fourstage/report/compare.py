@@ -14,7 +14,7 @@ from fourstage.ladder import stages
 from fourstage.report.charts import Dots, dot_plot
 from fourstage.report.compare_json import content
 from fourstage.report.comparison import Comparison, Ladder, Line, compare
-from fourstage.report.contrasts import Compared, Difference, gain_of, mean_of
+from fourstage.report.contrasts import Compared, Difference, Group, gain_of, mean_of
 from fourstage.report.html import (
     Block,
     Bullets,
@@ -47,13 +47,14 @@ from fourstage.report.tables import (
 
 MANY = 12  # ladders or groups that are listed without being asked
 MEANS = (
-    "A mean is over the group's runs (one a seed), with Student's t interval; of one run it is the "
-    "run's value, with the interval over its items, which says nothing of other seeds."
+    "A mean is over the group's seeds (each the mean of its runs), with Student's t interval; of "
+    "one run it is its value, with the interval over its items, which says nothing of other seeds."
 )
 DIFFERENCES = (
     " Differences are to the first group. They are paired over the seeds that both groups have (t "
     "interval of the differences), where all were asked the same items; without common seeds they "
-    "are by Welch's t, and of one run each they are paired over the items, without a p value."
+    "are by Welch's t, and of one run each of one seed they are paired over the items, without a p "
+    "value."
 )
 FAMILY = (
     " {}: each is also given after Holm's correction for their number, and a difference "
@@ -238,15 +239,22 @@ def _compared_table(table: Compared) -> Table:
         gain = gain_of(group, key, partial(_before, key))
         row: list[str | Cell] = [
             group.label,
-            str(len(group.values_of(key))),
+            _runs(group, key),
             cells,
-            NONE if gain is None else _gain_cell(key, gain),
+            NONE if gain is None else _gain_cell(key, *gain, len(group.values_of(key))),
         ]
         if several:
             row += [_difference_cell(key, difference), difference.how if difference else ""]
         rows.append(row)
     head = ["group", "runs", "mean", f"gain over {before}" if before else "gain"]
     return Table([*head, *[f"− ({first})", "how"] * several], rows)
+
+
+def _runs(group: Group, key: str) -> str:
+    """How many runs have the key, and of how many seeds if some share one."""
+    values = group.values_of(key)
+    runs, seeds = len(values), len(group.by_seed(values))
+    return f"{runs} runs of {seeds} seed{'s' * (seeds != 1)}" if seeds < runs else str(runs)
 
 
 def _before(key: str, row: Row) -> float | None:
@@ -262,13 +270,14 @@ def _mean_cell(key: str, mean: Mean, over: str) -> Cell:
     return Cell([(shown(key, mean.value), ""), (text + " over items" * (over == "items"), "small")])
 
 
-def _gain_cell(key: str, mean: Mean) -> Cell:
-    return Cell([(gained(key, mean.value), ""), (_interval(key, mean, "+"), "small")])
+def _gain_cell(key: str, mean: Mean, runs: int, of: int) -> Cell:
+    note = f", {runs} of {of} runs" * (runs < of)
+    return Cell([(gained(key, mean.value), ""), (_interval(key, mean, "+") + note, "small")])
 
 
 def _interval(key: str, mean: Mean, sign: str = "") -> str:
     if mean.low is None:
-        return "one run" if mean.n < 2 else "all the same"
+        return "one seed" if mean.n < 2 else "all the same"
     return interval(key, {"low": mean.low, "high": mean.high}, sign)
 
 

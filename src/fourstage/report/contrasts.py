@@ -15,7 +15,8 @@ from fourstage.report.statistics import Mean, holm, paired, t_mean, welch
 from fourstage.report.tables import NOT_MEASURED, OTHER_ITEMS, OTHER_SUITES, about
 
 SAME_RUNS = "the same runs"
-ONE_RUN = "one run on a side, of another seed"
+ONE_SEED = "one seed on a side, without a partner"
+OTHER_SEEDS = "one run each, of other seeds"
 CLEAR = 0.05  # the largest adjusted p value of a clear difference
 Items = Mapping[str, Hashable]  # item set -> what was asked, and how
 
@@ -62,6 +63,13 @@ class Group:
 
     def values_of(self, key: str) -> dict[str, float]:
         return {block: cell["value"] for block, cell in self.cells(key).items()}
+
+    def by_seed(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Values by block as the means of each seed's runs, which aren't independent."""
+        found: dict[str, list[float]] = {}
+        for block, value in values.items():
+            found.setdefault(self.blocks[block].seeds, []).append(value)
+        return {seed: fmean(each) for seed, each in found.items()}
 
 
 @dataclass(frozen=True)
@@ -152,13 +160,13 @@ def grouped(
 
 
 def mean_of(group: Group, key: str) -> tuple[Mean, str] | None:
-    """A group's mean with its interval over seeds, or over items for one run; None without one. A
-    share's interval ends at 0 and 1."""
+    """A group's mean with its interval over seeds, n of them, or over items for one run; None
+    without one. A share's interval ends at 0 and 1."""
     cells = list(group.cells(key).values())
     if not cells:
         return None
     if len(cells) > 1:
-        mean = t_mean([cell["value"] for cell in cells])
+        mean = t_mean([*group.by_seed(group.values_of(key)).values()])
         if about(key).is_share and mean.low is not None and mean.high is not None:
             mean = replace(mean, low=max(0.0, mean.low), high=min(1.0, mean.high))
         return mean, "seeds"
@@ -166,11 +174,15 @@ def mean_of(group: Group, key: str) -> tuple[Mean, str] | None:
     return Mean(cell["value"], 1, cell["low"], cell["high"]), "items"
 
 
-def gain_of(group: Group, key: str, before: Callable[[Row], float | None]) -> Mean | None:
-    """What the stage gained over the policy that it started from, over seeds."""
-    pairs = [(cell["value"], before(group.blocks[b].row)) for b, cell in group.cells(key).items()]
-    gains = [after - start for after, start in pairs if start is not None]
-    return t_mean(gains) if gains else None
+def gain_of(
+    group: Group, key: str, before: Callable[[Row], float | None]
+) -> tuple[Mean, int] | None:
+    """What the stage gained over the policy that it started from, over seeds, and of how many
+    runs."""
+    starts = {block: before(group.blocks[block].row) for block in group.cells(key)}
+    values = group.values_of(key)
+    gains = {block: values[block] - start for block, start in starts.items() if start is not None}
+    return (t_mean([*group.by_seed(gains).values()]), len(gains)) if gains else None
 
 
 def difference(group: Group, reference: Group, key: str, over_items: OverItems) -> Difference:
@@ -184,27 +196,43 @@ def difference(group: Group, reference: Group, key: str, over_items: OverItems) 
     if why := not_comparable([*mine, *its], key):
         return Difference(None, why)
     common = sorted(after.keys() & before.keys())
-    if len(common) > 1 and len(common) == min(len(after), len(before)):
+    fewest = min(len(after), len(before))
+    if len(common) == fewest > 1:
+        gains = group.by_seed({block: after[block] - before[block] for block in common})
+        how = f"paired over {_seeds(len(gains))}"
+        how += f" ({len(common)} pairs)" * (len(common) > len(gains))
         left = len(after) + len(before) - 2 * len(common)
-        more = f", {left} without a partner" * bool(left)
-        is_plain = all(unit.seeds == block for block, unit in group.blocks.items())
-        what = "seeds" if is_plain else "pairs"
-        return Difference(paired(after, before), f"paired over {len(common)} {what}{more}")
-    if len(after) > 1 and len(before) > 1:
-        return Difference(welch(list(after.values()), list(before.values())), "Welch's t")
-    which = "one run each"
-    if common and len(mine) + len(its) > 2:
-        which = f"only seed {common[0]}"
-    if common:
+        return Difference(t_mean([*gains.values()]), how + _alone(left))
+    mine_by_seed, its_by_seed = group.by_seed(after), reference.by_seed(before)
+    shared = len(mine_by_seed.keys() & its_by_seed.keys())
+    if shared == min(len(mine_by_seed), len(its_by_seed)) > 1:
+        left = len(mine_by_seed) + len(its_by_seed) - 2 * shared
+        how = f"paired over the means of {_seeds(shared)}{_alone(left)}"
+        return Difference(paired(mine_by_seed, its_by_seed), how)
+    if min(len(mine_by_seed), len(its_by_seed)) > 1:
+        each = list(mine_by_seed.values()), list(its_by_seed.values())
+        return Difference(welch(*each), "Welch's t")
+    which = "one run each" if len(after) == len(before) else f"only seed {', '.join(common)}"
+    if common and fewest == 1:
         mine, its = [group.blocks[common[0]]], [reference.blocks[common[0]]]
-    if len(mine) > 1 or len(its) > 1:
-        return Difference(Mean(fmean(after.values()) - fmean(before.values()), 0), ONE_RUN)
+    is_one_each = len(mine) == len(its) == 1
+    if not is_one_each or mine[0].seeds != its[0].seeds:
+        value = fmean(mine_by_seed.values()) - fmean(its_by_seed.values())
+        return Difference(Mean(value, 0), OTHER_SEEDS if is_one_each else ONE_SEED)
     found = over_items(mine[0], its[0]).get(key)
     if found is None:
         value = mine[0].value(key) - its[0].value(key)
         return Difference(Mean(value, 0), f"{which}, no items")
     mean = Mean(found["value"], found["n"], found["low"], found["high"])
     return Difference(mean, f"{which}, paired over {found['n']} items")
+
+
+def _seeds(n: int) -> str:
+    return f"{n} seed{'s' * (n != 1)}"
+
+
+def _alone(left: int) -> str:
+    return f", {left} without a partner" * bool(left)
 
 
 def not_comparable(units: Sequence[Unit], key: str) -> str:
@@ -248,8 +276,9 @@ def _main_effect(pairs: Sequence[tuple[Group, Group]], key: str) -> Difference |
         if not common or not_comparable(units, key):
             continue
         matched += 1
-        for block in common:
-            gains.setdefault(block, []).append(after[block] - before[block])
+        gain = group.by_seed({block: after[block] - before[block] for block in common})
+        for seed, value in gain.items():
+            gains.setdefault(seed, []).append(value)
     if not gains:
         return None
     settings = f"{matched} setting{'s' * (matched > 1)} of the others"

@@ -248,12 +248,17 @@ def chosen(units: Sequence[Settings], by: Sequence[str]) -> list[str]:
     """The keys that by=lr,stages.grpo.loss means: a whole key, or how one ends. Raises UserError
     for one that is ambiguous, or that the ladders don't differ in."""
     every = dict.fromkeys(key for unit in units for key in unit)
-    differ = [key for key in every if len({*_column(units, key)} - {ABSENT}) > 1]
+    differ = [k for k in every if k != SEED and len({*_column(units, k)} - {ABSENT}) > 1]
     known = ", ".join(
         short_names([key for key in differ if not key.startswith("data.digest.")]).values()
     )
     found = []
     for name in by:
+        if name == SEED:
+            raise UserError(
+                "by=seed: seeds are what means and intervals are over, so they make no groups: "
+                f"group by {known or 'another setting'}"
+            )
         same = [key for key in differ if key in (name, f"{name}.name")]
         ends = same[:1] or [key for key in differ if key.endswith(f".{name}")]
         if not ends:

@@ -1,7 +1,7 @@
 """How far the true score follows the learned one as PPO moves away from its reference, by group.
 
-A run's rollouts are put into bins of their KL; each run has a mean in a bin, and a group the mean
-of its runs, with Student's t interval over the seeds (Gao et al. 2022, arXiv 2210.10760).
+A seed's rollouts are put into bins of their KL; each seed has a mean in a bin, and a group the
+mean of its seeds, with Student's t interval over the seeds (Gao et al. 2022, arXiv 2210.10760).
 """
 
 import bisect
@@ -20,7 +20,7 @@ EDGES = (0.5, 1, 2, 4, 8, 16, 32, 64, 128)  # of the bins, nats an answer
 MOST_DRAWN = 3  # groups, of two lines each
 TEXT = (
     "KL from the policy that ppo started from, nats an answer, while training. Over-optimisation "
-    "shows as a learned reward that rises on while the true score falls. A mean is over the runs "
+    "shows as a learned reward that rises on while the true score falls. A mean is over the seeds "
     "that have rollouts in the bin, with Student's t interval over them."
 )
 
@@ -32,16 +32,16 @@ def kl_blocks(groups: Sequence[Group], files: Files) -> list[Block]:
     rows: list[list[str | Cell]] = []
     series: dict[str, list[tuple[float, float]]] = {}
     for group in groups:
-        curves = (
-            files.curves(unit.row.run.folder / "metrics.csv")
-            for unit in group.blocks.values()
-            if unit.row.run
-        )
-        runs = [found for columns in curves if (found := rollouts(columns))]
+        by_seed: dict[str, list[Rollout]] = defaultdict(list)
+        for unit in group.blocks.values():
+            if unit.row.run:
+                curves = files.curves(unit.row.run.folder / "metrics.csv")
+                by_seed[unit.seeds] += rollouts(curves)
+        seeds = list(by_seed.values())
         for at, name in enumerate(SCORES.values()):
-            points = [(kl, scores[at]) for run in runs for kl, scores in run]
+            points = [(kl, scores[at]) for seed in seeds for kl, scores in seed]
             series |= {f"{group.label}: {name}": points} if points else {}
-        for where, means in binned(runs).items():
+        for where, means in binned(seeds).items():
             rows.append([group.label, where, str(means[0].n), *map(_cell, means)])
     if not rows:
         return []
@@ -51,7 +51,7 @@ def kl_blocks(groups: Sequence[Group], files: Files) -> list[Block]:
         Heading("Scores as KL grows in ppo"),
         Paragraph(TEXT),
         Figures([Figure("Scores against KL", chart, "Dots are rollouts of all seeds.")], "large"),
-        Table(["group", "KL", "runs", *SCORES.values()], rows),
+        Table(["group", "KL", "seeds", *SCORES.values()], rows),
     ]
 
 
@@ -62,18 +62,18 @@ def rollouts(columns: dict[str, list[tuple[float, float]]]) -> list[Rollout]:
     return [(kl[step], [score[step] for score in scores]) for step in steps]
 
 
-def binned(runs: Sequence[Sequence[Rollout]]) -> dict[str, list[Mean]]:
-    """The bin in words -> the mean of each score over the runs that have rollouts in it."""
-    of_runs: dict[int, list[list[float]]] = defaultdict(list)
-    for run in runs:
+def binned(seeds: Sequence[Sequence[Rollout]]) -> dict[str, list[Mean]]:
+    """The bin in words -> the mean of each score over the seeds that have rollouts in it."""
+    of_seeds: dict[int, list[list[float]]] = defaultdict(list)
+    for seed in seeds:
         by_bin: dict[int, list[list[float]]] = defaultdict(list)
-        for kl, scores in run:
+        for kl, scores in seed:
             by_bin[bisect.bisect_right(EDGES, kl)].append(scores)
         for at, found in by_bin.items():
-            of_runs[at].append([fmean(column) for column in zip(*found, strict=True)])
+            of_seeds[at].append([fmean(column) for column in zip(*found, strict=True)])
     return {
-        words(at): [t_mean(column) for column in zip(*of_runs[at], strict=True)]
-        for at in sorted(of_runs)
+        words(at): [t_mean(column) for column in zip(*of_seeds[at], strict=True)]
+        for at in sorted(of_seeds)
     }
 
 
@@ -84,7 +84,7 @@ def words(at: int) -> str:
 
 
 def _cell(mean: Mean) -> Cell:
-    text = "one run" if mean.n < 2 else "all the same"
+    text = "one seed" if mean.n < 2 else "all the same"
     if mean.low is not None and mean.high is not None:
         text = f"[{mean.low:.3f}, {mean.high:.3f}]"
     return Cell([(f"{mean.value:.3f}", ""), (text, "small")])
