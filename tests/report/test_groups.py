@@ -334,6 +334,31 @@ def test_what_is_not_comparable_is_not_compared(tmp_path: Path, changes, how) ->
     assert f"| – | {how} |" in text(tmp_path)
 
 
+def test_a_mean_is_over_runs_of_one_suite(tmp_path: Path) -> None:
+    """lr=1e-4 has a third run by an old suite, lr=1e-3 two by two old ones, which have no mean. Of
+    the gains over pretrain, one has a start by an old suite and isn't known."""
+    for n, (suite_, start, lr, right) in enumerate(
+        [
+            (suite.SUITE, suite.SUITE, 1e-4, 3),
+            (suite.SUITE, "5", 1e-4, 5),
+            ("5", "5", 1e-4, 9),
+            ("5", "5", 1e-3, 3),
+            ("4", "4", 1e-3, 4),
+        ]
+    ):
+        of = {"seed": n % 3, "right": 1, "suite_": start}
+        parents = {"policy": write_run(tmp_path, "pretrain", n, **of)}
+        of = {"seed": n % 3, "right": right, "suite_": suite_}
+        write_run(tmp_path, "grpo", n, lr=lr, parents=parents, **of)
+    found = of_grpo(read(tmp_path, "all"))
+    assert list(found) == ["lr=1e-4"]
+    assert (found["lr=1e-4"]["mean"], found["lr=1e-4"]["values"]) == (0.4, {"0": 0.3, "1": 0.5})
+    row = next(x for x in text(tmp_path).splitlines() if x.startswith("| lr=1e-4 | 2; not 1 of"))
+    assert "| +20.0 points one seed, 1 of 2 runs |" in row
+    rest = "| – | – | – | different suites |"
+    assert f"| lr=1e-3 | 0; not 2 of another suite {rest}" in text(tmp_path)
+
+
 def test_equal_values_and_missing_ones(tmp_path: Path) -> None:
     figures: dict = {(1e-4, "grpo", s): 3 for s in range(2)}
     figures |= {(1e-3, "grpo", s): 3 for s in range(2)} | {

@@ -251,10 +251,13 @@ def _compared_table(table: Compared) -> Table:
 
 
 def _runs(group: Group, key: str) -> str:
-    """How many runs have the key, and of how many seeds if some share one."""
+    """How many runs have the key, of how many seeds if some share one, and of how many runs if
+    others have it by another suite."""
     values = group.values_of(key)
     runs, seeds = len(values), len(group.by_seed(values))
-    return f"{runs} runs of {seeds} seed{'s' * (seeds != 1)}" if seeds < runs else str(runs)
+    text = f"{runs} runs of {seeds} seed{'s' * (seeds != 1)}" if seeds < runs else str(runs)
+    others = group.of_other_suites(key)
+    return f"{text}; not {others} of another suite" if others else text
 
 
 def _before(key: str, row: Row) -> float | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+from fourstage.evaluation.suite import SUITE
 from fourstage.report.files import Item, Metric
 from fourstage.report.groups import ABSENT, Factor, Settings, factors
 from fourstage.report.ladder import ANSWERED, Row
@@ -57,9 +58,22 @@ class Group:
     blocks: Mapping[str, Unit]  # by seed, and by what else differs within the group
 
     def cells(self, key: str) -> dict[str, Metric]:
-        """The key's cells by block, of the runs that have it."""
-        found = {block: unit.cell(key) for block, unit in self.blocks.items()}
-        return {block: cell for block, cell in found.items() if cell is not None}
+        """The key's cells by block, of the runs that have it; of runs that were evaluated by
+        several suites, which can't be averaged, only those of this version's."""
+        found = {
+            block: cell
+            for block, unit in self.blocks.items()
+            if (cell := unit.cell(key)) is not None
+        }
+        if len({self.blocks[block].row.suite for block in found} - {""}) > 1:
+            found = {b: cell for b, cell in found.items() if self.blocks[b].row.suite == SUITE}
+        return found
+
+    def of_other_suites(self, key: str) -> int:
+        """How many runs have the key by another suite, for which `cells` leaves them out."""
+        return sum(unit.cell(key) is not None for unit in self.blocks.values()) - len(
+            self.cells(key)
+        )
 
     def values_of(self, key: str) -> dict[str, float]:
         return {block: cell["value"] for block, cell in self.cells(key).items()}
@@ -189,7 +203,8 @@ def difference(group: Group, reference: Group, key: str, over_items: OverItems) 
     """group - reference in a key."""
     after, before = group.values_of(key), reference.values_of(key)
     if not after or not before:
-        return Difference(None, NOT_MEASURED)
+        is_left_out = group.of_other_suites(key) or reference.of_other_suites(key)
+        return Difference(None, OTHER_SUITES if is_left_out else NOT_MEASURED)
     mine, its = [group.blocks[b] for b in after], [reference.blocks[b] for b in before]
     if {unit.row.folder for unit in mine} == {unit.row.folder for unit in its}:
         return Difference(None, SAME_RUNS)
