@@ -194,6 +194,7 @@ def test_two_learning_rates_and_three_seeds_by_hand(tmp_path: Path) -> None:
     assert (difference["low"], difference["high"]) == ends
     assert difference["p"] == difference["p_holm"] == pytest.approx(0.07418, abs=1e-5)
     assert (difference["how"], difference["verdict"]) == ("paired over 3 seeds", "unclear")
+    assert "There is one p value here, which Holm's correction leaves as it is: a" in text(tmp_path)
     assert found["effects"] == []  # it is the groups' difference
     assert "+20.0 points [-4.8, +44.8] p 0.074, Holm 0.074 | paired over 3 seeds |" in text(
         tmp_path
@@ -394,7 +395,9 @@ def test_holm_counts_all_differences_of_the_goals(tmp_path: Path) -> None:
     assert small["p"] < large["p"]
     assert small["p_holm"] == pytest.approx(2 * small["p"])
     assert large["p_holm"] == pytest.approx(max(large["p"], 2 * small["p"]))
-    assert "2 p values: each is also given after Holm's correction" in text(tmp_path)
+    assert "The 2 p values here are each given after Holm's correction for their number" in text(
+        tmp_path
+    )
 
 
 # --- effects

@@ -56,10 +56,9 @@ DIFFERENCES = (
     "are by Welch's t, and of one run each of one seed they are paired over the items, without a p "
     "value."
 )
-FAMILY = (
-    " {}: each is also given after Holm's correction for their number, and a difference "
-    "is called better or worse if that is at most 0.05 (without a p value: if the interval "
-    "excludes 0). Intervals are 95 % each, without correction."
+CALLED = (
+    ": a difference is called better or worse if it is at most 0.05 (without a p value: if the "
+    "interval excludes 0). Intervals are 95 % each, without correction."
 )
 
 
@@ -203,23 +202,20 @@ def _drawn(tables: Sequence[Compared]) -> list[Block]:
 def _compared(tables: Sequence[Compared]) -> list[Block]:
     """A table for each key: a row for each group."""
     differences = [d for table in tables for d in table.differences]
-    count = _count(differences)
-    more = DIFFERENCES + (FAMILY.format(count) if count else "") if differences else ""
+    family = _family(differences)
+    more = DIFFERENCES + (family + CALLED if family else "") if differences else ""
     blocks: list[Block] = [Paragraph(MEANS + more)]
     for table in tables:
         blocks += [Paragraph(f"{table.stage}: {title(table.key)}"), _compared_table(table)]
     return blocks
 
 
-def _count(found: Sequence[Difference]) -> str:
-    """How many p values a correction is for."""
+def _family(found: Sequence[Difference]) -> str:
+    """How many p values are corrected together."""
     n = sum(difference.adjusted is not None for difference in found)
-    return f"{n} p value{'s' * (n != 1)}" if n else ""
-
-
-def _corrected(found: Sequence[Difference]) -> str:
-    count = _count(found)
-    return f" {count}, corrected for their own number as above." if count else ""
+    if n < 2:
+        return " There is one p value here, which Holm's correction leaves as it is" * n
+    return f" The {n} p values here are each given after Holm's correction for their number too"
 
 
 def _compared_table(table: Compared) -> Table:
@@ -325,21 +321,22 @@ def _effects(tables: Sequence[Compared]) -> list[Block]:
         "The mean difference between two values of one setting, over the seeds and the settings of "
         "the others that were run with both."
     )
-    family = _corrected([e.difference for t in tables for e in t.effects])
+    family = _family([e.difference for t in tables for e in t.effects])
     head = ["setting", "values", "goal", "effect", "how"]
-    return [Heading("The effect of each setting"), Paragraph(text + family), Table(head, rows)]
+    return [
+        Heading("The effect of each setting"),
+        Paragraph(text + family + "." * bool(family)),
+        Table(head, rows),
+    ]
 
 
 def _others(tables: Sequence[Compared]) -> list[Block]:
     """The other stages' goals after the last stages."""
     if not tables or len(tables[0].groups) < 2:
         return []
-    blocks: list[Block] = [
-        Paragraph(
-            "The same for goals of other stages, measured after the last one."
-            + _corrected([d for t in tables for d in t.differences])
-        )
-    ]
+    text = "The same for goals of other stages, measured after the last one."
+    family = _family([d for table in tables for d in table.differences])
+    blocks: list[Block] = [Paragraph(text + family + "." * bool(family))]
     for table in tables:
         blocks += [Paragraph(f"{table.stage}: {title(table.key)}"), _compared_table(table)]
     return [Fold("The last stage on the other goals", blocks)]
