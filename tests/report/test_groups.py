@@ -258,7 +258,9 @@ def test_debug_runs_only_if_asked_for(tmp_path: Path) -> None:
         path = tmp_path / "runs" / f"grpo-{ident('grpo', n)}" / "run.json"
         write_json(path, json.loads(path.read_text()) | {"debug": "fast"})
     assert len(read(tmp_path, "stage=grpo")["ladders"]) == 2
-    found = read(tmp_path, "stage=grpo", "debug=fast")
+    assert len(read(tmp_path, "stage=grpo", "debug=false")["ladders"]) == 2
+    found = read(tmp_path, "stage=grpo", "debug=true")
+    assert found == read(tmp_path, "stage=grpo", "debug=fast")
     assert [one["label"] for one in found["ladders"]] == ["seed 2", "seed 3"]
     assert len(read(tmp_path, "stage=grpo", "debug=fast,null")["groups"]) == 2
 
@@ -517,3 +519,18 @@ def test_a_setting_that_older_runs_lack_makes_groups_only_where_it_must(tmp_path
         groups = compare(tmp_path / name, []).groups
         assert [group.label for group in groups] == ["frozen=default", "frozen=true"]
         assert [list(group.blocks) for group in groups] == [["0", "1"]] * 2
+
+
+def test_runs_of_a_version_without_a_setting_are_counted(tmp_path: Path) -> None:
+    for n in range(5):
+        pretrain = write_run(
+            tmp_path, "pretrain", n, seed=n, **({"frozen": False} if n > 2 else {})
+        )
+        write_run(tmp_path, "grpo", n, seed=n, parents={"policy": pretrain})
+    assert len(read(tmp_path, "stages.pretrain.frozen=false")["ladders"]) == 2
+    note = "stages.pretrain.frozen=false: 3 runs are of a version without it: they aren't chosen"
+    assert f"- {note}\n" in text(tmp_path)
+    with pytest.raises(
+        UserError, match=r"got 1 for .* \(stages.pretrain.frozen=false: 1 run is of"
+    ):
+        read(tmp_path, "stages.pretrain.frozen=false", "seed=2,3")

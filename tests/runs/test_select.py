@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fourstage.errors import UserError
-from fourstage.runs.select import matching
+from fourstage.runs.select import matching, without
 
 
 def run(stage: str, letter: str, seed: int, lr: float, **changes) -> tuple[Path, dict]:
@@ -65,6 +65,8 @@ def letters(*conditions: str) -> str:
         ("tag!=first", "abde"),
         ("debug=fast", "e"),
         ("debug=null", "abcd"),
+        ("debug=true", "e"),
+        ("debug=false", "abcd"),
         ("status=finished", "abcd"),
         ("parent=sft", "cde"),
         ("parent=sft-bbbbbbbbbb", "cde"),
@@ -130,3 +132,19 @@ def test_the_first_of_many_values_are_named() -> None:
 def test_no_tags_at_all() -> None:
     with pytest.raises(UserError, match="no run has tag=first: there are none"):
         matching(dict([run("grpo", "c", 0, 0.1)]), ["tag=first"])
+
+
+def test_runs_of_a_version_without_a_setting() -> None:
+    """grpo d and e have another key of the stage, sft b has none of it."""
+    runs = dict([run("sft", "b", 0, 1.0), *(run("grpo", letter, 1, 1.0) for letter in "cde")])
+    [*_, new], conditions = runs, ["seed=0,1", "stages.grpo.frozen=false"]
+    with pytest.raises(UserError, match="no run has a setting 'stages.grpo.frozen'"):
+        matching(runs, conditions)
+    runs[new]["config"]["stages"]["grpo"]["frozen"] = False
+    assert list(matching(runs, conditions)) == [new]
+    assert without(runs, conditions) == {
+        "seed=0,1": [],
+        "stages.grpo.frozen=false": [folder for folder in runs if "grpo" in folder.name][:2],
+    }
+    with pytest.raises(UserError, match="there are false; 2 runs are of a version without it: the"):
+        matching(runs, ["stages.grpo.frozen=true"])

@@ -5,7 +5,7 @@ Ladders are named by their last runs, as run= does, or are those that fulfil con
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -39,7 +39,7 @@ from fourstage.report.ladder import (
 )
 from fourstage.report.tables import COSTS, NONE, about, keys
 from fourstage.runs.benchmarks import Benchmark
-from fourstage.runs.select import matching
+from fourstage.runs.select import matching, not_chosen, without
 
 # what of a run's config may change its figures
 SETTINGS = ("seed", "model", "tokenizer", "data", "stages", "trainer", "evaluation")
@@ -95,7 +95,7 @@ def compare(outputs: Path, words: Sequence[str]) -> Comparison:
     """Read the ladders and compare them."""
     files = Files()
     runs = read_runs(outputs, files)
-    tips_ = picked(runs, words, outputs)
+    tips_ = picked(runs, words, outputs, files)
     by_words = [w for word in words if word.startswith("by=") for w in word[3:].split(",")]
     lines_ = [ladder(tip, runs, files) for tip in tips_]
     rows = [{row.stage: row for row in read_rows(line, files, details=False)} for line in lines_]
@@ -134,32 +134,35 @@ def compare(outputs: Path, words: Sequence[str]) -> Comparison:
     )
 
 
-def picked(runs: Mapping[str, Run], words: Sequence[str], outputs: Path) -> list[Run]:
-    """The last runs of the ladders that are meant, all without names and conditions. Raises
-    UserError for a mistake."""
+def picked(runs: Mapping[str, Run], words: Sequence[str], outputs: Path, files: Files) -> list[Run]:
+    """The last runs of the ladders that are meant, all without names and conditions; what runs of
+    earlier versions can't be asked is a problem of `files`. Raises UserError for a mistake."""
     names = [word for word in words if "=" not in word]
     conditions = [word for word in words if "=" in word and not word.startswith("by=")]
+    notes: list[str] = []
     if names and names != ["all"]:
         found = [choose(dict(runs), name, outputs) for name in names]
         ids = [run.id for run in found]
         if twice := [run.name for run in found if ids.count(run.id) > 1]:
             raise UserError(f"compare: {twice[0]} is named twice ({' '.join(names)})")
         if conditions:
-            fulfil = {run.id for run in _fulfilling(runs, conditions)}
-            found = [run for run in found if run.id in fulfil]
+            found, notes = _fulfilling(
+                runs, conditions, lambda each: [r for r in found if r in each]
+            )
     elif conditions:
-        found = _last(
-            runs, _fulfilling(runs, conditions), any(c[:5] == "debug" for c in conditions)
-        )
+        with_debug = any(condition.startswith("debug") for condition in conditions)
+        found, notes = _fulfilling(runs, conditions, lambda each: _last(runs, each, with_debug))
     else:
         found = tips(dict(runs))
     if len(found) < 2:
         where = f" for {' '.join(conditions)}" if conditions else ""
+        where += f" ({'; '.join(notes)})" if notes else ""
         raise UserError(
             f"compare needs two finished ladders or more, got {len(found)}{where}: train "
             f"{'another' if found else 'some'}, for example with `python train.py "
             f"{'stage=grpo seed=1' if found else '-m stage=grpo seed=0,1'}`"
         )
+    files.problems += notes
     return found if names and names != ["all"] else sorted(found, key=_by_seed)
 
 
@@ -167,9 +170,14 @@ def _by_seed(run: Run) -> tuple[int, str, str]:
     return place(run.stage), str(run.config["seed"]).rjust(9), run.id
 
 
-def _fulfilling(runs: Mapping[str, Run], conditions: Sequence[str]) -> list[Run]:
+def _fulfilling(
+    runs: Mapping[str, Run],
+    conditions: Sequence[str],
+    of: Callable[[Sequence[Run]], list[Run]],
+) -> tuple[list[Run], list[str]]:
     """The finished runs for which the conditions hold, those on a stage's settings also where an
-    ancestor of that stage has them."""
+    ancestor of that stage has them; and notes on those that lack a setting. `of` takes those that
+    count among them."""
     records = {}
     for run in runs.values():
         line = ancestry(run, ladder(run, dict(runs), Files()))
@@ -177,8 +185,13 @@ def _fulfilling(runs: Mapping[str, Run], conditions: Sequence[str]) -> list[Run]
         config = {**run.config, "stages": of_stages}
         records[run.folder] = {**run.record, "config": config}
     by_folder = {run.folder: run for run in runs.values()}
-    found = [by_folder[folder] for folder in matching(records, conditions)]
-    return [run for run in found if run.is_finished]
+
+    def count(folders: Iterable[Path]) -> list[Run]:
+        return of([by_folder[f] for f in folders if by_folder[f].is_finished])
+
+    found = count(matching(records, conditions))
+    older = {condition: count(each) for condition, each in without(records, conditions).items()}
+    return found, [f"{said}: {not_chosen(len(each))}" for said, each in older.items() if each]
 
 
 def _last(runs: Mapping[str, Run], found: Sequence[Run], with_debug: bool) -> list[Run]:

@@ -17,15 +17,12 @@ Runs = dict[Path, Record]
 
 
 def selected(store: RunStore, conditions: Sequence[str]) -> Runs:
-    """The runs for which all conditions hold, with the status that the store finds. debug=true is
-    about debug runs of any name. Raises UserError as `matching` does, and if there are no runs."""
+    """The runs for which all conditions hold, with the status that the store finds. Raises
+    UserError as `matching` does, and if there are no runs."""
     runs = {f: record | {"status": store.status(record)} for f, record in store.records().items()}
     if conditions and not runs:
         raise UserError(f"{' '.join(conditions)}: {store.root} has no runs (outputs=FOLDER)")
-    is_debug = {"debug=true": True, "debug=false": False}
-    for wanted in (is_debug[word] for word in conditions if word in is_debug):
-        runs = {f: r for f, r in runs.items() if (r["debug"] is not None) == wanted}
-    return matching(runs, [word for word in conditions if word not in is_debug])
+    return matching(runs, conditions)
 
 
 def metric(folder: Path, name: str) -> float | None:

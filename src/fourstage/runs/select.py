@@ -16,6 +16,7 @@ from fourstage.runs.records import Record
 CONDITION = re.compile(r"([\w.]+)(!?)=(.*)", re.DOTALL)
 NAMED = ("model", "data", "tokenizer")  # model=x is about config.model.name
 CONSTANTS = {"null": None, "true": True, "false": False}
+ANY_DEBUG = {"debug=true": True, "debug=false": False}  # of any name
 AT_MOST = 12  # values that a message names
 
 
@@ -23,15 +24,17 @@ def matching(records: Mapping[Path, Record], conditions: Sequence[str]) -> dict[
     """The runs for which all conditions hold, in the records' order.
 
     1e-3 is 0.001, and null is the value of what isn't set. key!=value holds for the runs that have
-    the key with another value. Raises UserError for what isn't a condition, an unknown key, or a
-    value that no run has.
+    the key with another value, and debug=true for debug runs of any name. Raises UserError for what
+    isn't a condition, an unknown key, or a value that no run has.
     """
-    parsed = [_parse(condition) for condition in conditions]
     names = {record["id"]: (record["stage"], folder.name) for folder, record in records.items()}
+    for wanted in (ANY_DEBUG[condition] for condition in conditions if condition in ANY_DEBUG):
+        records = {f: r for f, r in records.items() if (r["debug"] is not None) == wanted}
+    parsed = [_parse(condition) for condition in conditions if condition not in ANY_DEBUG]
     facts = {folder: _facts(folder, record, names) for folder, record in records.items()}
     if records:
-        for key, _, wanted in parsed:
-            _check(key, wanted, list(facts.values()))
+        for key, _, values in parsed:
+            _check(key, values, list(facts.values()))
     return {
         folder: record
         for folder, record in records.items()
@@ -40,6 +43,31 @@ def matching(records: Mapping[Path, Record], conditions: Sequence[str]) -> dict[
             for key, negated, wanted in parsed
         )
     }
+
+
+def without(records: Mapping[Path, Record], conditions: Sequence[str]) -> dict[str, list[Path]]:
+    """The runs that a condition doesn't choose, only as their version didn't have the setting, so
+    that what they were trained with isn't known."""
+    found: dict[str, list[Path]] = {}
+    for condition in conditions:
+        key = _parse(condition)[0]
+        rest = matching(records, [other for other in conditions if other != condition])
+        facts = {folder: _facts(folder, record, {}) for folder, record in rest.items()}
+        found[condition] = [folder for folder in rest if _is_older(facts[folder], key)]
+    return found
+
+
+def _is_older(facts: Mapping[str, list[Any]], key: str) -> bool:
+    """Whether a run lacks a setting of the model or of a stage, and has others of it."""
+    section = key.rpartition(".")[0]
+    is_known = section == "model" or (section.startswith("stages.") and section.count(".") == 1)
+    return is_known and key not in facts and any(k.startswith(f"{section}.") for k in facts)
+
+
+def not_chosen(n: int) -> str:
+    """How many runs a condition isn't asked of."""
+    one, few = ("1 run is", "it isn't") if n == 1 else (f"{n} runs are", "they aren't")
+    return f"{one} of a version without it: {few} chosen"
 
 
 def _parse(condition: str) -> tuple[str, bool, list[str]]:
@@ -93,7 +121,9 @@ def _check(key: str, wanted: Sequence[str], facts: Sequence[Mapping[str, list[An
     for text in wanted:
         if not _has(there, [text]):
             shown = list(dict.fromkeys(_written(value) for value in there))
-            raise UserError(f"no run has {key}={text}: {_near(text, shown)}")
+            older = sum(_is_older(values, key) for values in facts)
+            more = f"; {not_chosen(older)}" if older else ""
+            raise UserError(f"no run has {key}={text}: {_near(text, shown)}{more}")
 
 
 def _near(name: str, known: Sequence[str]) -> str:
