@@ -166,6 +166,19 @@ def test_a_broken_file_is_named_and_the_rest_compared(tmp_path: Path) -> None:
     assert line(found, "pretrain", "bits_per_char")["n"] == 2
 
 
+def test_a_ladder_without_an_ancestor_is_said_above_the_groups(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_ladder(tmp_path, seed, n=6, steps=0, config={"seed": seed})
+    shutil.rmtree(tmp_path / "runs" / f"sft-{run_id('sft', 1)}")
+    found = compare(tmp_path, "stage=grpo")
+    assert [group["label"] for group in found["groups"]] == [
+        "pretrain → sft → ppo → grpo",
+        "ppo → grpo",
+    ]
+    above = compare_md(tmp_path).split("| group | ladders |")[0]
+    assert f"may make a group of their own: grpo-{run_id('grpo', 1)}. " in above
+
+
 def test_debug_ladders_are_compared_only_where_nothing_else_is(tmp_path: Path) -> None:
     folders = [write_ladder(tmp_path, s, n=6, steps=0, stages=("pretrain",)) for s in (0, 1, 2)]
     record = json.loads((folders[2] / "run.json").read_text())
@@ -202,6 +215,10 @@ def test_null_and_keys_with_values_differ(tmp_path: Path) -> None:
         (["stages.sft.lr=7"], "no run has stages.sft.lr=7: there are 0.001"),
         (["stage=grpo", "seed=1"], "compare needs two finished ladders or more, got 1 for stage="),
         (["all", "by=lr"], "by=lr: these ladders don't differ in it, but in nothing"),
+        (["all", "by=parent"], "by=parent: these ladders don't differ in it, but in nothing (by=r"),
+        (["all", "by="], "by=: a name is missing: expected by=KEY"),
+        (["all", "by=lr,,loss"], "by=lr,,loss: a name is missing: expected by=KEY"),
+        (["all", "grpo"], "compare: `all` stands alone: leave it out of all grpo"),
         (["all", "by=seed"], "by=seed: seeds are what means and intervals are over"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 from fourstage.errors import UserError
 from fourstage.evaluation import suite
 from fourstage.report import main
+from fourstage.report.charts import row_names
 from fourstage.report.comparison import compare
 from fourstage.report.groups import WITHOUT_EFFECT, chosen, factors, number, short_names, typed
 from fourstage.report.statistics import t_quantile
@@ -433,6 +434,7 @@ def test_the_effect_of_each_setting_by_hand(tmp_path: Path) -> None:
     assert (loss["mean"], loss["low"], loss["verdict"]) == (0.1, None, "unclear")
     assert effects["lr", "lr=0.01"]["how"] == "over 2 seeds, each with 1 setting of the others"
     assert "## The effect of each setting" in text(tmp_path)
+    assert "| lr | lr=1e-3 − lr=1e-4 | grpo: reasoning accuracy |" in text(tmp_path)
     by = read(tmp_path, "all", "by=loss")
     assert [group["label"] for group in by["groups"]] == ["loss=grpo", "loss=dapo"]
     assert of_grpo(by)["loss=dapo"]["difference"]["how"] == (
@@ -495,6 +497,19 @@ def test_the_drawing_has_a_panel_for_each_goal_and_a_row_for_each_group(tmp_path
     first = (tmp_path / "report" / "compare.html").read_bytes()
     read(tmp_path, "stage=grpo")
     assert first == (tmp_path / "report" / "compare.html").read_bytes()
+
+
+def test_names_in_the_drawing_show_what_differs() -> None:
+    shared = "data.reasoning.only={a: 1, b: 2}, "
+    assert row_names(["loss=dapo, lr=1", "loss=dapo, lr=2"]) == [
+        "loss=dapo, lr=1",
+        "loss=dapo, lr=2",
+    ]
+    long = [f"{shared}loss=dapo, lr={n}" for n in (1, 2)]
+    assert row_names(long) == ["lr=1", "lr=2"]
+    assert row_names([f"{shared}loss=dapo", f"{shared}loss=dapo, lr=1"])[1] == "lr=1"
+    [cut] = row_names([f"{shared}loss=dapo, lr=1e-3"])
+    assert cut == "data.reasoning.only=… loss=dapo, lr=1e-3" and len(cut) == 40
 
 
 def test_groups_are_rows_however_many_they_are(tmp_path: Path) -> None:

@@ -173,18 +173,31 @@ class Dots:
     ends: tuple[float, float] | None  # of the interval
 
 
+def row_names(names: Sequence[str]) -> list[str]:
+    """The names as they fit beside the rows: if one is too long, all go without the settings that
+    they share, and what is still too long is cut in the middle."""
+    if max(map(len, names)) > NAME:
+        parts = [re.split(r", (?![^{]*\})", name) for name in names]
+        same = set.intersection(*map(set, parts)) if len(names) > 1 else set()
+        left = [", ".join(part for part in each if part not in same) for each in parts]
+        names = [short or name for short, name in zip(left, names, strict=True)]
+    half = NAME // 2
+    return [n if len(n) <= NAME else f"{n[:half]}…{n[half + 1 - NAME :]}" for n in names]
+
+
 def dot_plot(panels: Sequence[tuple[str, Sequence[Dots]]]) -> Drawing:
     """One panel below the other, each with a title and a scale of its own: groups as rows, a hollow
     circle for each run, a filled diamond for their mean with its interval."""
-    longest = max(len(dots.name) for _, groups in panels for dots in groups)
-    left, right, step, top, below = 12 + 4.6 * min(longest, NAME), 436, 15, 26, 30
+    labels = [row_names([dots.name for dots in groups]) for _, groups in panels]
+    longest = max(len(name) for names in labels for name in names)
+    left, right, step, top, below = 12 + 4.6 * longest, 436, 15, 26, 30
     heights = [top + step * len(groups) + below for _, groups in panels]
 
     def draw(axes: Any) -> None:
         from matplotlib.ticker import MaxNLocator
 
         y = 0
-        for (title, groups), height in zip(panels, heights, strict=True):
+        for (title, groups), names, height in zip(panels, labels, heights, strict=True):
             every = [v for d in groups for v in (*d.values, d.mean, *(d.ends or ()))]
             edge = 0.05 * (max(every) - min(every)) or 0.05 * abs(max(every)) or 1.0
             start, end = min(every) - edge, max(every) + edge
@@ -201,8 +214,7 @@ def dot_plot(panels: Sequence[tuple[str, Sequence[Dots]]]) -> Drawing:
                 axes.text(at(tick), bottom + 11, f"{tick:.6g}", size=8, ha="center")
             for n, dots in enumerate(groups):
                 middle = y + top + step * n + 4
-                name = dots.name if len(dots.name) <= NAME else dots.name[: NAME - 1] + "…"
-                axes.text(2, middle, name, size=8.5, va="center_baseline")
+                axes.text(2, middle, names[n], size=8.5, va="center_baseline")
                 style = {"marker": "o", "ls": "none", "ms": 4, "mfc": "none", "color": COLOURS[1]}
                 axes.plot([at(v) for v in dots.values], [middle] * len(dots.values), **style)
                 low, high = dots.ends or (dots.mean, dots.mean)

@@ -40,7 +40,6 @@ from fourstage.report.tables import (
     goals,
     interval,
     missing,
-    short,
     shown,
     title,
 )
@@ -110,6 +109,7 @@ def _introduction(found: Comparison) -> list[Block]:
         Paragraph(f"{_what(found)} Evaluation suite {found.files.suite}."),
         *map(Paragraph, found.files.suite_notes("NAME")),
         *map(Paragraph, _code(found.differs)),
+        *map(Paragraph, _incomplete(found.ladders)),
         *([_group_table(found)] if len(found.groups) > 1 else []),
         *_settings_table(found.differs),
     ]
@@ -135,6 +135,21 @@ def _code(differs: Mapping[str, list[str]]) -> list[str]:
     ]
     text = f"Not all were made by the same code, which makes no group: {'; '.join(said)}."
     return [text] if said else []
+
+
+def _incomplete(ladders: Sequence[Ladder]) -> list[str]:
+    """That some ladders lack ancestors, which makes their routes shorter."""
+    names = []
+    for ladder in ladders:
+        runs = [row.run for row in ladder.by_stage.values() if row.run]
+        if {parent for run in runs for parent in run.parents.values()} - {run.id for run in runs}:
+            names.append(ladder.tip.name)
+    text = (
+        "Ancestors are missing or can't be read, so that the route and the settings aren't whole "
+        f"and may make a group of their own: {', '.join(_distinct(names))}. The last section says "
+        "which."
+    )
+    return [text] if names else []
 
 
 def _distinct(values: Sequence[str]) -> list[str]:
@@ -308,7 +323,7 @@ def _effects(tables: Sequence[Compared]) -> list[Block]:
         [
             effect.setting,
             f"{effect.end} − {effect.start}",
-            f"{table.stage}: {short(table.key)}",
+            f"{table.stage}: {about(table.key).title}",
             _difference_cell(table.key, effect.difference),
             effect.difference.how,
         ]

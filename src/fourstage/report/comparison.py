@@ -140,6 +140,8 @@ def picked(runs: Mapping[str, Run], words: Sequence[str], outputs: Path, files: 
     names = [word for word in words if "=" not in word]
     conditions = [word for word in words if "=" in word and not word.startswith("by=")]
     notes: list[str] = []
+    if "all" in names and names != ["all"]:
+        raise UserError(f"compare: `all` stands alone: leave it out of {' '.join(names)}")
     if names and names != ["all"]:
         found = [choose(dict(runs), name, outputs) for name in names]
         ids = [run.id for run in found]

@@ -247,6 +247,8 @@ def swept(runs: Iterable[Run]) -> dict[str, list[str]]:
 def chosen(units: Sequence[Settings], by: Sequence[str]) -> list[str]:
     """The keys that by=lr,stages.grpo.loss means: a whole key, or how one ends. Raises UserError
     for one that is ambiguous, or that the ladders don't differ in."""
+    if not all(by):
+        raise UserError(f"by={','.join(by)}: a name is missing: expected by=KEY or by=KEY,KEY")
     every = dict.fromkeys(key for unit in units for key in unit)
     differ = [k for k in every if k != SEED and len({*_column(units, k)} - {ABSENT}) > 1]
     known = ", ".join(
@@ -262,8 +264,9 @@ def chosen(units: Sequence[Settings], by: Sequence[str]) -> list[str]:
         same = [key for key in differ if key in (name, f"{name}.name")]
         ends = same[:1] or [key for key in differ if key.endswith(f".{name}")]
         if not ends:
+            hint = " (by=route groups by the stages before)" if name == "parent" else ""
             raise UserError(
-                f"by={name}: these ladders don't differ in it, but in {known or 'nothing'}"
+                f"by={name}: these ladders don't differ in it, but in {known or 'nothing'}{hint}"
             )
         if len(ends) > 1:
             raise UserError(f"by={name}: there are several: {', '.join(ends)}")
