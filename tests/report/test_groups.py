@@ -466,6 +466,7 @@ def test_runs_of_one_seed_are_one_value(tmp_path: Path) -> None:
     assert difference["high"] == pytest.approx(0.3 + half, abs=1e-6)
     assert difference["how"] == "paired over 2 seeds (6 pairs)"
     assert "| loss=dapo | 6 runs of 2 seeds | 50.0 %" in text(tmp_path)
+    assert "| loss=dapo | 6 | 0; 1 | grpo |" in text(tmp_path)
 
 
 def test_groups_without_common_settings_are_paired_by_the_means_of_seeds(tmp_path: Path) -> None:

@@ -166,7 +166,11 @@ def _group_table(found: Comparison) -> Table:
     return Table(
         ["group", "ladders", "seeds", "up to"],
         [
-            [group.label, str(len(group.blocks)), "; ".join(_distinct(list(group.blocks)))]
+            [
+                group.label,
+                str(len(group.blocks)),
+                "; ".join(_distinct([unit.seeds for unit in group.blocks.values()])),
+            ]
             + [", ".join(lasts[group.label])]
             for group in found.groups
         ],
