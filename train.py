@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fourstage.interruptions import AGAIN
+from fourstage.interruptions import AGAIN, one_line
 from fourstage.lineage import jobs, words
 
 CONF = str(Path(__file__).resolve().parent / "conf")
@@ -37,6 +37,10 @@ def run() -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         sys.exit(words.line_of(error, CONF))
+    except OSError as error:  # at what Hydra itself writes: a full disk
+        if os.environ.get("HYDRA_FULL_ERROR") == "1" or (line := one_line(error)) is None:
+            raise
+        sys.exit(line)
     except KeyboardInterrupt:  # between two jobs
         print(f"stopped by Ctrl-C: {AGAIN}", file=sys.stderr)
         sys.exit(130)

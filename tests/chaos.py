@@ -48,7 +48,7 @@ BLOWS += [(kind, "steps") for kind in ("one", "one", "worker", "worker", "term",
 BLOWS += [("worker", "seconds"), ("term", "seconds"), ("term", "save")]
 LIMITS = (0, 3_000, 100_000, 700_000)  # bytes: not even run.json fits; ... ; no state
 ENDS = (0, 1, 143, -signal.SIGTERM, -signal.SIGKILL)  # -SIGTERM: it was still importing
-STARTS, PATIENCE, HANGS = 60, 600.0, 7200.0  # starts of a worker; seconds to stop, in all
+STARTS, PATIENCE, HANGS = 200, 600.0, 7200.0  # starts of a worker; seconds to stop, in all
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Blow:
     kind: kill -9 of `all` its processes, of `one` of those that it started, or of the `worker`
     itself; SIGTERM; a full disk, on which files have at most `limit` bytes for `lasts` seconds.
     when: so many seconds after its start, so many steps after the beginning of its nth stage, or
-    in a save from there on.
+    in a save from there on. After a blow that it may survive: after that instead of the start.
     """
 
     kind: Literal["all", "one", "worker", "term", "disk"]
@@ -71,7 +71,7 @@ class Blow:
 
 
 def draw(rng: random.Random) -> list[Blow]:
-    """The blows that a worker gets, at most one after each start."""
+    """The blows that a worker gets, one after the other."""
     return [
         Blow(
             kind,
@@ -125,8 +125,9 @@ class Worker:
     starts: int = 0
     said: list[str] = field(default_factory=list)  # since the last start
     blow: Blow | None = None
-    began: float = 0.0
+    began: float = 0.0  # to wait for the blow
     must_end: float = 0.0  # 0: it need not
+    over: int = 0  # its stages that were over then
     rows_before: int | None = None  # in the stage that the blow is for
 
     def __post_init__(self) -> None:
@@ -160,9 +161,15 @@ class Worker:
             stderr=subprocess.STDOUT,
         )
         threading.Thread(target=self.listen, args=(self.process, self.said), daemon=True).start()
-        self.began, self.must_end, self.rows_before = time.monotonic(), 0.0, None
-        self.blow = self.blow or (self.blows.pop() if self.blows else None)
-        self.say(f"{self.name} starts {sweep} {' '.join(where)}, next: {self.blow}")
+        self.must_end = 0.0
+        self.say(f"{self.name} starts {sweep} {' '.join(where)}")
+        self.arm()
+
+    def arm(self) -> None:
+        """Get the next blow, or the one that hasn't hit."""
+        self.began, self.over, self.rows_before = time.monotonic(), len(self.begun()[:-1]), None
+        if self.blow is None and self.blows:
+            self.blow = self.blows.pop()
 
     def listen(self, process: subprocess.Popen[str], said: list[str]) -> None:
         """Not a file: a full disk is full for its own files only."""
@@ -191,6 +198,8 @@ class Worker:
         if self.blow is not None and not self.must_end and self.is_time(self.blow):
             self.strike(self.blow)
             self.blow = None
+            if not self.must_end:
+                self.arm()
 
     def begun(self) -> list[Path]:
         """The runs that it has trained since its start, the one that it trains now last."""
@@ -200,7 +209,7 @@ class Worker:
     def is_time(self, blow: Blow) -> bool:
         if blow.when == "seconds":
             return time.monotonic() - self.began > blow.seconds
-        begun = self.begun()
+        begun = self.begun()[self.over :]
         if len(begun) < blow.stage:
             return False
         if blow.when == "save":

@@ -231,6 +231,19 @@ def test_ctrl_c_between_two_jobs(monkeypatch, capsys) -> None:
     assert capsys.readouterr().err == line
 
 
+def test_a_disk_that_is_full_before_the_first_job(monkeypatch) -> None:
+    def main() -> None:  # as Hydra at its multirun.yaml
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "main", main)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=0,1"])
+    monkeypatch.setattr(train.reported, "run_and_report", None)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        train.run()
+    assert caught.value.code == "disk full: free space and run the same command again: it resumes"
+
+
 # --- the config files as they were at the start
 
 
