@@ -1,6 +1,7 @@
 """train.py where ZeRO trains on CPU processes: `python -m tests.train_on_cpus trainer=zero2 ...`
 
-With STOP_AT=N in the environment every process gets SIGTERM in step N.
+With STOP_AT=N in the environment every process gets SIGTERM in step N. With REWARDS=text answers
+to problems are rewarded by their text: those of a model that has learned nothing are all wrong.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from fourstage.job import TrainerConfig
 from fourstage.lineage.resume import Checkpointer
 from fourstage.parallel import strategies
+from fourstage.stages import grpo
 from tests.cpu_as_cuda import let_deepspeed_use_cpus, on_cpus
 
 trainer_options = strategies.trainer_options
@@ -43,6 +45,11 @@ if __name__ == "__main__":
     let_deepspeed_use_cpus()
     strategies.trainer_options = cpu_options
     TrainerConfig.resolved = resolved
+    if os.environ.get("REWARDS") == "text":
+        from tests.fakes import one_by_one
+        from tests.stages.test_grpo import reward_by_text
+
+        grpo.reasoning_rewards = one_by_one(reward_by_text)
     if "STOP_AT" in os.environ:
         Checkpointer.on_train_batch_start = stopping
 
