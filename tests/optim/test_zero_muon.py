@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fourstage.optim import zero_muon
+from fourstage.optim import shards, zero_muon
 from fourstage.optim.muon import WHOLE, Muon, Split
 from fourstage.optim.zero_muon import ZeroMuon, layout
 
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 class Ranks:
-    """Threads that are ranks: what zero_muon.py asks of torch.distributed."""
+    """Threads that are ranks: what optim/ asks of torch.distributed under ZeRO."""
 
     def __init__(self, n: int) -> None:
         self.n, self.barrier, self.local = n, threading.Barrier(n), threading.local()
@@ -62,6 +62,14 @@ class Ranks:
             if error and not isinstance(error, threading.BrokenBarrierError):  # it broke the others
                 raise error
         return [future.result() for future in futures]
+
+
+def take_part(monkeypatch: pytest.MonkeyPatch, n: int) -> Ranks:
+    """n ranks, which the code takes for torch.distributed."""
+    ranks = Ranks(n)
+    for module in (shards, zero_muon):
+        monkeypatch.setattr(module, "dist", ranks)
+    return ranks
 
 
 def made(shapes: list[tuple[tuple[int, ...], Split]], seed: int) -> list[Tensor]:
@@ -111,7 +119,7 @@ def test_shares_move_as_whole_weights_do(stage, shapes, n, at_once, monkeypatch)
     """With five ranks for six numbers, some have nothing but padding."""
     monkeypatch.setattr("fourstage.optim.muon.AT_ONCE", {"cpu": at_once})
     monkeypatch.setattr("fourstage.optim.zero_muon.AT_ONCE", {"cpu": at_once})
-    monkeypatch.setattr(zero_muon, "dist", ranks := Ranks(n))
+    ranks = take_part(monkeypatch, n)
     cut, splits = CUT[stage], [split for _, split in shapes]
 
     def group(params: list[Tensor]) -> list[dict[str, Any]]:
@@ -145,7 +153,7 @@ def test_shares_move_as_whole_weights_do(stage, shapes, n, at_once, monkeypatch)
 @pytest.mark.parametrize("stage", CUT)
 @pytest.mark.parametrize("wrong", ["another order", "a hole", "half of it", "an unknown weight"])
 def test_another_layout_is_refused(stage, wrong, monkeypatch):
-    monkeypatch.setattr(zero_muon, "dist", ranks := Ranks(2))
+    ranks = take_part(monkeypatch, 2)
 
     def check(rank: int) -> None:
         weights = [nn.Parameter(x) for x in made(SEVERAL, seed=0)]

@@ -322,9 +322,11 @@ def test_weights_that_are_about_to_move_are_copied(no_key, job, tmp_path) -> Non
 )
 def test_a_stopped_stage_is_preempted_and_any_other_failed(monkeypatch, error, closed) -> None:
     told = []
-    run = SimpleNamespace(mark_preempting=lambda: told.append("preempting"))
+    run = SimpleNamespace(
+        mark_preempting=lambda: told.append("preempting"),
+        finish=lambda exit_code: told.append(f"finish {exit_code}"),
+    )
     monkeypatch.setattr(wandb, "run", run)
-    monkeypatch.setattr(wandb, "finish", lambda exit_code: told.append(f"finish {exit_code}"))
     abandon_wandb(error)
     assert told == closed
 
