@@ -8,176 +8,32 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import torch
 import yaml
 
 from fourstage.errors import UserError
-from fourstage.evaluation import suite
-from fourstage.evaluation.benchmark import main
 from fourstage.files import read_json
 from fourstage.model import Transformer
 from fourstage.model.weights import load_policy
 from fourstage.report import main as report
-from fourstage.report.charts import Drawing
 from fourstage.runs.benchmarks import add_benchmarks, parse_benchmarks, read_benchmarks
-from fourstage.sampling.generate import Sampling, stream
 from fourstage.tokenizer import Tokenizer
-
-pytest.importorskip("lm_eval", reason="the extra lm-eval isn't installed")
-
-ANSWER = 24  # tokens of a generated answer
-CHOICES = [
-    ("2 + 3 = ?", ["5", "6"], 0),
-    ("Is water wet?", ["no", "yes"], 1),
-    ("What is an LLM?", ["a large language model", "a tree", "a small river"], 0),
-    ("Who trains?", ["the optimizer", "nobody", "the loss", "a cat"], 0),
-    ("10 - 4 = ?", ["14", "4", "6"], 2),
-    ("Which is longest?", ["one", "three hundred", "ten"], 1),
-    ("Say x.", ["x", "y", "z", "w"], 3),
-]
-TEXTS = ["The optimizer changes the weights.", "A network is a function.", "Hello there, you two."]
-ACC, NORM, EXACT = (
-    {"metric": name, "aggregation": "mean", "higher_is_better": True}
-    for name in ("acc", "acc_norm", "exact_match")
+from tests.evaluation.benchmarked import (
+    CHOICES,
+    TEXTS,
+    benchmark,
+    found,
+    greedy,
+    run_of,
+    write_choice,
+    write_talk,
 )
 
-
-def write_task(folder: Path, name: str, rows: list[dict], **config: object) -> None:
-    """A task's YAML, and its items in the format of `datasets`."""
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path)}},
-        "test_split": "test",
-        "metadata": {"version": 1.0},
-        **config,
-    }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
-
-
-def write_choice(folder: Path, name: str = "own_choice", rows=CHOICES, text: str = "") -> None:
-    write_task(
-        folder,
-        name,
-        [dict(zip(("q", "choices", "answer"), row, strict=True)) for row in rows],
-        output_type="multiple_choice",
-        doc_to_text=text or "Question: {{q}}\nAnswer:",
-        doc_to_choice="choices",
-        doc_to_target="answer",
-        metric_list=[ACC, NORM],
-    )
-
-
-def write_talk(
-    folder: Path, rows: list[tuple[str, str]], name: str = "own_talk", **options
-) -> None:
-    write_task(
-        folder,
-        name,
-        [{"q": q, "a": a} for q, a in rows],
-        output_type="generate_until",
-        doc_to_text="{{q}}",
-        doc_to_target="{{a}}",
-        generation_kwargs={"until": ["\n\n"], "do_sample": False, **options},
-        metric_list=[EXACT],
-    )
-
-
-def greedy(folder: Path, question: str, is_chat: bool) -> str:
-    """What the run answers, by our own sampler: to a chat prompt, or after the text."""
-    network, tokenizer = load_policy(folder)
-    prompt = tokenizer.encode(question)
-    if is_chat:
-        prompt = tokenizer.prompt([{"role": "user", "content": question}])
-    sampling = Sampling(max_new_tokens=ANSWER, stop_id=tokenizer.eot_id, temperature=0)
-    special = {tokenizer.unk_id, tokenizer.bos_id, tokenizer.eot_id, tokenizer.pad_id}
-    special |= {tokenizer.user_id, tokenizer.assistant_id}
-    ids = [i for i in stream(network, prompt, sampling) if i not in special]
-    return tokenizer.decode(ids).split("\n\n")[0]
-
-
-@pytest.fixture(scope="module")
-def tasks(ladder, tmp_path_factory) -> Path:
-    """One multiple choice, one generative, one perplexity; the generative one's answers are those
-    of sft for a third of its items, and those of pretrain for another."""
-    folder = tmp_path_factory.mktemp("tasks")
-    write_choice(folder)
-    questions = [f"{i} + {2 * i} = ?" for i in range(9)]
-    sft, pretrain = run_of(ladder, "sft"), run_of(ladder, "pretrain")
-    known = [greedy(sft, questions[i], True) for i in range(3)]
-    known += [greedy(pretrain, questions[i], False) for i in range(3, 6)]
-    write_talk(
-        folder, list(zip(questions, [*known, *["?!"] * 3], strict=True)), max_gen_toks=ANSWER
-    )
-    write_task(
-        folder,
-        "own_text",
-        [{"text": text} for text in TEXTS],
-        output_type="loglikelihood_rolling",
-        doc_to_text="",
-        doc_to_target="text",
-        metric_list=[{"metric": "bits_per_byte"}, {"metric": "word_perplexity"}],
-    )
-    return folder
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports without intervals and drawings, which take seconds."""
-    monkeypatch.setattr(suite, "BOOTSTRAPS", 10)
-    empty = Drawing("<svg></svg>", None)
-    monkeypatch.setattr("fourstage.report.figures.intervals", lambda *_: empty)
-    monkeypatch.setattr(Drawing, "files", lambda *_: {})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def indexed_once() -> Iterator[None]:
-    """Finding all of lm-eval's tasks takes seconds."""
-    from fourstage.evaluation import harness
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness, "TaskManager", cache(harness.TaskManager))
-        yield
-
-
-def run_of(outputs: Path, stage: str) -> Path:
-    [folder] = (outputs / "runs").glob(f"{stage}-*")
-    return folder
-
-
-def benchmark(outputs: Path, *arguments: str) -> None:
-    main([f"outputs={outputs}", *arguments])
-
-
-@pytest.fixture(scope="module")
-def measured(ladder, tasks, tmp_path_factory) -> Path:
-    """A copy of the ladder after `benchmark ladder=true`."""
-    outputs = shutil.copytree(ladder, tmp_path_factory.mktemp("measured") / "outputs")
-    names = "tasks=own_choice,own_talk,own_text"
-    benchmark(outputs, "run=grpo", "ladder=true", names, f"include_path={tasks}")
-    return outputs
-
-
-@pytest.fixture
-def own(measured, tmp_path) -> Path:
-    return shutil.copytree(measured, tmp_path / "outputs")
-
-
-def found(outputs: Path, stage: str, task: str, metric: str) -> dict:
-    file = "benchmark_random.json" if stage == "random" else "benchmark.json"
-    stored = read_json(run_of(outputs, "pretrain" if stage == "random" else stage) / file)
-    assert stored["lm_eval"].startswith("0.")
-    [one] = [x for x in stored["tasks"] if (x["task"], x["metric"]) == (task, metric)]
-    return one
+pytest.importorskip("lm_eval", reason="the extra lm-eval isn't installed")
+pytestmark = pytest.mark.usefixtures("indexed_once")
 
 
 def network_of(outputs: Path, stage: str) -> tuple[Transformer, Tokenizer]:
@@ -380,143 +236,6 @@ def test_compare_has_a_line_for_each_stage(own, undrawn) -> None:
     assert line["sd"] == pytest.approx(statistics.stdev(values), abs=1e-6)
     assert by_key["sft", "benchmark/own_choice/acc"]["values"][1] is None
     assert "## Public benchmarks" in (own / "report" / "compare.md").read_text()
-
-
-# --- mistakes
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["run=", "tasks=own_choice"], "run: name a run, as in run=sft"),
-        (["run=sft"], "tasks: name one or more, as in tasks=arc_easy,gsm8k"),
-        (
-            ["run=sft", "tasks=own_choce"],
-            "tasks: unknown task 'own_choce': did you mean own_choice",
-        ),
-        (["run=sft", "tasks=qqqqqqqqqq"], "unknown task 'qqqqqqqqqq': `lm_eval ls tasks` lists"),
-        (["run=sft", "tasks=arc_easy"], "the data of arc_easy can't be had .*: download it where"),
-        (["run=reward", "tasks=own_choice"], "reward-.*: holds a reward model, which gives no"),
-        (["run=nobody", "tasks=own_choice"], "unknown run 'nobody'"),
-        (["run=sft", "tasks=own_choice", "limit=0"], "limit: must be at least 1, got 0"),
-        (["run=sft", "tasks=own_choice", "limit=few"], "limit: expected a whole number"),
-        (["run=sft", "tasks=own_choice", "num_fewshot=-1"], "num_fewshot: must be at least 0"),
-        (["run=sft", "tasks=own_choice", "include_path=/no"], "include_path: there is no folder"),
-        (["run=sft", "tasks=own_choice", "num_fewshot=99"], "own_choice: lm-eval can't run it"),
-        (["run=sft", "task=own_choice"], "task: unknown key, did you mean tasks"),
-    ],
-)
-def test_mistakes_are_one_line(ladder, tasks, arguments, says) -> None:
-    words = arguments if "/no" in arguments[-1] else [*arguments, f"include_path={tasks}"]
-    with pytest.raises(UserError, match=says) as error:
-        benchmark(ladder, *words)
-    assert "\n" not in str(error.value)
-    assert not list(ladder.glob("benchmark-*")) and not list(ladder.glob("runs/*/benchmark*"))
-
-
-def test_broken_tasks_are_one_line(ladder, tmp_path) -> None:
-    (tmp_path / "broken.yaml").write_text("task: [broken\n")
-    write_choice(tmp_path, "half", text="{{q")
-    write_choice(tmp_path, "huge", [("word " * 200, ["a", "b"], 0)])
-    write_talk(tmp_path, [("Hi", "?!")], "endless", max_gen_toks="lots")
-    write_talk(tmp_path, [("Hi", "?!")], "unmeasured")
-    path = tmp_path / "unmeasured.yaml"
-    path.write_text(path.read_text().replace("metric: exact_match", "metric: exactly"))
-    for name, says in (
-        ("broken", r"unknown task 'broken': .*broken\.yaml is broken \(ParserError: "),
-        ("half", "tasks: half can't be loaded .TemplateSyntaxError: "),
-        ("huge", "huge: no item fits into the context of 512 tokens: give fewer examples"),
-        ("endless", "endless: lm-eval can't run it .ValueError: invalid literal for int"),
-        ("unmeasured", "unmeasured: lm-eval "),
-    ):
-        with pytest.raises(UserError, match=says) as error:
-            benchmark(ladder, "run=sft", f"tasks={name}", f"include_path={tmp_path}")
-        assert "\n" not in str(error.value)
-
-
-def test_a_task_whose_name_is_a_number_is_one_line(ladder, tmp_path) -> None:
-    (tmp_path / "seven.yaml").write_text("task: 7\ndataset_path: json\n")
-    with pytest.raises(UserError, match="a name in a task file isn't text .TypeError: "):
-        benchmark(ladder, "run=sft", "tasks=7", f"include_path={tmp_path}")
-
-
-def test_an_unfinished_run_is_refused(own_ladder, tasks) -> None:
-    folder = run_of(own_ladder, "sft")
-    record = read_json(folder / "run.json") | {"status": "running"}
-    (folder / "run.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match="this run is not finished"):
-        benchmark(own_ladder, f"run={folder.name}", "tasks=own_choice", f"include_path={tasks}")
-
-
-def test_without_lm_eval_a_line_says_what_to_install(ladder, tasks, monkeypatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="benchmark needs lm-eval: install it with `pip install"):
-        benchmark(ladder, "run=sft", "tasks=own_choice", f"include_path={tasks}")
-
-
-def test_ctrl_c_keeps_what_is_done_and_leaves_no_export(own_ladder, tasks, monkeypatch) -> None:
-    from fourstage.evaluation import harness
-
-    words = ["run=sft", "tasks=own_choice,own_talk", f"include_path={tasks}"]
-    measure = harness.measure
-
-    def interrupted(model, name, *rest, **options):
-        if name == "own_talk":
-            raise KeyboardInterrupt
-        return measure(model, name, *rest, **options)
-
-    monkeypatch.setattr(harness, "measure", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        benchmark(own_ladder, *words)
-    folder = run_of(own_ladder, "sft")
-    assert {one.task for one in read_benchmarks(folder / "benchmark.json")} == {"own_choice"}
-
-    def stopped(*_):
-        assert (own_ladder / "benchmark-model" / "model.safetensors").exists()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(harness, "Model", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        benchmark(own_ladder, *words)
-    assert not list(own_ladder.glob("benchmark-*")) and not list(folder.glob(".*"))
-
-
-def test_two_commands_at_once_lose_nothing(own, tasks, monkeypatch) -> None:
-    """The second reads the file while the first is about to write it."""
-    from fourstage.runs import benchmarks
-
-    path = run_of(own, "sft") / "benchmark.json"
-    stored = read_json(path)
-    one, two = (replace(read_benchmarks(path)[0], task=name) for name in "ab")
-    others, write = [], benchmarks.write_json
-
-    def write_late(*given) -> None:
-        if not others:
-            others.append(Thread(target=add_benchmarks, args=(path, stored["lm_eval"], [two])))
-            others[0].start()
-            others[0].join(timeout=0.5)
-        write(*given)
-
-    monkeypatch.setattr(benchmarks, "write_json", write_late)
-    add_benchmarks(path, stored["lm_eval"], [one])
-    others[0].join()
-    assert len(read_benchmarks(path)) == len(stored["tasks"]) + 2
-    assert not list(path.parent.glob(".*"))
-
-
-def test_what_a_kill_left_is_removed(own, tasks) -> None:
-    (own / "benchmark-model").mkdir()
-    (own / "benchmark-model" / "config.json").write_text("half")
-    benchmark(own, "run=sft", "tasks=own_choice", f"include_path={tasks}")
-    assert not list(own.glob("benchmark-*"))
-
-
-def test_a_ladder_with_a_gap_is_said(own, tasks, capsys) -> None:
-    shutil.rmtree(run_of(own, "pretrain"))
-    benchmark(own, "run=grpo", "ladder=true", "tasks=own_choice", f"include_path={tasks}")
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"sft: no run in {own / 'runs'} that it started from: left out"
-    assert said[1] == "sft, ppo, grpo on own_choice (7)"
 
 
 # --- lm-eval's own command

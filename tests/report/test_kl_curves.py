@@ -10,7 +10,7 @@ import pytest
 from fourstage.report import main
 from fourstage.report.kl_curves import binned, rollouts, words
 from fourstage.report.statistics import t_mean
-from tests.report.test_groups import write_run
+from tests.report.sweeps import write_run
 
 COLUMNS = {
     "train/kl": [(1, 0.1), (2, 0.7), (3, 3.0)],
