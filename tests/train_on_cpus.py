@@ -56,4 +56,4 @@ if __name__ == "__main__":
     import train
 
     train.COMMAND[1:] = ["-m", __spec__.name]  # of the jobs of a multirun
-    train.main()
+    train.run()
