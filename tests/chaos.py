@@ -132,6 +132,9 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.blows = draw(self.rng)
+        if self.sweeps[0] == "elastic":  # whatever is drawn, the first stage changes its processes
+            stop = Blow("term", "steps", seconds=0, stage=1, steps=4, limit=0, lasts=0)
+            self.blows += [stop, stop]
 
     @property
     def mark(self) -> str:
