@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 HISTORY = "wandb-history.jsonl"
@@ -187,3 +188,14 @@ def stand_in() -> Iterator[StandIn]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def cores(parent: int) -> list[int]:
+    """The process that W&B starts for a training, in a session of its own."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            name, fields = path.read_text().split("(", 1)[1].rsplit(")", 1)
+            if name == "wandb-core" and int(fields.split()[1]) == parent:
+                found.append(int(path.parent.name))
+    return found

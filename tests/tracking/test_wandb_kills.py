@@ -14,14 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from fourstage.files import read_jsonl
 from fourstage.runs.records import read_record
-from tests.stand_in_wandb import StandIn, Stored, stand_in
+from tests.stand_in_wandb import StandIn, Stored, cores, stand_in
 
 REPO = Path(__file__).parents[2]
 X_AXIS = "trainer/global_step"
@@ -132,17 +131,6 @@ class Home:
         assert run.summary["eval/bits_per_char"] > 0 and "train/loss" in run.summary
         assert run.states[-1]["exitcode"] == 0
         return run
-
-
-def cores(parent: int) -> list[int]:
-    """The process that W&B starts for a training, in a session of its own."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            name, fields = path.read_text().split("(", 1)[1].rsplit(")", 1)
-            if name == "wandb-core" and int(fields.split()[1]) == parent:
-                found.append(int(path.parent.name))
-    return found
 
 
 @pytest.fixture

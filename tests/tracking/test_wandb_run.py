@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,9 @@ from fourstage.tracking.loggers import MetricsCSV, build_loggers
 from fourstage.tracking.wandb_run import HeldRows, SendSaved, abandon_wandb, finish_wandb
 from fourstage.tracking.wandb_settings import has_key, names, wandb_mode
 from tests.fakes import FakeTrain, config, own_files
+from tests.stand_in_wandb import cores
+
+REPO = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -217,6 +222,36 @@ def test_a_run_that_was_online_takes_it_that_the_server_has_its_rows(no_key, job
     assert (held.run.id, held.sent) == ("abc", wandb_run.ALL)
     assert read_record(job.folder)["wandb_online"]
     abandon_wandb(ValueError())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_a_wandb_core_that_ended_between_runs_is_started_again(no_key, job, signum) -> None:
+    job.logger = LoggerConfig(mode="offline")
+    for held in (build_loggers(job)[1] for _ in range(3)):
+        held.run.log({"loss": 1.0})
+        abandon_wandb(ValueError())
+        assert wandb.run is None
+        for core in cores(os.getpid()):
+            os.kill(core, signum)
+
+
+KILLED_AT_THE_END = """
+import os, signal, sys
+from fourstage.tracking.wandb_core import begin_run
+from tests.stand_in_wandb import cores
+begin_run(mode="offline", dir=sys.argv[1]).finish()
+[core] = cores(os.getpid())
+os.kill(core, signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_wandb_core_that_ended_before_the_process_is_no_traceback(tmp_path) -> None:
+    command = [sys.executable, "-c", KILLED_AT_THE_END, str(tmp_path)]
+    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    done = subprocess.run(command, cwd=REPO, env=own, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 
 
 def test_switched_off(job) -> None:

@@ -32,10 +32,10 @@ from fourstage.runs.records import read_record, write_record
 from fourstage.settings import build
 from fourstage.stages.base import steps_done
 from fourstage.tracking import wandb_content as content
+from fourstage.tracking.wandb_core import begin_run, end_core, is_lost
 from fourstage.tracking.wandb_log import logged_offline, mark_sent
 from fourstage.tracking.wandb_settings import (
     entity_of,
-    hidden,
     labels,
     names,
     project_of,
@@ -175,8 +175,7 @@ def start_wandb(job: StageJob, mode: Literal["online", "offline"], asked: Mappin
         "config": {**job.config, "run": job.run_id, "parents": job.parent_names},
         "dir": wandb_folder(job.outputs).parent,  # W&B adds /wandb
     }
-    with hidden():
-        run = wandb.init(**options, mode=mode, settings=settings)
+    run = begin_run(**options, mode=mode, settings=settings)
     run.define_metric(X_AXIS)
     run.define_metric("*", step_metric=X_AXIS, step_sync=True)
     was_online = read_record(job.folder).get("wandb_online", False)
@@ -230,10 +229,8 @@ def abandon_wandb(error: BaseException) -> None:
             code = error.code if isinstance(error, Stopped) else 128 + signal.SIGINT
         close(wandb.run, code)
     except Exception:  # wandb-core is gone: the next job of a multirun starts another one
-        with suppress(Exception):
-            wandb.teardown(exit_code=code)
-        wandb.run = None  # or that job would try to close it
-        if isinstance(error, ConnectionError) or type(error).__module__.startswith("wandb."):
+        end_core(code)
+        if is_lost(error):
             raise UserError(f"W&B's process wandb-core has ended: {AGAIN}") from error
 
 
@@ -280,13 +277,12 @@ def log_benchmarks(folder: Path, outputs: Path) -> None:
         "dir": wandb_folder(outputs).parent,
     }
     quiet = wandb.Settings(silent=True, quiet=True, console="off")
-    with hidden():
-        try:
-            resume = "allow" if mode == "online" else None
-            run = wandb.init(**options, mode=mode, resume=resume, settings=quiet)
-        except wandb.errors.Error as error:
-            print(f"W&B: {str(error).splitlines()[0]}: logging offline")
-            run = wandb.init(**options, mode="offline", settings=quiet)
+    try:
+        resume = "allow" if mode == "online" else None
+        run = begin_run(**options, mode=mode, resume=resume, settings=quiet)
+    except wandb.errors.Error as error:
+        print(f"W&B: {str(error).splitlines()[0]}: logging offline")
+        run = begin_run(**options, mode="offline", settings=quiet)
     run.summary.update(found)
     run.finish()
 
