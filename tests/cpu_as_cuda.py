@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
+
+from fourstage.job import TrainerConfig
+from fourstage.parallel import strategies
 
 
 class CPUAsCUDA(CUDAAccelerator):
@@ -48,3 +52,22 @@ def let_deepspeed_use_cpus() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled
+
+
+def let_zero_use_cpus() -> None:
+    """The same for all that trains in this process, with one thread, on CPUs whatever is there."""
+    torch.set_num_threads(1)
+    let_deepspeed_use_cpus()
+    trainer_options = strategies.trainer_options
+
+    def cpu_options(where: TrainerConfig, clip_norm: float) -> dict[str, Any]:
+        options = trainer_options(where, clip_norm)
+        if where.strategy in strategies.ZERO:
+            on_cpus(options)
+        return options
+
+    def resolved(self: TrainerConfig) -> TrainerConfig:
+        return replace(self, accelerator="cpu", precision="32-true")
+
+    strategies.trainer_options = cpu_options
+    TrainerConfig.resolved = resolved

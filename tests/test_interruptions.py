@@ -90,6 +90,10 @@ def test_an_error_of_the_users_or_the_disks_is_one_line() -> None:
     except RuntimeError as error:
         assert one_line(error).startswith("disk full")
     assert one_line(ValueError("I/O error: No space left on device (os error 28)"))
+    assert one_line(FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")) == (
+        "no folder for temporary files: free space, or set TMPDIR, and run the same command again: "
+        "it resumes"
+    )
     assert one_line(UserError("lr: no")) == "lr: no"
     for error in (
         PermissionError(13, "Permission denied", "/x"),

@@ -218,6 +218,17 @@ def test_a_full_disk_is_one_line(call, capsys) -> None:
     assert capsys.readouterr().err == line
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit doesn't stand for a full disk")
+@pytest.mark.parametrize("multirun", [[], ["-m"]])
+def test_a_disk_that_is_full_from_the_start_is_one_line(multirun, tmp_path) -> None:
+    """Of temporary files too, without which PyTorch can't be imported."""
+    none = ["bash", "-c", 'ulimit -f 0; exec "$@"', "bash", sys.executable, "train.py"]
+    words = [*multirun, "stage=pretrain", "debug=fast", f"outputs={tmp_path}"]
+    done = subprocess.run([*none, *words], cwd=REPO, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"(disk full|no folder for temporary files): free space.*\n", done.stderr)
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1), SystemExit()])
 def test_stopping_says_how_to_go_on(call, capsys, stop) -> None:
     code, _ = call("stage=sft", fake=FakeTrain("pretrain", stop))

@@ -11,13 +11,11 @@ from typing import Any
 
 import torch
 
-from fourstage.job import StageJob, TrainerConfig
+from fourstage.job import StageJob
 from fourstage.lineage.climb import climb
 from fourstage.lineage.runner import train_stage
-from fourstage.parallel import strategies
-from tests.cpu_as_cuda import let_deepspeed_use_cpus
+from tests.cpu_as_cuda import let_zero_use_cpus
 from tests.fakes import config
-from tests.train_on_cpus import cpu_options, resolved
 
 
 def train(job: StageJob) -> dict[str, Any]:
@@ -30,10 +28,7 @@ def train(job: StageJob) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    let_deepspeed_use_cpus()
-    strategies.trainer_options = cpu_options
-    TrainerConfig.resolved = resolved
+    let_zero_use_cpus()
     trainer, outputs = sys.argv[1:]
     words = ["model=moe_nano", "debug=fast", "logger=none", "stage=sft", f"trainer={trainer}"]
     climb(config(*words, "trainer.devices=1", f"outputs={outputs}"), train=train)

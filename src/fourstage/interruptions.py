@@ -34,6 +34,7 @@ NO_PEER = (  # what gloo and NCCL say when another process is gone
     "NCCL",
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: the limit of `ulimit -f`
+NO_TEMPORARY = "No usable temporary directory"  # as tempfile says
 NO_PLACE = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)  # EEXIST: a file is there
 AGAIN = "run the same command again: it resumes"
 NO_READER = f"the reader of this command's output has ended (as `| head` does): {AGAIN}"
@@ -170,6 +171,8 @@ def disk_full(error: BaseException) -> str | None:
             path = isinstance(chain, OSError) and (chain.filename2 or chain.filename)
             at = f" at {path}" if path else ""
             return f"disk full{at}: free space and {AGAIN}"
+        if NO_TEMPORARY in str(chain):  # most often the same
+            return f"no folder for temporary files: free space, or set TMPDIR, and {AGAIN}"
         chain = chain.__cause__ or chain.__context__
     return None
 

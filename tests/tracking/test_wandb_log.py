@@ -87,6 +87,15 @@ def test_the_last_step_of_all_starts(whole, tmp_path) -> None:
     assert log.with_name("run-abc.wandb.synced").exists()
 
 
+def test_a_reader_without_room_for_temporary_files(whole, tmp_path, monkeypatch) -> None:
+    log = cut(whole, tmp_path, 50_000)
+    said = "Traceback\nFileNotFoundError: [Errno 2] No usable temporary directory found in ['/tmp']"
+    failed = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(UserError, match="^no folder for temporary files: free space, or set"):
+        last_step(log)
+
+
 def test_a_log_that_cannot_be_read(whole, tmp_path) -> None:
     log = cut(whole, tmp_path, 50_000)
     data = bytearray(log.read_bytes())

@@ -15,6 +15,7 @@ from glob import escape
 from pathlib import Path
 
 from fourstage.errors import UserError
+from fourstage.interruptions import disk_full
 
 BLOCK = 32_768
 CHUNK = struct.Struct("<IHB")  # checksum, length, kind
@@ -66,8 +67,9 @@ def last_step(log: Path) -> int:
     if found.returncode:
         reason = (found.stderr.strip() or f"exit code {found.returncode}").splitlines()[-1]
         raise UserError(
-            f"{log}: W&B can't read the log of an earlier start ({reason}): move its folder away, "
-            "or take logger=none"
+            disk_full(OSError(reason))
+            or f"{log}: W&B can't read the log of an earlier start ({reason}): move its folder "
+            "away, or take logger=none"
         )
     records = map(json.loads, found.stdout.splitlines())
     rows = [record["history"]["item"] for record in records if record["type"] == "history"]
