@@ -141,6 +141,41 @@ def test_a_branch_is_named_by_its_route(tmp_path: Path) -> None:
         " all the", "; all the"
     )
     assert len(read(tmp_path, "stage=grpo", "parent=ppo")["groups"]) == 1
+    found = read(tmp_path, "stage=grpo", "base=sft->grpo")
+    assert of_grpo(found)["sft → ppo → grpo"]["difference"]["to"] == "sft → grpo"
+
+
+def test_the_base_is_what_the_others_are_compared_with(tmp_path: Path) -> None:
+    right = {(1e-3, "grpo"): 7, (1e-4, "grpo"): 3, (1e-3, "dapo"): 9, (1e-4, "dapo"): 4}
+    write_sweep(tmp_path, {(*own, s): n for own, n in right.items() for s in (0, 1)})
+    typed = {
+        "base=lr=0.001": "loss=grpo, lr=1e-3",
+        "base=stages.grpo.lr=1e-3": "loss=grpo, lr=1e-3",
+        "base=loss=dapo": "loss=dapo, lr=1e-4",
+        "base=lr=1e-3, loss=dapo": "loss=dapo, lr=1e-3",
+    }
+    for word, label in typed.items():
+        found = read(tmp_path, "stage=grpo", word)
+        assert found["groups"][0]["label"] == label
+        rows = of_grpo(found)
+        others = {name: row["difference"] for name, row in rows.items() if name != label}
+        assert {difference["to"] for difference in others.values()} == {label}
+        for name, difference in others.items():
+            assert difference["mean"] == pytest.approx(rows[name]["mean"] - rows[label]["mean"])
+    effects = {(e["setting"], e["from"], e["to"]): e["mean"] for e in found["effects"]}
+    assert effects == {
+        ("loss", "loss=dapo", "loss=grpo"): -0.15,
+        ("lr", "lr=1e-3", "lr=1e-4"): -0.45,
+    }
+    says = {
+        "base=lr=1": "^base=lr=1: no group has it: there are lr=1e-4; lr=1e-3$",
+        "base=x=1": "^base=x=1: no group has it: there are loss=grpo; loss=dapo; lr=1e-4; lr=1e-3$",
+        "base=": "^base=: a value is missing",
+        "base=ppo->grpo": "^base=ppo → grpo: no group has it",
+    }
+    for word, line in says.items():
+        with pytest.raises(UserError, match=line):
+            read(tmp_path, "stage=grpo", word)
 
 
 def test_ladders_by_an_ancestors_setting(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
     python -m fourstage report [outputs=outputs] [run=NAME]
     python -m fourstage report compare [NAME ... | all] [KEY=VALUE ...] [by=KEY,KEY]
-                                       [outputs=outputs]
+                                       [base=KEY=VALUE] [outputs=outputs]
 
 For example:
 
     python -m fourstage report run=grpo
     python -m fourstage report compare stage=grpo seed=0,1,2
+    python -m fourstage report compare tag=lr_sweep base=lr=3e-4
 
 The first takes the latest finished run that no other started from (or `run=`: an id, <stage>-<id>,
 a folder, or a stage's name) and compares it with its ancestors and the weights they began with in

@@ -63,7 +63,8 @@ CALLED = (
 
 def write_comparison(outputs: Path, words: Sequence[str]) -> Path:
     """Write the comparison into outputs/report and return that folder. `words`: names, `all`,
-    conditions, by=KEY,KEY. Raises UserError unless they mean two finished ladders or more."""
+    conditions, by=KEY,KEY, base=KEY=VALUE. Raises UserError unless they mean two finished ladders
+    or more."""
     found = compare(outputs, words)
     folder = outputs / "report"
     heading = f"fourstage: {len(found.ladders)} ladders"

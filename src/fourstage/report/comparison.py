@@ -25,7 +25,7 @@ from fourstage.report.contrasts import (
     grouped,
 )
 from fourstage.report.files import FAULTS, Files, Item, Metric
-from fourstage.report.groups import ancestry, chosen, seeds, settings
+from fourstage.report.groups import ancestry, base_of, check_base, chosen, seeds, settings
 from fourstage.report.ladder import (
     Row,
     Run,
@@ -97,14 +97,18 @@ def compare(outputs: Path, words: Sequence[str]) -> Comparison:
     runs = read_runs(outputs, files)
     tips_ = picked(runs, words, outputs, files)
     by_words = [w for word in words if word.startswith("by=") for w in word[3:].split(",")]
+    base = tuple(pair for word in words if word.startswith("base=") for pair in base_of(word))
     lines_ = [ladder(tip, runs, files) for tip in tips_]
     rows = [{row.stage: row for row in read_rows(line, files, details=False)} for line in lines_]
     units = _units(lines_, rows, files)
     last = [units[tip.stage][tip.folder] for tip in tips_]
     by = chosen([unit.settings for unit in last], by_words) if by_words else None
-    factors, groups = grouped(last, by)
+    factors, groups = grouped(last, by, base)
+    check_base(factors, base)
     beside = [key for factor in factors for key in factor.keys]
-    of_stage = {stage: grouped(list(each.values()), by, beside) for stage, each in units.items()}
+    of_stage = {
+        stage: grouped(list(each.values()), by, base, beside) for stage, each in units.items()
+    }
     goals = {stage: _goal(stage, list(each.values())) for stage, each in units.items()}
     over_items = _over_items(lines_, list(goals.values()))
     own = [compared(stage, goals[stage], *of_stage[stage], over_items) for stage in units]
@@ -138,7 +142,7 @@ def picked(runs: Mapping[str, Run], words: Sequence[str], outputs: Path, files: 
     """The last runs of the ladders that are meant, all without names and conditions; what runs of
     earlier versions can't be asked is a problem of `files`. Raises UserError for a mistake."""
     names = [word for word in words if "=" not in word]
-    conditions = [word for word in words if "=" in word and not word.startswith("by=")]
+    conditions = [word for word in words if "=" in word and not word.startswith(("by=", "base="))]
     notes: list[str] = []
     if "all" in names and names != ["all"]:
         raise UserError(f"compare: `all` stands alone: leave it out of {' '.join(names)}")

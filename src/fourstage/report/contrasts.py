@@ -147,13 +147,16 @@ def asked(row: Row, items: Sequence[Item]) -> Items:
 
 
 def grouped(
-    units: Sequence[Unit], by: Sequence[str] | None, beside: Sequence[str] = ()
+    units: Sequence[Unit],
+    by: Sequence[str] | None,
+    base: tuple[tuple[str, str], ...] = (),
+    beside: Sequence[str] = (),
 ) -> tuple[list[Factor], list[Group]]:
     """The factors that the units differ in (see groups.factors), and the groups in order, the
-    reference first: numbers by size, texts by when they were first trained with."""
+    reference first: the base, numbers by size, texts by when they were first trained with."""
     units = sorted(units, key=lambda unit: (unit.started, unit.row.folder.name))
     each = [unit.settings for unit in units]
-    found = factors(each, by, beside)
+    found = [replace(factor, base=base) for factor in factors(each, by, beside)]
     rest = [] if by is None else [f for f in factors(each) if not {*f.keys} & {*by}]
     members: dict[tuple[tuple[object, ...], ...], dict[str, Unit]] = {}
     labels = {}

@@ -6,6 +6,7 @@ often something is logged. The commit and the versions are only said.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -14,6 +15,7 @@ from typing import Any
 from fourstage.errors import UserError
 from fourstage.report.ladder import Run
 from fourstage.runs.records import start_name
+from fourstage.runs.select import is_value
 
 SECTIONS = ("model", "tokenizer", "data", "evaluation")  # of a config, which may change figures
 WITHOUT_EFFECT = {  # a stage's keys that don't; a test compares them with stages/base.py
@@ -38,11 +40,13 @@ CONSTANTS = {None: "null", True: "true", False: "false"}
 
 @dataclass(frozen=True)
 class Factor:
-    """Settings that always change together: keys, short names, and their values by unit."""
+    """Settings that always change together: keys, short names, and their values by unit. `base` has
+    the value of some key that comes first, as it was typed."""
 
     keys: tuple[str, ...]
     names: tuple[str, ...]
     values: tuple[tuple[Any, ...], ...]
+    base: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -50,8 +54,21 @@ class Factor:
 
     @property
     def order(self) -> list[tuple[Any, ...]]:
-        """The distinct values in order: numbers by size, texts as the units have them."""
-        return sorted(dict.fromkeys(self.values), key=_place)
+        """The distinct values in order: the base, numbers by size, texts as the units have them."""
+        return sorted(dict.fromkeys(self.values), key=lambda v: (not self._is_base(v), _place(v)))
+
+    def _is_base(self, values: tuple[Any, ...]) -> bool:
+        said = [self.has(key, text, values) for key, text in self.base if self.is_about(key)]
+        return bool(said) and all(said)
+
+    def is_about(self, key: str) -> bool:
+        """Whether one of its settings has the key, or this short name."""
+        return key in (*self.keys, *self.names)
+
+    def has(self, key: str, text: str, values: tuple[Any, ...]) -> bool:
+        """Whether one of its values is of the key, and is what was typed."""
+        own = [v for *its, v in zip(self.keys, self.names, values, strict=True) if key in its]
+        return any(typed(value) == text or is_value(value, text) for value in own)
 
     def said(self, unit: int) -> str:
         """A unit's values for readers: lr=1e-3, batch_size=8; a route is only its value."""
@@ -272,6 +289,29 @@ def chosen(units: Sequence[Settings], by: Sequence[str]) -> list[str]:
             raise UserError(f"by={name}: there are several: {', '.join(ends)}")
         found += ends
     return list(dict.fromkeys(found))
+
+
+def base_of(word: str) -> tuple[tuple[str, str], ...]:
+    """Keys and values of base=lr=3e-4,loss=dapo, or of base=sft->grpo for a route. Raises
+    UserError."""
+    parts = [part.strip() for part in re.split(r",(?=\s*[\w.]+=)", word.removeprefix("base="))]
+    if not all(parts):
+        raise UserError(f"{word}: a value is missing: expected base=KEY=VALUE or base=sft->grpo")
+    split = [part.partition("=") for part in parts]
+    return tuple(
+        (key, text) if sep else (ROUTE, re.sub(r"\s*(->|→)\s*", " → ", key))
+        for key, sep, text in split
+    )
+
+
+def check_base(found: Sequence[Factor], base: Sequence[tuple[str, str]]) -> None:
+    """Raises UserError if no group has one of the base's values."""
+    for key, text in base:
+        about = [factor for factor in found if factor.is_about(key)]
+        if not any(factor.has(key, text, v) for factor in about for v in factor.values):
+            word = text if key == ROUTE else f"{key}={text}"
+            there = [factor.shown(values) for factor in about or found for values in factor.order]
+            raise UserError(f"base={word}: no group has it: there are {'; '.join(there) or 'none'}")
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:

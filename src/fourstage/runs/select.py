@@ -135,10 +135,10 @@ def _near(name: str, known: Sequence[str]) -> str:
 
 
 def _has(values: Sequence[Any], wanted: Sequence[str]) -> bool:
-    return any(_is(value, text) for value in values for text in wanted)
+    return any(is_value(value, text) for value in values for text in wanted)
 
 
-def _is(value: Any, text: str) -> bool:
+def is_value(value: Any, text: str) -> bool:
     """Whether a value is what was typed; numbers are compared as numbers."""
     if value is None or isinstance(value, bool):
         return CONSTANTS.get(text.lower(), text) is value
