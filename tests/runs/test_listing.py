@@ -58,6 +58,8 @@ def test_json_is_a_stable_list(store, capsys) -> None:
         "started": "2026-01-01T09:00:00.000+00:00",
         "finished": "2026-01-01T10:00:00.000+00:00",
         "seconds": 61.5,
+        "step": None,
+        "max_steps": None,
         "bytes": True,
         "heartbeat": HEARTBEAT,
         "goal": {"name": "bits_per_char", "value": 1.5},
@@ -101,6 +103,29 @@ def test_nothing_but_json_on_stdout(tmp_path, store, capsys) -> None:
     said = capsys.readouterr()
     assert len(json.loads(said.out)) == 8 and "sft-broken/run.json: broken" in said.err
     assert listed(RunStore(tmp_path / "empty"), capsys) == []
+
+
+def test_how_far_a_run_is(store, capsys) -> None:
+    for letter, budget, text in (
+        ("k", {"max_steps": 600, "max_time": None}, "step,loss\n10,2.5\n120,2.1\n130,"),
+        ("l", {"max_steps": 130, "max_time": None}, "step\n120\n130\n"),
+        ("m", {"max_steps": 600, "max_time": "00:00:02:00"}, "step,loss\n7,\n"),
+        ("n", {"max_steps": 600, "max_time": None}, "step,loss\n"),
+        ("o", {"max_steps": 600}, "step,loss\n" + "".join(f"{n},1\n" for n in range(20_000))),
+    ):
+        config = {"seed": 0, "model": {"name": "moe_nano"}, "stages": {"sft": budget}}
+        (make_run(store, "sft", letter, config=config) / "metrics.csv").write_text(text)
+    found = {run["id"][0]: (run["step"], run["max_steps"]) for run in listed(store, capsys)}
+    assert found["k"] == (120, 600) and found["l"] == (130, 130) and found["m"] == (7, None)
+    assert found["n"] == (None, 600) and found["o"] == (19_999, 600)
+    main(["list", f"outputs={store.outputs}"])
+    lines = {
+        line.split()[1][:5]: line.split("│")
+        for line in capsys.readouterr().out.splitlines()
+        if "sft-" in line
+    }
+    steps = {name[-1]: cells[-4].strip() for name, cells in lines.items()}
+    assert steps == {"b": "", "c": "", "k": "120/600", "l": "130", "m": "7", "n": "", "o": "19999"}
 
 
 def test_the_table_has_tags_where_there_are_some(store, capsys) -> None:

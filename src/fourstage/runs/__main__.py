@@ -104,7 +104,7 @@ def print_table(entries: Sequence[dict[str, Any]], records: dict[str, Record]) -
     from rich.console import Console
     from rich.table import Column, Table
 
-    others = ["status", "from", "model", "seed", "debug", "started", "minutes", "MB"]
+    others = ["status", "from", "model", "seed", "debug", "started", "minutes", "step", "MB"]
     others += ["tags"] * any(run["tags"] for run in entries)
     table = Table(Column("run", no_wrap=True), *(Column(name, overflow="fold") for name in others))
     for run in entries:
@@ -117,6 +117,7 @@ def print_table(entries: Sequence[dict[str, Any]], records: dict[str, Record]) -
             run["debug"] or "",
             run["started"][:16].replace("T", " "),
             f"{run['seconds'] / 60:.1f}",
+            progress(run),
             f"{run['bytes'] / MB:.1f}",
             ", ".join(run["tags"]),
         ]
@@ -127,6 +128,14 @@ def print_table(entries: Sequence[dict[str, Any]], records: dict[str, Record]) -
             quiet = roughly(silence(records[run["name"]]) or 0)
             who = f"process {run['heartbeat']['pid']} on {run['heartbeat']['host']}"
             print(f"{run['name']}: dead? last sign of life {quiet} ago, from {who}")
+
+
+def progress(run: dict[str, Any]) -> str:
+    """The step that a run has logged, and of how many."""
+    if run["step"] is None:
+        return ""
+    has_more = run["max_steps"] is not None and run["step"] < run["max_steps"]
+    return f"{run['step']}/{run['max_steps']}" if has_more else str(run["step"])
 
 
 def show(store: RunStore, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Runs as a list of plain values, and which of them to keep."""
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from fourstage.runs.records import Record
 from fourstage.runs.select import matching
 from fourstage.runs.store import RunStore
 
+ROW_BYTES = 1 << 16  # more than the last two rows of a metrics.csv
 Better = Literal["higher", "lower"] | None
 Runs = dict[Path, Record]
 
@@ -44,6 +46,22 @@ def goal_of(folder: Path, stage: str) -> dict[str, Any]:
     return {"name": name, "value": value}
 
 
+def last_step(folder: Path) -> int | None:
+    """The step of the last whole row of metrics.csv; None if there is none."""
+    try:
+        with open(folder / "metrics.csv", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - ROW_BYTES))
+            return int(file.read().rpartition(b"\n")[0].rpartition(b"\n")[2].partition(b",")[0])
+    except (OSError, ValueError):
+        return None
+
+
+def step_budget(record: Record) -> int | None:
+    """How many steps the run takes; None if it ends by the clock."""
+    own = record["config"]["stages"].get(record["stage"]) or {}
+    return None if own.get("max_time") else own.get("max_steps")
+
+
 def entry(folder: Path, record: Record) -> dict[str, Any]:
     """A run for `runs --json`: keys are only ever added."""
     config = record["config"]
@@ -61,6 +79,8 @@ def entry(folder: Path, record: Record) -> dict[str, Any]:
         "started": record["started"],
         "finished": record.get("finished"),
         "seconds": record["cost"]["seconds"],
+        "step": last_step(folder),
+        "max_steps": step_budget(record),
         "bytes": bytes_on_disk(folder),
         "heartbeat": record.get("heartbeat"),
         "goal": goal_of(folder, record["stage"]),
