@@ -350,7 +350,7 @@ def options() -> list[str]:
 def test_every_shipped_config_makes_a_plan(option, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # planning touches no GPU
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("fourstage.lineage.plan.machine_memory", lambda: 10**15)
+    monkeypatch.setattr("fourstage.lineage.command.machine_memory", lambda: 10**15)
     base = ["stage=grpo", f"outputs={tmp_path}", *own_files(tmp_path / "files")]
     if option in ("data=embedded", "data=public"):
         base = [*base[:2], "debug=fast"]

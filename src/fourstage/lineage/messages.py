@@ -12,7 +12,8 @@ from rich.table import Table
 
 from fourstage.data import DataConfig
 from fourstage.ladder import LADDER
-from fourstage.lineage.plan import Plan, named_parents, parent_key, recorded
+from fourstage.lineage.parents import named_parents, parent_key, recorded
+from fourstage.lineage.plan import Plan
 from fourstage.report.files import Files
 from fourstage.report.ladder import choose, ladder, read_rows, read_runs
 from fourstage.report.tables import NO_COMPARISON, goals, measured, title
