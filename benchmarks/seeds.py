@@ -17,8 +17,9 @@ from pathlib import Path
 from benchmarks.common import start
 from fourstage.ladder import place
 from fourstage.report.files import Files
+from fourstage.report.goals import goals
+from fourstage.report.keys import NONE
 from fourstage.report.ladder import Row, ladder, read_rows, read_runs
-from fourstage.report.tables import NONE, goals
 
 NAMES = {
     "bits_per_char": "bits per character",

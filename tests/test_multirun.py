@@ -28,9 +28,9 @@ from fourstage.interruptions import STOPS
 from fourstage.ladder import LADDER
 from fourstage.lineage import jobs, runner
 from fourstage.report.files import Files
+from fourstage.report.goals import goals
 from fourstage.report.ladder import choose, read_rows, read_runs
 from fourstage.report.ladder import ladder as runs_below
-from fourstage.report.tables import goals
 from fourstage.runs.records import read_record
 from fourstage.runs.store import RunStore
 from tests.fakes import CONF, FakeTrain, own_files

@@ -20,8 +20,8 @@ from fourstage.model.weights import load_policy
 from fourstage.report import write_report
 from fourstage.report.compare import write_comparison
 from fourstage.report.files import Files
+from fourstage.report.goals import taxes
 from fourstage.report.ladder import ladder, read_rows, read_runs, with_differences
-from fourstage.report.tables import taxes
 from fourstage.runs.records import read_record
 from fourstage.runs.store import RunStore
 from fourstage.tracking.wandb_content import ladder_table, samples_by_stage

@@ -216,7 +216,9 @@ def test_half_precision_wants_wider_rows_and_the_loop_none(base) -> None:
 
 
 def test_a_stage_that_cannot_fit_is_refused_until_it_is_there(base, monkeypatch) -> None:
-    monkeypatch.setattr("fourstage.lineage.command.machine_memory", lambda: 87_872 * 16 + 8 * 8 * 256)
+    monkeypatch.setattr(
+        "fourstage.lineage.command.machine_memory", lambda: 87_872 * 16 + 8 * 8 * 256
+    )
     assert run(base, "pretrain").stages == ["pretrain"]  # 16 bytes a parameter, 8 a token
     monkeypatch.setattr(
         "fourstage.lineage.command.machine_memory", lambda: 87_872 * 16 + 8 * 8 * 256 - 1

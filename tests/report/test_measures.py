@@ -27,7 +27,8 @@ from fourstage.report.charts import (
 )
 from fourstage.report.figures import loads, over_optimisation_blocks
 from fourstage.report.html import Cell, Figures, Paragraph, Table, markdown, page
-from fourstage.report.tables import change, duration, shown, verdict
+from fourstage.report.keys import change, shown, verdict
+from fourstage.report.tables import duration
 from tests.ladders import (
     folder,
     items,

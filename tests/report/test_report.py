@@ -11,7 +11,7 @@ import pytest
 
 from fourstage.errors import UserError
 from fourstage.report import main
-from fourstage.report.tables import COIN, apart
+from fourstage.report.goals import COIN, apart
 from tests.report.by_hand import (
     GRPO,
     LADDER,

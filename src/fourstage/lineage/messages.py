@@ -15,8 +15,9 @@ from fourstage.ladder import LADDER
 from fourstage.lineage.parents import named_parents, parent_key, recorded
 from fourstage.lineage.plan import Plan
 from fourstage.report.files import Files
+from fourstage.report.goals import NO_COMPARISON, goals
+from fourstage.report.keys import measured, title
 from fourstage.report.ladder import choose, ladder, read_rows, read_runs
-from fourstage.report.tables import NO_COMPARISON, goals, measured, title
 from fourstage.stages import StageSettings
 from fourstage.tracking.callbacks import clock
 

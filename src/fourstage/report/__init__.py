@@ -28,7 +28,9 @@ from fourstage.errors import UserError
 from fourstage.report import figures, tables
 from fourstage.report.compare import write_comparison
 from fourstage.report.files import Files, Metric
+from fourstage.report.goals import goal_table
 from fourstage.report.html import Answers, Block, Bullets, Fold, Heading, Paragraph, write
+from fourstage.report.keys import NONE, keys, measured
 from fourstage.report.ladder import (
     Row,
     Run,
@@ -43,7 +45,6 @@ from fourstage.report.ladder import (
     with_differences,
 )
 from fourstage.report.summary import ending, marks, prompts, sentences
-from fourstage.report.tables import NONE
 
 NOT_ASKED = [("not asked", "small")]
 # stages.json keeps a renamed metric under its old name too, for the programs that read it
@@ -95,7 +96,7 @@ def document(
     rows: list[Row], tip: Run, curves: figures.Curves, files: Files, others: list[str]
 ) -> list[Block]:
     """The report, from the answer (what did each stage do?) to the details."""
-    whole, parts = tables.keys(rows)
+    whole, parts = keys(rows)
     by_part: list[Block] = [
         tables.suite_table(rows, parts),
         Paragraph("And the differences to the parent:"),
@@ -119,7 +120,7 @@ def document(
         Paragraph(_how_to_read(rows)),
         tables.stage_table(rows),
         Heading("Each stage on its own goal"),
-        tables.goal_table(rows),
+        goal_table(rows),
         *_kl(rows),
         Heading("What each stage changed"),
         Paragraph(
@@ -193,7 +194,7 @@ def _kl(rows: list[Row]) -> list[Block]:
     cells = {
         row.stage: row.metrics.get("kl_to_sft") for row in rows if row.stage in ("ppo", "grpo")
     }
-    shown = {stage: tables.measured("kl_to_sft", cell) for stage, cell in cells.items()}
+    shown = {stage: measured("kl_to_sft", cell) for stage, cell in cells.items()}
     known = ", ".join(f"{stage} {text}" for stage, text in shown.items() if text != NONE)
     return [Paragraph(f"KL from the sft policy, nats an answer: {known}.")] if known else []
 

@@ -15,6 +15,7 @@ from fourstage.report.charts import Dots, dot_plot
 from fourstage.report.compare_json import content
 from fourstage.report.comparison import Comparison, Ladder, Line, compare
 from fourstage.report.contrasts import Compared, Difference, Group, gain_of, mean_of
+from fourstage.report.goals import COIN, goals
 from fourstage.report.html import (
     Block,
     Bullets,
@@ -27,22 +28,11 @@ from fourstage.report.html import (
     Table,
     write,
 )
+from fourstage.report.keys import NONE, about, gained, interval, shown, title
 from fourstage.report.kl_curves import kl_blocks
 from fourstage.report.ladder import Row, leaves_policy
 from fourstage.report.statistics import Mean
-from fourstage.report.tables import (
-    COIN,
-    COSTS,
-    NONE,
-    about,
-    benchmark_title,
-    gained,
-    goals,
-    interval,
-    missing,
-    shown,
-    title,
-)
+from fourstage.report.tables import COSTS, benchmark_title, missing
 
 MANY = 12  # ladders or groups that are listed without being asked
 MEANS = (

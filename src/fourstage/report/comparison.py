@@ -26,6 +26,7 @@ from fourstage.report.contrasts import (
 )
 from fourstage.report.files import FAULTS, Files, Item, Metric
 from fourstage.report.groups import ancestry, base_of, check_base, chosen, seeds, settings
+from fourstage.report.keys import NONE, about, keys
 from fourstage.report.ladder import (
     Row,
     Run,
@@ -37,7 +38,7 @@ from fourstage.report.ladder import (
     read_runs,
     tips,
 )
-from fourstage.report.tables import COSTS, NONE, about, keys
+from fourstage.report.tables import COSTS
 from fourstage.runs.benchmarks import Benchmark
 from fourstage.runs.select import matching, not_chosen, without
 

@@ -10,10 +10,11 @@ from statistics import fmean
 
 from fourstage.evaluation.suite import SUITE
 from fourstage.report.files import Item, Metric
+from fourstage.report.goals import NOT_MEASURED, OTHER_ITEMS, OTHER_SUITES
 from fourstage.report.groups import ABSENT, Factor, Settings, factors
+from fourstage.report.keys import about
 from fourstage.report.ladder import ANSWERED, Row
 from fourstage.report.statistics import Mean, holm, paired, t_mean, welch
-from fourstage.report.tables import NOT_MEASURED, OTHER_ITEMS, OTHER_SUITES, about
 
 SAME_RUNS = "the same runs"
 ONE_SEED = "one seed on a side, without a partner"

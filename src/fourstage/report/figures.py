@@ -18,20 +18,11 @@ from fourstage.report.charts import (
     thinned,
 )
 from fourstage.report.files import FAULTS, Item, Points
+from fourstage.report.goals import COIN, Goal, goals
 from fourstage.report.html import Block, Cell, Figure, Figures, Heading, Paragraph, Table
+from fourstage.report.keys import NONE, about, change_cell, measured_cell, short, shown
 from fourstage.report.ladder import Row
-from fourstage.report.tables import (
-    COIN,
-    NONE,
-    Goal,
-    about,
-    change_cell,
-    duration,
-    goals,
-    measured_cell,
-    short,
-    shown,
-)
+from fourstage.report.tables import duration
 
 Curves = dict[str, dict[str, Points]]  # stage -> column of metrics.csv -> points
 

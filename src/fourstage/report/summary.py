@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from rich.cells import cell_len, set_cell_size
 
 from fourstage.report.files import Sample
+from fourstage.report.goals import goals, taxes
 from fourstage.report.html import visible
+from fourstage.report.keys import gained, short
 from fourstage.report.ladder import Row, leaves_policy
-from fourstage.report.tables import gained, goals, short, taxes
 
 FIRST_PROMPT = "What is an LLM?"
 MARKS = {True: "✓ right", False: "✗ wrong", None: ""}

@@ -1,117 +1,19 @@
-"""The report's tables: what each stage did, on its own goal and on the others, and what it cost."""
+"""The report's tables: each stage on the whole suite, its public benchmarks, and what it cost."""
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from fourstage.evaluation import suite
-from fourstage.ladder import LADDER
-from fourstage.report.files import Metric
-from fourstage.report.html import Cell, Paragraph, Table, plain
-from fourstage.report.ladder import HEADLINES, Row, leaves_policy, other_items
+from fourstage.report.goals import taxes
+from fourstage.report.html import Cell, Paragraph, Table
+from fourstage.report.keys import NONE, change, keys, measured_cell, title
+from fourstage.report.ladder import HEADLINES, Row, leaves_policy
 from fourstage.runs.benchmarks import Benchmark
 
-NONE = "–"
 COLUMNS = (
     *(HEADLINES[0], "bits_per_byte", HEADLINES[1]),
     *("knowledge_completed", "knowledge_answered", *HEADLINES[2:]),
 )
-COIN = {"value": 0.5, "low": 0.5, "high": 0.5}
-SHORT = {  # of the stages' own goals
-    "bits_per_char": "bits a character",
-    "well_formed": "well-formed",
-    "knowledge_answered": "facts answered",
-    "pair_accuracy": "pairs right",
-    "true_score": "true score",
-    "reward_model_score": "learned score",
-    "reasoning_accuracy": "problems right",
-}
-
-
-# --- how a key is shown
-
-
-def about(name: str) -> suite.Definition:
-    """The suite's definition of a key; a neutral one for a key of another suite."""
-    if name.split("/")[0] in suite.DEFINITIONS:
-        return suite.definition(name)
-    return suite.Definition(title=name, sets=(), read=lambda item: None, statistic=suite.ratio)
-
-
-def title(name: str) -> str:
-    """The name of a key for readers, with its unit and which way is better."""
-    defined = about(name)
-    unit = f", {defined.unit}" if defined.unit and defined.unit not in defined.title else ""
-    return f"{defined.title}{unit}{' (lower is better)' if defined.better == 'lower' else ''}"
-
-
-def short(name: str) -> str:
-    """A goal's name where there is little room."""
-    return SHORT.get(name, about(name).title)
-
-
-def number(name: str, value: float, sign: str = "") -> str:
-    """A value of the key, in percent for shares; sign "+" shows a plus too."""
-    if abs(value) >= 1e6:  # a perplexity of random weights
-        return f"{value:{sign}.4g}"
-    scale, digits = (100, 1) if about(name).is_share else (1, 3)
-    # + 0.0 makes -0.0 a plain zero
-    return f"{round(scale * value, digits) + 0.0:{sign}.{digits}f}"
-
-
-def shown(name: str, value: float | None) -> str:
-    """A value of the key with the percent sign of a share."""
-    return NONE if value is None else number(name, value) + " %" * about(name).is_share
-
-
-def gained(name: str, value: float) -> str:
-    """A difference of the key with its sign, in percentage points for shares."""
-    return number(name, value, "+") + " points" * about(name).is_share
-
-
-def interval(name: str, cell: Metric, sign: str = "") -> str:
-    """[low, high]"""
-    return f"[{number(name, cell['low'], sign)}, {number(name, cell['high'], sign)}]"
-
-
-def measured(name: str, cell: Metric | None) -> str:
-    """value [low, high], or a dash."""
-    return plain(measured_cell(name, cell))
-
-
-def measured_cell(
-    name: str, cell: Metric | None, note: str = "", more: Iterable[tuple[str, str]] = ()
-) -> str | Cell:
-    """The same as a table cell, with a note after the interval and more parts below."""
-    if cell is None or cell["value"] is None:
-        return NONE
-    small = interval(name, cell) + note
-    return Cell([(shown(name, cell["value"]), ""), (small, "small"), *more])
-
-
-def verdict(name: str, difference: Metric) -> str:
-    """better or worse, if the paired interval excludes 0 and the key has a better side. An interval
-    of no width (one item, or several that are all equal) is no evidence."""
-    better, low, high = about(name).better, difference["low"], difference["high"]
-    if better is None or low <= 0 <= high or low == high:
-        return "unclear"
-    return "better" if (low > 0) == (better == "higher") else "worse"
-
-
-def change(name: str, difference: Metric | None) -> list[tuple[str, str]]:
-    """The parts of a cell that say how a key differs from the parent's."""
-    if difference is None or difference["value"] is None:
-        return []
-    found = verdict(name, difference)
-    word = "" if found == "unclear" else f" {found}"
-    return [
-        (f"{gained(name, difference['value'])}{word}", found),
-        (interval(name, difference, "+"), "small"),
-    ]
-
-
-def change_cell(name: str, difference: Metric | None) -> str | Cell:
-    """The same as a table cell."""
-    return Cell(parts) if (parts := change(name, difference)) else NONE
 
 
 def stage_table(rows: list[Row]) -> Table:
@@ -156,142 +58,6 @@ def change_table(rows: list[Row], names: Iterable[str]) -> Table:
     return Table(["key", *(f"{r.stage} − {r.parent.stage}" for r in changed if r.parent)], lines)
 
 
-def taxes(rows: list[Row]) -> list[tuple[Row, str]]:
-    """The alignment tax: the keys that are another stage's goal and that a stage made worse. Random
-    weights have nothing to lose."""
-    own = {goal.stage: goal.name for goal in goals(rows)}
-    return [
-        (row, name)
-        for row in rows
-        if row.parent is not None and not row.parent.is_random
-        for name in dict.fromkeys(own.values())
-        if name != own[row.stage] and name in row.differences
-        if verdict(name, row.differences[name]) == "worse"
-    ]
-
-
-def keys(rows: Iterable[Row]) -> tuple[list[str], list[str]]:
-    """All keys that the rows have, in the suite's order: the whole ones, and those of parts."""
-    found = dict.fromkeys(name for row in rows for name in (*row.metrics, *row.differences))
-    order = {name: at for at, name in enumerate(suite.DEFINITIONS)}
-    names = sorted(found, key=lambda name: order.get(name.split("/")[0], len(order)))
-    return [n for n in names if "/" not in n], [n for n in names if "/" in n]
-
-
-# --- each stage on its own goal
-
-
-NOT_MEASURED, OTHER_SUITES = "not measured", "different suites"
-OTHER_ITEMS, NO_WIDTH = "other held-out items", "an interval without width"
-NO_COMPARISON = (OTHER_SUITES, OTHER_ITEMS, NO_WIDTH)  # the two values can't be compared
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A stage's own key, before it (in its parent; a coin for reward models) and after it."""
-
-    stage: str
-    name: str
-    start: str  # the parent's stage
-    before: Metric
-    after: Metric
-    verdict: str  # whether the two intervals are apart
-    difference: Metric | None  # after - before: paired, if both were measured on the same items
-
-    @property
-    def is_compared(self) -> bool:
-        return self.verdict not in (NOT_MEASURED, *NO_COMPARISON)
-
-    @property
-    def tone(self) -> str:
-        """better, worse or unclear: by the paired difference, or else by the two intervals."""
-        if self.difference and self.is_compared:
-            return verdict(self.name, self.difference)
-        word = self.verdict.removeprefix("apart: ")
-        return word if word in ("better", "worse") else "unclear"
-
-    @property
-    def parts(self) -> list[tuple[str, str]]:
-        """Of a cell that says what was gained, and how sure that is."""
-        parts = change(self.name, self.difference)
-        why = [] if parts and self.is_compared else [(self.verdict, self.tone)]
-        return [*(parts or [(self.gain, "")]), *why]
-
-    @property
-    def step(self) -> str:
-        """before → after, in short; only the value after if the one before wasn't measured."""
-        if self.before["value"] is None or self.after["value"] is None:
-            return shown(self.name, self.after["value"])
-        return (
-            f"{number(self.name, self.before['value'])} → {shown(self.name, self.after['value'])}"
-        )
-
-    @property
-    def gain(self) -> str:
-        """after - before, for readers."""
-        if self.before["value"] is None or self.after["value"] is None:
-            return NONE
-        return gained(self.name, self.after["value"] - self.before["value"])
-
-
-def goals(rows: Iterable[Row]) -> list[Goal]:
-    """One for each trained stage."""
-    return [_goal(row) for row in rows if row.run is not None]
-
-
-def _goal(row: Row) -> Goal:
-    stage = LADDER[row.stage]
-    name = stage.goal
-    if stage.instead and row.value(name) is None and row.value(stage.instead) is not None:
-        name = stage.instead
-    unknown = suite.missing(f"this suite has no {name}")
-    if not leaves_policy(row.stage):
-        start, before = "a coin", COIN
-    elif row.parent is not None:
-        start, before = row.parent.stage, row.parent.metrics.get(name, unknown)
-    else:
-        start, before = "", suite.missing("its parent is not there")
-    after = row.metrics.get(name, unknown)
-    said = apart(name, before, after)
-    if said != NOT_MEASURED:
-        if row.parent and len({row.suite, row.parent.suite} - {""}) > 1:
-            said = OTHER_SUITES
-        elif other_items(row).keys() & set(about(name).sets):
-            said = OTHER_ITEMS
-    difference = row.differences.get(name)
-    if before is COIN and after["value"] is not None:
-        difference = {key: after[key] - COIN[key] for key in COIN}
-    return Goal(row.stage, name, start, before, after, said, difference)
-
-
-def goal_table(rows: list[Row]) -> Table:
-    """What each stage gained on its own goal over the row that it started from."""
-    lines: list[list[str | Cell]] = []
-    for goal in goals(rows):
-        if goal.before is COIN:
-            before: str | Cell = Cell([("50.0 %", ""), ("(a coin)", "small")])
-        else:
-            before = measured_cell(goal.name, goal.before, f" ({goal.start})")
-        after = measured_cell(goal.name, goal.after)
-        lines.append([goal.stage, title(goal.name), before, after, Cell(goal.parts)])
-    return Table(["stage", "goal", "before", "after", "gain"], lines)
-
-
-def apart(name: str, before: Metric, after: Metric) -> str:
-    """Whether the intervals of two cells overlap, and if not, which is better."""
-    if before["value"] is None or after["value"] is None:
-        return NOT_MEASURED
-    if any(cell["low"] == cell["high"] for cell in (before, after) if cell is not COIN):
-        return NO_WIDTH
-    above, below = after["low"] > before["high"], after["high"] < before["low"]
-    if about(name).better == "lower":
-        above, below = below, above
-    return "apart: better" if above else "apart: worse" if below else "overlap"
-
-
-# --- public benchmarks
-
-
 def benchmark_table(rows: list[Row]) -> Table:
     """A row for each stage that was measured, a column for each metric of each task."""
     shown = [row for row in rows if row.benchmarks]
@@ -320,9 +86,6 @@ def _benchmark_cell(one: Benchmark | None) -> str | Cell:
     parts = [(one.measured, ""), (f"n {one.n}, chance {one.guessed}", "small")]
     parts += [(f"{one.truncated} prompts truncated", "small")] * bool(one.truncated)
     return Cell(parts)
-
-
-# --- costs
 
 
 def duration(seconds: float) -> str:
