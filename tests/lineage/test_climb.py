@@ -192,6 +192,21 @@ def test_what_a_kill_left_in_the_middle_of_a_write_goes(base, tmp_path) -> None:
     assert sorted(path.name for path in folder.glob(".*")) == [".mine", ".mine.txt"]
 
 
+def test_a_run_that_begins_anew_leaves_no_log_that_wandb_cannot_read(base, tmp_path) -> None:
+    outputs = tmp_path / "outputs"
+    logs = [outputs / "wandb" / f"offline-run-20260101_00000{n}-abc" for n in range(3)]
+    for log, data in zip(logs, (None, b"", b":W&B\x1e\xbe\x00"), strict=True):
+        log.mkdir(parents=True)
+        if data is not None:
+            (log / "run-abc.wandb").write_bytes(data)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, "pretrain", FakeTrain("pretrain", KeyboardInterrupt()))
+    [folder] = (outputs / "runs").iterdir()
+    write_record(folder, wandb="abc")
+    run(base, "pretrain")
+    assert not list((outputs / "wandb").iterdir()) and "wandb" not in read_record(folder)
+
+
 def test_keep_checkpoints(base, tmp_path) -> None:
     run([*base, "keep_checkpoints=true"], "pretrain", FakeTrain(checkpoint=True))
     assert list((tmp_path / "outputs" / "runs").glob("pretrain-*/checkpoints/last.ckpt"))

@@ -80,9 +80,12 @@ def test_the_last_step_of_all_starts(whole, tmp_path) -> None:
     log = cut(whole, tmp_path, 50_000)
     step = read(log)[0][-1]
     cut(whole, tmp_path, START, day=2)
+    cut(whole, tmp_path, START, day=3).unlink()  # a kill came before the log was made
+    other = tmp_path / "offline-run-20260101_000000-x-abc"
+    other.mkdir()  # of the run x-abc, which may be about to make it
     assert logged_offline(tmp_path, "abc") == step > 0
     assert logged_offline(tmp_path, "ab") == logged_offline(tmp_path, "*") == -1
-    assert len(list(tmp_path.iterdir())) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {log.parent.name, other.name}
     mark_sent(tmp_path, "abc")
     assert log.with_name("run-abc.wandb.synced").exists()
 

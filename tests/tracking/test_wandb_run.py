@@ -22,6 +22,7 @@ from fourstage.runs.records import read_record, write_record
 from fourstage.tracking import wandb_content, wandb_run
 from fourstage.tracking.callbacks import Sample, SampleLog
 from fourstage.tracking.loggers import MetricsCSV, build_loggers
+from fourstage.tracking.wandb_core import end_core
 from fourstage.tracking.wandb_run import HeldRows, SendSaved, abandon_wandb, finish_wandb
 from fourstage.tracking.wandb_settings import has_key, names, wandb_mode
 from tests.fakes import FakeTrain, config, own_files
@@ -234,6 +235,7 @@ def test_a_wandb_core_that_ended_between_runs_is_started_again(no_key, job, sign
         assert wandb.run is None
         for core in cores(os.getpid()):
             os.kill(core, signum)
+    end_core()
 
 
 KILLED_AT_THE_END = """

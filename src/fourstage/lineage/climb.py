@@ -1,6 +1,6 @@
 """make for stages: climb the ladder, reuse finished runs, resume unfinished ones.
 
-A run's id is a hash of everything that determines its weights (plan.py), its folder is
+A run's id is a hash of everything that determines its weights (identity.py), its folder is
 outputs/runs/<stage>-<id>, its record run.json. `force=true` trains the named stage again in
 outputs/retrain/; the old run stays usable until the new one is finished and takes its place.
 """
@@ -34,6 +34,8 @@ from fourstage.runs.disk import GB, too_much, trim
 from fourstage.runs.heartbeat import beating, sign_of_life
 from fourstage.runs.records import add_tags, read_record, write_record
 from fourstage.runs.store import RunStore, find_status
+from fourstage.tracking.wandb_log import mended
+from fourstage.tracking.wandb_settings import wandb_folder
 
 if TYPE_CHECKING:  # plan imports PyTorch
     from fourstage.lineage.plan import Plan, PlannedRun
@@ -126,8 +128,10 @@ def make_room(plan: Plan) -> str | None:
 
 def train_and_record(plan: Plan, run: PlannedRun, train: Train) -> None:
     """Train a run and keep its run.json up to date from start to end."""
-    if run.status == "train" and run.folder.exists():
-        shutil.rmtree(run.folder)  # it never came to a checkpoint
+    if run.status == "train" and run.folder.exists():  # it never came to a checkpoint
+        with suppress(UserError):  # a broken record
+            mended(wandb_folder(plan.store.outputs), read_record(run.folder).get("wandb", ""))
+        shutil.rmtree(run.folder)
     before = read_record(run.folder)["cost"]["seconds"] if run.status == "resume" else 0.0
     start = time.monotonic()
 

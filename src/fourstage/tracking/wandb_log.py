@@ -26,14 +26,23 @@ START = 7  # bytes before the first chunk
 def logged_offline(folder: Path, run_id: str) -> int:
     """The last step in the logs of an offline run under W&B's folder, -1 if there is none. Logs
     that a kill left incomplete are mended."""
-    logs = folder.glob(f"offline-run-*-{escape(run_id)}/run-{escape(run_id)}.wandb")
-    steps = [last_step(log) for log in sorted(logs) if mend(log)]
-    return max(steps, default=-1)
+    return max(map(last_step, mended(folder, run_id)), default=-1)
+
+
+def mended(folder: Path, run_id: str) -> list[Path]:
+    """The logs of an offline run that have records, without what a kill left incomplete."""
+    return [log for log in logs_of(folder, run_id) if mend(log)]
+
+
+def logs_of(folder: Path, run_id: str) -> list[Path]:
+    """The offline logs of a run, in their order; a kill may have left a folder without its log."""
+    starts = folder.glob(f"offline-run-????????_??????-{escape(run_id)}")
+    return [start / f"run-{run_id}.wandb" for start in sorted(starts)]
 
 
 def mend(log: Path) -> bool:
     """Cut a log after its last whole record; one without records goes, with its folder."""
-    data = log.read_bytes()
+    data = log.read_bytes() if log.exists() else b""
     end = end_of_records(data)
     if end == START:
         shutil.rmtree(log.parent)
@@ -78,5 +87,5 @@ def last_step(log: Path) -> int:
 
 def mark_sent(folder: Path, run_id: str) -> None:
     """Have `wandb sync` skip the offline logs of a run: their rows go to the server from here."""
-    for log in folder.glob(f"offline-run-*-{escape(run_id)}/run-{escape(run_id)}.wandb"):
+    for log in logs_of(folder, run_id):
         log.with_name(f"{log.name}.synced").touch()

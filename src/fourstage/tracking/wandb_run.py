@@ -175,11 +175,13 @@ def start_wandb(job: StageJob, mode: Literal["online", "offline"], asked: Mappin
         "config": {**job.config, "run": job.run_id, "parents": job.parent_names},
         "dir": wandb_folder(job.outputs).parent,  # W&B adds /wandb
     }
+    was_online = read_record(job.folder).get("wandb_online", False)
+    write_record(job.folder, wandb=asked["id"], wandb_online=was_online)  # a kill may come
     run = begin_run(**options, mode=mode, settings=settings)
     run.define_metric(X_AXIS)
     run.define_metric("*", step_metric=X_AXIS, step_sync=True)
-    was_online = read_record(job.folder).get("wandb_online", False)
-    write_record(job.folder, wandb=run.id, wandb_online=was_online or mode == "online")
+    if mode == "online":
+        write_record(job.folder, wandb_online=True)
     for parent in job.parent_names.values() if mode == "online" else ():
         try:
             run.use_artifact(f"{parent}:latest")
