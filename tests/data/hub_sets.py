@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 
-from fourstage.data.hub import KNOWN
+from fourstage.data.known_sets import KNOWN
 from tests.stand_in_hub import card, parquet, said
 
 C, D = "c" * 40, "d" * 40

@@ -10,7 +10,7 @@ import pytest
 
 from fourstage import data
 from fourstage.data.files import Row
-from fourstage.data.hub import KNOWN, articles
+from fourstage.data.known_sets import KNOWN, articles
 from fourstage.data.schemas import conversation_from, document_from, pair_from, problem_from
 from fourstage.data.verify import verify_all
 from tests.data.hub_sets import ASKED, OTHER, SHARD, STORY, C, D, known_sets

@@ -8,7 +8,7 @@ import pytest
 
 from fourstage import data
 from fourstage.data import hub as hub_module
-from fourstage.data.hub import KNOWN
+from fourstage.data.known_sets import KNOWN
 from fourstage.errors import UserError
 from tests.data.hub_sets import C
 
