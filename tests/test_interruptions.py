@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed import DistNetworkError
 
 from fourstage.__main__ import COMMANDS
 from fourstage.errors import UserError
@@ -40,6 +41,10 @@ from fourstage.stages import PretrainModule
 from tests.fakes import QUICK, config
 
 SOURCE = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
+STORE = (
+    "lost another process of this job, whose own output says why (recv, got 0 bytes): run the same "
+    "command again: it resumes"
+)
 SETTINGS = {"micro_batch_size": 8, "batch_size": 16, "max_new_tokens": 64, "lr": 1.0}
 MEMORY = (
     "out of memory: lower stages.ppo.micro_batch_size (now 8) and run the same command again: it "
@@ -60,6 +65,7 @@ PEER = (
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to"), MEMORY),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), MEMORY),
         (RuntimeError("[pair.cc:537] Connection closed by peer [127.0.0.1]:5"), PEER),
+        (DistNetworkError("Failed to recv, got 0 bytes. Connection was likely"), STORE),
         (
             OSError(28, "No space left on device", "x/last.ckpt"),
             "disk full at x/last.ckpt: free space and run the same command again: it resumes",

@@ -25,12 +25,15 @@ NO_MEMORY = (
     "not enough memory",  # PyTorch's CPU allocator
     "can't allocate memory",
 )
-NO_PEER = (  # what gloo and NCCL say when another process is gone
+NO_PEER = (  # what gloo, NCCL and PyTorch's store say when another process is gone
     "Connection closed by peer",
     "Connection reset by peer",
     "Connection refused",
     "Broken pipe",
     "Timed out waiting",
+    "recv, got 0 bytes",
+    "client socket has timed out",
+    "wait timeout after",
     "NCCL",
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: the limit of `ulimit -f`
