@@ -167,15 +167,63 @@ def test_the_base_is_what_the_others_are_compared_with(tmp_path: Path) -> None:
         ("loss", "loss=dapo", "loss=grpo"): -0.15,
         ("lr", "lr=1e-3", "lr=1e-4"): -0.45,
     }
-    says = {
-        "base=lr=1": "^base=lr=1: no group has it: there are lr=1e-4; lr=1e-3$",
-        "base=x=1": "^base=x=1: no group has it: there are loss=grpo; loss=dapo; lr=1e-4; lr=1e-3$",
-        "base=": "^base=: a value is missing",
-        "base=ppo->grpo": "^base=ppo → grpo: no group has it",
+    refused = {
+        "base=lr=1": r"base=stages.grpo.lr=1: no group has it: there are loss=grpo, lr=1e-4; loss",
+        "base=x=1": "base=x=1: the groups don't differ in it, but in loss, lr",
+        "base=seed=1": "base=seed=1: the groups don't differ in it, but in loss, lr",
+        "base=": "base=: a value is missing",
+        "base=lr=": "base=lr=: a value is missing",
+        "base=sft->grpo": "base=sft->grpo: the groups don't differ in it",
+        "base=lr=1e-3,lr=1e-4": "base: lr is given twice",
     }
-    for word, line in says.items():
-        with pytest.raises(UserError, match=line):
+    for word, line in refused.items():
+        with pytest.raises(UserError, match=f"^{line}"):
             read(tmp_path, "stage=grpo", word)
+    with pytest.raises(UserError, match="^base: lr is given twice"):
+        read(tmp_path, "stage=grpo", "base=lr=1e-3", "base=lr=1e-4")
+
+
+def test_a_base_is_a_group_where_settings_are_not_crossed(tmp_path: Path) -> None:
+    right = {(1e-4, "grpo"): 3, (1e-3, "grpo"): 7, (1e-3, "dapo"): 9}
+    write_sweep(tmp_path, {(*own, s): n for own, n in right.items() for s in (0, 1)})
+    found = read(tmp_path, "stage=grpo", "base=loss=dapo")
+    assert found["groups"][0]["label"] == "loss=dapo, lr=1e-3"
+    differences = {g: r["difference"] for g, r in of_grpo(found).items() if "difference" in r}
+    assert {difference["to"] for difference in differences.values()} == {"loss=dapo, lr=1e-3"}
+    assert differences["loss=grpo, lr=1e-4"]["mean"] == -0.6
+    with pytest.raises(
+        UserError, match="^base=stages.grpo.lr=1e-4,stages.grpo.loss=dapo: no group"
+    ):
+        read(tmp_path, "stage=grpo", "base=lr=1e-4,loss=dapo")
+
+
+def test_a_base_by_its_route_and_by_an_ancestors_setting(tmp_path: Path) -> None:
+    """The tips' routes are told from each other later than those of grpo alone."""
+    for seed in (0, 1):
+        pretrain = write_run(tmp_path, "pretrain", seed, seed=seed, right=0)
+        for at, lr in enumerate((1e-4, 1e-3)):
+            n = 2 * at + seed
+            options = {"seed": seed, "lr": lr, "right": 2 + at}
+            sft = write_run(tmp_path, "sft", n, parents={"policy": pretrain}, **options)
+            ppo = write_run(tmp_path, "ppo", n, seed=seed, parents={"policy": sft}, right=2)
+            for other, parent in enumerate((sft, ppo)):
+                options = {"seed": seed, "parents": {"policy": parent}, "right": 4 + other + at}
+                write_run(
+                    tmp_path, "grpo", 2 * n + other, **options, only=['["a, lr=3"]', '["b"]'][at]
+                )
+        write_run(tmp_path, "ppo", 9 - seed, seed=seed, parents={"policy": pretrain}, right=1)
+    words = ["all", "base=pretrain->sft->grpo", "base=stages.sft.lr=1e-3"]
+    rows = of_grpo(read(tmp_path, *words))
+    assert len(rows) == 4
+    (first,) = (label for label, row in rows.items() if "difference" not in row)
+    assert first.startswith("sft → grpo") and "lr=1e-3" in first
+    others = [row["difference"] for label, row in rows.items() if label != first]
+    assert {difference["to"] for difference in others} == {first}
+    for word in ("sft.lr=0.001,sft -> grpo", "sft->grpo,sft.lr=1e-3", 'route=sft->grpo,only=["b"]'):
+        found = of_grpo(read(tmp_path, "stage=grpo", f"base={word}"))
+        assert [label for label, row in found.items() if "difference" not in row] == [first]
+    found = read(tmp_path, "stage=grpo", 'base=only=["a, lr=3"]')
+    assert found["groups"][0]["label"].endswith('lr=1e-4, only=["a, lr=3"]')
 
 
 def test_ladders_by_an_ancestors_setting(tmp_path: Path) -> None:

@@ -21,11 +21,12 @@ from fourstage.report.contrasts import (
     Unit,
     adjusted,
     asked,
+    based,
     compared,
     grouped,
 )
 from fourstage.report.files import FAULTS, Files, Item, Metric
-from fourstage.report.groups import ancestry, base_of, check_base, chosen, seeds, settings
+from fourstage.report.groups import ancestry, base_of, chosen, seeds, settings
 from fourstage.report.keys import NONE, about, keys
 from fourstage.report.ladder import (
     Row,
@@ -98,17 +99,18 @@ def compare(outputs: Path, words: Sequence[str]) -> Comparison:
     runs = read_runs(outputs, files)
     tips_ = picked(runs, words, outputs, files)
     by_words = [w for word in words if word.startswith("by=") for w in word[3:].split(",")]
-    base = tuple(pair for word in words if word.startswith("base=") for pair in base_of(word))
     lines_ = [ladder(tip, runs, files) for tip in tips_]
     rows = [{row.stage: row for row in read_rows(line, files, details=False)} for line in lines_]
     units = _units(lines_, rows, files)
     last = [units[tip.stage][tip.folder] for tip in tips_]
     by = chosen([unit.settings for unit in last], by_words) if by_words else None
-    factors, groups = grouped(last, by, base)
-    check_base(factors, base)
+    factors, groups = grouped(last, by)
+    base = base_of([word for word in words if word.startswith("base=")], factors)
+    factors, groups = based(factors, groups, base, must=True)
     beside = [key for factor in factors for key in factor.keys]
     of_stage = {
-        stage: grouped(list(each.values()), by, base, beside) for stage, each in units.items()
+        stage: based(*grouped(list(each.values()), by, beside), base)
+        for stage, each in units.items()
     }
     goals = {stage: _goal(stage, list(each.values())) for stage, each in units.items()}
     over_items = _over_items(lines_, list(goals.values()))

@@ -8,10 +8,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+from fourstage.errors import UserError
 from fourstage.evaluation.suite import SUITE
 from fourstage.report.files import Item, Metric
 from fourstage.report.goals import NOT_MEASURED, OTHER_ITEMS, OTHER_SUITES
-from fourstage.report.groups import ABSENT, Factor, Settings, factors
+from fourstage.report.groups import ABSENT, ROUTE, Factor, Settings, factors, is_of
 from fourstage.report.keys import about
 from fourstage.report.ladder import ANSWERED, Row
 from fourstage.report.statistics import Mean, holm, paired, t_mean, welch
@@ -19,6 +20,7 @@ from fourstage.report.statistics import Mean, holm, paired, t_mean, welch
 SAME_RUNS = "the same runs"
 ONE_SEED = "one seed on a side, without a partner"
 OTHER_SEEDS = "one run each, of other seeds"
+LISTED = 12  # groups that a message names
 CLEAR = 0.05  # the largest adjusted p value of a clear difference
 Items = Mapping[str, Hashable]  # item set -> what was asked, and how
 
@@ -150,14 +152,13 @@ def asked(row: Row, items: Sequence[Item]) -> Items:
 def grouped(
     units: Sequence[Unit],
     by: Sequence[str] | None,
-    base: tuple[tuple[str, str], ...] = (),
     beside: Sequence[str] = (),
 ) -> tuple[list[Factor], list[Group]]:
     """The factors that the units differ in (see groups.factors), and the groups in order, the
-    reference first: the base, numbers by size, texts by when they were first trained with."""
+    reference first: numbers by size, texts by when they were first trained with."""
     units = sorted(units, key=lambda unit: (unit.started, unit.row.folder.name))
     each = [unit.settings for unit in units]
-    found = [replace(factor, base=base) for factor in factors(each, by, beside)]
+    found = factors(each, by, beside)
     rest = [] if by is None else [f for f in factors(each) if not {*f.keys} & {*by}]
     members: dict[tuple[tuple[object, ...], ...], dict[str, Unit]] = {}
     labels = {}
@@ -175,6 +176,28 @@ def grouped(
     alone = "all" if len(order) == 1 else "the rest"
     by_seed = {v: dict(sorted(members[v].items(), key=lambda x: (len(x[0]), x[0]))) for v in order}
     return found, [Group(labels[v] or alone, v, by_seed[v]) for v in order]
+
+
+def based(
+    found: list[Factor], groups: list[Group], base: Mapping[str, str], must: bool = False
+) -> tuple[list[Factor], list[Group]]:
+    """The same with the group first that has most of the base's values. Raises UserError if it
+    `must` have all."""
+
+    def lacks(group: Group) -> list[str]:
+        units = [unit.settings for unit in group.blocks.values()]
+        return [b[0] for b in base.items() if not all(is_of(b, unit) for unit in units)]
+
+    if not base:
+        return found, groups
+    first = min(groups, key=lambda group: len(lacks(group)))
+    if must and lacks(first):
+        typed = ",".join(text if key == ROUTE else f"{key}={text}" for key, text in base.items())
+        more = f"; and {len(groups) - LISTED} more" * (len(groups) > LISTED)
+        there = "; ".join(group.label for group in groups[:LISTED]) + more
+        raise UserError(f"base={typed}: no group has it: there are {there}")
+    found = [replace(f, first=values) for f, values in zip(found, first.values, strict=True)]
+    return found, [first, *(group for group in groups if group is not first)]
 
 
 def mean_of(group: Group, key: str) -> tuple[Mean, str] | None:

@@ -40,13 +40,13 @@ CONSTANTS = {None: "null", True: "true", False: "false"}
 
 @dataclass(frozen=True)
 class Factor:
-    """Settings that always change together: keys, short names, and their values by unit. `base` has
-    the value of some key that comes first, as it was typed."""
+    """Settings that always change together: keys, short names, and their values by unit; `first`
+    are those that others are compared with."""
 
     keys: tuple[str, ...]
     names: tuple[str, ...]
     values: tuple[tuple[Any, ...], ...]
-    base: tuple[tuple[str, str], ...] = ()
+    first: tuple[Any, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -54,21 +54,8 @@ class Factor:
 
     @property
     def order(self) -> list[tuple[Any, ...]]:
-        """The distinct values in order: the base, numbers by size, texts as the units have them."""
-        return sorted(dict.fromkeys(self.values), key=lambda v: (not self._is_base(v), _place(v)))
-
-    def _is_base(self, values: tuple[Any, ...]) -> bool:
-        said = [self.has(key, text, values) for key, text in self.base if self.is_about(key)]
-        return bool(said) and all(said)
-
-    def is_about(self, key: str) -> bool:
-        """Whether one of its settings has the key, or this short name."""
-        return key in (*self.keys, *self.names)
-
-    def has(self, key: str, text: str, values: tuple[Any, ...]) -> bool:
-        """Whether one of its values is of the key, and is what was typed."""
-        own = [v for *its, v in zip(self.keys, self.names, values, strict=True) if key in its]
-        return any(typed(value) == text or is_value(value, text) for value in own)
+        """The distinct values: the first, then numbers by size, texts as the units have them."""
+        return sorted(dict.fromkeys(self.values), key=lambda v: (v != self.first, _place(v)))
 
     def said(self, unit: int) -> str:
         """A unit's values for readers: lr=1e-3, batch_size=8; a route is only its value."""
@@ -200,7 +187,12 @@ def factors(
 
 def _column(units: Sequence[Settings], key: str) -> list[Any]:
     """A key's value in every unit."""
-    return [unit[key] if key in unit else _lacking(unit, key) for unit in units]
+    return [value_of(unit, key) for unit in units]
+
+
+def value_of(unit: Settings, key: str) -> Any:
+    """A unit's value, or what stands for the one that it lacks."""
+    return unit[key] if key in unit else _lacking(unit, key)
 
 
 def _lacking(unit: Settings, key: str) -> str:
@@ -291,27 +283,37 @@ def chosen(units: Sequence[Settings], by: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def base_of(word: str) -> tuple[tuple[str, str], ...]:
-    """Keys and values of base=lr=3e-4,loss=dapo, or of base=sft->grpo for a route. Raises
-    UserError."""
-    parts = [part.strip() for part in re.split(r",(?=\s*[\w.]+=)", word.removeprefix("base="))]
-    if not all(parts):
-        raise UserError(f"{word}: a value is missing: expected base=KEY=VALUE or base=sft->grpo")
-    split = [part.partition("=") for part in parts]
-    return tuple(
-        (key, text) if sep else (ROUTE, re.sub(r"\s*(->|→)\s*", " → ", key))
-        for key, sep, text in split
-    )
+def base_of(words: Sequence[str], found: Sequence[Factor]) -> dict[str, str]:
+    """Key -> value, as typed, of base=lr=3e-4,loss=dapo or, for a route, base=sft->grpo. Raises
+    UserError for a key that the groups don't differ in, and for one that is ambiguous."""
+    base: dict[str, str] = {}
+    for word in words:
+        for part in re.split(r",(?![^\[{(]*[\]})])", word.removeprefix("base=")):
+            name, is_setting, text = part.strip().partition("=")
+            if not is_setting or name == ROUTE:
+                name, text = ROUTE, re.sub(r"\s*(->|→)\s*", " → ", text or name)
+            if not text:
+                raise UserError(f"{word}: a value is missing: expected base=KEY=VALUE")
+            keys = [(k, short) for f in found for k, short in zip(f.keys, f.names, strict=True)]
+            same = [k for k, short in keys if name in (k, short, k.removesuffix(".name"))]
+            ends = same[:1] or [k for k, _ in keys if k.endswith(f".{name}")]
+            if len(ends) != 1:
+                there = ", ".join(ends or [short for _, short in keys]) or "nothing"
+                why = "there are several:" if ends else "the groups don't differ in it, but in"
+                raise UserError(f"base={part.strip()}: {why} {there}")
+            if ends[0] in base:
+                raise UserError(f"base: {name} is given twice")
+            base[ends[0]] = text
+    return base
 
 
-def check_base(found: Sequence[Factor], base: Sequence[tuple[str, str]]) -> None:
-    """Raises UserError if no group has one of the base's values."""
-    for key, text in base:
-        about = [factor for factor in found if factor.is_about(key)]
-        if not any(factor.has(key, text, v) for factor in about for v in factor.values):
-            word = text if key == ROUTE else f"{key}={text}"
-            there = [factor.shown(values) for factor in about or found for values in factor.order]
-            raise UserError(f"base={word}: no group has it: there are {'; '.join(there) or 'none'}")
+def is_of(base: tuple[str, str], unit: Settings) -> bool:
+    """Whether a unit has a value that was typed; a route may be typed without its beginning."""
+    key, text = base
+    value = value_of(unit, key)
+    if key == ROUTE:
+        return f" → {value}".endswith(f" → {text}")
+    return typed(value) == text or is_value(value, text)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
