@@ -41,6 +41,10 @@ def run() -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1" or (line := one_line(error)) is None:
             raise
         sys.exit(line)
+    except RuntimeError as error:
+        if "srun" not in str(error):
+            raise
+        sys.exit(f"{error} Without SLURM, leave out sweep=slurm")
     except KeyboardInterrupt:  # between two jobs
         print(f"stopped by Ctrl-C: {AGAIN}", file=sys.stderr)
         sys.exit(130)

@@ -296,6 +296,11 @@ def spoil(path: Path, kind: str, executed: Path) -> None:
         data = bytearray(tensors.read_bytes())
         data[-5] ^= 64
         tensors.write_bytes(data)
+    elif kind == "a flipped bit in the loops":  # of a number that PyTorch would take as it is
+        data = bytearray(loops.read_bytes())
+        data[data.index(b"K", data.index(b"completed")) + 1] ^= 1
+        loops.write_bytes(data)
+        assert torch.load(loops, weights_only=True)
     elif kind == "another save":
         note.write_text(note.read_text().replace('"save": "', '"save": "0'))
     elif kind == "text":
@@ -328,6 +333,7 @@ OR = "restore it from a copy, or train the stage from the start"
 SPOILT = {
     **dict.fromkeys(("truncated", "no header", "text", "a file", "code"), ANY),
     **dict.fromkeys(("other model", "a weight less", "half a weight"), ANY),
+    "a flipped bit in the loops": ANY,
     "a file less": f"rank-00000.safetensors is missing: {OR}",
     "a file more": f"rank-00001.safetensors is of another save: {OR}",
     "another save": f"rank-00000.safetensors is of another save: {OR}",

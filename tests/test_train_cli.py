@@ -218,6 +218,17 @@ def test_a_full_disk_is_one_line(call, capsys) -> None:
     assert capsys.readouterr().err == line
 
 
+def test_slurm_that_is_not_there_is_one_line(monkeypatch) -> None:
+    def main() -> None:
+        raise RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?')
+
+    monkeypatch.setattr(train, "main", main)
+    monkeypatch.setattr(sys, "argv", ["train.py", "stage=pretrain"])
+    monkeypatch.setattr(train.reported, "run_and_report", train.reported.run_and_report)
+    with pytest.raises(SystemExit, match="slurm cluster. Without SLURM, leave out sweep=slurm$"):
+        train.run()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit doesn't stand for a full disk")
 @pytest.mark.parametrize("multirun", [[], ["-m"]])
 def test_a_disk_that_is_full_from_the_start_is_one_line(multirun, tmp_path) -> None:

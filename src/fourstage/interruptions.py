@@ -39,7 +39,8 @@ NO_PEER = (  # what gloo, NCCL and PyTorch's store say when another process is g
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: the limit of `ulimit -f`
 NO_TEMPORARY = "No usable temporary directory"  # as tempfile says
 NO_PLACE = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)  # EEXIST: a file is there
-AGAIN = "run the same command again: it resumes"
+RESUMES = ": it resumes"
+AGAIN = f"run the same command again{RESUMES}"
 NO_READER = f"the reader of this command's output has ended (as `| head` does): {AGAIN}"
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 SIZES = ("batch_size", "minibatch_size", "group_size", "max_new_tokens", "max_tokens", "block_size")
@@ -219,5 +220,5 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
         line = one_line(error)
         if line is None:
             raise
-        code = f"error: {line}"
+        code = f"error: {line.removesuffix(RESUMES)}"  # which only train.py does
     sys.exit(code)

@@ -207,6 +207,18 @@ def test_a_run_that_begins_anew_leaves_no_log_that_wandb_cannot_read(base, tmp_p
     assert not list((outputs / "wandb").iterdir()) and "wandb" not in read_record(folder)
 
 
+def test_a_folder_that_is_removed_while_it_is_trained(base, tmp_path) -> None:
+    class Removed(FakeTrain):
+        def __call__(self, job):
+            shutil.rmtree(job.outputs)
+            (job.folder / "metrics.csv").touch()
+
+    with pytest.raises(UserError, match="pretrain-[a-z]{10}: removed while it was trained: run it"):
+        run(base, "pretrain", Removed())
+    assert not list((tmp_path / "outputs").rglob("run.json"))
+    assert run(base, "pretrain").stages == ["pretrain"]
+
+
 def test_keep_checkpoints(base, tmp_path) -> None:
     run([*base, "keep_checkpoints=true"], "pretrain", FakeTrain(checkpoint=True))
     assert list((tmp_path / "outputs" / "runs").glob("pretrain-*/checkpoints/last.ckpt"))

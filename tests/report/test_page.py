@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -188,3 +189,26 @@ def test_charts_are_drawn_for_the_columns_that_are_there() -> None:
 def test_a_setting_in_a_table_stays_on_one_line() -> None:
     html = page("t", [Table(["group"], [["sft → grpo, lr=1e-3, <x"]])])
     assert "<td>sft → grpo, <b>lr=1e-3,</b> &lt;x</td>" in html
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit doesn't stand for a full disk")
+def test_a_full_disk_leaves_whole_files(outputs, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fourstage", "report", f"outputs={outputs}"]
+    subprocess.run(command, check=True, capture_output=True)
+    before = {path: path.read_bytes() for path in (outputs / "report").rglob("*") if path.is_file()}
+    (run,) = outputs.glob("runs/grpo-*")
+    row = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(row | {"cost": {"seconds": 12345.0}}))
+    limited = ["bash", "-c", 'ulimit -f 30; exec "$@"', "bash", *command]
+    done = subprocess.run(limited, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        "error: disk full.*: free space and run the same command again\n", done.stderr
+    )
+    assert len(before[outputs / "report" / "report.html"]) > 30 * 1024
+    after = {path: path.read_bytes() for path in (outputs / "report").rglob("*") if path.is_file()}
+    assert after.keys() >= before.keys()
+    large = [path for path, content in before.items() if len(content) > 30 * 1024]
+    assert all(after[path] == before[path] for path in large)
+    subprocess.run(command, check=True, capture_output=True)
+    assert not list((outputs / "report").rglob(".*"))

@@ -168,6 +168,10 @@ def train_and_record(plan: Plan, run: PlannedRun, train: Train) -> None:
             found = train(job)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)  # SIGTERM ends as SystemExit
+        if not (job.folder / "run.json").exists():
+            if stopped:
+                raise
+            raise UserError(f"{job.folder}: removed while it was trained: run it again") from error
         with suppress(OSError):  # a full disk, perhaps
             write_record(job.folder, status="running" if stopped else "failed", cost=cost())
         raise

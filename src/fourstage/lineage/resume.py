@@ -4,6 +4,7 @@ import os
 import secrets
 import shlex
 import signal
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -150,5 +151,8 @@ class ResumeIO(TorchCheckpointIO):
             torch.save({key: x for key, x in checkpoint.items() if key not in TENSORS}, file)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        with zipfile.ZipFile(Path(path) / LOOPS) as parts:  # PyTorch doesn't read its checksums
+            if (part := parts.testzip()) is not None:
+                raise ValueError(f"{LOOPS} is damaged ({part})")
         loops = torch.load(Path(path) / LOOPS, map_location="cpu", weights_only=True)
         return {**loops, **{key: type(none)() for key, none in TENSORS.items()}}

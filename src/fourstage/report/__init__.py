@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fourstage.errors import UserError
+from fourstage.files import write_atomic
 from fourstage.report import figures, tables
 from fourstage.report.compare import write_comparison
 from fourstage.report.files import Files, Metric
@@ -65,7 +66,7 @@ def write_report(
     others = [run.name for run in tips(runs) if run not in line.values()]
     folder = outputs / "report"
     write(folder, "report", f"fourstage: {tip.name}", document(rows, tip, curves, files, others))
-    (folder / "stages.json").write_text(stages_json(rows, files.suite), encoding="utf-8")
+    write_atomic(folder / "stages.json", stages_json(rows, files.suite))
     tell(rows)
     return folder
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
+from fourstage.files import write_atomic
 from fourstage.ladder import stages
 from fourstage.report.charts import Dots, dot_plot
 from fourstage.report.compare_json import content
@@ -60,7 +61,7 @@ def write_comparison(outputs: Path, words: Sequence[str]) -> Path:
     heading = f"fourstage: {len(found.ladders)} ladders"
     write(folder, "compare", heading, document(found), "compare")
     text = json.dumps(content(found), indent=1, allow_nan=False) + "\n"
-    (folder / "compare.json").write_text(text, encoding="utf-8")
+    write_atomic(folder / "compare.json", text)
     return folder
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fourstage.files import write_atomic
 from fourstage.report.charts import Drawing
 
 
@@ -104,17 +105,18 @@ def write(
     folder: Path, name: str, title: str, blocks: Sequence[Block], drawings: str = "figures"
 ) -> None:
     """<name>.md and <name>.html in the folder; drawings replace those in its folder `drawings`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if figures := list(_figures(blocks)):
-        place = folder / drawings
-        place.mkdir(exist_ok=True)
-        for old in [*place.glob("*.svg"), *place.glob("*.png")]:
-            old.unlink()
-        for figure in figures:
-            for kind, content in figure.drawing.files(figure.title).items():
-                (place / f"{figure.name}.{kind}").write_bytes(content)
-    (folder / f"{name}.md").write_text(markdown(blocks, drawings), encoding="utf-8")
-    (folder / f"{name}.html").write_text(page(title, blocks), encoding="utf-8")
+    place = folder / drawings
+    files = {
+        place / f"{figure.name}.{kind}": content
+        for figure in _figures(blocks)
+        for kind, content in figure.drawing.files(figure.title).items()
+    }
+    text = {".md": markdown(blocks, drawings), ".html": page(title, blocks)}
+    files |= {folder / f"{name}{kind}": content.encode() for kind, content in text.items()}
+    for path, content in files.items():
+        write_atomic(path, content)
+    for old in {*place.glob("*.svg"), *place.glob("*.png")} - files.keys():
+        old.unlink()
 
 
 def _figures(blocks: Sequence[Block]) -> Iterator[Figure]:
