@@ -83,6 +83,20 @@ def test_what_is_not_comparable_is_not_compared(tmp_path: Path, changes, how) ->
     assert f"| – | {how} |" in text(tmp_path)
 
 
+def test_intervals_of_shares_end_where_shares_do(tmp_path: Path) -> None:
+    """With two seeds t is 12.7."""
+    right = {1e-4: (0, 4), 1e-3: (6, 9)}
+    write_sweep(
+        tmp_path, {(lr, "grpo", s): n for lr, each in right.items() for s, n in enumerate(each)}
+    )
+    rows = of_grpo(read(tmp_path, "stage=grpo"))
+    assert [(row["low"], row["high"]) for row in rows.values()] == [(0.0, 1.0), (0.0, 1.0)]
+    difference = rows["lr=1e-3"]["difference"]
+    half = t_quantile(1) * 0.05
+    assert difference["mean"] == 0.55
+    assert difference["low"] == pytest.approx(0.55 - half, abs=1e-6) and difference["high"] == 1.0
+
+
 def test_a_mean_is_over_runs_of_one_suite(tmp_path: Path) -> None:
     """lr=1e-4 has a third run by an old suite, lr=1e-3 two by two old ones, which have no mean. Of
     the gains over pretrain, one has a start by an old suite and isn't known."""
@@ -143,7 +157,7 @@ def test_holm_counts_all_differences_of_the_goals(tmp_path: Path) -> None:
     assert small["p"] < large["p"]
     assert small["p_holm"] == pytest.approx(2 * small["p"])
     assert large["p_holm"] == pytest.approx(max(large["p"], 2 * small["p"]))
-    assert "The 2 p values here are each given after Holm's correction for their number" in text(
+    assert "Each of the 2 p values is also given after Holm's correction for 2 tests" in text(
         tmp_path
     )
 
@@ -208,7 +222,7 @@ def test_runs_of_one_seed_are_one_value(tmp_path: Path) -> None:
     assert (found["loss=grpo"]["n"], found["loss=grpo"]["low"]) == (2, None)
     difference = dapo["difference"]
     assert (difference["mean"], difference["n"]) == (0.3, 2)
-    assert difference["high"] == pytest.approx(0.3 + half, abs=1e-6)
+    assert difference["low"] == pytest.approx(0.3 - half, abs=1e-6)
     assert difference["how"] == "paired over 2 seeds (6 pairs)"
     assert "| loss=dapo | 6 runs of 2 seeds | 50.0 %" in text(tmp_path)
     assert "| loss=dapo | 6 | 0; 1 | grpo |" in text(tmp_path)

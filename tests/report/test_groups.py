@@ -95,7 +95,7 @@ def test_two_learning_rates_and_three_seeds_by_hand(tmp_path: Path) -> None:
     assert (difference["low"], difference["high"]) == ends
     assert difference["p"] == difference["p_holm"] == pytest.approx(0.07418, abs=1e-5)
     assert (difference["how"], difference["verdict"]) == ("paired over 3 seeds", "unclear")
-    assert "There is one p value here, which Holm's correction leaves as it is: a" in text(tmp_path)
+    assert "There is one p value, which Holm's correction leaves as it is: a" in text(tmp_path)
     assert found["effects"] == []  # it is the groups' difference
     assert "+20.0 points [-4.8, +44.8] p 0.074, Holm 0.074 | paired over 3 seeds |" in text(
         tmp_path

@@ -97,7 +97,12 @@ def _introduction(found: Comparison) -> list[Block]:
     if len(debug) > MANY:
         debug[MANY:] = [f"and {len(debug) - MANY} more"]
     return [
-        *[Paragraph(f"Debug runs, whose figures say nothing: {', '.join(debug)}.")] * bool(debug),
+        *[
+            Paragraph(
+                f"Debug runs, too short for their figures to mean anything: {', '.join(debug)}."
+            )
+        ]
+        * bool(debug),
         Paragraph(f"{_what(found)} Evaluation suite {found.files.suite}."),
         *map(Paragraph, found.files.suite_notes("NAME")),
         *map(Paragraph, _code(found.differs)),
@@ -225,8 +230,8 @@ def _family(found: Sequence[Difference]) -> str:
     """How many p values are corrected together."""
     n = sum(difference.adjusted is not None for difference in found)
     if n < 2:
-        return " There is one p value here, which Holm's correction leaves as it is" * n
-    return f" The {n} p values here are each given after Holm's correction for their number too"
+        return " There is one p value, which Holm's correction leaves as it is" * n
+    return f" Each of the {n} p values is also given after Holm's correction for {n} tests"
 
 
 def _compared_table(table: Compared) -> Table:

@@ -202,17 +202,21 @@ def based(
 
 def mean_of(group: Group, key: str) -> tuple[Mean, str] | None:
     """A group's mean with its interval over seeds, n of them, or over items for one run; None
-    without one. A share's interval ends at 0 and 1."""
+    without one."""
     cells = list(group.cells(key).values())
     if not cells:
         return None
     if len(cells) > 1:
-        mean = t_mean([*group.by_seed(group.values_of(key)).values()])
-        if about(key).is_share and mean.low is not None and mean.high is not None:
-            mean = replace(mean, low=max(0.0, mean.low), high=min(1.0, mean.high))
-        return mean, "seeds"
+        return bounded(t_mean([*group.by_seed(group.values_of(key)).values()]), key, 0.0), "seeds"
     [cell] = cells
     return Mean(cell["value"], 1, cell["low"], cell["high"]), "items"
+
+
+def bounded(mean: Mean, key: str, least: float = -1.0) -> Mean:
+    """A share's interval ends at 0 and 1, that of a difference between shares at -1 and 1."""
+    if not about(key).is_share or mean.low is None or mean.high is None:
+        return mean
+    return replace(mean, low=max(least, mean.low), high=min(1.0, mean.high))
 
 
 def gain_of(
@@ -223,7 +227,7 @@ def gain_of(
     starts = {block: before(group.blocks[block].row) for block in group.cells(key)}
     values = group.values_of(key)
     gains = {block: values[block] - start for block, start in starts.items() if start is not None}
-    return (t_mean([*group.by_seed(gains).values()]), len(gains)) if gains else None
+    return (bounded(t_mean([*group.by_seed(gains).values()]), key), len(gains)) if gains else None
 
 
 def difference(group: Group, reference: Group, key: str, over_items: OverItems) -> Difference:
@@ -340,6 +344,7 @@ def compared(
     """Every group of a stage against the first in one key. With one factor, its effect is what the
     groups differ by, and isn't said twice."""
     each = [difference(group, groups[0], key, over_items) for group in groups[1:]]
+    each = [replace(d, mean=bounded(d.mean, key)) if d.mean else d for d in each]
     return Compared(stage, key, groups, each, effects(found, groups, key) if found[1:] else [])
 
 
