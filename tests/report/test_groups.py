@@ -70,13 +70,18 @@ def test_by_takes_the_end_of_a_key() -> None:
 # --- groups
 
 
-def test_two_learning_rates_and_three_seeds_by_hand(tmp_path: Path) -> None:
+def test_two_learning_rates_and_three_seeds_by_hand(tmp_path: Path, capsys) -> None:
     """Differences 0.2, 0.3, 0.1: mean 0.2, sd 0.1, t(2) 4.3027, so p = 0.0742."""
     right = {1e-3: (5, 7, 6), 1e-4: (3, 4, 5)}
     write_sweep(
         tmp_path, {(lr, "grpo", s): n for lr, each in right.items() for s, n in enumerate(each)}
     )
     found = read(tmp_path, "stage=grpo")
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "grpo: reasoning accuracy",
+        "  lr=1e-4  40.0 % [15.2, 64.8]  the first",
+        "  lr=1e-3  60.0 % [35.2, 84.8]  +20.0 points [-4.8, +44.8] p 0.074, Holm 0.074",
+    ]
     assert found["groups"] == [
         {
             "label": f"lr={lr}",

@@ -253,15 +253,15 @@ def main(arguments: list[str]) -> None:
         else:
             raise UserError(f"unknown argument {argument!r} (see --help)")
     if is_comparison:
-        folder = write_comparison(Path(outputs), names)
+        folder = write_comparison(Path(outputs), names, _print)
         print(f"comparison: {folder / 'compare.html'} (the same as {folder / 'compare.md'})")
     else:
-        folder = write_report(Path(outputs), name, _tell)
+        width = shutil.get_terminal_size().columns
+        folder = write_report(Path(outputs), name, lambda rows: _print(ending(rows, width)))
         print(f"report: {folder / 'report.html'} (the same as {folder / 'report.md'})")
 
 
-def _tell(rows: list[Row]) -> None:
-    """Print the ending; characters that the output can't encode become question marks."""
-    text = "\n".join(ending(rows, shutil.get_terminal_size().columns))
+def _print(lines: list[str]) -> None:
+    """Characters that the output can't encode become question marks."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding))
+    print("\n".join(lines).encode(encoding, "replace").decode(encoding))

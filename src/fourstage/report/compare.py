@@ -27,6 +27,7 @@ from fourstage.report.html import (
     Heading,
     Paragraph,
     Table,
+    plain,
     write,
 )
 from fourstage.report.keys import NONE, about, gained, interval, shown, title
@@ -52,17 +53,35 @@ CALLED = (
 )
 
 
-def write_comparison(outputs: Path, words: Sequence[str]) -> Path:
+def write_comparison(
+    outputs: Path, words: Sequence[str], tell: Callable[[list[str]], None] = lambda lines: None
+) -> Path:
     """Write the comparison into outputs/report and return that folder. `words`: names, `all`,
-    conditions, by=KEY,KEY, base=KEY=VALUE. Raises UserError unless they mean two finished ladders
-    or more."""
+    conditions, by=KEY,KEY, base=KEY=VALUE; `tell` is called with its ending. Raises UserError
+    unless they mean two finished ladders or more."""
     found = compare(outputs, words)
     folder = outputs / "report"
     heading = f"fourstage: {len(found.ladders)} ladders"
     write(folder, "compare", heading, document(found), "compare")
     text = json.dumps(content(found), indent=1, allow_nan=False) + "\n"
     write_atomic(folder / "compare.json", text)
+    tell(ending(found))
     return folder
+
+
+def ending(found: Comparison) -> list[str]:
+    """What the command prints: the last stage's goal by group, and the differences."""
+    lines = []
+    for table in found.goals[-1:]:
+        rows = [[plain(c) for c in row[:5:2]] for row in _compared_table(table).rows[:MANY]]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines.append(f"{table.stage}: {title(table.key)}")
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            lines.append(f"  {'  '.join(cells)}".rstrip())
+        more = len(table.groups) - MANY
+        lines += [f"  and {more} more groups"] * (more > 0)
+    return lines
 
 
 def document(found: Comparison) -> list[Block]:
