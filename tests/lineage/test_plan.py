@@ -266,3 +266,11 @@ def test_time_left_is_estimated_from_runs_of_the_same_kind(base, tmp_path) -> No
     assert make_plan(timed).runs[0].estimate == 120.0 + 40.0
     train = run([*base, "seed=1", "stages.sft.max_steps=300"], "reward")
     assert train.jobs[0].plan_left == [("sft", 110.0), ("reward", None)]
+
+
+def test_only_the_time_of_the_steps_grows_with_them(base, tmp_path) -> None:
+    run([*base, "stages.sft.max_steps=3"], "sft")
+    folder = RunStore(tmp_path / "outputs").find("sft")
+    write_record(folder, cost={"seconds": 10.5, "train_seconds": 0.5, "eval_seconds": 4.0})
+    plan = make_plan(config(*base, "seed=1", "stage=sft", "stages.sft.max_steps=300"))
+    assert plan.runs[-1].estimate == 100 * 0.5 + 10.0  # set-up and evaluation are done once

@@ -213,7 +213,7 @@ def other_budget(store: RunStore, identity: Mapping[str, Any]) -> str:
 
 def estimate(command: Command, store: RunStore, run: PlannedRun) -> float | None:
     """Seconds of training and evaluation, from the latest finished run of the same kind: its time
-    per step and for its evaluation. Without such a run, the time budget if there is one."""
+    per step and for all else (set-up, evaluation). Without such a run, the time budget if any."""
     timed = run.settings.seconds
 
     def is_alike(record: Record) -> bool:
@@ -230,8 +230,10 @@ def estimate(command: Command, store: RunStore, run: PlannedRun) -> float | None
     if not alike:
         return timed
     latest = max(alike, key=lambda record: record["finished"])
-    evaluation = latest["cost"].get("eval_seconds", 0.0)
+    cost = latest["cost"]
+    evaluation = cost.get("eval_seconds", 0.0)
     if timed:
         return timed + evaluation
     steps = run.settings.max_steps / latest["config"]["stages"][run.stage]["max_steps"]
-    return steps * (latest["cost"]["seconds"] - evaluation) + evaluation
+    stepping = cost.get("train_seconds", cost["seconds"] - evaluation)
+    return steps * stepping + cost["seconds"] - stepping

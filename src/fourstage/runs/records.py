@@ -32,7 +32,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     **{"tags?": list, "heartbeat?": dict, "heartbeat.pid?": int},
     **dict.fromkeys(("heartbeat.time?", "heartbeat.host?"), str),
     **dict.fromkeys(("threads?", "config.seed"), int),
-    **dict.fromkeys(("cost.seconds", "cost.eval_seconds?"), (int, float)),
+    **dict.fromkeys(("cost.seconds", "cost.train_seconds?", "cost.eval_seconds?"), (int, float)),
 }
 
 
