@@ -101,12 +101,12 @@ def test_no_runs_fulfil_anything() -> None:
 @pytest.mark.parametrize(
     ("condition", "message"),
     [
-        ("stage=grop", "no run has stage=grop: did you mean grpo? (there are pretrain, sft, grpo)"),
-        ("seed=7", "no run has seed=7: there are 0, 1, 2"),
-        ("seed=true", "no run has seed=true: there are 0, 1, 2"),
+        ("stage=grop", "no run has stage=grop: did you mean grpo? (the runs have pretrain, sft"),
+        ("seed=7", "no run has seed=7: the runs have 0, 1, 2"),
+        ("seed=true", "no run has seed=true: the runs have 0, 1, 2"),
         ("tag=lr_swep", "no run has tag=lr_swep: did you mean lr_sweep?"),
-        ("stages.grpo.freeze=0", "no run has stages.grpo.freeze=0: there are false"),
-        ("debug=slow", "no run has debug=slow: there are null, fast"),
+        ("stages.grpo.freeze=0", "no run has stages.grpo.freeze=0: the runs have false"),
+        ("debug=slow", "no run has debug=slow: the runs have null, fast"),
         ("modle=moe_nano", "no run has a setting 'modle': did you mean model?"),
         ("d_model=128", "no run has a setting 'd_model': did you mean model.d_model?"),
         ("stages.grpo=1", "no run has a setting 'stages.grpo': did you mean stages.grpo.lr"),
@@ -125,12 +125,12 @@ def test_a_wrong_condition_is_one_line_with_what_there_is(condition, message) ->
 
 def test_the_first_of_many_values_are_named() -> None:
     many = {Path(f"runs/{seed}"): run("grpo", "c", seed, 0.1)[1] for seed in range(20)}
-    with pytest.raises(UserError, match="seed=x: there are 0, 1, .*, 11 and 8 more$"):
+    with pytest.raises(UserError, match="seed=x: the runs have 0, 1, .*, 11 and 8 more$"):
         matching(many, ["seed=x"])
 
 
 def test_no_tags_at_all() -> None:
-    with pytest.raises(UserError, match="no run has tag=first: there are none"):
+    with pytest.raises(UserError, match="no run has tag=first: the runs have none"):
         matching(dict([run("grpo", "c", 0, 0.1)]), ["tag=first"])
 
 
@@ -146,5 +146,5 @@ def test_runs_of_a_version_without_a_setting() -> None:
         "seed=0,1": [],
         "stages.grpo.frozen=false": [folder for folder in runs if "grpo" in folder.name][:2],
     }
-    with pytest.raises(UserError, match="there are false; 2 runs are of a version without it: the"):
+    with pytest.raises(UserError, match="the runs have false; 2 runs are of a version without"):
         matching(runs, ["stages.grpo.frozen=true"])

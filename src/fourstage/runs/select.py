@@ -130,7 +130,7 @@ def _near(name: str, known: Sequence[str]) -> str:
     """The known names that are spelt alike, and what there is."""
     near = get_close_matches(name, known)
     more = f" and {len(known) - AT_MOST} more" if len(known) > AT_MOST else ""
-    there = f"there are {', '.join(known[:AT_MOST])}{more}" if known else "there are none"
+    there = f"the runs have {', '.join(known[:AT_MOST])}{more}" if known else "the runs have none"
     return f"did you mean {' or '.join(near)}? ({there})" if near else there
 
 
