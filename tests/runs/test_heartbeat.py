@@ -124,7 +124,12 @@ def test_what_a_lock_and_a_sign_of_life_say(store, seconds, host, is_locked, sta
 
 
 @pytest.mark.parametrize(
-    ("then", "status"), [("yesterday", "running"), ("2026-01-01T00:00:00", "silent")]
+    ("then", "status"),
+    [
+        ("yesterday", "running"),
+        ("2026-01-01T00:00:00", "silent"),
+        ("0001-01-01T00:00:00+01:00", "running"),  # before the first year in UTC
+    ],
 )
 def test_a_time_that_is_none_or_has_no_zone(store, then, status) -> None:
     folder = make_run(store, "sft", "b", status="running", heartbeat={"time": then})
@@ -151,6 +156,14 @@ def test_a_silent_run_is_shown_with_who_had_it(store, capsys) -> None:
     pid = sign_of_life()["pid"]
     assert f"{folder.name}: dead? last sign of life 3 h ago, from process {pid} on node7" in said
     assert '"status": "silent"' in capsys.readouterr().out
+
+
+def test_a_silent_run_that_does_not_say_who_had_it(store, capsys) -> None:
+    time = ago(3 * HOUR)["time"]
+    folder = make_run(store, "sft", "b", status="running", heartbeat={"time": time})
+    with store.locked(folder.name, "b" * 10):
+        main([f"outputs={store.outputs}"])
+    assert "3 h ago, from process unknown on unknown" in capsys.readouterr().out
 
 
 def test_a_run_of_another_machine_is_not_removed(store) -> None:

@@ -83,6 +83,7 @@ def test_json_is_a_stable_list(store, capsys) -> None:
         ("stage=grpo sort=goal", "dfeg"),
         ("stage=grpo sort=-goal", "efdg"),
         ("stage=pretrain sort=finished", "ah"),
+        ("stage=sft sort=-step", "bc"),  # none of them has one
     ],
 )
 def test_conditions_and_order(store, capsys, words, wanted) -> None:
@@ -128,6 +129,36 @@ def test_how_far_a_run_is(store, capsys) -> None:
     assert steps == {"b": "", "c": "", "k": "120/600", "l": "130", "m": "7", "n": "", "o": "19999"}
 
 
+def test_the_order_of_steps(store, capsys) -> None:
+    for letter, step in (("b", 90), ("c", 100), ("d", 20)):
+        (folder,) = store.root.glob(f"*-{letter * 10}")
+        (folder / "metrics.csv").write_text(f"step\n{step}\n")
+    found = [run["step"] for run in listed(store, capsys, "sort=step")]
+    assert found == [20, 90, 100, None, None, None, None, None]
+
+
+def test_an_odd_budget_is_none(store, capsys) -> None:
+    config = {"seed": 0, "model": {"name": "moe_nano"}, "stages": {"sft": {"max_steps": "x"}}}
+    (make_run(store, "sft", "k", config=config) / "metrics.csv").write_text("step\n7\n")
+    main([f"outputs={store.outputs}"])
+    assert re.search(r"sft-k{10}.*│ 7 ", capsys.readouterr().out)
+
+
+def test_a_run_that_is_its_own_parent_is_broken(store) -> None:
+    folder = make_run(store, "sft", "k", parents={"policy": "k" * 10})
+    assert "sft-kkkkkkkkkk/run.json: broken (it is its own parent)" in store.broken()[0]
+    assert folder not in store.records()
+
+
+def test_tags_and_names_are_shown_as_they_are(store, capsys) -> None:
+    config = {"seed": 0, "model": {"name": "[b]m[/b]"}, "stages": {"sft": {}}}
+    make_run(store, "sft", "k", config=config, tags=["[red]x[/red]", ":smile:", "[/]"])
+    main(["stage=sft", f"outputs={store.outputs}"])
+    shown = "".join(capsys.readouterr().out.split())
+    for text in ("[b]m[/b]", "[red]x[/red]", ":smile:", "[/]"):
+        assert text in shown
+
+
 def test_the_table_has_tags_where_there_are_some(store, capsys) -> None:
     main(["tag=lr", f"outputs={store.outputs}"])
     assert re.search(r"│ lr, d +│", capsys.readouterr().out)
@@ -146,10 +177,17 @@ def test_the_table_has_tags_where_there_are_some(store, capsys) -> None:
         ("rm stage=grpo keep_best=1 keep_best=2", "keep_best: given twice"),
         ("stage=grpp", "no run has stage=grpp: did you mean grpo"),
         ("ouputs=x", "no run has a setting 'ouputs'"),
-        ("rm", "usage: "),
-        ("rm keep_best=1", "usage: "),
-        ("rm dry_run=true", "usage: "),
-        ("rm sft stage=sft", "usage: "),
+        ("foo", "^unknown word 'foo': known are list, show, rm, trim, --json; usage: "),
+        ("shwo sft", "^unknown word 'shwo': did you mean show"),
+        ("--josn", "^unknown word '--josn': did you mean --json"),
+        ("foo --json", "^unknown word 'foo'"),
+        ("list --josn", "^list: '--josn' has no place here; usage: "),
+        ("show", "^show: which runs.* usage: "),
+        ("trim sft most_gb=1", "^trim: 'sft' has no place here; usage: "),
+        ("rm", "^rm: which runs.* usage: "),
+        ("rm keep_best=1", "^rm: which runs.* usage: "),
+        ("rm dry_run=true", "^rm: which runs.* usage: "),
+        ("rm sft stage=sft", "^rm: 'sft' has no place here; usage: "),
         ("rm stage=sft force=true", "force=true: only with NAME"),
         ("rm grpo keep_best=1", "keep_best=, by=: only with conditions"),
         ("rm grpo dry_run=true by=goal", "keep_best=, by=: only with conditions"),
@@ -166,6 +204,7 @@ def test_the_table_has_tags_where_there_are_some(store, capsys) -> None:
         ("rm stage=grpo keep_best=1 by=kl_to_sft", "by=kl_to_sft: no side of it is better"),
         ("rm stage=grpo keep_best=1 by=accuracy", "by=accuracy: .*reasoning_accuracy"),
         ("rm stage=grpo keep_best=1 by=win_rate", "keep_best: no grpo run has win_rate"),
+        ("rm stage=sft,grpo keep_best=1 by=win_rate", "keep_best: no sft or grpo run has win_rate"),
         ("trim", "most_gb: missing"),
         ("trim most_gb=0", "most_gb: must be above 0"),
         ("trim most_gb=1 stage=sft", "unknown option 'stage=sft'"),
@@ -222,6 +261,7 @@ def test_rm_by_name_with_dry_run_and_force_removes_nothing(store, capsys) -> Non
         ("stage=grpo keep_best=9", "abcdefgh"),
         ("stage=grpo keep_best=1 by=bits_per_char", "abcdh"),  # lower is better
         ("stage=grpo keep_best=1 by=reasoning_accuracy/gcd", "abcdh"),  # of one task
+        ("seed=0 keep_best=1 by=reasoning_accuracy", "abceh"),  # no other stage has it
         ("stage=sft,grpo keep_best=1", "abceh"),  # each stage's own; e descends from b
         ("stage=pretrain,sft", "abdefg"),  # c and h have no heirs
         ("stage!=none-such", "abcdefgh"),
@@ -234,6 +274,9 @@ def test_rm_keeps_the_best_and_what_others_descend_from(store, capsys, words, le
         assert "none-such" in str(error)
     assert letters(store) == left
     kept = re.findall(r"kept (.*): (.*)", capsys.readouterr().out)
+    if words.startswith("seed=0"):
+        why = "none has reasoning_accuracy"
+        assert kept == [("all pretrain runs", why), ("all sft runs", why)]
     if words == "stage=sft,grpo keep_best=1":
         assert kept == [("sft-bbbbbbbbbb", "grpo-eeeeeeeeee descends from it")]
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fourstage.errors import UserError
+from fourstage.errors import UserError, did_you_mean
 from fourstage.interruptions import run_command
 from fourstage.runs.disk import GB, MB, droppable, megabytes, parts, too_much, trim
 from fourstage.runs.heartbeat import roughly, silence
@@ -77,6 +77,10 @@ class Limit(Outputs):
 
 
 OPTIONS = {"list": Listing, "show": Outputs, "rm": Removal, "trim": Limit}
+USAGE = (
+    "usage: python -m fourstage runs [list | show NAME... | rm NAME... | rm CONDITION... | "
+    "trim most_gb=N] (see --help)"
+)
 
 
 def show_all(options: Listing, conditions: Sequence[str]) -> None:
@@ -122,11 +126,13 @@ def print_table(entries: Sequence[dict[str, Any]], records: dict[str, Record]) -
             ", ".join(run["tags"]),
         ]
         table.add_row(*cells[: len(others) + 1])
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    width = None if sys.stdout.isatty() else 140
+    Console(width=width, markup=False, emoji=False).print(table)  # [tags] are shown as they are
     for run in entries:
         if run["status"] == "silent":
             quiet = roughly(silence(records[run["name"]]) or 0)
-            who = f"process {run['heartbeat']['pid']} on {run['heartbeat']['host']}"
+            pid, host = (run["heartbeat"].get(key, "unknown") for key in ("pid", "host"))
+            who = f"process {pid} on {host}"
             print(f"{run['name']}: dead? last sign of life {quiet} ago, from {who}")
 
 
@@ -187,14 +193,14 @@ def remove_matching(options: Removal, conditions: Sequence[str], better: dict[st
     if options.by is not None and options.keep_best is None:
         raise UserError("by= needs keep_best=N: how many runs of each stage stay")
     store, all_runs = options.store, options.store.records()
-    runs = selected(store, conditions)
+    runs, alone = selected(store, conditions), []
     if options.keep_best is not None:
-        runs = all_but_best(runs, options.keep_best, options.by, better)
+        runs, alone = all_but_best(runs, options.keep_best, options.by, better)
     order, kept = removable(runs, all_runs)
     sizes = {folder: megabytes(folder) for folder in order}
     for folder in order:
         remove(store, folder, dry_run=options.dry_run)
-    for line in kept:
+    for line in (*kept, *alone):
         print(line)
     verb = "would remove" if options.dry_run else "removed"
     total = sum(map(float, sizes.values()))
@@ -216,7 +222,10 @@ def main(arguments: list[str]) -> None:
     """Run one command. Raises UserError for an unknown command, run, condition or option."""
     words = ["json=true" if argument == "--json" else argument for argument in arguments]
     command, *names = [word for word in words if "=" not in word] or ["list"]
-    kind = OPTIONS.get(command, Outputs)
+    if command not in OPTIONS:
+        hint = did_you_mean(command, [*OPTIONS, "--json"])
+        raise UserError(f"unknown word {command!r}: {hint}; {USAGE}")
+    kind = OPTIONS[command]
     if kind is not Listing and "--json" in arguments:
         raise UserError("--json: only the list has it: python -m fourstage runs --json")
     known = {field.name for field in fields(kind)}
@@ -247,11 +256,10 @@ def main(arguments: list[str]) -> None:
         else:
             for name in names:
                 show(store, store.find(name, finished=False))
+    elif not names:
+        raise UserError(f"{command}: which runs? {USAGE}")
     else:
-        raise UserError(
-            "usage: python -m fourstage runs [list | show NAME... | rm NAME... | rm CONDITION... | "
-            "trim most_gb=N] (see --help)"
-        )
+        raise UserError(f"{command}: {names[0]!r} has no place here; {USAGE}")
 
 
 if __name__ == "__main__":

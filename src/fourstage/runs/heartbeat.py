@@ -55,10 +55,10 @@ def silence(record: Record) -> float | None:
     """Seconds since the last sign of life, negative if the other clock is fast; None if there was
     none, or none that can be true: from more than SILENT seconds in the future."""
     try:
-        last = datetime.fromisoformat(record["heartbeat"]["time"])
-    except (KeyError, ValueError):
+        last = datetime.fromisoformat(record["heartbeat"]["time"]).astimezone(UTC)
+    except (KeyError, ValueError, OverflowError):  # the last: the year 1, in another zone
         return None
-    seconds = (datetime.now(UTC) - last.astimezone(UTC)).total_seconds()
+    seconds = (datetime.now(UTC) - last).total_seconds()
     return None if seconds < -SILENT else seconds
 
 

@@ -59,7 +59,8 @@ def last_step(folder: Path) -> int | None:
 def step_budget(record: Record) -> int | None:
     """How many steps the run takes; None if it ends by the clock."""
     own = record["config"]["stages"].get(record["stage"]) or {}
-    return None if own.get("max_time") else own.get("max_steps")
+    steps = None if own.get("max_time") else own.get("max_steps")
+    return steps if isinstance(steps, int) else None
 
 
 def entry(folder: Path, record: Record) -> dict[str, Any]:
@@ -87,7 +88,10 @@ def entry(folder: Path, record: Record) -> dict[str, Any]:
     }
 
 
-SORTS = ("name", "status", "model", "seed", "started", "finished", "seconds", "bytes", "goal")
+SORTS = (
+    *("name", "status", "model", "seed", "started", "finished", "seconds", "step", "bytes"),
+    "goal",
+)
 
 
 def ordered(entries: Sequence[dict[str, Any]], sort: str) -> list[dict[str, Any]]:
@@ -102,27 +106,38 @@ def ordered(entries: Sequence[dict[str, Any]], sort: str) -> list[dict[str, Any]
     return sorted(known, key=value, reverse=sort != key) + rest
 
 
-def all_but_best(runs: Runs, keep: int, by: str | None, better: Mapping[str, Better]) -> Runs:
-    """Without the best `keep` runs of each stage: by a metric of eval.json, or by the stage's goal.
+def all_but_best(
+    runs: Runs, keep: int, by: str | None, better: Mapping[str, Better]
+) -> tuple[Runs, list[str]]:
+    """Without the best `keep` runs of each stage: by a metric of eval.json, or by the stage's goal;
+    and a line for each stage that is left alone, as none of its runs has the metric.
 
     `better`: which side of each metric is. Runs that were not measured are the worst. Raises
-    UserError for a metric that has no better side, or that no run of a stage has.
+    UserError for a metric that has no better side, or that no run has, and for a goal that no run
+    of a stage has.
     """
     if by is not None and better.get(by) is None:
         sided = [name for name, side in better.items() if side]
         raise UserError(f"by={by}: no side of it is better: {did_you_mean(by, sided)}")
     left: Runs = {}
-    for stage in dict.fromkeys(record["stage"] for record in runs.values()):
+    without: list[str] = []
+    stages = list(dict.fromkeys(record["stage"] for record in runs.values()))
+    for stage in stages:
         own = {folder: record for folder, record in runs.items() if record["stage"] == stage}
         names = [by] if by is not None else [LADDER[stage].goal, LADDER[stage].instead]
         found = ({f: v for f in own if (v := metric(f, name)) is not None} for name in names)
         name, values = next(((n, v) for n, v in zip(names, found, strict=True) if v), ("", {}))
+        if not values and by is None:
+            raise UserError(f"keep_best: no {stage} run has {LADDER[stage].goal}")
         if not values:
-            raise UserError(f"keep_best: no {stage} run has {by or LADDER[stage].goal}")
+            without.append(stage)
+            continue
         ranked = sorted(values, key=lambda f: values[f], reverse=better[name] == "higher")
         best = [*ranked, *(folder for folder in own if folder not in values)][:keep]
         left |= {folder: record for folder, record in own.items() if folder not in best}
-    return left
+    if stages and without == stages:
+        raise UserError(f"keep_best: no {' or '.join(stages)} run has {by}")
+    return left, [f"kept all {stage} runs: none has {by}" for stage in without]
 
 
 def heirs_first(heirs: Mapping[Path, Collection[Path]]) -> list[Path]:

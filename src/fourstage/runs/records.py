@@ -67,6 +67,8 @@ def what_is_wrong(record: Record) -> str | None:
     for run_id in (record["id"], record["group"], *record["parents"].values()):
         if not isinstance(run_id, str) or not RUN_ID.fullmatch(run_id):  # it names files
             return f"{str(run_id)[:40]!r} is not a run id, which is ten letters a to z"
+    if record["id"] in record["parents"].values():
+        return "it is its own parent"
     for tag in record.get("tags", ()):
         if not isinstance(tag, str):
             return f"the tag {str(tag)[:40]!r} is no text"
