@@ -24,21 +24,26 @@ def parabola(words: Words) -> float:
 
 
 class FakeTrainPy:
-    """Counts what is trained. dies_in: the training in which Ctrl-C comes."""
+    """Counts what is trained. dies_in: the training in which Ctrl-C comes; is_full: the disk."""
 
     def __init__(self, outputs: Path, value: Callable[[Words], float | None] = parabola) -> None:
         self.outputs, self.value = outputs, value
         self.trained: list[list[str]] = []
         self.dies_in: int | None = None
+        self.is_full = False
 
     @property
     def trainer(self) -> Trainer:
         return Trainer(self.settings, self.train)
 
-    def settings(self, words: Sequence[str]) -> Mapping[str, Any]:
-        given = dict(word.split("=", 1) for word in words)
-        if "stages.grpo.lrr" in given:
-            raise UserError("stages.grpo.lrr: no such setting: did you mean lr?")
+    def settings(self, commands: Sequence[Sequence[str]]) -> Mapping[str, Any]:
+        for words in commands:
+            given = dict(word.split("=", 1) for word in words)
+            if "stages.grpo.lrr" in given:
+                raise UserError("stages.grpo.lrr: no such setting: did you mean lr?")
+            if float(given.get("stages.grpo.lr", 1)) <= 0:
+                raise UserError("stages.grpo.lr: must be above 0")
+        given = dict(word.split("=", 1) for word in commands[0])
         stage, seed = given.get("stage", "pretrain"), int(given.get("seed", 0))
         return {"stage": stage, "seed": seed, "outputs": str(self.outputs)}
 
@@ -47,6 +52,8 @@ class FakeTrainPy:
         log.write_text("trained\n")
         if len(self.trained) - 1 == self.dies_in:
             raise KeyboardInterrupt
+        if self.is_full:
+            raise UserError("disk full: free space and run the same command again (of the search)")
         given = dict(word.split("=", 1) for word in words)
         value = self.value(given)
         if value is not None and value != value:

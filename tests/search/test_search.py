@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from fourstage.errors import UserError
+from fourstage.interruptions import AGAIN, advice
 from fourstage.search import training
 from fourstage.search.__main__ import search
 from fourstage.search.space import split_words
@@ -66,7 +69,8 @@ def test_a_search_and_what_it_says(fake, capsys) -> None:
     text = capsys.readouterr().out
     assert (folder / "search.md").read_text() in text
     assert "which is the best of 4 and so, by chance, too high on average" in text
-    assert "| winner - default | +" in text and b"<svg" in (folder / "search.svg").read_bytes()
+    assert "| winner - default (above 0 is better) | +" in text
+    assert b"<svg" in (folder / "search.svg").read_bytes()
 
 
 def test_intervals_by_hand(fake) -> None:
@@ -176,11 +180,42 @@ def test_a_failed_trial_is_told_and_the_search_goes_on(fake, capsys) -> None:
     assert "failed: grpo, after step 3: out of memory" in text
 
 
+def test_a_full_disk_ends_the_search_and_fails_no_trial(tmp_path) -> None:
+    """Neither in a trial nor on the fresh seeds: afterwards all is as if it had never been full."""
+    whole, cut = FakeTrainPy(tmp_path / "whole"), FakeTrainPy(tmp_path / "cut")
+    search([*WORDS, "trials=3"], whole.trainer)
+    for trials in (1, 3):
+        cut.is_full = True
+        with pytest.raises(UserError, match="^disk full: free space"):
+            search([*WORDS, f"trials={trials}"], cut.trainer)
+        assert not (cut.outputs / "search" / "try" / "search.json").exists() or trials > 1
+        cut.is_full = False
+        search([*WORDS, f"trials={trials}"], cut.trainer)
+    assert found(cut)["trials"] == found(whole)["trials"]
+    cut.value = lambda words: cut.is_full or 0.5
+    before = len(cut.trained)
+    cut.is_full = True  # on a fresh seed
+    with pytest.raises(UserError, match="^disk full: free space"):
+        search([*WORDS, "trials=3"], cut.trainer)
+    assert len(cut.trained) == before + 1
+
+
 def test_where_everything_fails_it_ends(fake) -> None:
     fake.value = lambda words: math.nan
-    with pytest.raises(UserError, match="the first 3 trials failed: grpo, after step 3"):
+    with pytest.raises(
+        UserError, match="the first 3 trials failed: grpo, after step 3.*remove .*/try$"
+    ):
         search([*WORDS, "trials=9"], fake.trainer)
     assert len(fake.trained) == 3
+
+
+def test_where_all_trials_failed_the_folder_to_remove_is_named(fake) -> None:
+    fake.value = lambda words: math.nan
+    folder = fake.outputs / "search" / "try"
+    for _ in range(2):
+        with pytest.raises(UserError, match="all trials failed: grpo, after.*out of mem") as error:
+            search([*WORDS, "trials=2"], fake.trainer)
+        assert str(error.value).endswith(f"to begin again, remove {folder}")
 
 
 def test_a_goal_that_the_data_does_not_define(fake) -> None:
@@ -241,6 +276,9 @@ def test_the_mean_of_several_seeds_for_a_trial(fake) -> None:
         (["name=try", LR, "force=true"], "force=true: "),
         (["name=try", LR, "stage=distill"], "stage: expected one of pretrain"),
         (["name=try", "stages.grpo.lrr=1,2"], r"stages.grpo.lrr: no such setting: did you mean lr"),
+        (["name=try", "stages.grpo.lr=interval(-1,1)"], "stages.grpo.lr: must be above 0"),
+        (["name=try", "stages.grpo.lr=choice(1,0)"], "stages.grpo.lr: must be above 0"),
+        (["name=try", LR.replace("interval", "intervall")], "^stages.grpo.lr=tag.*: no range"),
     ],
 )
 def test_bad_words_train_nothing(fake, words, line) -> None:
@@ -253,9 +291,20 @@ def test_another_space_under_the_same_name(fake) -> None:
     search([*WORDS, "trials=1"], fake.trainer)
     for change in (["model=moe_tiny"], ["sampler=random"], ["seed=1"]):
         kept = [word for word in WORDS if word.split("=")[0] != change[0].split("=")[0]]
-        with pytest.raises(UserError, match="is another search: .*'model=moe_nano'.*another name="):
+        with pytest.raises(UserError, match="is another search: .*another name=") as error:
             search([*kept, "trials=1", *change], fake.trainer)
+        said = str(error.value).partition("another search: ")[2].rpartition(" (sampler=")[0]
+        assert shlex.split(said) == ["model=moe_nano", "stage=grpo", LR, EPOCHS]
     search([*reversed(WORDS[1:3]), WORDS[0], *WORDS[3:], "trials=1"], fake.trainer)  # other order
+
+
+def test_quoted_words_can_be_pasted(fake) -> None:
+    words = ["name=try", "stage=grpo", "+x='a b'", EPOCHS, "trials=1"]
+    search(words, fake.trainer)
+    with pytest.raises(UserError) as error:
+        search([*words, "seed=1"], fake.trainer)
+    said = str(error.value).partition("another search: ")[2].rpartition(" (sampler=")[0]
+    assert shlex.split(said) == ["+x='a b'", "stage=grpo", EPOCHS]
 
 
 def test_a_broken_journal_is_one_line(fake) -> None:
@@ -283,16 +332,32 @@ def test_tpe_beats_random_on_a_quadratic_in_the_mean_of_20_seeds() -> None:
 
 # --- the real way to train.py, with another script in its place
 
+LOST = OSError("gloo: Connection closed by peer")
+PASSING = {
+    "full": advice(OSError(errno.ENOSPC, "No space left on device"), "", {}),
+    "temporary": advice(FileNotFoundError("No usable temporary directory found"), "", {}),
+    "peer": advice(LOST, "", {}),
+    "wandb": f"sft-x, after step 3: W&B's process wandb-core has ended: {AGAIN}",
+    "hydra": "outputs/hydra: No space left on device: free space, or choose another outputs=FOLDER",
+    "limit": "outputs takes 2 GB, more than 1, and there are no checkpoints left to drop: remove",
+}
+CHECK = """
+import json, sys
+for words, config in json.load(sys.stdin):
+    if "c=0" in words:
+        sys.exit("error: c: must be above 0, got 0")
+"""
 SCRIPT = """
 import signal, sys, time
 words = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
+CODES = {"bad": "grpo-x, after step 3: out of memory\\n", **PASSING}
 if "--cfg" in sys.argv:
     if "b" in words:
         sys.exit("b: no such setting")
     print("stage: grpo\\nseed: 3\\noutputs: out")
     sys.exit()
-if words["a"] == "bad":
-    sys.exit("grpo-x, after step 3: disk full\\n")
+if words["a"] in CODES:
+    sys.exit(CODES[words["a"]])
 if words["a"] == "wait":
     def stop(signum, frame):
         print("saved", flush=True)
@@ -307,20 +372,63 @@ print("run: elsewhere\\nrun: the/folder\\nnext:\\n")
 @pytest.fixture
 def script(tmp_path, monkeypatch) -> Path:
     path = tmp_path / "train.py"
-    path.write_text(SCRIPT)
+    path.write_text(SCRIPT.replace("PASSING", repr(PASSING)))
     monkeypatch.setattr(training, "SCRIPT", path)
+    monkeypatch.setattr(training, "CHECK", [sys.executable, "-c", CHECK])
     return path
 
 
 def test_a_process_of_train_py(script, tmp_path) -> None:
     log = tmp_path / "log"
-    assert training.settings(["a=1"]) == {"stage": "grpo", "seed": 3, "outputs": "out"}
+    assert training.settings([["a=1"]]) == {"stage": "grpo", "seed": 3, "outputs": "out"}
     with pytest.raises(UserError, match="^b: no such setting$"):
-        training.settings(["b=1"])
+        training.settings([["a=1"], ["b=1"]])
+    with pytest.raises(UserError, match="^c: must be above 0, got 0$"):
+        training.settings([["a=1"], ["c=0"]])
     assert training.train(["a=1"], log) == Path("the/folder") and "elsewhere" in log.read_text()
-    with pytest.raises(TrialFailed, match="^grpo-x, after step 3: disk full$"):
+    with pytest.raises(TrialFailed, match="^grpo-x, after step 3: out of memory$"):
         training.train(["a=bad"], log)
+    assert log.read_text().endswith("\ntrain.py ended with code 1\n")
     assert last_line("") == ""
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_is_not_the_words_fault_is_no_failed_trial(script, tmp_path, name) -> None:
+    with pytest.raises(UserError) as caught:
+        training.train([f"a={name}"], tmp_path / "log")
+    assert not isinstance(caught.value, TrialFailed)
+    assert str(caught.value) == f"{PASSING[name]} (of the search)"
+
+
+def test_a_process_that_took_others_along_by_its_lack_of_memory(script, tmp_path) -> None:
+    lines = f"grpo-x: {advice(MemoryError(), 'stages.grpo', {'micro_batch_size': 8})}", LOST
+    script.write_text(f"import sys; print({lines[0]!r}); sys.exit({PASSING['peer']!r})")
+    with pytest.raises(TrialFailed):
+        training.train(["a=1"], tmp_path / "log")
+
+
+def test_a_disk_too_full_for_the_line_that_says_so(script, tmp_path) -> None:
+    """Both processes may write 1024 bytes to a file, which take no line more."""
+    script.write_text("import sys; sys.stdout.write(2000 * 'x'); sys.stdout.flush()")
+    code = (
+        "from pathlib import Path; from fourstage.search import training\n"
+        f"training.SCRIPT = Path({str(script)!r})\n"
+        f"training.train([], Path({str(tmp_path / 'log')!r}))"
+    )
+    command = ["bash", "-c", 'ulimit -f 1; exec "$@"', "-", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("OSError: [Errno 27] File too large")
+
+
+def test_the_check_is_train_pys_own(tmp_path) -> None:
+    """A value that the typed settings refuse, in the last of three commands."""
+    words = [f"outputs={tmp_path / 'outputs'}", "model=moe_nano"]
+    bad = "stages.pretrain.lr=-1"
+    with pytest.raises(UserError, match=r"^stages\.pretrain\.lr: must be above 0, got -1\.0$"):
+        training.settings([words, [*words, "stages.pretrain.lr=1e-5"], [*words, bad]])
+    with pytest.raises(UserError, match="^x: unknown key"):
+        training.settings([[*words, "+x='a b'"]])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_signal_ends_train_py_first_and_the_trial_stays_open(script, tmp_path) -> None:
@@ -351,4 +459,4 @@ def test_a_train_py_that_somebody_stopped_is_no_failed_trial(script, tmp_path) -
 def test_without_a_checkout(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(training, "SCRIPT", tmp_path / "train.py")
     with pytest.raises(UserError, match="a search needs a checkout of the repository"):
-        training.settings(["a=1"])
+        training.settings([["a=1"]])

@@ -95,6 +95,8 @@ def test_a_number_has_four_digits_and_stays_inside() -> None:
         ("a=tag(fast,interval(0,1))", "unknown tag fast"),
         ("a=interval(x,1)", r"a=interval\(x,1\): no range: expected one such as interval\(1e-5,"),
         ("a=interval(1e-3)", r"^a=interval\(1e-3\): no range: expected one such as [^:]*$"),
+        ("a=intervall(1e-3,1e-2)", r"^a=intervall\(1e-3,1e-2\): no range: expected one such as"),
+        ("a=1,2 b=tagg(log,interval(1,2))", r"^b=tagg\(log,interval\(1,2\)\): no range"),
         ("a=interval(1,2,3)", "no range: expected one such as"),
         ("a=int(interval(a,b))", "no range: expected one such as"),
         ("a=choice()", "no range: expected one such as"),

@@ -80,8 +80,8 @@ def search(arguments: Sequence[str], trainer: Trainer = TRAINER) -> Path:
         if word.partition("=")[0] in ("tag", "force"):
             raise UserError(f"{word}: a search tags its runs with its name, and repeats none")
     import_optuna()
-    for end in (0, 1):
-        config = trainer.settings([*words, *(r.ends[end] for r in ranges)])
+    ends = [[*words, *(r.ends[end] for r in ranges)] for end in (0, 1)]
+    config = trainer.settings([words, *ends])
     stage, first = config["stage"], config["seed"]
     if stage not in LADDER:
         raise UserError(f"stage: expected one of {', '.join(LADDER)}, got {stage!r}")
@@ -126,7 +126,7 @@ def search(arguments: Sequence[str], trainer: Trainer = TRAINER) -> Path:
     )
     done = results(study)
     if all(result.value is None for result in done):
-        raise UserError(f"{folder}: all trials failed: {done[-1].why}")
+        raise UserError(f"all trials failed: {done[-1].why}: to begin again, remove {folder}")
     best = best_of(done, better)
     with locked(FileLock(folder / "fresh.lock"), f"{folder.name}'s fresh seeds", "training"):
         values, runs = outcome.train_again(best.words, fresh, measure, folder, say)

@@ -120,7 +120,9 @@ def markdown(outcome: Outcome) -> str:
         None if a is None or b is None else a - b
         for a, b in zip(*(outcome.fresh[name].values() for name in (WINNER, DEFAULT)), strict=True)
     ]
-    rows.append(["winner - default", *map(signed, differences), *cells(means["difference"], True)])
+    side = "above" if outcome.better == "higher" else "below"
+    label = f"winner - default ({side} 0 is better)"
+    rows.append([label, *map(signed, differences), *cells(means["difference"], True)])
     head = ["", *(f"seed {seed}" for seed in seeds), "mean", "95 % interval"]
     failed = sum(trial.value is None for trial in outcome.trials)
     on = ", ".join(map(str, outcome.trial_seeds))

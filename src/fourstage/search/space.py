@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from fourstage.errors import UserError
 from fourstage.settings import given_once
 
-LOOKS_LIKE_ONE = re.compile(r"=\s*(interval|choice|range|tag|int|float|shuffle|sort|glob)\(")
+LOOKS_LIKE_ONE = re.compile(r"=\s*\w+\(")  # also with a mistyped word
 INT = re.compile(r"\bint\(")
 EXAMPLES = "interval(1e-5,1e-3), tag(log,interval(1e-5,1e-3)), choice(4,8,16) or range(1,5)"
 NOT_SEARCHED = ("stage", "seed", "outputs", "force", "tag", "ancestors", "max_outputs_gb")

@@ -5,6 +5,7 @@ search that is killed and goes on has the trials of one that wasn't. Sampler: TP
 arXiv 2304.11127), as Optuna (Akiba et al. 2019, arXiv 1907.10902) has it, or random.
 """
 
+import shlex
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -68,7 +69,7 @@ def open_study(folder: Path, better: Literal["higher", "lower"], space: dict[str
         if stored is None:
             study.set_user_attr(SPACE, space)
         elif stored != space:
-            its = " ".join(f"'{word}'" for word in (*stored["words"], *stored["ranges"]))
+            its = shlex.join([*stored["words"], *stored["ranges"]])
             rest = ", ".join(f"{k}={v}" for k, v in stored.items() if k not in ("words", "ranges"))
             raise UserError(
                 f"{folder} is another search: {its} ({rest}): choose another name=, or repeat that"
@@ -145,7 +146,8 @@ def run_trials(
             lock.release()
         failed = [result for result in results(study) if result.value is None]
         if len(failed) == HOPELESS == len([t for t in real(study) if t.state.is_finished()]):
-            raise UserError(f"the first {HOPELESS} trials failed: {failed[-1].why}")
+            why = f"{failed[-1].why}: to begin again, remove {folder}"
+            raise UserError(f"the first {HOPELESS} trials failed: {why}")
 
 
 def take(
