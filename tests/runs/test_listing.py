@@ -177,7 +177,7 @@ def test_the_table_has_tags_where_there_are_some(store, capsys) -> None:
         ("rm stage=grpo keep_best=1 keep_best=2", "keep_best: given twice"),
         ("stage=grpp", "no run has stage=grpp: did you mean grpo"),
         ("ouputs=x", "no run has a setting 'ouputs'"),
-        ("foo", "^unknown word 'foo': known are list, show, rm, trim, --json; usage: "),
+        ("foo", "^unknown word 'foo': known are list, show, rm, trim, --json .see --help."),
         ("shwo sft", "^unknown word 'shwo': did you mean show"),
         ("--josn", "^unknown word '--josn': did you mean --json"),
         ("foo --json", "^unknown word 'foo'"),

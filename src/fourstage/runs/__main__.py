@@ -224,7 +224,7 @@ def main(arguments: list[str]) -> None:
     command, *names = [word for word in words if "=" not in word] or ["list"]
     if command not in OPTIONS:
         hint = did_you_mean(command, [*OPTIONS, "--json"])
-        raise UserError(f"unknown word {command!r}: {hint}; {USAGE}")
+        raise UserError(f"unknown word {command!r}: {hint} (see --help)")
     kind = OPTIONS[command]
     if kind is not Listing and "--json" in arguments:
         raise UserError("--json: only the list has it: python -m fourstage runs --json")
