@@ -182,7 +182,9 @@ def test_rm_takes_no_run_but_the_one_that_is_named(store, tmp_path, monkeypatch)
 
 
 def test_wrong_arguments(store) -> None:
-    for arguments in (["delete", "sft"], ["rm"], ["show"], ["list", "sft"]):
+    with pytest.raises(UserError, match="unknown word 'delete': known are list, show, rm, trim"):
+        main(["delete", "sft"])
+    for arguments in (["rm"], ["show"], ["list", "sft"]):
         with pytest.raises(UserError, match="usage: python -m fourstage runs"):
             main(arguments)
     with pytest.raises(UserError, match="unknown option 'output=x': known are outputs"):
