@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import wandb
+from wandb.sdk import wandb_init
 
 from fourstage.errors import UserError
 from fourstage.tracking.wandb_log import (
@@ -18,6 +20,7 @@ from fourstage.tracking.wandb_log import (
     end_of_records,
     last_step,
     logged_offline,
+    logs_of,
     mark_sent,
     mend,
 )
@@ -45,8 +48,8 @@ def read(log: Path) -> tuple[list[int], str]:
     return steps, found.stderr
 
 
-def cut(whole: Path, folder: Path, length: int, day: int = 1) -> Path:
-    log = folder / f"offline-run-2026010{day}_000000-abc" / whole.name
+def cut(whole: Path, folder: Path, length: int, day: int = 1, suffix: str = "") -> Path:
+    log = folder / f"offline-run-2026010{day}_000000-abc{suffix}" / whole.name
     log.parent.mkdir(parents=True)
     log.write_bytes(whole.read_bytes()[:length])
     return log
@@ -88,6 +91,38 @@ def test_the_last_step_of_all_starts(whole, tmp_path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {log.parent.name, other.name}
     mark_sent(tmp_path, "abc")
     assert log.with_name("run-abc.wandb.synced").exists()
+
+
+def test_two_starts_in_one_second(whole, tmp_path) -> None:
+    """W&B appends -1, -2 to the second folder's name; so may an id end."""
+    days = [(2, ""), (1, "-2"), (1, "-10"), (1, ""), (1, "-1")]
+    logs = [cut(whole, tmp_path, 50_000, *day) for day in days]
+    ordered = [logs[i] for i in (3, 4, 1, 2, 0)]
+    for name in ("abc-3", "abc-x", "abc-1-1"):
+        (tmp_path / f"offline-run-20260101_000000-{name}").mkdir()
+    other = tmp_path / "offline-run-20260101_000000-abc-4" / "run-abc-4.wandb"
+    other.parent.mkdir()
+    other.touch()
+    assert logs_of(tmp_path, "abc") == ordered
+    assert logs_of(tmp_path, "abc-4") == [other]
+    # no log yet, and perhaps abc's; but those of abc are abc's, not to be removed
+    assert [log.parent.name[-5:] for log in logs_of(tmp_path, "abc-3")] == ["abc-3"]
+    assert logs_of(tmp_path, "abc-1") == logs_of(tmp_path, "abc-10") == []
+    mark_sent(tmp_path, "abc")
+    assert len(list(tmp_path.glob("*/*.synced"))) == len(logs)
+
+
+def test_a_second_start_in_the_same_second_counts(tmp_path, monkeypatch) -> None:
+    """As W&B itself names its folder."""
+    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
+    monkeypatch.setattr(wandb_init, "time", SimpleNamespace(time=lambda: 1_800_000_000.0))
+    for step in (0, 1):
+        run = wandb.init(id="abc", project="p", mode="offline", dir=tmp_path, settings=settings)
+        run.log({"x": step}, step=step)
+        run.finish()
+    names = sorted(path.name.split("-abc")[1] for path in tmp_path.glob("wandb/offline-run-*"))
+    assert names == ["", "-1"]
+    assert logged_offline(tmp_path / "wandb", "abc") == 1
 
 
 def test_a_reader_without_room_for_temporary_files(whole, tmp_path, monkeypatch) -> None:

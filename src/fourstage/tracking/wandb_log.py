@@ -7,6 +7,7 @@ uploads what is whole, says that it failed, and uploads it again the next time.
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -35,9 +36,20 @@ def mended(folder: Path, run_id: str) -> list[Path]:
 
 
 def logs_of(folder: Path, run_id: str) -> list[Path]:
-    """The offline logs of a run, in their order; a kill may have left a folder without its log."""
-    starts = folder.glob(f"offline-run-????????_??????-{escape(run_id)}")
-    return [start / f"run-{run_id}.wandb" for start in sorted(starts)]
+    """The offline logs of a run, in their order; a kill may have left a folder without its log.
+
+    W&B appends -1, -2, ... to the name of a folder if there is one of the same second. An id may
+    end like that too: then the log inside says whose the folder is.
+    """
+    name = re.compile(rf"offline-run-(\d{{8}}_\d{{6}})-{re.escape(run_id)}(?:-(\d+))?")
+    found = []
+    for start in folder.glob(f"offline-run-*-{escape(run_id)}*"):
+        log = start / f"run-{run_id}.wandb"
+        if match := name.fullmatch(start.name):
+            is_empty = match[2] is None and not any(start.glob("run-*.wandb"))
+            if log.exists() or is_empty:
+                found.append((match[1], int(match[2] or 0), log))
+    return [log for *_, log in sorted(found)]
 
 
 def mend(log: Path) -> bool:
