@@ -108,9 +108,14 @@ def hidden() -> Iterator[None]:
 
 
 def set_up_wandb(outputs: Path) -> Path:
-    """Make W&B's folder and have it read its variables. Raises UserError for one it refuses."""
+    """Make W&B's folder and have it read its variables. Raises UserError for one it refuses.
+
+    Not by wandb.setup(): that starts wandb-core with a lock held which W&B (0.31) takes again to
+    report that it didn't start. wandb.init starts it without.
+    """
     import wandb
     from pydantic import ValidationError
+    from wandb.sdk import wandb_setup
 
     # a page for each line of its debug.log that a full disk refuses; W&B would log that page too
     logging.raiseExceptions = False
@@ -121,11 +126,12 @@ def set_up_wandb(outputs: Path) -> Path:
         os.environ["HOME"] = str(folder)
     try:
         with hidden():
-            wandb.setup()  # reads the WANDB_ variables
-    except wandb.errors.UsageError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"W&B: {reason}: correct its variable, or take logger=none") from None
-    except ValidationError as error:
+            wandb_setup.singleton().settings  # noqa: B018  it reads them once
+    except (wandb.errors.UsageError, ValidationError) as error:
+        wandb.teardown()  # or the next job of a multirun would get what was read until here
+        if isinstance(error, wandb.errors.UsageError):
+            reason = str(error).splitlines()[0]
+            raise UserError(f"W&B: {reason}: correct its variable, or take logger=none") from None
         wrong = error.errors()[0]
         raise UserError(
             f"WANDB_{'_'.join(map(str, wrong['loc'])).upper()}: {wrong['msg']}, got "
