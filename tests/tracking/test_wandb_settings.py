@@ -10,8 +10,9 @@ import wandb
 
 from fourstage.errors import UserError
 from fourstage.job import LoggerConfig, StageJob
+from fourstage.lineage import runner
 from fourstage.lineage.climb import climb
-from fourstage.runs.records import read_record
+from fourstage.runs.records import read_record, write_record
 from fourstage.runs.store import RunStore
 from fourstage.tracking.wandb_run import abandon_wandb, open_wandb
 from fourstage.tracking.wandb_settings import (
@@ -72,12 +73,67 @@ def test_an_id_is_of_the_stage_that_the_command_names(jobs, monkeypatch, capsys)
     assert capsys.readouterr().out.endswith(line)
 
 
-@pytest.mark.parametrize("wrong", ["a/b", "a:b", " a", "a?"])
+@pytest.mark.parametrize("wrong", ["a/b", "a:b", " a", "a?", " "])
 def test_an_id_that_wandb_refuses(jobs, monkeypatch, wrong) -> None:
     monkeypatch.setenv("WANDB_RUN_ID", wrong)
     with pytest.raises(UserError, match="^WANDB_RUN_ID: an id has no spaces and none of"):
         names(jobs[1], None)
     assert names(jobs[0], None)["id"] is None
+
+
+MISTAKES = [
+    ("RUN_ID", "x" * 129, "WANDB_RUN_ID: at most 128 characters, got 129"),
+    ("RUN_ID", "a/b", "WANDB_RUN_ID: an id has no spaces and none of :;,#?/', got 'a/b'"),
+    ("RUN_ID", "taken", "WANDB_RUN_ID=taken: the W&B run of pretrain-"),
+    ("RUN_ID", "a\nb", r"WANDB_RUN_ID: has control characters or broken UTF-8: 'a\nb'"),
+    ("RUN_ID", "\x1b[1m", r"WANDB_RUN_ID: has control characters or broken UTF-8: '\x1b[1m'"),
+    ("RUN_ID", "\udcff", r"WANDB_RUN_ID: has control characters or broken UTF-8: '\udcff'"),
+    ("NAME", "\udcff", r"WANDB_NAME: has control characters or broken UTF-8: '\udcff'"),
+    ("NOTES", "\udcff", r"WANDB_NOTES: has control characters or broken UTF-8: '\udcff'"),
+    ("RESUME", "foo", "WANDB_RESUME: expected one of allow, auto, must, never, got 'foo'"),
+    ("SWEEP_ID", " s", "WANDB_SWEEP_ID: an id has no spaces around it, got ' s'"),
+    ("TAGS", "a," + "x" * 65, "WANDB_TAGS: a tag has at most 64 characters, got 'xxx"),
+    ("PROJECT", "a/b", r"WANDB_PROJECT: at most 128 characters and none of /\#?%:, got 'a/b'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "line"), MISTAKES)
+def test_a_mistake_is_found_before_anything_trains(
+    monkeypatch, tmp_path, name, value, line
+) -> None:
+    files = own_files(tmp_path / "files")
+    words = (f"outputs={tmp_path}/outputs", "model=moe_nano", *files)
+    climb(config("stage=pretrain", *words), train=FakeTrain())
+    [pretrain] = tmp_path.glob("outputs/runs/pretrain-*")
+    write_record(pretrain, wandb="taken")
+    monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train = FakeTrain()
+    with pytest.raises(UserError) as error:
+        climb(config("stage=grpo", *words), train=train)
+    assert str(error.value).startswith(line) and train.jobs == []
+    # a run that is there, or W&B switched off: nothing to be refused
+    climb(config("stage=pretrain", *words), train=train)
+    climb(config("stage=grpo", "logger=none", *words), train=train)
+    assert train.stages == ["sft", "reward", "ppo", "grpo"]
+
+
+@pytest.mark.parametrize("value", ["a" * 128, "run 7", "läuft", "a.b"])
+def test_an_id_that_wandb_takes(jobs, monkeypatch, value) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", value)
+    monkeypatch.setenv("WANDB_NOTES", "two\nlines")
+    run = started(jobs[1])
+    assert (run.id, run.notes) == (value, "two\nlines")
+
+
+def test_what_only_wandb_finds_comes_before_the_stage_does_anything(jobs, monkeypatch) -> None:
+    """In each job of a multirun: W&B would keep what it has read before the mistake."""
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_BASE_URL", "x")
+    monkeypatch.setattr(runner, "check_fetched", lambda job: pytest.fail("too late"))
+    for job in jobs:
+        with pytest.raises(UserError, match=f"^{job.name}: WANDB_BASE_URL: .*, got 'x': correct"):
+            runner.train_stage(job)
 
 
 def test_a_name_is_of_the_stage_that_the_command_names(jobs, monkeypatch) -> None:

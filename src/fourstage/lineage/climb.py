@@ -35,7 +35,7 @@ from fourstage.runs.heartbeat import beating, sign_of_life
 from fourstage.runs.records import add_tags, read_record, write_record
 from fourstage.runs.store import RunStore, find_status
 from fourstage.tracking.wandb_log import mended
-from fourstage.tracking.wandb_settings import wandb_folder
+from fourstage.tracking.wandb_settings import begun, check_variables, wandb_folder
 
 if TYPE_CHECKING:  # plan imports PyTorch
     from fourstage.lineage.plan import Plan, PlannedRun
@@ -62,6 +62,9 @@ def climb(
         raise
     ranks = Ranks(plan.store.outputs)
     if ranks.is_first:
+        if (last := plan.runs[-1]).to_do:
+            stored = begun(last.folder, last.status == "resume").get("wandb")
+            check_variables(plan.command.logger, plan.store.outputs, last.folder, stored)
         console = Console(width=None if sys.stdout.isatty() else 120)
         messages.show(plan, console, git_state()["commit"])
         missing = [run.stage for run in plan.runs[:-1] if run.to_do]

@@ -48,7 +48,7 @@ from fourstage.tracking.callbacks import (
     telling,
 )
 from fourstage.tracking.cost import CostMeter, peak_flops
-from fourstage.tracking.loggers import build_loggers
+from fourstage.tracking.loggers import build_loggers, check_loggers
 from fourstage.tracking.wandb_run import SendSaved, abandon_wandb, finish_wandb
 
 
@@ -65,6 +65,7 @@ def train_stage(job: StageJob) -> dict[str, Any]:
         with held_back():
             gc.collect()  # networks of an earlier stage, which are in reference cycles
         quieten()
+        check_loggers(job)
         check_fetched(job)
         prepared = LADDER[job.stage].code.prepare(job)
         for transformer in prepared.module.transformers():

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from fourstage.files import write_atomic
 from fourstage.job import StageJob
 from fourstage.tracking.wandb_run import open_wandb
+from fourstage.tracking.wandb_settings import set_up_wandb, wandb_mode
 
 
 class MetricsCSV(Logger):
@@ -71,6 +72,12 @@ class MetricsCSV(Logger):
         text = io.StringIO()
         csv.DictWriter(text, self.columns, restval="", lineterminator="\n").writerows(rows)
         return text.getvalue()
+
+
+def check_loggers(job: StageJob) -> None:
+    """Raise UserError for a WANDB_ variable that W&B refuses, before the stage does anything."""
+    if rank_zero_only.rank == 0 and wandb_mode(job.logger)[0] != "disabled":
+        set_up_wandb(job.outputs)
 
 
 def build_loggers(job: StageJob) -> list[Logger]:

@@ -35,6 +35,7 @@ from fourstage.tracking import wandb_content as content
 from fourstage.tracking.wandb_core import begin_run, end_core, is_lost
 from fourstage.tracking.wandb_log import logged_offline, mark_sent
 from fourstage.tracking.wandb_settings import (
+    begun,
     entity_of,
     labels,
     names,
@@ -134,9 +135,7 @@ def open_wandb(job: StageJob) -> HeldRows | None:
     import wandb
 
     folder = set_up_wandb(job.outputs)
-    record = read_record(job.folder) if job.resume else {}
-    if "wandb_online" not in record:
-        record = {}  # of an earlier version, whose `_step` counted calls: a new run gets all rows
+    record = begun(job.folder, job.resume)
     asked = names(job, record.get("wandb"))
     asked["id"] = asked["id"] or secrets.token_hex(4)
     if mode == "online":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 
 from fourstage.errors import UserError
 from fourstage.job import LoggerConfig, StageJob
+from fourstage.runs.records import Record, read_record
 from fourstage.runs.store import RunStore
 
 PROJECT = "fourstage"
@@ -31,6 +33,8 @@ OURS = tuple(
 )
 RESUME = ("allow", "auto", "must", "never")
 RESERVED = ":;,#?/'"  # which W&B refuses in an id
+NOT_IN_PROJECT = "/\\#?%:"
+LONGEST, LONGEST_TAG = 128, 64
 YES = ("1", "true", "t", "yes", "y", "on")
 
 
@@ -63,6 +67,13 @@ def labels(group: str, stage: str, tags: list[str]) -> dict[str, Any]:
     }
 
 
+def begun(folder: Path, resume: bool) -> Record:
+    """The record of a stage that goes on in the W&B run that it has begun, else none. One of an
+    earlier version, whose `_step` counted calls, begins a new one, which gets all rows."""
+    record = read_record(folder) if resume else {}
+    return record if "wandb_online" in record else {}
+
+
 def names(job: StageJob, stored: str | None) -> dict[str, Any]:
     """id, name, resume and sweep_id of a stage's W&B run, None where nothing is asked for.
 
@@ -71,11 +82,8 @@ def names(job: StageJob, stored: str | None) -> dict[str, Any]:
     """
     if not job.is_named:
         return {"id": stored, "name": job.name, "resume": None, "sweep_id": None}
+    check_variables(job.logger, job.outputs, job.folder, stored)
     asked, resume = variable("RUN_ID"), variable("RESUME")
-    if resume not in (None, *RESUME):
-        raise UserError(f"WANDB_RESUME: expected one of {', '.join(RESUME)}, got {resume!r}")
-    if stored is None and asked is not None:
-        check_id(job, asked)
     if stored is not None and asked not in (None, stored):
         print(f"W&B: {job.name} goes on in its run {stored}, not in WANDB_RUN_ID={asked}")
     return {
@@ -86,14 +94,54 @@ def names(job: StageJob, stored: str | None) -> dict[str, Any]:
     }
 
 
-def check_id(job: StageJob, asked: str) -> None:
+def check_variables(config: LoggerConfig, outputs: Path, folder: Path, stored: str | None) -> None:
+    """Raise UserError for what W&B would refuse of names, labels and the id of the run in `folder`,
+    or for an id that is another run's. Doesn't import W&B."""
+    if wandb_mode(config)[0] == "disabled":
+        return
+    for name in ("RUN_ID", "NAME", "SWEEP_ID", "RUN_GROUP", "JOB_TYPE", "TAGS", "NOTES", "ENTITY"):
+        check_characters(f"WANDB_{name}", variable(name) or "", lines=name == "NOTES")
+    resume, asked, sweep = variable("RESUME"), variable("RUN_ID"), variable("SWEEP_ID") or ""
+    if resume not in (None, *RESUME):
+        raise UserError(f"WANDB_RESUME: expected one of {', '.join(RESUME)}, got {resume!r}")
+    if sweep != sweep.strip():
+        raise UserError(f"WANDB_SWEEP_ID: an id has no spaces around it, got {sweep!r}")
+    for tag in (variable("TAGS") or "").split(","):
+        if len(tag.strip()) > LONGEST_TAG:
+            raise UserError(f"WANDB_TAGS: a tag has at most {LONGEST_TAG} characters, got {tag!r}")
+    check_project(config)
+    if stored is None and asked is not None:
+        check_id(outputs, folder, asked)
+
+
+def check_characters(name: str, text: str, *, lines: bool = False) -> None:
+    """Raise UserError for control characters, and for bytes that are not text."""
+    allowed = "\n\t" if lines else ""
+    if any(unicodedata.category(c) in ("Cc", "Cs") and c not in allowed for c in text):
+        raise UserError(f"{name}: has control characters or broken UTF-8: {text[:LONGEST]!r}")
+
+
+def check_project(config: LoggerConfig) -> None:
+    """Raise UserError for a project's name that W&B refuses."""
+    name, project = "logger.project" if config.project else "WANDB_PROJECT", project_of(config)
+    check_characters(name, project)
+    if len(project) > LONGEST or not set(project).isdisjoint(NOT_IN_PROJECT):
+        raise UserError(
+            f"{name}: at most {LONGEST} characters and none of {NOT_IN_PROJECT}, "
+            f"got {project[:LONGEST]!r}"
+        )
+
+
+def check_id(outputs: Path, folder: Path, asked: str) -> None:
     """Raise UserError if W&B refuses an id, or if it is that of another stage's run."""
+    if len(asked) > LONGEST:
+        raise UserError(f"WANDB_RUN_ID: at most {LONGEST} characters, got {len(asked)}")
     if asked != asked.strip() or not set(asked).isdisjoint(RESERVED):
         raise UserError(f"WANDB_RUN_ID: an id has no spaces and none of {RESERVED}, got {asked!r}")
-    for folder, record in RunStore(job.outputs).records().items():
-        if record.get("wandb") == asked and folder != job.folder:
+    for other, record in RunStore(outputs).records().items():
+        if record.get("wandb") == asked and other != folder:
             raise UserError(
-                f"WANDB_RUN_ID={asked}: the W&B run of {folder.name}: unset it, or take another id"
+                f"WANDB_RUN_ID={asked}: the W&B run of {other.name}: unset it, or take another id"
             )
 
 
