@@ -14,6 +14,7 @@ import wandb
 from wandb.sdk import wandb_init
 
 from fourstage.errors import UserError
+from fourstage.tracking.wandb_core import end_core
 from fourstage.tracking.wandb_log import (
     BLOCK,
     START,
@@ -120,6 +121,7 @@ def test_a_second_start_in_the_same_second_counts(tmp_path, monkeypatch) -> None
         run = wandb.init(id="abc", project="p", mode="offline", dir=tmp_path, settings=settings)
         run.log({"x": step}, step=step)
         run.finish()
+    end_core()  # which closes a log only after finish() has returned
     names = sorted(path.name.split("-abc")[1] for path in tmp_path.glob("wandb/offline-run-*"))
     assert names == ["", "-1"]
     assert logged_offline(tmp_path / "wandb", "abc") == 1
