@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from fourstage.runs.records import Record, read_record
+from fourstage.tracking.wandb_log import logs_of
 from tests.chaos import REPO, calm, chaos, environment
 
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
@@ -44,7 +45,7 @@ def steps_of(run: Path) -> list[int]:
 def history(outputs: Path, wandb_id: str) -> list[int]:
     """The steps of a W&B run in its offline folders, one after the other, as `wandb sync` goes."""
     found = []
-    for folder in sorted(outputs.glob(f"wandb/offline-run-*-{wandb_id}")):
+    for folder in (log.parent for log in logs_of(outputs / "wandb", wandb_id)):
         lines = command("wandb", "leet", "inspect", "--json", str(folder), outputs=outputs)
         records = [json.loads(line) for line in lines.splitlines()]
         found += [r["history"]["item"]["_step"] for r in records if r["type"] == "history"]
@@ -117,7 +118,7 @@ def compare(run: Path, expected: Path) -> None:
 
 def histories(outputs: Path, records: dict[str, Record]) -> None:
     """Every run's W&B run has each step once; one that was begun anew has none."""
-    ids = {folder.name.rpartition("-")[2] for folder in outputs.glob("wandb/offline-run-*")}
+    ids = {folder.name.split("-")[3] for folder in outputs.glob("wandb/offline-run-*")}
     for name, record in records.items():
         steps = steps_of(outputs / "runs" / name)
         first = [0] if record["stage"] == "pretrain" else []  # the answers of random weights

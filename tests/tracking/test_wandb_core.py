@@ -29,7 +29,7 @@ service_process.get_core_path = lambda: str(folder / "core")
 for job in range(2):
     try:
         set_up_wandb(folder)
-        begin_run(mode="offline", dir=folder).finish()
+        begin_run(id="abc", mode="offline", dir=folder).finish()
         print("finished")
     except UserError as error:
         print(error)

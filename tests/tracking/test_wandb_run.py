@@ -242,7 +242,7 @@ KILLED_AT_THE_END = """
 import os, signal, sys
 from fourstage.tracking.wandb_core import begin_run
 from tests.stand_in_wandb import cores
-begin_run(mode="offline", dir=sys.argv[1]).finish()
+begin_run(id="abc", mode="offline", dir=sys.argv[1]).finish()
 [core] = cores(os.getpid())
 os.kill(core, signal.SIGKILL)
 """

@@ -9,10 +9,12 @@ import atexit
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fourstage.errors import UserError
 from fourstage.interruptions import AGAIN, disk_full
+from fourstage.tracking.wandb_log import mended
 from fourstage.tracking.wandb_settings import hidden
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 def begin_run(**options: Any) -> Run:
     """wandb.init, with a new wandb-core if the last one has ended since the run before, or doesn't
-    start. Raises UserError if the new one ends too; wandb.errors.Error is the server's."""
+    start; the options have an id, and a folder `dir`. Raises UserError if the new one ends too;
+    wandb.errors.Error is the server's."""
     import wandb
 
     try:
@@ -31,6 +34,7 @@ def begin_run(**options: Any) -> Run:
         if not is_of_core(error):
             raise
         end_core()
+        mended(Path(options["dir"]) / "wandb", options["id"])  # it may have made a folder
         try:
             with hidden():
                 run = wandb.init(**options)
