@@ -39,9 +39,9 @@ def seen(folder: Path, stage: str, rank: int) -> dict[str, Any]:
 
 
 def check(alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
-    """The same losses to 1e-4, the same metrics, and equal weights on the ranks."""
+    """The same losses to 2e-4, the same metrics, and equal weights on the ranks."""
     for rank in ranks:
-        assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-4, abs=1e-5)
+        assert rank["losses"] == pytest.approx(alone["losses"], rel=2e-4, abs=1e-5)
         assert len(rank["metrics"]) == len(alone["metrics"])
         for one, two in zip(alone["metrics"], rank["metrics"], strict=True):
             assert two == pytest.approx(one, rel=2e-3, abs=1e-4)
