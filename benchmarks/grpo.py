@@ -122,6 +122,7 @@ def our_block(
         max_new_tokens=options.new_tokens,
         lr=LR,
         warmup=0.0,
+        kl_coef=0.0,  # TRL's beta
     )
     module = GRPOModule(policy(), policy(), CHARACTERS, settings, seed=0)
     prompts = [CHARACTERS.encode(text) for text in texts(options)]
