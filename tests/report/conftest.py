@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from fourstage.evaluation import suite
+from fourstage.report.charts import Drawing
 from tests.report.by_hand import LADDER, report, write_run
 
 
@@ -24,3 +27,15 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_run(outputs, stage, curves=True)
     report(outputs)
     return outputs
+
+
+@pytest.fixture
+def copied(ladder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the module's `ladder`; fast, since neither intervals nor drawings matter there."""
+    monkeypatch.setattr(suite, "BOOTSTRAPS", 10)
+    monkeypatch.setattr(
+        "fourstage.report.figures.intervals", lambda *_: Drawing("<svg></svg>", None)
+    )
+    monkeypatch.setattr(Drawing, "files", lambda *_: {})
+    shutil.copytree(ladder / "runs", tmp_path / "runs")
+    return tmp_path

@@ -10,7 +10,6 @@ import pytest
 
 from fourstage.evaluation import suite
 from fourstage.report import main
-from fourstage.report.charts import Drawing
 from fourstage.report.files import Files
 from tests.ladders import (
     folder,
@@ -30,15 +29,8 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def outputs(ladder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy to break; fast, since neither intervals nor drawings matter here."""
-    monkeypatch.setattr(suite, "BOOTSTRAPS", 10)
-    monkeypatch.setattr(
-        "fourstage.report.figures.intervals", lambda *_: Drawing("<svg></svg>", None)
-    )
-    monkeypatch.setattr(Drawing, "files", lambda *_: {})
-    shutil.copytree(ladder / "runs", tmp_path / "runs")
-    return tmp_path
+def outputs(copied: Path) -> Path:
+    return copied
 
 
 def report(outputs: Path) -> str:
